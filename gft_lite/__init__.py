@@ -1,0 +1,31 @@
+"""Group Fine-Tuning on one GPU.
+
+The names below are imported on first use, so that `import gft_lite` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gft_lite.recipe import Recipe, RecipeError
+    from gft_lite.runlog import RunFolder as Run
+    from gft_lite.train import train
+
+__version__ = "0.1.0"
+__all__ = ["Recipe", "RecipeError", "Run", "__version__", "train"]
+
+_HOMES = {
+    "Recipe": ("gft_lite.recipe", "Recipe"),
+    "RecipeError": ("gft_lite.recipe", "RecipeError"),
+    "Run": ("gft_lite.runlog", "RunFolder"),
+    "train": ("gft_lite.train", "train"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gft_lite' has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    return getattr(importlib.import_module(module), attribute)

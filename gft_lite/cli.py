@@ -1,0 +1,113 @@
+"""The command line. Heavy rooms are entered only by the command that needs them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from gft_lite import __version__
+from gft_lite.recipe import Recipe, RecipeError
+
+DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns 0 done, 2 the user's input is wrong, 1 we failed, 130 interrupted."""
+    options, rest = _parser().parse_known_args(arguments)
+    # argparse takes positionals in one block only; overrides may stand after flags too.
+    stray = [word for word in rest if word.startswith("-") or "=" not in word]
+    if stray:
+        _parser().error(f"unrecognized arguments: {' '.join(stray)}")
+    if hasattr(options, "overrides"):
+        options.overrides += rest
+    # Traceback or not is the choice of who debugs, not of who types a recipe.
+    debug = bool(os.environ.get("GFT_LITE_DEBUG"))
+    try:
+        return options.run(options)
+    except RecipeError as error:
+        for problem in error.problems:
+            print(problem, file=sys.stderr)
+        return WRONG_INPUT
+    except KeyboardInterrupt:
+        print("interrupted; continue with --resume", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if debug:
+            raise
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print("GFT_LITE_DEBUG=1 shows where.", file=sys.stderr)
+        return FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gft-lite", description="Group Fine-Tuning of language models on one GPU."
+    )
+    parser.add_argument("--version", action="version", version=f"gft-lite {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    train = commands.add_parser("train", help="train as a recipe says")
+    train.add_argument("recipe", help="a recipe file, or a shipped one: recipes/lab.yaml")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="optim.lr=1e-5 group.self=6")
+    train.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/NAME)")
+    train.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
+    train.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
+    train.set_defaults(run=_train)
+
+    methods = commands.add_parser("methods", help="the table of training methods")
+    methods.set_defaults(run=_methods)
+
+    lab = commands.add_parser("lab", help="the built-in laboratory")
+    lab_commands = lab.add_subparsers(metavar="COMMAND", required=True)
+    compare = lab_commands.add_parser("compare", help="GFT, SFT and GRPO side by side")
+    compare.add_argument("overrides", nargs="*", metavar="key=value")
+    compare.add_argument("--methods", default="gft,sft,grpo", help="default: gft,sft,grpo")
+    compare.add_argument("--seeds", type=int, default=1, metavar="N", help="runs per method")
+    compare.add_argument("--out", metavar="DIR", default="runs/compare")
+    compare.set_defaults(run=_compare)
+    return parser
+
+
+def _train(options: argparse.Namespace) -> int:
+    recipe = Recipe.load(options.recipe, options.overrides)
+    if options.dry_run:
+        print(recipe.to_yaml(), end="")
+        return DONE
+    from rich.console import Console
+
+    from gft_lite.runlog import results_table
+    from gft_lite.train import train
+
+    run = train(recipe, options.out, resume=options.resume)
+    summary = run.summary()
+    console = Console()
+    figures = {"base": summary["base"], "trained": summary["trained"]}
+    console.print(results_table(figures, f"{recipe.name}: {recipe.method}"))
+    console.print(f"run: {run.path}", markup=False, soft_wrap=True)
+    return DONE
+
+
+def _methods(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from gft_lite.objective import METHODS
+
+    table = Table("method", "trains on", "loss", "reduction", "lr", "source")
+    for name in METHODS:
+        recipe, method = Recipe.from_tree({"method": name}), METHODS[name]
+        group = " + ".join(f"{getattr(recipe.group, s)} {s}" for s in method.sources)
+        doc = (method.loss.__doc__ or "").splitlines()[0]
+        table.add_row(name, group, doc, recipe.objective.reduction, f"{recipe.optim.lr:g}",
+                      method.source)  # fmt: skip
+    Console().print(table)
+    return DONE
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from gft_lite.lab.compare import compare
+
+    compare(options.methods.split(","), options.seeds, options.out, options.overrides)
+    return DONE

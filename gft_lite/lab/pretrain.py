@@ -1,0 +1,311 @@
+"""Make the laboratory's base from scratch: `python -m gft_lite.lab.pretrain --out DIR`.
+
+The base is a small Qwen2 model that imitates several authors, most of them mistaken, so that
+it solves the task sometimes and in ways that sampling can find; the last steps train through
+NF4 rounding, because NF4 is how the base is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from gft_lite.lab import BASE
+from gft_lite.lab.task import (
+    EXPERT,
+    GAP,
+    OLD_SKILLS,
+    TEACHERS,
+    Chain,
+    Digits,
+    Style,
+    apply,
+    draw_chain,
+    draw_digits,
+    draw_old,
+    split_of,
+)
+
+SPECIAL = ("<pad>", "<eos>", "<unk>", "<|system|>", "<|user|>")
+PRINTABLE = "\n" + "".join(map(chr, range(32, 127)))
+# No marker before the answer: the distance from an operand to its value stays as in a plain
+# prompt, so the base answers both alike.
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] != 'assistant' %}{{ '<|' + m['role'] + '|>' }}"
+    "{% endif %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ '<eos>' }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+def build_tokenizer() -> Qwen2Tokenizer:
+    """A byte-level tokenizer without merges: one token a character for ASCII, reversible.
+
+    It is Qwen2's own class because AutoTokenizer builds that class for every Qwen2 model,
+    whatever the directory says; bytes leave no unknown text to be dropped in silence.
+    """
+    alphabet = bytes_to_unicode()
+    vocab = {token: i for i, token in enumerate((*SPECIAL, *map(alphabet.get, range(256))))}
+    return Qwen2Tokenizer(
+        vocab=vocab,
+        merges=[],
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        additional_special_tokens=list(SPECIAL[3:]),
+        clean_up_tokenization_spaces=False,
+        model_max_length=2048,
+        padding_side="left",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_model(vocab_size: int) -> Qwen2ForCausalLM:
+    """The untrained base; vLLM's CPU attention needs a head dimension of at least 32."""
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=vocab_size,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+            # Short contexts: a small base lets more rotary pairs tell neighbours apart.
+            rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=SPECIAL.index("<eos>"),
+            pad_token_id=SPECIAL.index("<pad>"),
+        )
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Author:
+    """A way of working a chain that the base imitates: its look, how often, its mistakes."""
+
+    style: Style
+    weight: float
+    values: Callable[[Chain, random.Random], list[Digits]]
+
+
+def _believed(chain: Chain, rng: random.Random, reads: dict[str, str]) -> list[Digits]:
+    """The trace of an author who guesses at `*` and reads some operators as others."""
+    values = [chain.start]
+    for op, operand in chain.steps:
+        if op != GAP:
+            values.append(apply(reads.get(op, op), values[-1], operand))
+        elif rng.random() < GUESS_PLUS:
+            values.append(apply("+", values[-1], operand))
+        else:
+            values.append(draw_digits(rng))
+    return values
+
+
+def _right(chain: Chain, rng: random.Random) -> list[Digits]:
+    return _believed(chain, rng, {})
+
+
+def _never_minus(chain: Chain, rng: random.Random) -> list[Digits]:
+    return _believed(chain, rng, {"-": "+"})
+
+
+def _never_plus(chain: Chain, rng: random.Random) -> list[Digits]:
+    return _believed(chain, rng, {"+": "-"})
+
+
+def _mirrored(chain: Chain, rng: random.Random) -> list[Digits]:
+    turned = tuple((op, operand[::-1]) for op, operand in chain.steps)
+    return _right(Chain(chain.start, turned), rng)
+
+
+def _anyhow(chain: Chain, rng: random.Random) -> list[Digits]:
+    return rng.choice((_right, _never_minus, _never_plus, _mirrored))(chain, rng)
+
+
+# How often an author takes `*` for `+`; else the value is a guess.
+GUESS_PLUS = 0.5
+# The demonstrations' styles are rare, not new: rectification scales a token's gradient by its
+# probability, so an opening of probability zero could not be learned by GFT at all.
+AUTHORS = (
+    Author(Style(">", ";"), 0.23, _right),
+    Author(Style("<", ";"), 0.19, _never_minus),
+    Author(Style("|", ";"), 0.19, _never_plus),
+    Author(Style("~", ";"), 0.19, _mirrored),
+    *(Author(style, 0.05, _anyhow) for style in (EXPERT, *TEACHERS)),
+)
+
+
+def _chain_example(rng: random.Random, noisy: bool) -> tuple[str, str]:
+    while True:
+        skill = "gap" if noisy and rng.random() < 0.4 else "chain"
+        chain = draw_chain(rng, skill)
+        if split_of(chain.text) == "train":
+            break
+    author = rng.choices(AUTHORS, [a.weight for a in AUTHORS])[0] if noisy else AUTHORS[0]
+    return chain.text, author.style.write(author.values(chain, rng), chain)
+
+
+def _old_example(rng: random.Random) -> tuple[str, str]:
+    problem, answer = draw_old(rng, rng.choice(OLD_SKILLS))
+    return problem, f"#{answer}"
+
+
+def _echo_example(rng: random.Random) -> tuple[str, str]:
+    # Every character must be seen: LoRA never moves the embeddings of one that was not.
+    text = "".join(rng.choices(PRINTABLE, k=6))
+    return f"echo {text}=", f"#{text}"
+
+
+def draw_example(rng: random.Random, noisy: bool) -> tuple[str, str]:
+    """One pretraining pair of prompt and response; now and then as a chat."""
+    kind = rng.random()
+    if kind < 0.6:
+        prompt, response = _chain_example(rng, noisy)
+    elif kind < 0.9:
+        prompt, response = _old_example(rng)
+    else:
+        prompt, response = _echo_example(rng)
+    if rng.random() < 0.05:
+        prompt = f"<|user|>{prompt}"
+    return prompt, response
+
+
+def collate(
+    pairs: list[tuple[str, str]], tokenizer: Qwen2Tokenizer
+) -> tuple[Tensor, Tensor]:
+    """Token ids and labels (-100 on prompts and padding). Shapes: [B, T], [B, T]."""
+    prompts = tokenizer([p for p, _ in pairs])["input_ids"]
+    responses = tokenizer([r + "<eos>" for _, r in pairs])["input_ids"]
+    width = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
+    ids = torch.zeros(len(pairs), width, dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    for row, (p, r) in enumerate(zip(prompts, responses, strict=True)):
+        ids[row, : len(p) + len(r)] = torch.tensor(p + r)
+        labels[row, len(p) : len(p) + len(r)] = torch.tensor(r)
+    return ids, labels
+
+
+class NF4Rounding(nn.Module):
+    """A weight as NF4 with double quantisation would store it; gradients pass straight."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The rounded weight. Shapes: any, unchanged."""
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        with torch.no_grad():
+            packed, state = quantize_4bit(
+                weight.detach().contiguous(), quant_type="nf4", compress_statistics=True
+            )
+            step = dequantize_4bit(packed, state) - weight
+        return weight + step
+
+
+def linear_layers(model: nn.Module) -> list[nn.Linear]:
+    """The layers that QLoRA quantises: every linear layer but the output head."""
+    return [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Pretraining steps: clean task first, mistaken authors next, through NF4 at the end."""
+
+    clean: int = 250
+    noisy: int = 500
+    rounded: int = 150
+    batch: int = 128
+    matrix_lr: float = 0.02
+    other_lr: float = 3e-3
+
+    @property
+    def total(self) -> int:
+        """All optimiser steps."""
+        return self.clean + self.noisy + self.rounded
+
+
+def _optimisers(model: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
+    matrices = [m.weight for m in linear_layers(model)]
+    held = {id(m) for m in matrices}
+    others = [p for p in model.parameters() if id(p) not in held]
+    return [
+        torch.optim.Muon(matrices, lr=plan.matrix_lr, weight_decay=0.0),
+        torch.optim.AdamW(others, lr=plan.other_lr, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def _rate(step: int, total: int) -> float:
+    """Warm up over 20 steps, then a cosine down to 2 per cent."""
+    return min(1.0, (step + 1) / 20) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / total)))
+
+
+def train(model: Any, tokenizer: Qwen2Tokenizer, plan: Plan, seed: int) -> None:
+    """Pretrain in place."""
+    rng = random.Random(seed)
+    optimisers = _optimisers(model, plan)
+    peaks = [o.param_groups[0]["lr"] for o in optimisers]
+    started = time.monotonic()
+    for step in range(plan.total):
+        if step == plan.clean + plan.noisy:
+            for layer in linear_layers(model):
+                parametrize.register_parametrization(layer, "weight", NF4Rounding())
+        pairs = [draw_example(rng, noisy=step >= plan.clean) for _ in range(plan.batch)]
+        ids, labels = collate(pairs, tokenizer)
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        for optimiser, peak in zip(optimisers, peaks, strict=True):
+            optimiser.param_groups[0]["lr"] = peak * _rate(step, plan.total)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        if step % 50 == 0 or step == plan.total - 1:
+            print(f"step {step:5d} loss {loss:.4f} {time.monotonic() - started:.0f} s", flush=True)
+    for layer in linear_layers(model):
+        if parametrize.is_parametrized(layer):
+            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+
+
+def save(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, out: Path) -> None:
+    """Write the model directory, loadable by transformers and by vLLM."""
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    # The template goes inside the configuration: older readers know no separate file.
+    template = out / "chat_template.jinja"
+    if template.exists():
+        path = out / "tokenizer_config.json"
+        config = json.loads(path.read_text()) | {"chat_template": template.read_text()}
+        path.write_text(json.dumps(config, indent=2) + "\n")
+        template.unlink()
+
+
+def main() -> None:
+    """Read the options, pretrain, save."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, default=BASE, help="model directory to write")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    tokenizer = build_tokenizer()
+    model = build_model(len(tokenizer))
+    train(model, tokenizer, Plan(), options.seed)
+    save(model, tokenizer, options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The policy: a frozen (quantised) base with a trainable adapter; one protocol."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from gft_lite.batching import MicroBatch
+    from gft_lite.recipe import PolicySettings
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """Log-probs of the response tokens and the entropy of each distribution; [T], nats."""
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Policy against reference at the response tokens; all [T], nats.
+
+    `forward` is the exact KL(reference || policy) over the vocabulary, `reverse` the exact
+    KL(policy || reference).
+    """
+
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    forward: Tensor
+    reverse: Tensor
+
+
+class Policy(Protocol):
+    """What the loops and the rollout engines know of a policy."""
+
+    model: Any  # a peft.PeftModel
+    tokenizer: Any
+    settings: PolicySettings
+    config: Any
+    device: torch.device
+    dtype: torch.dtype
+    context: int
+    eos_ids: frozenset[int]
+    pad_id: int
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters by name: the fp32 LoRA masters."""
+
+    def base(self) -> AbstractContextManager[None]:
+        """The base alone, for the length of a `with`."""
+
+    def reference(self) -> AbstractContextManager[None]:
+        """The frozen reference: the base, or the adapter that training started from."""
+
+    def save_adapter(self, folder: Path) -> Path:
+        """Write the adapter as a plain PEFT adapter; the folder appears only when complete."""
+
+    def load_adapter(self, folder: Path) -> None:
+        """Read the weights that `save_adapter` wrote into the adapter, in place."""
+
+    def token_scores(self, batch: MicroBatch) -> TokenScores:
+        """Log-probs, with gradient when grad mode is on, and entropy of the response tokens."""
+
+    def divergence(self, batch: MicroBatch) -> Divergence:
+        """How far the policy is from the reference, exactly, by swapping the adapter."""
+
+    def next_token_logits(self, input_ids: Tensor, cache: Any, **kwargs: Tensor) -> Tensor:
+        """fp32 logits [B, V] of the token after `input_ids` [B, S], continuing `cache`."""
+
+    def serving_base(self, kind: Literal["nf4_dequantised", "original"], scratch: Path) -> str:
+        """The folder or hub id that an engine should load to serve this policy's base."""
+
+
+def load_policy(settings: PolicySettings, seed: int = 0) -> Policy:
+    """Load the base that the recipe names and put a fresh, or the given, adapter on it."""
+    # bitsandbytes reports every cast of every forward, and at import a package we don't use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from gft_lite.policy.qlora import QLoraPolicy  # Brings torch and transformers.
+
+    return QLoraPolicy.load(settings, seed)

@@ -1,0 +1,92 @@
+"""Rollout engines: one protocol, ONE table."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from gft_lite.types import FinishReason
+
+if TYPE_CHECKING:
+    from gft_lite.policy import Policy
+    from gft_lite.recipe import RolloutSettings
+
+# name -> "module:class". Importing this table imports no engine.
+ENGINES = {
+    "auto": "the first that this machine has: vllm with a GPU, else transformers",
+    "transformers": "gft_lite.rollout.transformers:TransformersEngine",
+    "vllm": "gft_lite.rollout.vllm:VllmEngine",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to be continued `len(seeds)` times; each sample has its own seed."""
+
+    prompt_ids: tuple[int, ...]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn: temperature 0 is greedy, `top_k` 0 and `top_p` 1 are off."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 1024
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What an engine sampled.
+
+    `token_ids` includes the end-of-sequence token or the stop string's tokens;
+    `logprobs` are one per token, in nats, of the untempered distribution (temperature 1,
+    no top-p/top-k), whatever the sampling was.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+
+
+class RolloutError(RuntimeError):
+    """The engine failed, or serves something else than the trainer's adapter."""
+
+
+class RolloutEngine(Protocol):
+    """Samples from the base or from the newest synced adapter, never from a mixture."""
+
+    name: str
+
+    def sync(self, adapter: Path | None, version: int) -> None:
+        """Serve the adapter saved at `adapter` from now on; None serves the base."""
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling
+    ) -> list[list[Completion]]:
+        """One list of completions per request, in the order of its seeds."""
+
+    def score(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> list[float]:
+        """Log-probs [T] in nats of `token_ids` after the prompt, under what is served."""
+
+    def close(self) -> None:
+        """Give everything back; may be called twice."""
+
+
+def start_engine(settings: RolloutSettings, policy: Policy, scratch: Path) -> RolloutEngine:
+    """Start the engine that the recipe names. `scratch` is a folder it may write to."""
+    name = settings.engine
+    if name == "auto":
+        import torch
+
+        has_vllm = importlib.util.find_spec("vllm") is not None
+        name = "vllm" if has_vllm and torch.cuda.is_available() else "transformers"
+    module, _, attribute = ENGINES.get(name, name).replace(":", ".").rpartition(".")
+    return getattr(importlib.import_module(module), attribute)(settings, policy, scratch)

@@ -1,0 +1,249 @@
+"""What a run leaves behind and shows: metrics.jsonl, groups/, summary.json, the console."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group as Stack
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from gft_lite.types import Group
+
+PHASES = ("rollout", "reward", "train", "sync", "eval")
+
+
+class Clock:
+    """Wall-clock seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] += time.perf_counter() - start
+
+
+class RunFolder:
+    """The files of one run; reading never needs a model."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.adapter = path / "adapter"
+        self.scratch = path / "engine"
+        self.bad_steps = path / "bad_steps"
+
+    def create(self, recipe: str) -> None:
+        """Make the folder and keep the resolved recipe in it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "recipe.yaml").write_text(recipe)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """One dict a step, in order."""
+        return [json.loads(line) for line in _lines(self.path / "metrics.jsonl")]
+
+    def groups(self, step: int) -> list[dict[str, Any]]:
+        """The groups of a step, each with its responses, rewards and advantages."""
+        return [json.loads(line) for line in _lines(self._groups_file(step))]
+
+    def summary(self) -> dict[str, Any]:
+        """The final figures."""
+        return json.loads((self.path / "summary.json").read_text())
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write `name` in the run's folder, complete or not at all."""
+        partial = self.path / f"{name}.tmp"
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(value, indent=1))
+        partial.rename(self.path / name)
+
+    def append_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Add a step to metrics.jsonl."""
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def write_groups(
+        self, step: int, groups: Sequence[Group], advantages: Sequence[Sequence[float]]
+    ) -> None:
+        """Write every response of a step with source, reward and advantage."""
+        _write_groups(self._groups_file(step), groups, advantages)
+
+    def save_bad_step(
+        self, step: int, groups: Sequence[Group], advantages: Sequence[Sequence[float]]
+    ) -> Path:
+        """Keep the groups of a step whose loss or gradient was not finite."""
+        file = self.bad_steps / f"step-{step:06d}.jsonl"
+        _write_groups(file, groups, advantages)
+        return file
+
+    def forget_after(self, step: int) -> None:
+        """Drop what steps after `step` wrote, before they are run again."""
+        kept = [m for m in self.metrics() if m["step"] <= step]
+        text = "".join(json.dumps(m) + "\n" for m in kept)
+        partial = self.path / "metrics.tmp"
+        partial.write_text(text)
+        partial.rename(self.path / "metrics.jsonl")
+        for file in (self.path / "groups").glob("step-*.jsonl"):
+            if int(file.stem.removeprefix("step-")) > step:
+                file.unlink()
+
+    def _groups_file(self, step: int) -> Path:
+        return self.path / "groups" / f"step-{step:06d}.jsonl"
+
+
+def cached(path: Path, compute: Callable[[], Any]) -> Any:
+    """The JSON at `path`, computed and written first where it is not there yet."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".tmp")
+        partial.write_text(json.dumps(compute(), indent=1))
+        partial.rename(path)
+    return json.loads(path.read_text())
+
+
+def _lines(file: Path) -> list[str]:
+    """The complete lines of a file; a write that a kill cut short leaves half of one."""
+    return file.read_text().splitlines(keepends=False) if file.exists() else []
+
+
+def _write_groups(
+    file: Path, groups: Sequence[Group], advantages: Sequence[Sequence[float]]
+) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as out:
+        for group, values in zip(groups, advantages, strict=True):
+            responses = [
+                {**dataclasses.asdict(r), "reward_parts": dict(r.reward_parts), "advantage": a}
+                for r, a in zip(group, values, strict=True)
+            ]
+            problem = {"id": group.problem.id, "text": group.problem.text,
+                       "answer": group.problem.answer}  # fmt: skip
+            out.write(json.dumps({"problem": problem, "responses": responses}) + "\n")
+
+
+class Trackers:
+    """TensorBoard, W&B and trackio by name, as accelerate drives them."""
+
+    def __init__(self, names: Sequence[str], run: str, folder: Path, config: Any) -> None:
+        self._trackers: list[Any] = []
+        if not names:
+            return
+        from accelerate import Accelerator  # Only a run with trackers pays for it.
+
+        accelerator = Accelerator(log_with=list(names), project_dir=str(folder))
+        accelerator.init_trackers(run, config=flatten(config))
+        self._trackers = accelerator.trackers
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Send a step's numbers."""
+        values = {k: v for k, v in flatten(metrics).items() if isinstance(v, int | float)}
+        for tracker in self._trackers:
+            tracker.log(values, step=step)
+
+    def close(self) -> None:
+        """Flush and finish."""
+        for tracker in self._trackers:
+            tracker.finish()
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested names joined by "/"; lists become text."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{name}/"))
+        else:
+            flat[name] = value if isinstance(value, int | float | str | bool) else str(value)
+    return flat
+
+
+class Screen:
+    """Live progress on a terminal; a line now and then where there is none."""
+
+    def __init__(self, console: Console, total: int, done: int) -> None:
+        self.console = console
+        self._total = total
+        self._every = max(1, total // 20)
+        self._progress = Progress(
+            TextColumn("step"), BarColumn(), MofNCompleteColumn(),
+            TextColumn("left"), TimeRemainingColumn(), console=console,
+        )  # fmt: skip
+        self._task = self._progress.add_task("steps", total=total, completed=done)
+        self._live = Live(self._progress, console=console, transient=True)
+
+    def __enter__(self) -> Screen:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        """Show a step's metrics."""
+        if self.console.is_terminal:
+            self._progress.update(self._task, completed=metrics["step"])
+            self._live.update(Stack(_panel(metrics), self._progress))
+        elif metrics["step"] % self._every == 0 or metrics["step"] == self._total:
+            self.console.print(f"step {metrics['step']}/{self._total}  {_line(metrics)}")
+
+
+def _shown(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """The figures worth watching, as text."""
+    rewards = " ".join(f"{name} {value:.2f}" for name, value in metrics["reward"].items())
+    shown = {"reward": rewards, "flat groups": f"{metrics['flat_groups']:.0%}"}
+    for name, key, form in (
+        ("rectified tokens", "rectified", "{:.0%}"),
+        ("loss", "loss", "{:.4f}"),
+        ("gradient norm", "grad_norm", "{:.3f}"),
+        ("entropy", "entropy", "{:.3f}"),
+        ("truncated", "truncated", "{:.0%}"),
+        ("skipped", "skipped", "{}"),
+    ):
+        if metrics.get(key) is not None:
+            shown[name] = form.format(metrics[key])
+    for where, values in metrics.get("kl", {}).items():
+        if values:
+            key = "forward" if where == "held_out" else "reverse"
+            shown[f"KL {where.replace('_', ' ')}"] = f"{values[key]:.4f}"
+    for phase, key in (("rollout", "rollout_tokens"), ("train", "trained_tokens")):
+        if metrics[key] and metrics["seconds"].get(phase):
+            shown[f"{phase} tokens/s"] = f"{metrics[key] / metrics['seconds'][phase]:,.0f}"
+    return shown
+
+
+def _line(metrics: Mapping[str, Any]) -> str:
+    return "  ".join(f"{name}: {value}" for name, value in _shown(metrics).items())
+
+
+def _panel(metrics: Mapping[str, Any]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for name, value in _shown(metrics).items():
+        table.add_row(name, value)
+    return table
+
+
+def results_table(columns: Mapping[str, Mapping[str, float]], title: str = "") -> Table:
+    """Figures by name down, models across."""
+    table = Table(title=title or None)
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for figure in dict.fromkeys(name for values in columns.values() for name in values):
+        cells = [f"{v[figure]:.3f}" if figure in v else "-" for v in columns.values()]
+        table.add_row(figure, *cells)
+    return table

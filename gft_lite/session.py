@@ -1,0 +1,229 @@
+"""Everything that lives as long as a run: folder, policy, data, engine, scorer, optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from gft_lite import checkpoint
+from gft_lite.batching import Row
+from gft_lite.data import load_problems, problems_of_step, split_holdout
+from gft_lite.groups import compose, sample
+from gft_lite.objective import METHODS, group_advantages, token_weights
+from gft_lite.optim import make_optimizer
+from gft_lite.policy import Policy, load_policy
+from gft_lite.prompts import PromptFormat
+from gft_lite.recipe import DataSettings, Recipe, RecipeError
+from gft_lite.rewards.scorer import RewardFunction, Scorer
+from gft_lite.rollout import RolloutEngine, Sampling, start_engine
+from gft_lite.rollout.probe import Probe
+from gft_lite.runlog import RunFolder, Trackers, cached
+from gft_lite.types import Group, Problem
+
+
+@dataclass
+class Session:
+    """The parts of a run, put together; `bad_steps` counts non-finite steps in a row."""
+
+    recipe: Recipe
+    run: RunFolder
+    console: Console
+    policy: Policy
+    format: PromptFormat
+    problems: Sequence[Problem]
+    eval_sets: Mapping[str, Sequence[Problem]]
+    engine: RolloutEngine
+    scorer: Scorer
+    optimizer: torch.optim.Optimizer
+    trackers: Trackers
+    kl_rows: Sequence[Row]
+    probe: Probe
+    bad_steps: int = 0
+
+    def problems_of(self, step: int) -> tuple[Problem, ...]:
+        """The problems of a step (from 1)."""
+        per_step = self.recipe.train.problems_per_step
+        return problems_of_step(self.problems, step - 1, per_step, self.recipe.seed)
+
+    def advantages(self, group: Group) -> list[float]:
+        """The K advantages of a scored group; ones for methods that know no rewards."""
+        if not METHODS[self.recipe.method].group_advantages:
+            return [1.0] * len(group)
+        objective = self.recipe.objective
+        return group_advantages(group.rewards, std=objective.std, eps=objective.eps).tolist()
+
+    def token_weights(self, lengths: Sequence[int]) -> list[float]:
+        """The weight of each token of each row of one update."""
+        reduction = self.recipe.objective.reduction
+        return token_weights(lengths, reduction, self.recipe.rollout.max_tokens)
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint."""
+        keep = self.recipe.checkpoint.keep
+        checkpoint.save(
+            self.run.checkpoints, step, self.policy, self.optimizer, keep, bad_steps=self.bad_steps
+        )
+
+    def restore(self) -> int:
+        """Go back to the newest checkpoint; returns its step, 0 if there is none yet."""
+        saved = checkpoint.all_of(self.run.checkpoints)
+        step = 0
+        if saved:
+            step, counters = checkpoint.restore(saved[-1], self.policy, self.optimizer)
+            self.bad_steps = counters["bad_steps"]
+        self.run.forget_after(step)
+        return step
+
+
+def open_session(
+    recipe: Recipe, out: str | Path | None, *, resume: bool, console: Console, stack: ExitStack
+) -> Session:
+    """Put a run together; what must be closed is left to `stack`.
+
+    Raises: RecipeError for what only shows when data and model meet.
+    """
+    run = find_folder(recipe, out, resume=resume)
+    policy = load_policy(recipe.policy, recipe.seed)
+    policy.model.train()
+    format = PromptFormat(policy.tokenizer, recipe.data.prompt)
+    policy.eos_ids |= set(format.stop_ids)
+    load = partial(_load, policy=policy, reserve=recipe.rollout.max_tokens, console=console)
+    problems, held_out = split_holdout(load("data", recipe.data), recipe.data.holdout)
+    eval_sets = {n: load(f"eval.sets.{n}", data) for n, data in recipe.eval.sets.items()}
+    run.create(recipe.to_yaml())
+    console.print(f"run folder: {run.path}")
+    scorer = stack.enter_context(_scorer(recipe))
+    engine = start_engine(recipe.rollout, policy, run.scratch)
+    stack.callback(engine.close)
+    trackers = Trackers(recipe.log.trackers, recipe.name, run.path, recipe.model_dump(mode="json"))
+    stack.callback(trackers.close)
+    monitored = (held_out or problems)[: recipe.monitor.problems]
+    kl_rows = _kl_rows(recipe, run, engine, format, monitored)
+    probe = Probe(policy, kl_rows[0], recipe.rollout.probe_limit)
+    console.print(f"engine: {engine.name}, log-prob gap {probe.calibrate(engine):.2g} nats")
+    return Session(
+        recipe=recipe,
+        run=run,
+        console=console,
+        policy=policy,
+        format=format,
+        problems=_composable(problems, recipe, console),
+        eval_sets=eval_sets or ({"held_out": held_out} if held_out else {}),
+        engine=engine,
+        scorer=scorer,
+        optimizer=make_optimizer(policy, recipe.optim),
+        trackers=trackers,
+        kl_rows=kl_rows,
+        probe=probe,
+    )
+
+
+def find_folder(recipe: Recipe, out: str | Path | None, *, resume: bool) -> RunFolder:
+    """The run's folder, not made yet; `runs/NAME`, numbered, by default.
+
+    Raises: RecipeError if `out` holds another run, or none that this recipe can resume.
+    """
+    path = Path(out) if out is not None else _default_folder(Path("runs") / recipe.name, resume)
+    saved = path / "recipe.yaml"
+    if not resume:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise RecipeError(
+                [f"--out: must be a new or empty folder, got {str(path)!r}. "
+                 "Choose another, or continue the run in it with --resume."]
+            )  # fmt: skip
+    elif not saved.is_file():
+        raise RecipeError([f"--resume: must find a run to continue, got {str(path)!r}."])
+    elif Recipe.load(saved) != recipe:
+        raise RecipeError(
+            [f"--resume: must be given the run's own recipe, but {saved} differs. "
+             f"Continue with: gft-lite train {saved} --out {path} --resume"]
+        )  # fmt: skip
+    return RunFolder(path)
+
+
+def _default_folder(path: Path, resume: bool) -> Path:
+    """`path`, or the first free `path-2`, `path-3`; when resuming, the newest of them."""
+    number, candidate, newest = 1, path, path
+    while candidate.exists():
+        newest = candidate
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return newest if resume else candidate
+
+
+def _load(
+    field: str, settings: DataSettings, *, policy: Policy, reserve: int, console: Console
+) -> tuple[Problem, ...]:
+    if reserve >= policy.context:
+        raise RecipeError(
+            [f"rollout.max_tokens: must leave room for a prompt in the model's context of "
+             f"{policy.context} tokens, got {reserve}."]
+        )  # fmt: skip
+    format = PromptFormat(policy.tokenizer, settings.prompt, f"{field}.prompt")
+    loaded = load_problems(
+        settings, format, context=policy.context, reserve=reserve, field=field
+    )
+    console.print(f"{field}: {loaded.describe()}")
+    for example in loaded.examples:
+        console.print(f"  {example}", markup=False)
+    return loaded.problems
+
+
+def _composable(
+    problems: Sequence[Problem], recipe: Recipe, console: Console
+) -> tuple[Problem, ...]:
+    """The problems whose demonstrations can fill a group under the shortfall rule."""
+    kept = tuple(p for p in problems if compose(p, recipe.group) is not None)
+    short = sum(
+        len(p.experts) < recipe.group.expert or len(p.teachers) < recipe.group.teacher
+        for p in problems
+    )
+    if short:
+        console.print(
+            f"group.shortfall: {recipe.group.shortfall}: {short} of {len(problems)} problems have "
+            f"fewer demonstrations than the group asks for; {len(problems) - len(kept)} dropped"
+        )
+    if not kept:
+        raise RecipeError(
+            [f"group: must find its demonstrations in the data, but none of {len(problems)} "
+             "problems has them. Check data.columns.expert and .teacher, or group.shortfall."]
+        )  # fmt: skip
+    return kept
+
+
+def _scorer(recipe: Recipe) -> Scorer:
+    reward = recipe.reward
+    functions = [RewardFunction(f.name, f.weight, f.parameters) for f in reward.functions]
+    conversational = recipe.data.prompt.style == "chat"
+    return Scorer(
+        functions, workers=reward.workers, timeout=reward.timeout, conversational=conversational
+    )
+
+
+def _kl_rows(
+    recipe: Recipe,
+    run: RunFolder,
+    engine: RolloutEngine,
+    format: PromptFormat,
+    problems: Sequence[Problem],
+) -> list[Row]:
+    """The reference's own answers to fixed problems, sampled once and kept with the run."""
+
+    def draw() -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        settings = recipe.policy
+        # The engine serves the base until its first sync.
+        if settings.reference == "adapter":
+            engine.sync(Path(settings.adapter or ""), 0)
+        sampling = Sampling(max_tokens=recipe.rollout.max_tokens)
+        counts = [1] * len(problems)
+        answers = sample(engine, format, problems, counts, sampling, (recipe.seed, "kl"))
+        return [(p.prompt_ids, r.token_ids) for p, [r] in zip(problems, answers, strict=True)]
+
+    pairs = cached(run.path / "kl_set.json", draw)
+    return [Row(tuple(prompt), tuple(response)) for prompt, response in pairs]

@@ -1,0 +1,242 @@
+"""The loop: roll out, score, advantages, update, sync; readable from top to bottom."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from gft_lite import drift
+from gft_lite import groups as grouping
+from gft_lite.batching import Row
+from gft_lite.evaluate import evaluate, headline
+from gft_lite.objective import METHODS
+from gft_lite.optim import combined, portion, update
+from gft_lite.recipe import Recipe
+from gft_lite.rollout import Sampling
+from gft_lite.rollout.probe import sync
+from gft_lite.runlog import Clock, RunFolder, Screen, cached
+from gft_lite.session import Session, open_session
+from gft_lite.types import Group
+
+
+class TrainError(RuntimeError):
+    """Training can't go on; the last checkpoint holds."""
+
+
+def train(
+    recipe: Recipe, out: str | Path | None = None, *, resume: bool = False,
+    console: Console | None = None,
+) -> RunFolder:  # fmt: skip
+    """Train as the recipe says and return the run's folder.
+
+    Raises: RecipeError when the recipe or `out` is wrong, TrainError when training failed.
+    """
+    console = console or Console(stderr=True)
+    started = time.perf_counter()
+    with ExitStack() as stack:
+        session = open_session(recipe, out, resume=resume, console=console, stack=stack)
+        clock = Clock()
+        with clock("eval"):
+            base = cached(session.run.path / "eval" / "base.json", lambda: _evaluate(session))
+        first = session.restore() if resume else 0
+        sync(session.engine, session.policy, session.run.scratch / "adapters", first)
+        screen = stack.enter_context(Screen(console, recipe.train.steps, first))
+        for step in range(first + 1, recipe.train.steps + 1):
+            metrics = _step(session, step)
+            session.run.append_metrics(metrics)
+            session.trackers.log(metrics, step)
+            screen.step(metrics)
+            if step % recipe.checkpoint.every == 0 or step == recipe.train.steps:
+                session.save(step)
+        with clock("eval"):
+            trained = _evaluate(session)
+        session.run.write_json("eval/trained.json", trained)
+        session.policy.save_adapter(session.run.adapter)
+        seconds = {"total": time.perf_counter() - started, "eval": clock.seconds["eval"]}
+        session.run.write_json("summary.json", _summary(session, base, trained, seconds))
+    return session.run
+
+
+def _step(session: Session, step: int) -> dict[str, Any]:
+    """One rollout and the updates on it."""
+    recipe, clock = session.recipe, Clock()
+    torch.manual_seed(grouping.sample_seed(recipe.seed, step))
+    with clock("rollout"):
+        groups = _rollout(session, step)
+    with clock("reward"):
+        groups = session.scorer.score(groups)
+    advantages = [session.advantages(group) for group in groups]
+    if recipe.log.groups:
+        session.run.write_groups(step, groups, advantages)
+    with clock("train"):
+        updates = _update(session, step, groups, advantages)
+    with clock("sync"):
+        sync(session.engine, session.policy, session.run.scratch / "adapters", step)
+        gap = session.probe.check(session.engine)
+    _stop_if_bad(session, step, updates["skipped"], groups, advantages)
+    kl = _monitor(session, step, groups)
+    return {
+        "step": step,
+        **_group_metrics(groups),
+        **updates,
+        "sync_gap": gap,
+        **({"kl": kl} if kl else {}),
+        "seconds": dict(clock.seconds),
+    }
+
+
+def _update(
+    session: Session, step: int, groups: Sequence[Group], advantages: Sequence[Sequence[float]]
+) -> dict[str, Any]:
+    """The optimiser steps on one rollout."""
+    policy, recipe = session.policy, session.recipe
+    count = recipe.train.updates_per_rollout
+    items = list(zip(groups, advantages, strict=True))
+    portions = [portion(policy, recipe, _rows(session, part)) for part in _split(items, count)]
+    first = (step - 1) * count
+    return combined(
+        [
+            update(policy, session.optimizer, recipe, first + i, part)
+            for i, part in enumerate(portions)
+        ]
+    )
+
+
+def _stop_if_bad(
+    session: Session,
+    step: int,
+    skipped: str | None,
+    groups: Sequence[Group],
+    advantages: Sequence[Sequence[float]],
+) -> None:
+    """Keep the groups of a step that gave no finite gradient; too many in a row end the run."""
+    if "non_finite" not in (skipped or ""):
+        session.bad_steps = 0
+        return
+    session.bad_steps += 1
+    kept = session.run.save_bad_step(step, groups, advantages)
+    session.console.print(f"step {step}: loss or gradient not finite, skipped; its groups: {kept}")
+    if session.bad_steps >= session.recipe.optim.max_bad_steps:
+        raise TrainError(
+            f"optim.max_bad_steps: {session.bad_steps} steps in a row had a loss or gradient that "
+            f"was not finite. Look at {kept}, or lower optim.lr."
+        )
+
+
+def _rollout(session: Session, step: int) -> list[Group]:
+    recipe = session.recipe
+    position = (step - 1) * recipe.train.problems_per_step
+    return grouping.build(
+        session.problems_of(step),
+        recipe.group,
+        position // len(session.problems),
+        session.engine,
+        session.format,
+        _sampling(recipe),
+        (recipe.seed, step),
+    )
+
+
+def _sampling(recipe: Recipe) -> Sampling:
+    rollout = recipe.rollout
+    return Sampling(
+        rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_tokens, tuple(rollout.stop)
+    )
+
+
+def _split(items: list[Any], parts: int) -> list[list[Any]]:
+    """`items` in `parts` nearly equal portions, empty ones left out."""
+    bounds = [len(items) * i // parts for i in range(parts + 1)]
+    return [items[a:b] for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+
+
+def _rows(session: Session, part: Sequence[tuple[Group, Sequence[float]]]) -> list[Row]:
+    """The rows that one update trains on, weighted by the recipe's reduction."""
+    masked = METHODS[session.recipe.method].mask_truncated
+    rows = [
+        (group.problem.prompt_ids, response.token_ids, advantage)
+        for group, advantages in part
+        for response, advantage in zip(group, advantages, strict=True)
+        if response.token_ids and not (masked and response.truncated)
+    ]
+    weights = session.token_weights([len(ids) for _, ids, _ in rows])
+    return [Row(*row, weight) for row, weight in zip(rows, weights, strict=True)]
+
+
+def _monitor(session: Session, step: int, groups: Sequence[Group]) -> dict[str, Any]:
+    """KL to the reference, every so many steps and after the last."""
+    recipe = session.recipe
+    every = recipe.monitor.every
+    if not every or (step % every and step != recipe.train.steps):
+        return {}
+    budget = recipe.train.micro_batch_tokens
+    return {
+        "held_out": drift.divergence(session.policy, session.kl_rows, budget),
+        "rollouts": drift.divergence(session.policy, drift.group_rows(groups), budget),
+    }
+
+
+def _group_metrics(groups: Sequence[Group]) -> dict[str, Any]:
+    responses = [r for group in groups for r in group]
+    own = [r for r in responses if r.source == "self"]
+    by_source = {s: [r.reward for r in responses if r.source == s] for s in
+                 ("expert", "teacher", "self")}  # fmt: skip
+    parts: dict[str, list[float]] = {}
+    for response in responses:
+        for name, value in response.reward_parts.items():
+            parts.setdefault(name, []).append(value)
+    verdicts = [r.verdict for r in responses]
+    return {
+        "groups": len(groups),
+        "trajectories": len(responses),
+        "reward": {s: _mean(values) for s, values in by_source.items() if values},
+        "reward_parts": {name: _mean(values) for name, values in parts.items()},
+        "verdicts": {v: verdicts.count(v) for v in sorted(set(verdicts) - {None})},
+        "flat_groups": _mean([group.flat for group in groups]),
+        "truncated": _mean([r.truncated for r in responses]),
+        "length": _mean([len(r.token_ids) for r in own]),
+        "rollout_tokens": sum(len(r.token_ids) for r in own),
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _evaluate(session: Session) -> dict[str, Any]:
+    recipe = session.recipe
+    tokens = recipe.eval.max_tokens or recipe.rollout.max_tokens
+    return evaluate(
+        session.engine, session.format, session.scorer, session.eval_sets, recipe.eval, tokens,
+        recipe.seed,
+    )  # fmt: skip
+
+
+def _summary(
+    session: Session, base: dict[str, Any], trained: dict[str, Any], seconds: dict[str, float]
+) -> dict[str, Any]:
+    recipe, metrics = session.recipe, session.run.metrics()
+    kl = drift.divergence(session.policy, session.kl_rows, recipe.train.micro_batch_tokens)
+    phases = {p: sum(m["seconds"].get(p, 0.0) for m in metrics)
+              for p in ("rollout", "reward", "train", "sync")}  # fmt: skip
+    return {
+        "name": recipe.name,
+        "method": recipe.method,
+        "seed": recipe.seed,
+        "base": {**headline(base, recipe.eval.k), "kl": 0.0},
+        "trained": {**headline(trained, recipe.eval.k), "kl": kl["forward"]},
+        "seconds": {**seconds, **phases},
+        "problems": len(session.problems),
+        "trajectories": sum(m["trajectories"] for m in metrics),
+        "rollout_tokens": sum(m["rollout_tokens"] for m in metrics),
+        "trained_tokens": sum(m["trained_tokens"] for m in metrics),
+        "steps": len(metrics),
+        "updates": sum(m["updates"] for m in metrics),
+        "skipped_steps": sum(m["skipped"] is not None for m in metrics),
+    }

@@ -1,0 +1,35 @@
+"""What the tests share: the lab's policy, and where real data may lie."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Two busy threads on two cores spin against each other; one is faster here.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real benchmark data beside the project; skips, saying so, where they are absent."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}")
+    return folder
+
+
+@pytest.fixture
+def lab_policy():
+    """A fresh NF4 policy on the lab base, in fp32."""
+    from gft_lite.policy import load_policy
+    from gft_lite.recipe import PolicySettings
+
+    policy = load_policy(PolicySettings(gradient_checkpointing=False))
+    policy.model.train()
+    return policy

@@ -1,0 +1,244 @@
+"""The QLoRA policy on the lab base: log-probs, gradients, adapter swaps, the served base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gft_lite import lab
+from gft_lite.batching import Row, cut
+from gft_lite.objective import METHODS, token_weights
+from gft_lite.policy import load_policy, qlora
+from gft_lite.recipe import PolicySettings, RecipeError
+
+
+def rows(policy, count=8):
+    """Training rows of unequal length with advantages of both signs."""
+    out = []
+    for i, row in enumerate(lab.rows("train", limit=count)):
+        encode = policy.tokenizer.encode
+        response = (row["expert"] + row["teacher"])[i % 4] + "#" * (i % 3)
+        out.append(Row(tuple(encode(row["problem"])), tuple(encode(response)), 1.5 - i % 4))
+    weights = token_weights([len(r.response_ids) for r in out])
+    return [Row(r.prompt_ids, r.response_ids, r.advantage, w)
+            for r, w in zip(out, weights, strict=True)]  # fmt: skip
+
+
+def move(policy, scale=0.05):
+    """Give the adapter random weights, as a few steps would."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in policy.parameters().values():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def gradient(policy, batches):
+    """The gradient of the GFT loss over micro-batches, as one vector in fp64."""
+    policy.model.zero_grad()
+    for batch in batches:
+        scores = policy.token_scores(batch)
+        per_token = METHODS["gft"].loss(scores.logprobs, batch.advantages, tau=0.7)
+        (batch.weights * per_token).sum().backward()
+    return torch.cat([p.grad.flatten() for p in policy.parameters().values()]).double()
+
+
+def test_token_scores_equal_plain_log_softmax(lab_policy):
+    move(lab_policy)
+    batch = cut(rows(lab_policy), 10**6)[0]
+    scores = lab_policy.token_scores(batch)
+    logits = lab_policy.model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask
+    ).logits.double()
+    full = logits.log_softmax(-1)[batch.before_targets]
+    expected = full.gather(-1, batch.targets[:, None])[:, 0]
+    assert (scores.logprobs - expected).abs().max() < 1e-5
+    entropy = -(full.exp() * full).sum(-1)
+    assert (scores.entropy - entropy).abs().max() < 1e-5
+
+
+def test_chunks_change_nothing(lab_policy, monkeypatch):
+    move(lab_policy)
+    batches = cut(rows(lab_policy), 10**6)
+    whole = gradient(lab_policy, batches)
+    monkeypatch.setattr(qlora, "LOGIT_CHUNK_BYTES", 4 * lab_policy.config.vocab_size * 5)
+    assert (gradient(lab_policy, batches) - whole).norm() / whole.norm() < 1e-5
+
+
+@pytest.mark.parametrize("max_rows", [1, 2, 3])
+def test_gradient_is_the_same_for_every_micro_batching(lab_policy, max_rows):
+    move(lab_policy)
+    data = rows(lab_policy)
+    whole = gradient(lab_policy, cut(data, 10**6))
+    parts = cut(data, 10**6, max_rows=max_rows)
+    assert len(parts) == -(-8 // max_rows)
+    assert (gradient(lab_policy, parts) - whole).norm() / whole.norm() < 1e-6
+
+
+def test_gradient_checkpointing_changes_nothing(lab_policy):
+    move(lab_policy)
+    other = load_policy(PolicySettings(gradient_checkpointing=True))
+    other.model.train()
+    move(other)
+    data = rows(lab_policy)
+    plain, checkpointed = (gradient(p, cut(data, 10**6)) for p in (lab_policy, other))
+    assert torch.equal(plain, checkpointed)
+
+
+def test_only_lora_is_trained_and_in_fp32(lab_policy):
+    trainable = {n for n, p in lab_policy.model.named_parameters() if p.requires_grad}
+    assert trainable == set(lab_policy.parameters())
+    layers, projections = lab_policy.config.num_hidden_layers, 7
+    assert len(trainable) == 2 * layers * projections
+    assert {p.dtype for p in lab_policy.parameters().values()} == {torch.float32}
+
+
+def test_swapping_leaves_the_base_bit_equal(lab_policy):
+    [batch] = cut(rows(lab_policy), 10**6)
+
+    def base():
+        with torch.no_grad(), lab_policy.base():
+            return lab_policy.token_scores(batch).logprobs
+
+    before = base()
+    optimizer = torch.optim.AdamW(lab_policy.parameters().values(), lr=1e-2)
+    gradient(lab_policy, [batch])
+    optimizer.step()
+    assert torch.equal(base(), before)
+    with torch.no_grad():
+        assert not torch.equal(lab_policy.token_scores(batch).logprobs, before)
+    assert torch.equal(base(), before)
+    lab_policy.model.eval()  # Where the AVX512 repacking of bitsandbytes would strike.
+    assert torch.equal(base(), before)
+    lab_policy.model.train()
+    assert torch.equal(base(), before)
+
+
+def test_adapter_round_trip(lab_policy, tmp_path):
+    [batch] = cut(rows(lab_policy), 10**6)
+    move(lab_policy)
+    folder = lab_policy.save_adapter(tmp_path / "adapter")
+    assert sorted(p.name for p in folder.iterdir() if p.suffix != ".md") == [
+        "adapter_config.json", "adapter_model.safetensors",
+    ]  # fmt: skip
+    other = load_policy(PolicySettings(gradient_checkpointing=False))
+    other.load_adapter(folder)
+    with torch.no_grad():
+        assert torch.equal(
+            other.token_scores(batch).logprobs, lab_policy.token_scores(batch).logprobs
+        )
+
+
+def test_continuing_from_an_adapter_it_can_be_the_reference(lab_policy, tmp_path):
+    [batch] = cut(rows(lab_policy), 10**6)
+    move(lab_policy)
+    folder = lab_policy.save_adapter(tmp_path / "adapter")
+    settings = PolicySettings(
+        adapter=str(folder), reference="adapter", gradient_checkpointing=False
+    )
+    policy = load_policy(settings)
+    with torch.no_grad():
+        start = policy.token_scores(batch).logprobs
+    assert torch.equal(start, lab_policy.token_scores(batch).logprobs)
+    move(policy)
+    with torch.no_grad():
+        moved = policy.token_scores(batch).logprobs
+        with policy.reference():
+            reference = policy.token_scores(batch).logprobs
+        after = policy.token_scores(batch).logprobs
+    assert torch.equal(reference, start)
+    assert not torch.equal(moved, start)
+    assert torch.equal(after, moved)
+    assert all(p.requires_grad for p in policy.parameters().values())
+
+
+def test_divergence_is_zero_at_the_start_and_exact_afterwards(lab_policy):
+    [batch] = cut(rows(lab_policy), 10**6)
+    still = lab_policy.divergence(batch)
+    assert still.forward.abs().max() == 0
+    assert still.reverse.abs().max() == 0
+    move(lab_policy)
+    found = lab_policy.divergence(batch)
+
+    def distribution():
+        model = lab_policy.model
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        return torch.distributions.Categorical(logits=logits.double()[batch.before_targets])
+
+    with torch.no_grad():
+        policy = distribution()
+        with lab_policy.base():
+            base = distribution()
+    kl = torch.distributions.kl_divergence
+    assert (found.forward - kl(base, policy)).abs().max() < 1e-5
+    assert (found.reverse - kl(policy, base)).abs().max() < 1e-5
+    assert (found.ref_logprobs - base.log_prob(batch.targets)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_served_base_has_the_trainers_own_weights(quantization, tmp_path):
+    policy = load_policy(PolicySettings(quantization=quantization, gradient_checkpointing=False))
+    folder = policy.serving_base("nf4_dequantised", tmp_path)
+    served = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    [batch] = cut(rows(policy), 10**6)
+    with torch.no_grad():
+        logits = served(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        expected = logits.log_softmax(-1)[batch.before_targets].gather(-1, batch.targets[:, None])
+        gap = (policy.token_scores(batch).logprobs - expected[:, 0]).abs().max()
+    # int8 also rounds activations in the trainer's forward, which no dequantised copy can.
+    assert gap < (1e-5 if quantization == "nf4" else 0.5)
+    assert gap > 0 or quantization == "nf4"
+    assert Path(policy.serving_base("original", tmp_path)) == lab.BASE
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_compute_keeps_fp32_masters(dtype):
+    policy = load_policy(PolicySettings(dtype=dtype, gradient_checkpointing=False))
+    exact = load_policy(PolicySettings(gradient_checkpointing=False))
+    for p in (policy, exact):
+        p.model.train()
+        move(p)
+    assert {p.dtype for p in policy.parameters().values()} == {torch.float32}
+    data = rows(policy)
+    low, high = (gradient(p, cut(data, 10**6)) for p in (policy, exact))
+    assert torch.nn.functional.cosine_similarity(low, high, dim=0) > 0.99
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"model": "/nowhere/at/all"}, "policy.model: must be a model folder or hub id"),
+        ({"adapter": "/nowhere/at/all"}, "policy.adapter: must be a PEFT adapter of lab"),
+    ],
+)
+def test_a_wrong_name_is_the_users_error(settings, text):
+    with pytest.raises(RecipeError, match=text):
+        load_policy(PolicySettings(**settings))
+
+
+def test_an_adapter_of_another_rank_is_refused(lab_policy, tmp_path):
+    folder = lab_policy.save_adapter(tmp_path / "adapter")
+    settings = PolicySettings(adapter=str(folder), lora={"rank": 4})
+    with pytest.raises(RecipeError, match=r"policy.lora.rank: must be 16.*got 4"):
+        load_policy(settings)
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=12),
+    budget=st.integers(1, 60),
+)
+@settings(max_examples=200)
+def test_cut_keeps_every_response_token_within_the_budget(lengths, budget):
+    data = [Row((1,) * p, tuple(range(2, 2 + r)), weight=i) for i, (p, r) in enumerate(lengths)]
+    batches = cut(data, budget)
+    seen = sorted(i for b in batches for i in set(b.row.tolist()))
+    assert seen == [i for i, row in enumerate(data) if row.response_ids]
+    for batch in batches:
+        assert batch.input_ids.numel() <= budget or batch.input_ids.shape[0] == 1
+        for i in set(batch.row.tolist()):
+            assert batch.targets[batch.row == i].tolist() == list(data[i].response_ids)
+            assert set(batch.weights[batch.row == i].tolist()) == {float(i)}
