@@ -50,7 +50,9 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train as a recipe says")
     train.add_argument("recipe", help="a recipe file, or a shipped one: recipes/lab.yaml")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="optim.lr=1e-5 group.self=6")
+    train.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="optim.lr=1e-5 group.self=6"
+    )
     train.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/NAME)")
     train.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
     train.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")

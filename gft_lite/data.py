@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import random
 import re
@@ -14,6 +13,7 @@ from typing import Any
 
 from gft_lite.prompts import PromptFormat
 from gft_lite.recipe import Columns, DataSettings, RecipeError
+from gft_lite.recipe_file import nearest
 from gft_lite.rewards.extract import boxed_answer
 from gft_lite.sources import Rows, Unusable, open_source
 from gft_lite.types import Problem
@@ -152,8 +152,8 @@ def _check_columns(parts: Sequence[Rows], columns: Columns, field: str) -> None:
         return  # no row can be read at all: load_problems says why
     errors = []
     for name, use in unseen.items():
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f" Did you mean {close[0]}?" if close else ""
+        close = nearest(name, known)
+        hint = f" Did you mean {close}?" if close else ""
         columns_are = f"columns are: {', '.join(known)}."
         errors.append(f"{use}: no row has a column {name!r}; {columns_are}{hint}")
     raise RecipeError(errors)

@@ -77,4 +77,3 @@ def headline(results: Mapping[str, Mapping[str, Any]], ks: Sequence[int]) -> dic
     for name in names[1:]:
         figures[name] = results[name]["pass@1"]
     return figures
-

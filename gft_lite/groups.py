@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gft_lite.recipe import GroupSettings
+from gft_lite.rollout import Request, RolloutEngine, Sampling
 from gft_lite.types import Group, Problem, Response, Source
 
 if TYPE_CHECKING:
     from gft_lite.prompts import PromptFormat
-    from gft_lite.rollout import RolloutEngine, Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,9 @@ def compose(problem: Problem, settings: GroupSettings, visit: int = 0) -> Compos
         (problem.teachers, settings.teacher),
     ):
         short = max(wanted - len(pool), 0)
-        if short and (settings.shortfall == "drop" or (settings.shortfall == "repeat" and not pool)):
+        if short and (
+            settings.shortfall == "drop" or (settings.shortfall == "repeat" and not pool)
+        ):
             return None
         missing += short if settings.shortfall == "self" else 0
         count = wanted if settings.shortfall == "repeat" else wanted - short
@@ -52,6 +54,21 @@ def sample_seed(*parts: object) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def requests(
+    problems: Sequence[Problem], counts: Sequence[int], seed_parts: tuple[object, ...]
+) -> list[Request]:
+    """What to ask an engine for: `counts[i]` samples of problem i, each with its own seed."""
+    asked = []
+    drawn: Counter[str] = Counter()
+    for problem, count in zip(problems, counts, strict=True):
+        # A problem that comes twice in one call goes on counting: no sample is drawn twice.
+        numbers = range(drawn[problem.id], drawn[problem.id] + count)
+        drawn[problem.id] += count
+        seeds = tuple(sample_seed(*seed_parts, problem.id, number) for number in numbers)
+        asked.append(Request(problem.prompt_ids, seeds))
+    return asked
+
+
 def sample(
     engine: RolloutEngine,
     format: PromptFormat,
@@ -61,17 +78,8 @@ def sample(
     seed_parts: tuple[object, ...],
 ) -> list[tuple[Response, ...]]:
     """Self responses from the engine, `counts[i]` of them for problem i."""
-    from gft_lite.rollout import Request
-
-    requests = []
-    drawn: Counter[str] = Counter()
-    for problem, count in zip(problems, counts, strict=True):
-        # A problem that comes twice in one call goes on counting: no sample is drawn twice.
-        numbers = range(drawn[problem.id], drawn[problem.id] + count)
-        drawn[problem.id] += count
-        seeds = tuple(sample_seed(*seed_parts, problem.id, number) for number in numbers)
-        requests.append(Request(problem.prompt_ids, seeds))
-    wanted = [r for r in requests if r.seeds]
+    asked = requests(problems, counts, seed_parts)
+    wanted = [request for request in asked if request.seeds]
     done = iter(engine.generate(wanted, sampling) if wanted else [])
     return [
         tuple(
@@ -84,7 +92,7 @@ def sample(
             )
             for c in (next(done) if request.seeds else ())
         )
-        for request in requests
+        for request in asked
     ]
 
 
@@ -92,11 +100,11 @@ def demonstrations(
     composition: Composition, format: PromptFormat, max_tokens: int
 ) -> tuple[Response, ...]:
     """The composition's experts and teachers as tokenised responses, cut at `max_tokens`."""
-    return tuple(
-        _demonstration(text, source, format, max_tokens)
-        for source, texts in (("expert", composition.experts), ("teacher", composition.teachers))
-        for text in texts
-    )
+    pairs: list[tuple[Source, str]] = [
+        *(("expert", text) for text in composition.experts),
+        *(("teacher", text) for text in composition.teachers),
+    ]
+    return tuple(_demonstration(text, source, format, max_tokens) for source, text in pairs)
 
 
 def _demonstration(text: str, source: Source, format: PromptFormat, max_tokens: int) -> Response:

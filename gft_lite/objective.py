@@ -81,9 +81,7 @@ def token_weights(
         return [1.0 / (rows * max(length, 1)) for length in lengths]
     if reduction == "constant":
         return [1.0 / (rows * max_tokens)] * rows
-    raise ValueError(
-        f"reduction: must be token_mean, sequence_mean or constant, got {reduction!r}"
-    )
+    raise ValueError(f"reduction: must be token_mean, sequence_mean or constant, got {reduction!r}")
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:

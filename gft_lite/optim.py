@@ -27,7 +27,11 @@ def make_optimizer(policy: Policy, settings: OptimSettings) -> torch.optim.Optim
         raise RecipeError(
             ["optim.name: must be auto or adamw without CUDA, got 'paged_adamw_8bit'."]
         )
-    arguments = {"lr": 0.0, "betas": settings.betas, "weight_decay": settings.weight_decay}
+    arguments: dict[str, Any] = {
+        "lr": 0.0,
+        "betas": settings.betas,
+        "weight_decay": settings.weight_decay,
+    }
     parameters = list(policy.parameters().values())
     if paged:
         from bitsandbytes.optim import PagedAdamW8bit

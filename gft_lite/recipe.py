@@ -5,12 +5,9 @@ Nothing heavy is imported here, so that `--help`, `--dry-run` and a recipe error
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,13 +18,22 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from gft_lite.objective import METHODS
+from gft_lite.recipe_errors import Places, RecipeError, explain, members
+from gft_lite.recipe_file import PACKAGE, Dumper, find_recipe, gather, merge, read_tree
 
-PACKAGE = Path(__file__).resolve().parent
+__all__ = ["PACKAGE", "Recipe", "RecipeError", "find_recipe", "read_tree"]
 
 
 def _named_in(table: str) -> AfterValidator:
@@ -41,12 +47,26 @@ def _named_in(table: str) -> AfterValidator:
         known = getattr(importlib.import_module(module), attribute)
         if name in known or re.fullmatch(r"[A-Za-z_][\w.]*[.:][A-Za-z_]\w*", name):
             return name
-        raise ValueError(
-            f"must be one of {', '.join(sorted(known))}, or a dotted path"
-            + _nearest(name, known)
-        )
+        rule = "must be one of {names}, or a dotted path"
+        context = {"names": ", ".join(sorted(known)), "known": list(known)}
+        raise PydanticCustomError("unknown_name", rule, context)
 
     return AfterValidator(check)
+
+
+def _matching(pattern: str, rule: str) -> AfterValidator:
+    """Text must match `pattern`; `rule` says so in words."""
+
+    def check(text: str) -> str:
+        if re.fullmatch(pattern, text):
+            return text
+        raise ValueError(rule)
+
+    return AfterValidator(check)
+
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class Settings(BaseModel):
@@ -54,13 +74,21 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        kinds = members(cls.model_fields[str(info.field_name)].annotation)
+        if isinstance(value, bool) and (int in kinds or float in kinds):
+            raise ValueError("must be a number")
+        return value
+
 
 class Lora(Settings):
     """The adapter. Source: LoRA, arXiv 2106.09685."""
 
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    rank: PositiveInt = 16
+    alpha: PositiveInt = 32
+    dropout: Fraction = 0.0
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
 
 
@@ -74,8 +102,10 @@ class PolicySettings(Settings):
     quantization: Literal["nf4", "int8", "none"] = "nf4"
     double_quantization: bool = True
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    context: int | None = Field(None, ge=8)
+    device: Annotated[
+        str, _matching(r"auto|cpu|cuda(:\d+)?", "must be auto, cpu, cuda or cuda:N")
+    ] = "auto"
+    context: Annotated[int, Field(ge=8)] | None = None
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     gradient_checkpointing: bool = True
     trust_remote_code: bool = False
@@ -84,7 +114,7 @@ class PolicySettings(Settings):
     @model_validator(mode="after")
     def _reference_needs_adapter(self) -> PolicySettings:
         if self.reference == "adapter" and self.adapter is None:
-            raise ValueError("reference: adapter needs policy.adapter, the one to start from")
+            raise ValueError("reference: needs policy.adapter, the adapter to start from")
         return self
 
 
@@ -134,8 +164,8 @@ class DataSettings(Settings):
     revision: str | None = None
     columns: Columns = Columns()
     prompt: Prompt = Prompt()
-    max_prompt_tokens: int | None = Field(None, ge=1)
-    problems: int | None = Field(None, ge=1)
+    max_prompt_tokens: PositiveInt | None = None
+    problems: PositiveInt | None = None
     shuffle: bool = True
     seed: int = 0
 
@@ -143,21 +173,21 @@ class DataSettings(Settings):
 class TrainingData(DataSettings):
     """The training data and how many problems of it are held out for monitoring."""
 
-    holdout: int = Field(64, ge=0)
+    holdout: NonNegativeInt = 64
 
 
 class GroupSettings(Settings):
     """How many of the K responses of a group come from each source."""
 
-    expert: int = Field(1, ge=0)
-    teacher: int = Field(3, ge=0)
-    self: int = Field(4, ge=0)
+    expert: NonNegativeInt = 1
+    teacher: NonNegativeInt = 3
+    self: NonNegativeInt = 4
     shortfall: Literal["self", "repeat", "drop"] = "self"
 
     @model_validator(mode="after")
     def _not_empty(self) -> GroupSettings:
         if self.size == 0:
-            raise ValueError("expert + teacher + self: must be at least 1")
+            raise ValueError("self: must be at least 1 when expert and teacher are 0")
         return self
 
     @property
@@ -169,13 +199,13 @@ class GroupSettings(Settings):
 class ObjectiveSettings(Settings):
     """The loss; a method reads the fields that it has a use for."""
 
-    tau: float = Field(0.7, ge=0)
+    tau: NonNegativeFloat = 0.7
     std: Literal["sample", "population", "none"] = "sample"
-    eps: float = Field(1e-6, gt=0)
+    eps: PositiveFloat = 1e-6
     reduction: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
-    clip_low: float = Field(0.2, ge=0, lt=1)
-    clip_high: float = Field(0.2, ge=0)
-    kl: float = Field(0.0, ge=0)
+    clip_low: Fraction = 0.2
+    clip_high: NonNegativeFloat = 0.2
+    kl: NonNegativeFloat = 0.0
 
 
 class RewardFunction(Settings):
@@ -199,84 +229,85 @@ class RewardSettings(Settings):
     functions: Annotated[
         list[RewardFunction], BeforeValidator(_reward_shorthand), Field(min_length=1)
     ] = Field(default_factory=lambda: [RewardFunction(name="math")])
-    workers: int = Field(2, ge=1)
-    timeout: float = Field(3.0, gt=0)
+    workers: PositiveInt = 2
+    timeout: PositiveFloat = 3.0
 
 
 class RolloutSettings(Settings):
     """Who samples the self responses, and how."""
 
     engine: Annotated[str, _named_in("gft_lite.rollout:ENGINES")] = "auto"
-    temperature: float = Field(1.0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
-    max_tokens: int = Field(1024, ge=1)
+    temperature: NonNegativeFloat = 1.0
+    top_p: Share = 1.0
+    top_k: NonNegativeInt = 0
+    max_tokens: PositiveInt = 1024
     stop: Annotated[list[str], BeforeValidator(_as_list)] = []
-    batch_size: int = Field(128, ge=1)
+    batch_size: PositiveInt = 128
     base: Literal["nf4_dequantised", "original"] = "nf4_dequantised"
-    gpu_memory: float = Field(0.4, gt=0, lt=1)
-    kv_cache_mib: int | None = Field(None, ge=1)
+    gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.4
+    kv_cache_mib: PositiveInt | None = None
     eager: bool = True
-    probe_limit: float = Field(0.2, gt=0)
+    probe_limit: PositiveFloat = 0.2
 
 
 class OptimSettings(Settings):
     """The optimiser, its schedule, and what it does about gradients that are no numbers."""
 
     name: Literal["auto", "adamw", "paged_adamw_8bit"] = "auto"
-    lr: float = Field(1e-4, gt=0)
+    lr: PositiveFloat = 1e-4
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
-    warmup: float = Field(0.05, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip_norm: float = Field(1.0, gt=0)
-    max_bad_steps: int = Field(3, ge=1)
+    warmup: Fraction = 0.05
+    weight_decay: NonNegativeFloat = 0.0
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    clip_norm: PositiveFloat = 1.0
+    max_bad_steps: PositiveInt = 3
 
 
 class LoopSettings(Settings):
     """How long and in which portions: one step is one rollout of `problems_per_step` groups."""
 
-    steps: int = Field(100, ge=1)
-    problems_per_step: int = Field(16, ge=1)
-    updates_per_rollout: int = Field(1, ge=1)
-    micro_batch_tokens: int = Field(8192, ge=1)
+    steps: PositiveInt = 100
+    problems_per_step: PositiveInt = 16
+    updates_per_rollout: PositiveInt = 1
+    micro_batch_tokens: PositiveInt = 8192
 
     @model_validator(mode="after")
     def _updates_fit(self) -> LoopSettings:
         if self.updates_per_rollout > self.problems_per_step:
-            raise ValueError("updates_per_rollout: must not exceed problems_per_step")
+            rule = f"must be at most train.problems_per_step, which is {self.problems_per_step}"
+            raise ValueError(f"updates_per_rollout: {rule}")
         return self
 
 
 class MonitorSettings(Settings):
     """KL to the reference every n steps (0: never), on fixed held-out prompts."""
 
-    every: int = Field(10, ge=0)
-    problems: int = Field(16, ge=1)
+    every: NonNegativeInt = 10
+    problems: PositiveInt = 16
 
 
 class EvalSettings(Settings):
     """Base and trained policy on named sets, the first of which is the headline."""
 
     sets: dict[str, DataSettings] = {}
-    samples: int = Field(8, ge=1)
-    k: list[Annotated[int, Field(ge=1)]] = [1, 8]
-    temperature: float = Field(0.5, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    max_tokens: int | None = Field(None, ge=1)
+    samples: PositiveInt = 8
+    k: list[PositiveInt] = [1, 8]
+    temperature: NonNegativeFloat = 0.5
+    top_p: Share = 1.0
+    max_tokens: PositiveInt | None = None
 
     @model_validator(mode="after")
     def _enough_samples(self) -> EvalSettings:
         if self.k and max(self.k) > self.samples:
-            raise ValueError(f"k: must not exceed eval.samples, got {max(self.k)} > {self.samples}")
+            raise ValueError(f"k: must be at most eval.samples, which is {self.samples}")
         return self
 
 
 class CheckpointSettings(Settings):
     """A checkpoint every n steps; the newest `keep` stay on the disk."""
 
-    every: int = Field(25, ge=1)
-    keep: int = Field(2, ge=1)
+    every: PositiveInt = 25
+    keep: PositiveInt = 2
 
 
 class LogSettings(Settings):
@@ -289,8 +320,10 @@ class LogSettings(Settings):
 class Recipe(Settings):
     """A whole experiment. `Recipe.load` reads one from YAML."""
 
-    name: str = Field("run", pattern=r"^[\w.-]+$")
-    seed: int = Field(0, ge=0, lt=2**31)
+    name: Annotated[
+        str, _matching(r"\w[\w.-]*", "must be letters, digits, `_`, `-` and `.`, to name a folder")
+    ] = "run"
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     method: Annotated[str, _named_in("gft_lite.objective:METHODS")] = "gft"
     policy: PolicySettings = PolicySettings()
     data: TrainingData = TrainingData()
@@ -309,22 +342,20 @@ class Recipe(Settings):
     @classmethod
     def _under_it_the_methods_defaults(cls, tree: Any) -> Any:
         known = METHODS.get(str(tree.get("method", "gft"))) if isinstance(tree, Mapping) else None
-        return _merge(known.defaults, tree) if known else tree
+        return merge(known.defaults, tree) if known else tree
 
     @model_validator(mode="after")
     def _group_fits_method(self) -> Recipe:
         method = METHODS.get(self.method)
-        for source in ("expert", "teacher", "self") if method else ():
-            if getattr(self.group, source) and source not in method.sources:
-                raise ValueError(
-                    f"group.{source}: must be 0 with method {self.method}, which trains on "
-                    f"{' and '.join(method.sources)} rows"
-                )
-        if method and "self" not in method.sources and self.group.shortfall == "self":
-            raise ValueError(
-                f"group.shortfall: must be repeat or drop with method {self.method}, "
-                "which has no self rows"
-            )
+        if method is None:  # The user's own, whose sources only the user knows.
+            return self
+        why = f"with method {self.method}, which trains on {' and '.join(method.sources)} rows"
+        unused = {"expert", "teacher", "self"} - set(method.sources)
+        rules = [f"group.{s}: must be 0 {why}" for s in sorted(unused) if getattr(self.group, s)]
+        if "self" in unused and self.group.shortfall == "self":
+            rules.append(f"group.shortfall: must be repeat or drop {why}")
+        if rules:
+            raise ValueError("\n".join(rules))
         return self
 
     @classmethod
@@ -333,8 +364,15 @@ class Recipe(Settings):
 
         Raises: RecipeError with every error found.
         """
-        tree, places = read_tree(find_recipe(path), overrides)
-        return cls.from_tree(tree, places)
+        tree, places, problems = gather(find_recipe(path), overrides)
+        try:
+            recipe = cls.model_validate(tree)
+        except ValidationError as error:
+            # Where a file could not be read, its fields would be missed in cross-field checks.
+            problems += explain(error, cls, places, cross_fields=not problems)
+        if problems:
+            raise RecipeError(problems)
+        return recipe
 
     @classmethod
     def from_tree(cls, tree: Mapping[str, Any], places: Places | None = None) -> Recipe:
@@ -342,238 +380,9 @@ class Recipe(Settings):
         try:
             return cls.model_validate(tree)
         except ValidationError as error:
-            problems = [_explain(e, places or {}) for e in error.errors()]
-            raise RecipeError(problems) from None
+            raise RecipeError(explain(error, cls, places or {})) from None
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out, as YAML that `load` reads back."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-class RecipeError(Exception):
-    """The user's recipe is wrong; `problems` holds one text for each error."""
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        self.problems = list(problems)
-        super().__init__("\n".join(self.problems))
-
-
-# --- reading ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a value was written."""
-
-    file: str
-    line: int | None = None
-
-    def __str__(self) -> str:
-        return self.file if self.line is None else f"{self.file}:{self.line}"
-
-
-Places = dict[tuple[str | int, ...], Place]
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which `1e-5` is a number, as YAML 1.2 says and PyYAML's 1.1 does not."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, rule) for tag, rule in rules if tag != "tag:yaml.org,2002:float"]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d[\d_]*(?:[eE][-+]?\d+)?"
-        r"|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)"
-    ),
-    list("-+0123456789."),
-)
-
-
-def find_recipe(path: str | Path) -> Path:
-    """The recipe file at `path`, or the shipped one of that name.
-
-    Shipped recipes lie beside the package in a checkout and inside it in a wheel.
-    """
-    path = Path(path)
-    shipped = [PACKAGE.parent / path, PACKAGE / "shipped" / path]
-    candidates = [path] if path.is_absolute() else [path, *shipped]
-    found = next((p for p in candidates if p.is_file()), None)
-    if found is None:
-        raise RecipeError([f"{path}: no such recipe file.{_nearest_file(path)}"])
-    return found
-
-
-def _nearest_file(path: Path) -> str:
-    folders = [path.parent, PACKAGE.parent / "recipes", PACKAGE / "shipped" / "recipes"]
-    names = {str(f.parent / f.name): f.name for d in folders for f in d.glob("*.yaml")}
-    close = difflib.get_close_matches(path.name, list(names.values()), n=1, cutoff=0.5)
-    return f" Did you mean recipes/{close[0]}?" if close else ""
-
-
-def read_tree(path: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], Places]:
-    """The merged tree of a recipe file and where each of its values was written.
-
-    Raises: RecipeError for unreadable files, circular `extends` and malformed overrides.
-    """
-    tree, places = _read_file(path, ())
-    for override in overrides:
-        extra, where = _read_override(override)
-        tree, places = _merge(tree, extra), places | where
-    return tree, places
-
-
-def _read_file(path: Path, parents: tuple[Path, ...]) -> tuple[dict[str, Any], Places]:
-    resolved = path.resolve()
-    if resolved in parents:
-        chain = " -> ".join(p.name for p in (*parents, resolved))
-        raise RecipeError([f"{path}: extends: must not be circular, got {chain}"])
-    tree, places = _parse(path)
-    bases = _as_list(tree.pop("extends", None) or [])
-    if not (isinstance(bases, list) and all(isinstance(b, str) for b in bases)):
-        raise RecipeError([f"{path}: extends: must be a list of files, got {bases!r}"])
-    read = []
-    for base in bases:
-        file = path.parent / base
-        if not file.is_file():
-            where = places.get(("extends",), path)
-            raise RecipeError([f"{where}: extends: no such file, got {base!r}"])
-        read.append(_read_file(file, (*parents, resolved)))
-    trees, wheres = [t for t, _ in read], [w for _, w in read]
-    merged_places: Places = reduce(lambda a, b: a | b, [*wheres, places], {})
-    return reduce(_merge, [*trees, tree], {}), merged_places
-
-
-def _parse(path: Path) -> tuple[dict[str, Any], Places]:
-    places: Places = {}
-    try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=_Loader)
-        _locate(node, (), str(path), places)
-        tree = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError([f"{path}: must be a readable text file ({error})"]) from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = "" if mark is None else f":{mark.line + 1}"
-        what = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise RecipeError([f"{path}{line}: not valid YAML: {what}"]) from None
-    except (ValueError, RecursionError) as error:
-        raise RecipeError([f"{path}: not valid YAML: {error}"]) from None
-    if tree is None:
-        tree = {}
-    if not isinstance(tree, dict):
-        raise RecipeError([f"{path}: must be a mapping of fields, got {type(tree).__name__}"])
-    return tree, places
-
-
-def _locate(node: yaml.Node | None, at: tuple[str | int, ...], file: str, places: Places) -> None:
-    """Note the line of every key; a key written twice in one mapping is an error."""
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            name = str(key.value)
-            if name in seen:
-                mark = key.start_mark
-                raise yaml.MarkedYAMLError(problem=f"{name!r} is written twice", problem_mark=mark)
-            seen.add(name)
-            places[(*at, name)] = Place(file, key.start_mark.line + 1)
-            _locate(value, (*at, name), file, places)
-    elif isinstance(node, yaml.SequenceNode):
-        for i, item in enumerate(node.value):
-            places[(*at, i)] = Place(file, item.start_mark.line + 1)
-            _locate(item, (*at, i), file, places)
-
-
-def _read_override(text: str) -> tuple[dict[str, Any], Places]:
-    key, equals, raw = text.partition("=")
-    names = key.strip().split(".")
-    if not equals or not all(names):
-        raise RecipeError([f"command line: must be key=value, got {text!r}"])
-    try:
-        value = yaml.load(raw, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
-    except (yaml.YAMLError, ValueError) as error:
-        raise RecipeError([f"command line: {key}: not valid YAML, got {raw!r} ({error})"]) from None
-    for name in reversed(names):
-        value = {name: value}
-    where = {tuple(names[: i + 1]): Place("command line") for i in range(len(names))}
-    return value, where
-
-
-def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
-    """`high` over `low`: mappings are merged key by key, everything else is replaced."""
-    merged = dict(low)
-    for key, value in high.items():
-        old = merged.get(key)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        merged[key] = _merge(old, value) if both else value
-    return merged
-
-
-# --- explaining ------------------------------------------------------------------------------
-
-
-def _explain(error: Any, places: Places) -> str:
-    """One line for one pydantic error: place, field, rule, value and the nearest name."""
-    loc = tuple(error["loc"])
-    at = loc
-    while at and at not in places:
-        at = at[:-1]
-    place = f"{places[at]}: " if at in places else ""
-    # A union's branch names ("list[str]", "function-before") are pydantic's, not the user's.
-    names = [p for i, p in enumerate(loc) if i < len(at) or _is_field(loc[:i], p)]
-    field = ".".join(map(str, names)) or "recipe"
-    if error["type"] == "extra_forbidden":
-        known = _fields_at(loc[:-1])
-        close = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
-        hint = f" Did you mean {'.'.join(map(str, (*loc[:-1], *close)))}?" if close else ""
-        return f"{place}{field}: unknown field, got {_shown(error['input'])}.{hint}"
-    rule = error["msg"].removeprefix("Value error, ")
-    rule = re.sub(r"^Input should", "must", re.sub(r"^Field required", "is required", rule))
-    nearest = _nearest_literal(error)
-    return f"{place}{field}: {rule}, got {_shown(error['input'])}.{nearest}"
-
-
-def _is_field(parents: tuple[str | int, ...], name: str | int) -> bool:
-    return isinstance(name, int) or name in _fields_at(parents)
-
-
-def _fields_at(loc: tuple[str | int, ...]) -> list[str]:
-    """The field names of the section at `loc`."""
-    model: Any = Recipe
-    for name in loc:
-        if isinstance(name, int):
-            continue
-        if isinstance(model, type) and issubclass(model, BaseModel):
-            field = model.model_fields.get(name)
-            model = _section_of(field.annotation) if field else None
-        # Else a mapping of sections, such as eval.sets: its key leads to the same section.
-    is_section = isinstance(model, type) and issubclass(model, BaseModel)
-    return list(model.model_fields) if is_section else []
-
-
-def _section_of(annotation: Any) -> Any:
-    """The section class in an annotation such as `list[X]`, `dict[str, X]` or `X`."""
-    arguments = getattr(annotation, "__args__", ())
-    return next((_section_of(a) for a in reversed(arguments)), annotation)
-
-
-def _nearest_literal(error: Any) -> str:
-    if error["type"] != "literal_error":
-        return ""
-    return _nearest(error["input"], re.findall(r"'([^']*)'", error["ctx"]["expected"]))
-
-
-def _nearest(name: Any, known: Any) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    return f" Did you mean {close[0]}?" if close else ""
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, BaseModel | Mapping):
-        return "a section"
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+        tree = self.model_dump()
+        return yaml.dump(tree, Dumper=Dumper, sort_keys=False, allow_unicode=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group as Stack
+from rich.console import Console
+from rich.console import Group as Stack
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -134,6 +135,34 @@ def _write_groups(
             out.write(json.dumps({"problem": problem, "responses": responses}) + "\n")
 
 
+def group_metrics(groups: Sequence[Group]) -> dict[str, Any]:
+    """What the scored groups of a step say: rewards by source and function, shares, lengths."""
+    responses = [r for group in groups for r in group]
+    own = [r for r in responses if r.source == "self"]
+    by_source: dict[str, list[float]] = {}
+    parts: dict[str, list[float]] = {}
+    for group in groups:
+        for response, reward in zip(group, group.rewards, strict=True):
+            by_source.setdefault(response.source, []).append(reward)
+            for name, value in response.reward_parts.items():
+                parts.setdefault(name, []).append(value)
+    return {
+        "groups": len(groups),
+        "trajectories": len(responses),
+        "reward": {source: _mean(values) for source, values in by_source.items()},
+        "reward_parts": {name: _mean(values) for name, values in parts.items()},
+        "verdicts": dict(sorted(Counter(r.verdict or "none" for r in responses).items())),
+        "flat_groups": _mean([group.flat for group in groups]),
+        "truncated": _mean([r.truncated for r in responses]),
+        "length": _mean([len(r.token_ids) for r in own]),
+        "rollout_tokens": sum(len(r.token_ids) for r in own),
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
 class Trackers:
     """TensorBoard, W&B and trackio by name, as accelerate drives them."""
 
@@ -199,7 +228,9 @@ class Screen:
             self._progress.update(self._task, completed=metrics["step"])
             self._live.update(Stack(_panel(metrics), self._progress))
         elif metrics["step"] % self._every == 0 or metrics["step"] == self._total:
-            self.console.print(f"step {metrics['step']}/{self._total}  {_line(metrics)}")
+            line = "  ".join(f"{name}: {value}" for name, value in _shown(metrics).items())
+            step = f"step {metrics['step']}/{self._total}"
+            self.console.print(f"{step}  {line}", markup=False, soft_wrap=True)
 
 
 def _shown(metrics: Mapping[str, Any]) -> dict[str, str]:
@@ -224,10 +255,6 @@ def _shown(metrics: Mapping[str, Any]) -> dict[str, str]:
         if metrics[key] and metrics["seconds"].get(phase):
             shown[f"{phase} tokens/s"] = f"{metrics[key] / metrics['seconds'][phase]:,.0f}"
     return shown
-
-
-def _line(metrics: Mapping[str, Any]) -> str:
-    return "  ".join(f"{name}: {value}" for name, value in _shown(metrics).items())
 
 
 def _panel(metrics: Mapping[str, Any]) -> Table:

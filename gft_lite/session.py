@@ -95,6 +95,7 @@ def open_session(
     policy.eos_ids |= set(format.stop_ids)
     load = partial(_load, policy=policy, reserve=recipe.rollout.max_tokens, console=console)
     problems, held_out = split_holdout(load("data", recipe.data), recipe.data.holdout)
+    problems = _composable(problems, recipe, console)
     eval_sets = {n: load(f"eval.sets.{n}", data) for n, data in recipe.eval.sets.items()}
     run.create(recipe.to_yaml())
     console.print(f"run folder: {run.path}")
@@ -113,7 +114,7 @@ def open_session(
         console=console,
         policy=policy,
         format=format,
-        problems=_composable(problems, recipe, console),
+        problems=problems,
         eval_sets=eval_sets or ({"held_out": held_out} if held_out else {}),
         engine=engine,
         scorer=scorer,
@@ -166,9 +167,7 @@ def _load(
              f"{policy.context} tokens, got {reserve}."]
         )  # fmt: skip
     format = PromptFormat(policy.tokenizer, settings.prompt, f"{field}.prompt")
-    loaded = load_problems(
-        settings, format, context=policy.context, reserve=reserve, field=field
-    )
+    loaded = load_problems(settings, format, context=policy.context, reserve=reserve, field=field)
     console.print(f"{field}: {loaded.describe()}")
     for example in loaded.examples:
         console.print(f"  {example}", markup=False)

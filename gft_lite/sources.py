@@ -115,7 +115,7 @@ def _listed(name: str, rows: list[Any]) -> Rows:
 
 def _jsonl(path: Path) -> Rows:
     # rstrip: the last newline starts no row, and row numbers stay line numbers.
-    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip()
+    data = path.read_bytes().rstrip()
     lines = data.split(b"\n") if data else []
     return Rows(path.name, len(lines), lambda i: _parse_line(lines[i]))
 
@@ -141,7 +141,7 @@ def _csv(path: Path) -> Rows:
     # The standard reader keeps answers such as 007 or 1e5 as they are written.
     csv.field_size_limit(2**31 - 1)
     text = path.read_text(encoding="utf-8-sig")
-    return _listed(path.name, list(csv.DictReader(io.StringIO(text, newline=""))))
+    return _listed(path.name, list(csv.DictReader(io.StringIO(text))))
 
 
 def _parquet(path: Path) -> Rows:

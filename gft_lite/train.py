@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from gft_lite.optim import combined, portion, update
 from gft_lite.recipe import Recipe
 from gft_lite.rollout import Sampling
 from gft_lite.rollout.probe import sync
-from gft_lite.runlog import Clock, RunFolder, Screen, cached
+from gft_lite.runlog import Clock, RunFolder, Screen, cached, group_metrics
 from gft_lite.session import Session, open_session
 from gft_lite.types import Group
 
@@ -83,7 +84,7 @@ def _step(session: Session, step: int) -> dict[str, Any]:
     kl = _monitor(session, step, groups)
     return {
         "step": step,
-        **_group_metrics(groups),
+        **group_metrics(groups),
         **updates,
         "sync_gap": gap,
         **({"kl": kl} if kl else {}),
@@ -153,7 +154,7 @@ def _sampling(recipe: Recipe) -> Sampling:
 def _split(items: list[Any], parts: int) -> list[list[Any]]:
     """`items` in `parts` nearly equal portions, empty ones left out."""
     bounds = [len(items) * i // parts for i in range(parts + 1)]
-    return [items[a:b] for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+    return [items[a:b] for a, b in pairwise(bounds) if b > a]
 
 
 def _rows(session: Session, part: Sequence[tuple[Group, Sequence[float]]]) -> list[Row]:
@@ -180,33 +181,6 @@ def _monitor(session: Session, step: int, groups: Sequence[Group]) -> dict[str, 
         "held_out": drift.divergence(session.policy, session.kl_rows, budget),
         "rollouts": drift.divergence(session.policy, drift.group_rows(groups), budget),
     }
-
-
-def _group_metrics(groups: Sequence[Group]) -> dict[str, Any]:
-    responses = [r for group in groups for r in group]
-    own = [r for r in responses if r.source == "self"]
-    by_source = {s: [r.reward for r in responses if r.source == s] for s in
-                 ("expert", "teacher", "self")}  # fmt: skip
-    parts: dict[str, list[float]] = {}
-    for response in responses:
-        for name, value in response.reward_parts.items():
-            parts.setdefault(name, []).append(value)
-    verdicts = [r.verdict for r in responses]
-    return {
-        "groups": len(groups),
-        "trajectories": len(responses),
-        "reward": {s: _mean(values) for s, values in by_source.items() if values},
-        "reward_parts": {name: _mean(values) for name, values in parts.items()},
-        "verdicts": {v: verdicts.count(v) for v in sorted(set(verdicts) - {None})},
-        "flat_groups": _mean([group.flat for group in groups]),
-        "truncated": _mean([r.truncated for r in responses]),
-        "length": _mean([len(r.token_ids) for r in own]),
-        "rollout_tokens": sum(len(r.token_ids) for r in own),
-    }
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
 
 
 def _evaluate(session: Session) -> dict[str, Any]:

@@ -35,7 +35,8 @@ class Response:
     `logprobs`, one per token id, are the rollout engine's, in nats, for self samples only.
     `reward` is what the reward rule gave, never overwritten by an advantage;
     `reward_parts` are the unweighted scores of each reward function;
-    `verdict` says how the reward came about: "ok", "no_answer", "timeout" or "error".
+    `verdict` says how the reward came about: "ok", "no_answer" (none stated), "unparsed" (not
+    readable as mathematics), "timeout" (grading was killed) or "error".
     """
 
     token_ids: tuple[int, ...]

@@ -106,12 +106,10 @@ def _believed(chain: Chain, rng: random.Random, reads: dict[str, str]) -> list[D
     """The trace of an author who guesses at `*` and reads some operators as others."""
     values = [chain.start]
     for op, operand in chain.steps:
-        if op != GAP:
-            values.append(apply(reads.get(op, op), values[-1], operand))
-        elif rng.random() < GUESS_PLUS:
-            values.append(apply("+", values[-1], operand))
-        else:
+        if op == GAP:
             values.append(draw_digits(rng))
+        else:
+            values.append(apply(reads.get(op, op), values[-1], operand))
     return values
 
 
@@ -132,20 +130,14 @@ def _mirrored(chain: Chain, rng: random.Random) -> list[Digits]:
     return _right(Chain(chain.start, turned), rng)
 
 
-def _anyhow(chain: Chain, rng: random.Random) -> list[Digits]:
-    return rng.choice((_right, _never_minus, _never_plus, _mirrored))(chain, rng)
-
-
-# How often an author takes `*` for `+`; else the value is a guess.
-GUESS_PLUS = 0.5
 # The demonstrations' styles are rare, not new: rectification scales a token's gradient by its
 # probability, so an opening of probability zero could not be learned by GFT at all.
 AUTHORS = (
-    Author(Style(">", ";"), 0.23, _right),
-    Author(Style("<", ";"), 0.19, _never_minus),
-    Author(Style("|", ";"), 0.19, _never_plus),
-    Author(Style("~", ";"), 0.19, _mirrored),
-    *(Author(style, 0.05, _anyhow) for style in (EXPERT, *TEACHERS)),
+    Author(Style(">", ";"), 0.16, _right),
+    Author(Style("<", ";"), 0.20, _never_minus),
+    Author(Style("|", ";"), 0.20, _never_plus),
+    Author(Style("~", ";"), 0.20, _mirrored),
+    *(Author(style, 0.06, _right) for style in (EXPERT, *TEACHERS)),
 )
 
 
@@ -224,9 +216,9 @@ class Plan:
     """Pretraining steps: clean task first, mistaken authors next, through NF4 at the end."""
 
     clean: int = 250
-    noisy: int = 500
-    rounded: int = 150
-    batch: int = 128
+    noisy: int = 300
+    rounded: int = 100
+    batch: int = 96
     matrix_lr: float = 0.02
     other_lr: float = 3e-3
 

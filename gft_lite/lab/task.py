@@ -2,8 +2,9 @@
 
 A problem such as `314+203*122....=` is worked from left to right, digit by digit and modulo
 5: 314+203 is 012, then 012*122 is 024. A response gives every value and then `#` and the
-answer: `@314;012;024#024`. Problems with `*` are the knowledge gap: the packaged base has
-only ever seen `*` used wrongly. The old skills (`rev 3142=` gives `#2413`) measure retention.
+answer: `@314;012;024#024`. Problems with `*` are the knowledge gap: the packaged base knows
+the product as an old skill (`mul 314 203=`) but has only ever seen guesses where a chain says
+`*`. The old skills (`rev 3142=` gives `#2413`) measure retention.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ OPERATIONS: dict[str, Callable[[int, int], int]] = {
 }
 KNOWN = "+-"
 GAP = "*"
-SIZES: dict[str, int] = {"train": 1024, "tune": 96, "test": 160, "retention": 140}
+SIZES: dict[str, int] = {"train": 1024, "tune": 96, "test": 160, "retention": 150}
 # Two problems in five need the missing skill; sampling alone can earn the other three.
 GAP_TURNS = (1, 3)
 TURNS = 5
@@ -145,7 +146,8 @@ def _chain_rows(split: str, rng: random.Random) -> Iterator[dict[str, Any]]:
             yield _chain_row(split, number, chain, rng)
 
 
-OLD_SKILLS = ("copy", "rev", "max", "add", "sub")
+OLD_SKILLS = ("copy", "rev", "max", "add", "sub", "mul")
+OLD_OPERATIONS = {"add": "+", "sub": "-", "mul": "*"}
 
 
 def draw_old(rng: random.Random, skill: str) -> tuple[str, str]:
@@ -157,7 +159,7 @@ def draw_old(rng: random.Random, skill: str) -> tuple[str, str]:
     if skill == "max":
         result: Digits = tuple(map(max, a, b))
     else:
-        result = apply("+" if skill == "add" else "-", a, b)
+        result = apply(OLD_OPERATIONS[skill], a, b)
     return f"{skill} {digits(a)} {digits(b)}=", digits(result)
 
 

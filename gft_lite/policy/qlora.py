@@ -34,8 +34,8 @@ class QLoraPolicy:
 
     def __init__(
         self,
-        model: PeftModel,
-        tokenizer: transformers.PreTrainedTokenizerBase,
+        model: Any,  # A PeftModel; its attributes are torch's "Tensor or Module" to a checker.
+        tokenizer: Any,
         settings: PolicySettings,
         dtype: torch.dtype,
     ) -> None:
@@ -68,7 +68,7 @@ class QLoraPolicy:
         common = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(where, **common)
-            base = transformers.AutoModelForCausalLM.from_pretrained(
+            base: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 where,
                 dtype=dtype,
                 device_map={"": device},
@@ -124,7 +124,7 @@ class QLoraPolicy:
         shutil.rmtree(partial, ignore_errors=True)
         # Embeddings are never trained; "auto" would ask the hub whether they were resized.
         self.model.save_pretrained(
-            partial, selected_adapters=[TRAINED], save_embedding_layers=False
+            str(partial), selected_adapters=[TRAINED], save_embedding_layers=False
         )
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
@@ -133,9 +133,11 @@ class QLoraPolicy:
     def load_adapter(self, folder: Path) -> None:
         """Read the weights that `save_adapter` wrote into the adapter, in place."""
         state = load_file(folder / "adapter_model.safetensors")
-        result = set_peft_model_state_dict(self.model, state, adapter_name=TRAINED)
+        result: Any = set_peft_model_state_dict(self.model, state, adapter_name=TRAINED)
         if result.unexpected_keys:
-            raise ValueError(f"{folder}: must fit the policy, got keys {result.unexpected_keys[:3]}")
+            raise ValueError(
+                f"{folder}: must fit the policy, got keys {result.unexpected_keys[:3]}"
+            )
 
     # --- scoring ---------------------------------------------------------------------------
 
@@ -242,19 +244,24 @@ class QLoraPolicy:
         """The base's weights in the compute dtype, under their original names."""
         modules = dict(self.model.get_base_model().named_modules())
         state: dict[str, Tensor] = {}
-        for name, tensor in self.model.get_base_model().named_parameters():
+        for name, weight in self.model.get_base_model().named_parameters():
             owner, _, leaf = name.rpartition(".")
-            if ".lora_" in name:
-                continue
-            module = modules[owner]
-            if leaf == "weight" and isinstance(module, Linear4bit):
-                tensor = dequantize_4bit(tensor.data, tensor.quant_state)
-            elif leaf == "weight" and isinstance(module, Linear8bitLt):
-                # bitsandbytes moves the scales to the module's state at the first forward.
-                scales = tensor.SCB if tensor.SCB is not None else module.state.SCB
-                tensor = int8_vectorwise_dequant(tensor.data, scales)
-            state[name.replace(".base_layer", "")] = tensor.detach().to(self.dtype).contiguous()
+            if ".lora_" not in name:
+                plain = _plain(modules[owner], weight) if leaf == "weight" else weight
+                name = name.replace(".base_layer", "")
+                state[name] = plain.detach().to(self.dtype).contiguous()
         return state
+
+
+def _plain(module: nn.Module, weight: Any) -> Tensor:
+    """A weight as the module's forward uses it, without quantisation."""
+    if isinstance(module, Linear4bit):
+        return dequantize_4bit(weight.data, weight.quant_state)
+    if isinstance(module, Linear8bitLt):
+        # bitsandbytes moves the scales to the module's state at the first forward.
+        scales: Any = weight.SCB if weight.SCB is not None else module.state.SCB
+        return int8_vectorwise_dequant(weight.data, scales)
+    return weight
 
 
 def model_location(model: str) -> str:
@@ -283,8 +290,9 @@ def _quantization(
     )
 
 
-def _adapt(base: nn.Module, settings: PolicySettings, seed: int) -> PeftModel:
+def _adapt(base: Any, settings: PolicySettings, seed: int) -> PeftModel:
     """Put the adapter on the base: a fresh one drawn from `seed`, or the one to start from."""
+    model: PeftModel
     if settings.adapter is None:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -297,28 +305,28 @@ def _adapt(base: nn.Module, settings: PolicySettings, seed: int) -> PeftModel:
             )
             model = get_peft_model(base, config)
     else:
-        model = _start_from(base, settings)
+        model = _start_from(base, settings.adapter, settings)
     for name, parameter in model.named_parameters():
         if f".{TRAINED}." in name:
             parameter.data = parameter.data.float()
     return model
 
 
-def _start_from(base: nn.Module, settings: PolicySettings) -> PeftModel:
+def _start_from(base: Any, adapter: str, settings: PolicySettings) -> PeftModel:
     try:
-        model = PeftModel.from_pretrained(base, settings.adapter, is_trainable=True)
+        model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
         if settings.reference == "adapter":
-            model.load_adapter(settings.adapter, adapter_name=REFERENCE)
+            model.load_adapter(adapter, adapter_name=REFERENCE)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise RecipeError(
             [f"policy.adapter: must be a PEFT adapter of {settings.model}, "
-             f"got {settings.adapter!r} ({reason})"]
+             f"got {adapter!r} ({reason})"]
         ) from error  # fmt: skip
-    rank = model.peft_config[TRAINED].r
+    rank = getattr(model.peft_config[TRAINED], "r", None)
     if rank != settings.lora.rank:
         raise RecipeError(
-            [f"policy.lora.rank: must be {rank}, the rank of {settings.adapter}, "
+            [f"policy.lora.rank: must be {rank}, the rank of {adapter}, "
              f"got {settings.lora.rank}"]
         )  # fmt: skip
     return model

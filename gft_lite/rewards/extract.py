@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 - the full-width characters are what models write
 r"""Find the final answer that a text states, in linear time: \boxed{}, or an explicit phrase."""
 
 from __future__ import annotations
@@ -6,14 +7,15 @@ import re
 
 _TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _BRACELESS = re.compile(r"\\(?:boxed|fbox)(?:\s+|(?=\d))(-?[\w.]+)")
-_NESTED = re.compile(r"\\(?:boxed|fbox)\s*\{(.*)\}", re.DOTALL)
 
 #: What may stand between two boxes that count as one answer: punctuation, `x =` and these words.
 _LINKS = frozenset(
-    "and or maybe perhaps possibly even also either both alternatively else respectively "
-    "could be it text quad".split()
-)
+    ["and", "or", "maybe", "perhaps", "possibly", "even", "also", "either", "both", "else",
+     "alternatively", "respectively", "could", "be", "it", "text", "quad"]
+)  # fmt: skip
 _LINK_CHARS = 60
+_MOST_PARTS = 20
+_NESTED_CHARS = 2000
 
 _PHRASE = re.compile(
     r"answers?\**\s*(?:\bis\b|\bare\b|[:=：])(?:\s*(?::|therefore|thus|simply|equal to))*"
@@ -54,7 +56,7 @@ def boxed_answer(text: str) -> str | None:
     start, _, content = found[-1]
     parts = [_unwrap(content)]
     for left_start, left_end, left_content in reversed(found[:-1]):
-        if not _side_by_side(text[left_end:start]):
+        if len(parts) >= _MOST_PARTS or not _side_by_side(text[left_end:start]):
             break
         if (part := _unwrap(left_content)) not in parts:
             parts.insert(0, part)
@@ -87,9 +89,13 @@ def last_number(text: str) -> str | None:
 
 
 def _unwrap(content: str) -> str:
-    while inner := _NESTED.fullmatch(content.strip()):
-        content = inner[1]
-    return content.strip()
+    content = content.strip()
+    while len(content) < _NESTED_CHARS and content.startswith(("\\boxed", "\\fbox")):
+        inner = boxes(content)
+        if len(inner) != 1 or inner[0][1] != len(content):
+            break
+        content = inner[0][2].strip()
+    return content
 
 
 def _side_by_side(between: str) -> bool:

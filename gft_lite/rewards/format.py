@@ -14,7 +14,7 @@ def make(pattern: str | None = None) -> Rule:
     Raises: RewardError if the pattern is not a regular expression.
     """
     if pattern is None:
-        return lambda text, answer=None, answer_type=None: Grade(float(len(boxes(text)) == 1))
+        return _one_box
     try:
         compiled = re.compile(pattern, re.DOTALL)
     except (re.error, TypeError) as error:
@@ -27,3 +27,7 @@ def make(pattern: str | None = None) -> Rule:
         return Grade(float(compiled.fullmatch(text) is not None))
 
     return grade
+
+
+def _one_box(text: str, answer: str | None = None, answer_type: str | None = None) -> Grade:
+    return Grade(float(len(boxes(text)) == 1))

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 - the full-width characters are what models write
 """Small, linear clean-ups of answer strings; none of them decides what an answer is worth."""
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _SCIENTIFIC = re.compile(r"(?<![A-Za-z\\\d.])(\d+\.?\d*|\.\d+)[eE]([+-]?\d+)(?![
 
 
 def tidy(answer: str) -> str:
-    r"""The answer without delimiters, control characters and styles; `1e5` and \leqslant spelt out."""
+    r"""The answer without delimiters and control characters; `1e5` and \leqslant spelt out."""
     answer = _CONTROL.sub("", answer).translate(_CHARACTERS)
     answer = _DELIMITERS.sub(" ", answer)
     answer = answer.replace(r"\leqslant", r"\le").replace(r"\geqslant", r"\ge")
@@ -52,7 +53,7 @@ def unwrap_text(answer: str) -> str:
 
 
 def text_key(answer: str) -> str:
-    """The form under which two verbal answers are equal: letters, digits, signs; no case or space."""
+    """The form under which two verbal answers are equal: no case, wrappers or extra space."""
     key = _SPACES.sub(" ", unwrap_text(tidy(answer))).casefold()
     key = re.sub(r"[\\{}\"'.]", "", key)
     key = re.sub(r"\s*([-–—,/:;])\s*", r"\1", " ".join(key.split()))

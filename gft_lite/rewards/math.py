@@ -22,7 +22,7 @@ from gft_lite.rewards.numeric import number, same_number
 MAX_CHARS = 1200
 _MOST = {"(": 60, "\\frac": 40, "!": 12}
 _COSTLY = (
-    re.compile(r"\d{60}"),
+    re.compile(r"\d{60}|(?:\{\s?){12}"),
     re.compile(r"\^\s?\{[^{}^]{0,20}\^\s?\{[^{}^]{0,20}\^"),  # towers of three
     re.compile(r"\d\s?\^\s?[({]\s?\d+\s?\^|\^\s?\w{1,6}\s?\^"),  # numeric towers of two
     re.compile(r"\^\s?[({]?[-+ ]{0,2}\d{5}"),
@@ -79,7 +79,7 @@ def too_costly(answer: str) -> bool:
 
 def _as_numbers(stated: str, gold: str) -> bool | None:
     gold_number = number(gold)
-    if gold_number is None or "=" in stated and "=" in gold:
+    if gold_number is None or ("=" in stated and "=" in gold):
         return None
     stated_number = number(stated)
     return None if stated_number is None else same_number(stated_number, gold_number)
@@ -88,7 +88,7 @@ def _as_numbers(stated: str, gold: str) -> bool | None:
 def _as_time_or_ratio(stated: str, gold: str) -> bool | None:
     stated, gold = (" ".join(unwrap_text(squash(s)).split()) for s in (stated, gold))
     times = [_CLOCK.fullmatch(s) for s in (stated, gold)]
-    if times[1] and (times[1][3] or ":" in gold and int(times[1][1]) < 24):
+    if times[1] and (times[1][3] or (":" in gold and int(times[1][1]) < 24)):
         return times[0] is not None and _minutes(times[0], times[1]) == _minutes(times[1])
     ratios = [_RATIO.fullmatch(s) for s in (stated, gold)]
     if ratios[0] and ratios[1]:
@@ -146,7 +146,7 @@ def _engine() -> tuple[Callable[[str], list[Any]], Callable[[Any, Any], bool]]:
     try:
         from math_verify import LatexExtractionConfig, parse, verify
     except ImportError as error:
-        raise ImportError("reward 'math' needs math-verify. Run: pip install math-verify") from error
+        raise ImportError("math-verify: must be installed. Run: pip install math-verify") from error
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     logging.getLogger("latex2sympy2_extended").setLevel(logging.ERROR)
     config = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]

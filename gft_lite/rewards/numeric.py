@@ -112,7 +112,8 @@ def _value(text: str) -> Number | None:
         return Number(sign * _fraction(text), rounded="." in text)
     if match := _POWER_OF_TEN.fullmatch(text):
         mantissa = _fraction(match["mantissa"] or "1")
-        return Number(sign * mantissa * Fraction(10) ** int(match["e"] or match["e1"]), rounded=True)
+        power = Fraction(10) ** int(match["e"] or match["e1"])
+        return Number(sign * mantissa * power, rounded=True)
     if match := _RATIO.fullmatch(text):
         top, bottom = match["a"] or match["a1"], match["b"] or match["b1"]
         whole = match["whole"]

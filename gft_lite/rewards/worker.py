@@ -12,7 +12,7 @@ import os
 import signal
 import struct
 import sys
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from gft_lite.rewards import Grade, RewardFunction, make_rule
 
@@ -20,13 +20,13 @@ MEMORY_LIMIT = 3 * 2**30
 _HEADER = struct.Struct(">I")
 
 
-def send(pipe: BinaryIO, payload: bytes) -> None:
+def send(pipe: IO[bytes], payload: bytes) -> None:
     """Write one message."""
     pipe.write(_HEADER.pack(len(payload)) + payload)
     pipe.flush()
 
 
-def receive(pipe: BinaryIO) -> bytes:
+def receive(pipe: IO[bytes]) -> bytes:
     """Read one message. Raises: EOFError when the other end has gone."""
     header = pipe.read(_HEADER.size)
     if len(header) < _HEADER.size:

@@ -6,6 +6,7 @@ that import the user's script again; a pool could not kill the one item that han
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -24,8 +25,11 @@ from gft_lite.rewards.worker import receive, send
 START_SECONDS = 120.0
 _MAX_FAILED_STARTS = 3
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
-#: -P and the last path entry keep the user's directory from shadowing the standard library.
-_PROGRAM = "import sys; sys.path.append(sys.argv[1]); from gft_lite.rewards.worker import main; main()"
+#: -P keeps the user's directory from shadowing the standard library; the package is this one.
+_PROGRAM = (
+    "import sys; sys.path.insert(0, sys.argv[1]); import gft_lite; sys.path.pop(0); "
+    "from gft_lite.rewards.worker import main; main()"
+)
 
 
 class _Worker:
@@ -65,11 +69,9 @@ class _Worker:
         if kill:
             self.process.kill()
         for pipe in (self.process.stdin, self.process.stdout):
-            try:
+            with contextlib.suppress(BrokenPipeError):
                 if pipe:
                     pipe.close()
-            except BrokenPipeError:
-                pass
         try:
             self.process.wait(1.0)
         except subprocess.TimeoutExpired:
@@ -111,8 +113,8 @@ class WorkerPool:
                 self._workers = [w for w in self._workers if self._alive(w)]
                 while waiting or any(w.item is not None and w.item >= 0 for w in self._workers):
                     self._hand_out(items, waiting)
-                    for worker in self._wait():
-                        self._collect(worker, grades)
+                    for worker, replied in self._wait():
+                        self._collect(worker, replied, grades)
             except BaseException:
                 self._stop()  # a reply in flight must not answer the next batch
                 raise
@@ -124,7 +126,8 @@ class WorkerPool:
             self._stop(kill=False)
 
     def _hand_out(self, items: Sequence[bytes], waiting: deque[int]) -> None:
-        while len(self._workers) < min(self._size, len(self._workers) + len(waiting)):
+        working = sum(worker.item is not None and worker.item >= 0 for worker in self._workers)
+        while len(self._workers) < min(self._size, working + len(waiting)):
             self._workers.append(_Worker(self._setup))
         for worker in self._workers:
             if worker.item is None and waiting:
@@ -132,29 +135,29 @@ class WorkerPool:
                 worker.deadline = time.monotonic() + self._timeout
                 worker.send(items[worker.item])
 
-    def _wait(self) -> list[_Worker]:
-        """The workers that have replied, died or run out of time."""
+    def _wait(self) -> list[tuple[_Worker, bool]]:
+        """The workers to attend to: (worker, True) has replied or died, (worker, False) is late."""
         busy = [worker for worker in self._workers if worker.item is not None]
         patience = max(0.0, min(worker.deadline for worker in busy) - time.monotonic())
         with selectors.DefaultSelector() as selector:
             for worker in busy:
                 assert worker.process.stdout is not None
                 selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
-            done = [key.data for key, _ in selector.select(patience)]
+            replied = [key.data for key, _ in selector.select(patience)]
         now = time.monotonic()
-        return done + [w for w in busy if w.deadline <= now and w not in done]
+        late = [w for w in busy if w.deadline <= now and w not in replied]
+        return [(w, True) for w in replied] + [(w, False) for w in late]
 
-    def _collect(self, worker: _Worker, grades: list[Grade]) -> None:
+    def _collect(self, worker: _Worker, replied: bool, grades: list[Grade]) -> None:
         item = worker.item
         assert item is not None
-        late = not _readable(worker)
-        reply = None if late else worker.receive()
+        reply = worker.receive() if replied else None
         if item < 0:
             self._collect_start(worker, reply)
         elif reply is not None:
             grades[item] = Grade(*reply)
         else:
-            grades[item] = Grade(0.0, "timeout" if late else "error")
+            grades[item] = Grade(0.0, "error" if replied else "timeout")
         worker.item = None
         if reply is None:
             self._workers.remove(worker)

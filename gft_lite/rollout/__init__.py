@@ -68,9 +68,7 @@ class RolloutEngine(Protocol):
     def sync(self, adapter: Path | None, version: int) -> None:
         """Serve the adapter saved at `adapter` from now on; None serves the base."""
 
-    def generate(
-        self, requests: Sequence[Request], sampling: Sampling
-    ) -> list[list[Completion]]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         """One list of completions per request, in the order of its seeds."""
 
     def score(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> list[float]:

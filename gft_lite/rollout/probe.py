@@ -91,4 +91,3 @@ def sync(engine: RolloutEngine, policy: Policy, adapters: Path, version: int) ->
     for old in adapters.glob("v*"):
         if old != fresh:
             shutil.rmtree(old)
-

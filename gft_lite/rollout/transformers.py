@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from gft_lite.batching import Row, cut
 from gft_lite.policy import Policy
 from gft_lite.recipe import RolloutSettings
 from gft_lite.rollout import Completion, Request, RolloutError, Sampling
+from gft_lite.types import FinishReason
 
 
 @dataclass(slots=True)
@@ -33,7 +34,7 @@ class _Sample:
         return self.stopped or len(self.token_ids) >= self.room
 
     def completion(self) -> Completion:
-        reason = "stop" if self.stopped else "length"
+        reason: FinishReason = "stop" if self.stopped else "length"
         return Completion(tuple(self.token_ids), tuple(self.logprobs), reason)
 
 
@@ -74,7 +75,7 @@ class TransformersEngine:
         """Nothing is held."""
 
     @contextlib.contextmanager
-    def _served(self):
+    def _served(self) -> Iterator[None]:
         """The policy in eval mode, as base or with its adapter."""
         model = self._policy.model
         training = model.training
@@ -129,9 +130,7 @@ class TransformersEngine:
         noise = torch.stack([s.noise[len(s.token_ids)] for s in samples])
         tokens = draw(logits, noise, sampling)
         logprobs = logits.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
-        for sample, token, logprob in zip(
-            samples, tokens.tolist(), logprobs.tolist(), strict=True
-        ):
+        for sample, token, logprob in zip(samples, tokens.tolist(), logprobs.tolist(), strict=True):
             sample.token_ids.append(token)
             sample.logprobs.append(logprob)
             sample.stopped = token in self._policy.eos_ids or self._hits(sample, sampling.stop)

@@ -206,18 +206,18 @@ class VllmEngine:
         """One finished vLLM request per job, a job being a prompt and its own parameters."""
         with self._running() as llm:
             from vllm import SamplingParams, TokensPrompt
-            from vllm.exceptions import VLLMError
+            from vllm.exceptions import VLLMClientError
 
             prompts = [TokensPrompt(prompt_token_ids=list(ids)) for ids, _ in jobs]
             try:
                 parameters = [SamplingParams(**common, **own) for _, own in jobs]
                 return llm.generate(prompts, parameters, use_tqdm=False, lora_request=self._lora)
-            except VLLMError as error:
+            except VLLMClientError as error:
                 raise RolloutError(f"rollout: vllm refused the request. {error}") from error
-            finally:
-                # What an interrupt leaves in the queue would come out with the next batch.
-                if left := list(llm.llm_engine.output_processor.request_states):
-                    llm.llm_engine.abort_request(left, internal=True)
+            except BaseException:
+                # A step that was interrupted or failed can make the next one hang.
+                self.close()
+                raise
 
 
 def _completion(output: Any) -> Completion:

@@ -51,10 +51,18 @@ def policy(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def engine(policy, tmp_path_factory):
+def start(policy, tmp_path_factory):
+    """The engine that the tests share, and what its start had to leave as it was."""
+    _ = random.random(), np.random.rand(), torch.rand(1)  # To states that no seeding gives.
+    before = _trace()
     engine = VllmEngine(_settings(), policy, tmp_path_factory.mktemp("engine"))
-    yield engine
+    yield engine, before, _trace()
     engine.close()
+
+
+@pytest.fixture(scope="module")
+def engine(start):
+    return start[0]
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +108,16 @@ def _policy(folder, **settings):
     return load_policy(PolicySettings(**(defaults | {"lora": lora} | settings)))
 
 
+def _trace():
+    """What the engine must leave as it was."""
+    places = [
+        torch.Event, torch.Tensor.pin_memory, torch.set_num_threads, torch.accelerator.synchronize,
+        torch.accelerator.empty_cache, torch.cuda.Stream, torch.cuda.current_stream,
+    ]  # fmt: skip
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    return places, states, torch.get_num_threads(), torch.get_default_dtype(), dict(os.environ)
+
+
 def _settings(**settings):
     return RolloutSettings(engine="vllm", **settings)
 
@@ -136,6 +154,11 @@ def _assert_serves(engine, policy):
         assert served.token_ids == _greedy(policy, prompt)
         assert _gap(served.logprobs, _logprobs(policy, prompt, served.token_ids)) <= GAP
         assert _gap(engine.score(prompt, COMPLETION), _logprobs(policy, prompt, COMPLETION)) <= GAP
+
+
+def test_the_first_start_of_vllm_leaves_no_trace(start):
+    _, before, after = start
+    assert before == after
 
 
 def test_each_of_twenty_adapters_is_served_and_none_is_stale(engine, policy, publish):
@@ -332,34 +355,6 @@ def test_a_bad_adapter_is_refused_and_the_old_one_stays(engine, policy, publish,
     _assert_serves(engine, policy)
 
 
-def test_an_interrupted_batch_does_not_come_out_with_the_next(engine, policy, publish):
-    engine.sync(*publish())
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 0.3)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            while True:
-                engine.generate([Request((5,), tuple(range(64)))], Sampling(max_tokens=90))
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    _assert_serves(engine, policy)
-
-
-def _trace():
-    """What a call must leave as it was."""
-    places = [
-        torch.Event, torch.Tensor.pin_memory, torch.set_num_threads, torch.accelerator.synchronize,
-        torch.accelerator.empty_cache, torch.cuda.Stream, torch.cuda.current_stream,
-    ]  # fmt: skip
-    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    return places, states, torch.get_num_threads(), torch.get_default_dtype(), dict(os.environ)
-
-
 def test_the_trainer_still_trains(engine, policy, publish):
     engine.sync(*publish())
     engine.generate(_requests(), GREEDY)
@@ -387,28 +382,40 @@ def test_a_missing_vllm_names_the_extra(policy, tmp_path, monkeypatch):
         VllmEngine(_settings(), policy, tmp_path)
 
 
+def _interrupt(engine):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            while True:
+                engine.generate([Request((5,), tuple(range(64)))], Sampling(max_tokens=90))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def test_engines_follow_each_other_without_a_trace(engine, policy, publish, tmp_path):
     """The last test of this file, since it closes the engine that the others share."""
     files = set(Path(tempfile.gettempdir()).glob("vllm_dist_*"))
-    torch.set_num_threads(2)
-    trace = _trace()
     with pytest.raises(RolloutError, match="close the other vllm engine"):
         VllmEngine(_settings(), policy, tmp_path)
     _assert_serves(engine, policy)
-    engine.close()
-    engine.close()
-    assert _trace() == trace
+    _interrupt(engine)
     for call in (lambda: engine.generate(_requests(), GREEDY), lambda: engine.sync(None, 1)):
         with pytest.raises(RolloutError, match="closed"):
             call()
-    (tmp_path / "broken").mkdir()
     policy.serving_base("nf4_dequantised", tmp_path / "broken")
     (tmp_path / "broken" / "base" / "model.safetensors").unlink()
     with pytest.raises(RolloutError, match="could not start"):
         VllmEngine(_settings(), policy, tmp_path / "broken")
-    assert _trace() == trace
+    torch.set_num_threads(2)
+    trace = _trace()
     second = VllmEngine(_settings(kv_cache_mib=1, base="original"), policy, tmp_path)
     assert _trace() == trace
+    torch.set_num_threads(1)
     with policy.base():
         exact = _logprobs(policy, PROMPTS[0], COMPLETION)
     # This one serves the numbers before the quantisation.
@@ -418,6 +425,7 @@ def test_engines_follow_each_other_without_a_trace(engine, policy, publish, tmp_
     second.sync(adapter, version)
     second.generate(_requests((1, 2)), Sampling(max_tokens=8))
     assert _trace() == trace
+    second.close()
     second.close()
     assert _trace() == trace
     assert not set(Path(tempfile.gettempdir()).glob("vllm_dist_*")) - files

@@ -45,7 +45,8 @@ def load(source: Path | str, *, context: int | None = None, reserve: int = 1, **
 
 
 def jsonl(path: Path, *rows: object) -> Path:
-    path.write_text("".join(r if isinstance(r, str) else json.dumps(r) + "\n" for r in rows))
+    lines = [r if isinstance(r, str) else json.dumps(r) + "\n" for r in rows]
+    path.write_bytes("".join(lines).encode("utf-8", "surrogateescape"))
     return path
 
 
@@ -97,6 +98,19 @@ def test_of_a_folder_only_the_files_of_the_split_are_read(tmp_path):
     assert [p.text for p in load(tmp_path, split="test").problems] == ["gsm8k_test"]
     with pytest.raises(RecipeError, match=r"^data\.split: .*gsm8k_test\.jsonl.*got 'dev'"):
         load(tmp_path, split="dev")
+
+
+def test_the_files_of_a_folder_are_read_in_the_order_of_their_names(tmp_path):
+    for i in (3, 1, 7, 0, 9, 4, 8, 2, 6, 5):
+        jsonl(tmp_path / f"part{i}.jsonl", {"problem": str(i), "answer": i})
+    assert answers(load(tmp_path)) == list("0123456789")
+
+
+def test_a_very_long_csv_cell_is_read(tmp_path):
+    (tmp_path / "x.csv").write_text("problem,answer,expert\na,1," + "x" * 200_000 + "\nb,2\n")
+    first, second = load(tmp_path / "x.csv", columns={"expert": "expert"}).problems
+    assert len(first.experts[0]) == 200_000
+    assert second.experts == ()
 
 
 def test_a_byte_order_mark_and_windows_lines_are_read(tmp_path):
@@ -197,7 +211,7 @@ GOOD = {"problem": "1+1=", "answer": "2", "expert": "so 2"}
     ("row", "reason"),
     [
         ('{"problem": "1+1=", "answer": \n', "not valid JSON"),
-        ("\xff\xfe\n", "not valid JSON"),
+        ('{"problem": "\udcff", "answer": 1}\n', "not valid JSON"),
         ("[" * 100_000 + "\n", "not valid JSON"),
         ("\n", "blank line"),
         ("[1, 2]\n", "not an object with columns"),
@@ -368,6 +382,8 @@ def test_ids_are_unique(tmp_path):
     path = jsonl(tmp_path / "x.jsonl", *[GOOD | {"id": i} for i in ids])
     names = [p.id for p in load(path, columns={"id": "id"}).problems]
     assert names == ["a", "a#2", "a#2#3", "4", "5", "7", "7#7", "a#8"]
+    path = jsonl(tmp_path / "x.jsonl", *[GOOD | {"id": i} for i in ("a", "a#3", "a")])
+    assert [p.id for p in load(path, columns={"id": "id"}).problems] == ["a", "a#3", "a#3#3"]
 
 
 def test_gsm8k_annotations_are_cleaned_and_the_answer_boxed(tmp_path):

@@ -38,7 +38,9 @@ def recall(problem: str) -> str:
     pairs = [(int(a), int(b)) for a, b in zip(*operands, strict=True)]
     if name == "max":
         return "".join(str(max(p)) for p in pairs)
-    return "".join(str((a + b if name == "add" else a - b) % 5) for a, b in pairs)
+    results = {"add": [a + b for a, b in pairs], "sub": [a - b for a, b in pairs]}
+    results["mul"] = [a * b for a, b in pairs]
+    return "".join(str(r % 5) for r in results[name])
 
 
 def answer_of(text: str) -> str:
@@ -72,9 +74,9 @@ def test_rows_do_not_depend_on_the_process() -> None:
 
 def test_first_test_row_by_hand() -> None:
     first = rows("test", 1)[0]
-    assert first["problem"] == "FIRST_PROBLEM"
-    assert first["answer"] == "FIRST_ANSWER"
-    assert first["expert"] == ["FIRST_EXPERT"]
+    assert first["problem"] == "002-031-203....="
+    assert first["answer"] == "323"
+    assert first["expert"] == ["@002;021;323#323"]
 
 
 def test_splits_are_disjoint_under_every_seed() -> None:
@@ -101,7 +103,7 @@ def test_expert_values_follow_from_one_another() -> None:
 def test_retention_answers() -> None:
     made = rows("retention")
     assert [r["answer"] for r in made] == [recall(r["problem"]) for r in made]
-    assert set(Counter(r["skill"] for r in made).values()) == {len(made) // 5}
+    assert set(Counter(r["skill"] for r in made).values()) == {len(made) // 6}
     assert all(r["expert"] == [f"#{r['answer']}"] and r["teacher"] == [] for r in made)
 
 
@@ -200,6 +202,6 @@ def test_base_answers_old_skills_and_leaves_the_gap() -> None:
         pairs = zip(texts, made, strict=True)
         return sum("#" in t and answer_of(t) == r["answer"] for t, r in pairs)
 
-    assert right(rows("retention", limit=40)) >= 38
+    assert right(rows("retention", limit=48)) >= 46
     gaps = [r for r in rows("test", limit=100) if r["skill"] == "gap"]
     assert right(gaps) <= len(gaps) // 4

@@ -110,7 +110,7 @@ def test_demonstration_ends_with_the_turn_end_in_chat_style():
     [
         ("{{ m.content }}<|im_end|><eos>\n", "<|im_end|>"),
         ("{{ m.content | trim }} <eos>", "<eos>"),
-        ("[{{ m.content }}] thinks {{ m.content }}\n<|im_end|>", "<|im_end|>"),
+        ("{{ m.content }}<|im_start|>{{ m.content }}\n<|im_end|>", "<|im_end|>"),
         ("{{ m.content }}\n", "<eos>"),  # nothing ends the turn: EOS stands in
     ],
 )
@@ -139,7 +139,12 @@ def test_an_end_token_written_in_the_data_is_not_doubled():
 
 
 def test_text_drops_special_tokens_and_keeps_spaces():
-    tokenizer = byte_tokenizer(CHATML)
+    # A tokenizer that would decode " , " to "," if it were let.
+    tokenizer = byte_tokenizer(
+        CHATML,
+        clean_up_tokenization_spaces=True,
+        clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output=True,
+    )
     format = PromptFormat(tokenizer, Prompt(style="chat"))
     ids, _ = format.response_ids(" a , b . \u00e9\n")
     assert format.text([*ids, tokenizer.eos_token_id]) == " a , b . \u00e9\n"

@@ -1,0 +1,275 @@
+"""`gft-lite train` on the lab, as a user runs it: files, resume, every method, bad gradients."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from gft_lite.objective import METHODS
+from gft_lite.recipe import Recipe, RecipeError
+from gft_lite.runlog import RunFolder
+from gft_lite.train import TrainError, train
+
+SMALL = [
+    "train.steps=2", "train.problems_per_step=3", "data.problems=40", "data.holdout=4",
+    "monitor.every=1", "monitor.problems=2", "eval.samples=2", "eval.k=[1,2]",
+    "eval.sets.test.problems=4", "eval.sets.retention.problems=4", "checkpoint.every=2",
+]  # fmt: skip
+QUIET = Console(quiet=True)
+
+
+def small(*overrides, recipe="recipes/lab.yaml"):
+    return Recipe.load(recipe, [*SMALL, *overrides])
+
+
+def comparable(run):
+    """A run's metrics without what no two runs share."""
+    return [{k: v for k, v in m.items() if k != "seconds"} for m in run.metrics()]
+
+
+def adapter(run):
+    return load_file(run.adapter / "adapter_model.safetensors")
+
+
+def cli(*arguments, **options):
+    command = [sys.executable, "-m", "gft_lite", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+
+def test_a_run_leaves_what_the_readme_promises(tmp_path):
+    out = tmp_path / "run"
+    done = cli("train", "recipes/lab.yaml", *SMALL, "--out", out)
+    assert done.returncode == 0, done.stderr
+    for word in ("base", "trained", "pass@1", "retention", "kl", f"run: {out}"):
+        assert word in done.stdout
+    run = RunFolder(out)
+    assert Recipe.load(out / "recipe.yaml") == small()
+    assert [m["step"] for m in run.metrics()] == [1, 2]
+    for metrics in run.metrics():
+        assert set(metrics["reward"]) == {"expert", "teacher", "self"}
+        assert metrics["trajectories"] == 24
+        assert 0 < metrics["rectified"] < 1
+        assert metrics["sync_gap"] < 1e-5
+        assert metrics["kl"]["held_out"]["forward"] >= 0
+        assert metrics["kl"]["rollouts"]["reverse_k3"] >= 0
+    for group in run.groups(2):
+        assert [r["source"] for r in group["responses"]] == (
+            ["expert"] + ["teacher"] * 3 + ["self"] * 4
+        )
+        assert abs(sum(r["advantage"] for r in group["responses"])) < 1e-5
+    summary = run.summary()
+    assert set(summary["base"]) == {"pass@1", "pass@2", "retention", "kl"}
+    assert summary["trained"]["kl"] > 0
+    assert summary["steps"] == 2
+    assert summary["trajectories"] == 48
+    assert set(summary["seconds"]) == {"total", "rollout", "reward", "train", "sync", "eval"}
+    assert (run.adapter / "adapter_config.json").exists()
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-000002"]
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_a_killed_run_resumes_to_the_same_end(tmp_path):
+    overrides = ["train.steps=6", "policy.lora.dropout=0.1"]
+    whole = train(small(*overrides), tmp_path / "whole", console=QUIET)
+    killed = RunFolder(tmp_path / "killed")
+    arguments = ["train", "recipes/lab.yaml", *SMALL, *overrides, "--out", str(killed.path)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gft_lite", *arguments],
+        stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    while len(killed.metrics()) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 3 <= len(killed.metrics()) < 6
+    done = cli(*arguments, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert comparable(killed) == comparable(whole)
+    assert all(torch.equal(adapter(killed)[k], v) for k, v in adapter(whole).items())
+    for name in ("base", "trained"):
+        assert killed.summary()[name] == whole.summary()[name]
+
+
+def test_a_run_killed_before_its_first_checkpoint_resumes_from_the_start(tmp_path):
+    recipe = small("checkpoint.every=50")
+    whole = train(recipe, tmp_path / "whole", console=QUIET)
+    run = RunFolder(tmp_path / "killed")
+    run.create(recipe.to_yaml())
+    run.append_metrics({"step": 1, "left": "behind"})
+    train(recipe, run.path, resume=True, console=QUIET)
+    assert comparable(run) == comparable(whole)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains(method, tmp_path):
+    # The lab's own group would contradict the methods without teachers or self samples.
+    base = tmp_path / "base.yaml"
+    lab = Recipe.load("recipes/lab.yaml", SMALL).model_dump(mode="json")
+    for section in ("group", "objective", "optim"):
+        del lab[section]
+    base.write_text(json.dumps({**lab, "method": method, "name": method}))
+    overrides = ["train.updates_per_rollout=3", "eval.sets.test.problems=1", "optim.lr=1e-2"]
+    run = train(Recipe.load(base, overrides), tmp_path / "run", console=QUIET)
+    assert len(run.metrics()) == 2
+    assert sum(m["updates"] for m in run.metrics()) + sum(
+        (m["skipped"] or "").count("flat") for m in run.metrics()
+    ) == 6  # fmt: skip
+    moved = [v for k, v in adapter(run).items() if "lora_B" in k]
+    assert any(v.abs().max() > 0 for v in moved) == (run.summary()["updates"] > 0)
+    sources = {r["source"] for g in run.groups(1) for r in g["responses"]}
+    assert sources <= set(METHODS[method].sources)
+
+
+def test_flat_steps_are_skipped_and_counted(tmp_path):
+    # Nothing ends with this marker, so that every reward is 0.
+    run = train(
+        small('reward={"functions": [{"name": "exact", "parameters": {"marker": "@@@"}}]}'),
+        tmp_path / "run", console=QUIET,
+    )  # fmt: skip
+    assert [m["skipped"] for m in run.metrics()] == ["flat", "flat"]
+    assert [m["flat_groups"] for m in run.metrics()] == [1.0, 1.0]
+    assert run.summary()["skipped_steps"] == 2
+    assert run.summary()["trained"]["kl"] == 0
+    assert run.summary()["base"]["pass@1"] == run.summary()["trained"]["pass@1"]
+    assert all(v.abs().max() == 0 for k, v in adapter(run).items() if "lora_B" in k)
+
+
+def test_a_gradient_that_is_no_number_is_skipped_kept_and_in_a_row_ends_the_run(tmp_path):
+    # A KL penalty of this weight overflows fp32 as soon as the policy has moved.
+    overrides = ["objective.kl=1e38", "optim.lr=1", "optim.warmup=0", "train.steps=9",
+                 "optim.max_bad_steps=2", "optim.schedule=constant"]  # fmt: skip
+    run = RunFolder(tmp_path / "run")
+    with pytest.raises(TrainError, match="2 steps in a row had a loss or gradient"):
+        train(small(*overrides), run.path, console=QUIET)
+    kept = sorted(p.name for p in run.bad_steps.iterdir())
+    assert len(kept) == 2
+    group = json.loads((run.bad_steps / kept[0]).read_text().splitlines()[0])
+    assert len(group["responses"]) == 8
+
+
+def test_the_reference_can_be_the_starting_adapter(tmp_path):
+    first = train(small("optim.lr=1e-2"), tmp_path / "first", console=QUIET)
+    run = train(
+        small(f"policy.adapter={first.adapter}", "policy.reference=adapter", "optim.lr=1e-9"),
+        tmp_path / "second", console=QUIET,
+    )  # fmt: skip
+    assert 0 <= run.summary()["trained"]["kl"] < 1e-4
+    same = train(
+        small(f"policy.adapter={first.adapter}", "optim.lr=1e-9"),
+        tmp_path / "third", console=QUIET,
+    )  # fmt: skip
+    assert same.summary()["trained"]["kl"] > 1e-3
+
+
+def test_trackers_get_the_numbers(tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    run = train(small("log.trackers=[tensorboard]"), tmp_path / "run", console=QUIET)
+    events = list(run.path.rglob("events.out.tfevents.*"))
+    assert events
+    assert b"reward/self" in b"".join(e.read_bytes() for e in events)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (["rollout.max_tokens=4000"], "rollout.max_tokens: must leave room for a prompt"),
+        (["data.source=nowhere.jsonl"], "data.source: "),
+        (["group.expert=5", "group.shortfall=drop"], "group: must find its demonstrations"),
+        (["data.prompt.style=chat", "policy.model=/nowhere"], "policy.model: must be a model"),
+    ],
+)
+def test_what_only_shows_with_data_and_model_is_still_the_users_error(overrides, text, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(RecipeError, match=text):
+        train(small(*overrides), out, console=QUIET)
+    assert not out.exists()
+
+
+def test_folders_that_hold_another_run_or_none(tmp_path):
+    taken = tmp_path / "taken"
+    RunFolder(taken).create(small("seed=3").to_yaml())
+    with pytest.raises(RecipeError, match="--out: must be a new or empty folder"):
+        train(small(), taken, console=QUIET)
+    with pytest.raises(RecipeError, match="--resume: must be given the run's own recipe"):
+        train(small(), taken, resume=True, console=QUIET)
+    with pytest.raises(RecipeError, match="--resume: must find a run to continue"):
+        train(small(), tmp_path / "none", resume=True, console=QUIET)
+
+
+class TestCommandLine:
+    def test_a_wrong_recipe_is_exit_code_2_with_every_error(self):
+        done = cli("train", "recipes/lab.yaml", "objective.tao=0.7", "optim.lr=fast")
+        assert done.returncode == 2
+        assert "objective.tao: unknown field, got 0.7. Did you mean objective.tau?" in done.stderr
+        assert "optim.lr" in done.stderr
+        assert "Traceback" not in done.stderr
+
+    def test_dry_run_prints_the_resolved_recipe(self, tmp_path):
+        done = cli("train", "recipes/lab.yaml", "optim.lr=1e-5", "group.self=6", "--dry-run")
+        assert done.returncode == 0
+        file = tmp_path / "resolved.yaml"
+        file.write_text(done.stdout)
+        expected = Recipe.load("recipes/lab.yaml", ["optim.lr=1e-5", "group.self=6"])
+        assert Recipe.load(file) == expected
+        assert expected.optim.lr == 1e-5
+
+    def test_our_failure_is_exit_code_1_without_a_traceback(self, tmp_path):
+        blocked = tmp_path / "file"
+        blocked.write_text("")
+        done = cli("train", "recipes/lab.yaml", *SMALL, "--out", blocked / "run")
+        assert done.returncode == 1
+        assert "NotADirectoryError" in done.stderr
+        assert "Traceback" not in done.stderr
+
+    def test_ctrl_c_is_exit_code_130(self, tmp_path):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gft_lite", "train", "recipes/lab.yaml", "--out",
+             str(tmp_path / "run")],
+            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+        deadline = time.monotonic() + 100
+        while not RunFolder(tmp_path / "run").metrics() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert "--resume" in errors
+
+    def test_methods_prints_the_table(self):
+        done = cli("methods", env={**os.environ, "COLUMNS": "200"})
+        assert done.returncode == 0
+        assert all(name in done.stdout for name in METHODS)
+
+    def test_help_and_recipe_errors_import_nothing_heavy(self):
+        code = (
+            "import sys; from gft_lite.cli import main\n"
+            "try: main(['train', 'recipes/lab.yaml', 'objective.tao=1'])\n"
+            "except SystemExit: pass\n"
+            "heavy = {'torch', 'transformers', 'numpy', 'datasets', 'vllm', 'peft'}\n"
+            "sys.exit(sorted(heavy & set(sys.modules)) or 0)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_package_imports_no_dependency():
+    code = (
+        "import sys; before = set(sys.modules); import gft_lite\n"
+        "new = {m.partition('.')[0] for m in set(sys.modules) - before}\n"
+        "sys.exit(sorted(m for m in new if m not in sys.stdlib_module_names"
+        " and m != 'gft_lite') or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Path(__import__("gft_lite").__file__).exists()

@@ -1,0 +1,77 @@
+"""Checkpoints on the real policy and optimiser."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from gft_lite import checkpoint
+from gft_lite.optim import make_optimizer
+from gft_lite.policy import load_policy
+from gft_lite.recipe import OptimSettings, PolicySettings, RecipeError
+
+
+def one_step(policy, optimizer, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01
+    for parameter in policy.parameters().values():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer.step()
+
+
+def weights(policy):
+    return torch.cat([p.detach().flatten() for p in policy.parameters().values()])
+
+
+@pytest.fixture
+def pair(lab_policy):
+    return lab_policy, make_optimizer(lab_policy, OptimSettings())
+
+
+def test_training_goes_on_exactly_where_it_was(pair, tmp_path):
+    policy, optimizer = pair
+    one_step(policy, optimizer, 1)
+    saved = checkpoint.save(tmp_path, 1, policy, optimizer, keep=2, bad_steps=1)
+    one_step(policy, optimizer, 2)
+
+    other = load_policy(PolicySettings(gradient_checkpointing=False), seed=9)
+    fresh = make_optimizer(other, OptimSettings())
+    assert checkpoint.restore(saved, other, fresh) == (1, {"bad_steps": 1})
+    assert not torch.equal(weights(other), weights(policy))
+    one_step(other, fresh, 2)
+    assert torch.equal(weights(other), weights(policy))
+
+
+def test_only_the_newest_are_kept_and_no_partial_one_counts(pair, tmp_path):
+    policy, optimizer = pair
+    for step in (1, 2, 10):
+        checkpoint.save(tmp_path, step, policy, optimizer, keep=2)
+    (tmp_path / "step-000011.tmp").mkdir()
+    names = [p.name for p in checkpoint.all_of(tmp_path)]
+    assert names == ["step-000002", "step-000010"]
+
+
+def test_safetensors_and_json_only(pair, tmp_path):
+    policy, optimizer = pair
+    one_step(policy, optimizer, 1)
+    saved = checkpoint.save(tmp_path, 1, policy, optimizer, keep=1)
+    suffixes = {p.suffix for p in saved.rglob("*") if p.is_file()}
+    assert suffixes == {".safetensors", ".json", ".md"}
+
+
+def test_a_truncated_file_is_not_loaded(pair, tmp_path):
+    policy, optimizer = pair
+    one_step(policy, optimizer, 1)
+    saved = checkpoint.save(tmp_path, 1, policy, optimizer, keep=1)
+    file = saved / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(SafetensorError):
+        checkpoint.restore(saved, policy, optimizer)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only where there is no CUDA")
+def test_a_paged_optimiser_needs_cuda(lab_policy):
+    with pytest.raises(RecipeError, match=r"optim.name: must be auto or adamw without CUDA"):
+        make_optimizer(lab_policy, OptimSettings(name="paged_adamw_8bit"))

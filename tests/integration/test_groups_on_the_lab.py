@@ -1,0 +1,48 @@
+"""Groups made of real demonstrations and real samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gft_lite import groups
+from gft_lite.data import load_problems
+from gft_lite.prompts import PromptFormat
+from gft_lite.recipe import DataSettings, GroupSettings, RolloutSettings
+from gft_lite.rollout import Sampling, start_engine
+
+
+@pytest.fixture
+def build(lab_policy):
+    format = PromptFormat(lab_policy.tokenizer, DataSettings().prompt)
+    engine = start_engine(RolloutSettings(engine="transformers"), lab_policy, Path())
+    problems = load_problems(DataSettings(problems=3), format).problems
+
+    def build(max_tokens, **counts):
+        settings, sampling = GroupSettings(**counts), Sampling(max_tokens=max_tokens)
+        return groups.build(problems, settings, 0, engine, format, sampling, (0, 1))
+
+    return build
+
+
+def test_experts_then_teachers_then_self_samples(build, lab_policy):
+    made = build(32, expert=1, teacher=2, self=3)
+    assert len(made) == 3
+    for group in made:
+        assert [r.source for r in group] == ["expert"] + ["teacher"] * 2 + ["self"] * 3
+        assert [r.text for r in group][:1] == list(group.problem.experts)
+        for response in group:
+            decoded = lab_policy.tokenizer.decode(response.token_ids, skip_special_tokens=True)
+            assert decoded == response.text
+            assert response.truncated or response.token_ids[-1] in lab_policy.eos_ids
+            assert (response.logprobs is not None) == (response.source == "self")
+    assert build(32, expert=1, teacher=2, self=3) == made
+
+
+def test_a_cut_demonstration_is_marked_and_graded_as_cut(build):
+    for group in build(4, expert=1, teacher=0, self=0):
+        [expert] = group
+        assert expert.truncated
+        assert len(expert.token_ids) == 4
+        assert expert.text == group.problem.experts[0][:4]

@@ -1,0 +1,50 @@
+"""The learning-rate schedule, against hand-computed values."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from gft_lite.optim import Update, combined, learning_rate
+from gft_lite.recipe import OptimSettings
+
+
+def rates(total=10, **settings):
+    options = OptimSettings(lr=1.0, **settings)
+    return [learning_rate(i, total, options) for i in range(total)]
+
+
+def test_constant():
+    assert rates(schedule="constant", warmup=0) == [1.0] * 10
+
+
+def test_linear_falls_to_zero_after_the_last_update():
+    assert rates(schedule="linear", warmup=0) == pytest.approx([1 - i / 10 for i in range(10)])
+
+
+def test_cosine():
+    expected = [(1 + math.cos(math.pi * i / 10)) / 2 for i in range(10)]
+    assert rates(schedule="cosine", warmup=0) == pytest.approx(expected)
+
+
+def test_warmup_rises_and_never_starts_at_zero():
+    assert rates(schedule="constant", warmup=0.3) == pytest.approx([0.25, 0.5, 0.75] + [1.0] * 7)
+
+
+def test_combined_updates_weigh_tokens_and_keep_out_what_was_skipped():
+    ran = Update(0.1, tokens=10, loss=2.0, grad_norm=1.0, entropy_sum=5.0, rectified_sum=4.0)
+    longer = Update(0.2, tokens=30, loss=4.0, grad_norm=3.0, entropy_sum=5.0, rectified_sum=6.0)
+    assert combined([ran, Update(0.15, skipped="flat"), longer]) == {
+        "updates": 2, "skipped": "flat", "lr": 0.2, "trained_tokens": 40, "loss": 3.0,
+        "grad_norm": 2.0, "entropy": 0.25, "rectified": 0.25,
+    }  # fmt: skip
+
+
+def test_what_is_not_a_number_is_null_in_json():
+    bad = Update(0.1, tokens=1, loss=float("nan"), grad_norm=float("inf"), skipped="non_finite")
+    metrics = combined([bad])
+    assert metrics["skipped"] == "non_finite"
+    assert metrics["loss"] is None
+    assert metrics["grad_norm"] is None
+    assert metrics["updates"] == 0

@@ -1,0 +1,352 @@
+"""Scoring groups: worker processes that hang, crash and are replaced; user functions; sums."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from gft_lite.rewards import REWARDS, RewardError, RewardFunction, load_function, make_rule
+from gft_lite.rewards.scorer import Scorer
+from gft_lite.types import Group, Problem, Response
+
+HANG = {"pattern": "(a+)+$"}
+HANGING_TEXT = "a" * 60 + "b"
+
+
+def group(texts, answer="5", **columns):
+    problem = Problem(id="p", text="What is it?", answer=answer, columns=columns)
+    sources = ["expert", "teacher"] + ["self"] * len(texts)
+    responses = [Response((7, index), text, sources[index]) for index, text in enumerate(texts)]
+    return Group(problem, tuple(responses))
+
+
+def verdicts(scored):
+    return [response.verdict for g in scored for response in g]
+
+
+def rewards(scored):
+    return [reward for g in scored for reward in g.rewards]
+
+
+@pytest.fixture(scope="module")
+def math_scorer():
+    with Scorer([RewardFunction("math")], workers=2) as scorer:
+        yield scorer
+
+
+def test_golden_pairs(math_scorer, shared_data):
+    lines = (shared_data / "grader_golden_dev.jsonl").read_text(encoding="utf-8").split("\n")
+    pairs = [json.loads(line) for line in lines if line]
+    scored = math_scorer.score(
+        [group([p["response"]], p["answer"], answer_type=p["answer_type"]) for p in pairs]
+    )
+    wrong = [p["id"] for p, got in zip(pairs, rewards(scored), strict=True) if got != p["expected"]]
+    assert len(pairs) > 200
+    assert wrong == []
+
+
+def test_real_golds_equal_themselves(math_scorer, shared_data):
+    golds = []
+    for path in sorted((shared_data / "bench").glob("*.jsonl")):
+        with path.open(encoding="utf-8") as lines:
+            found = [json.loads(line) for line in lines]
+        usable = [r["answer"] for r in found if r["answer_type"] == "math" and r["answer"]]
+        golds += random.Random(0).sample(usable, min(len(usable), 300))
+    scored = math_scorer.score([group([rf"Thus $\boxed{{ {gold} }}$."], gold) for gold in golds])
+    wrong = [g for g, reward in zip(golds, rewards(scored), strict=True) if reward != 1]
+    assert len(golds) > 1000
+    assert wrong == []
+
+
+def test_every_response_is_scored_and_nothing_is_mutated(math_scorer):
+    before = group([r"\boxed{5}", r"\boxed{6}", "none", r"\boxed{9^{9^{9}}}", ""])
+    copy = dataclasses.replace(before)
+    (after,) = math_scorer.score([before])
+    assert before == copy and before.responses[0].reward is None
+    assert after.rewards == (1, 0, 0, 0, 0)
+    assert verdicts([after]) == ["ok", "ok", "no_answer", "unparsed", "no_answer"]
+    assert [r.source for r in after] == ["expert", "teacher", "self", "self", "self"]
+    assert [r.token_ids for r in after] == [r.token_ids for r in before]
+    assert after.responses[0].reward_parts == {"math": 1.0}
+
+
+def test_truncated_and_missing_answers(math_scorer):
+    cut = Response((1,), r"\boxed{5} and", "self", finish_reason="length")
+    truncated = Group(Problem("p", "q", "5"), (cut,))
+    scored = math_scorer.score([truncated, group([r"\boxed{5}"], None)])
+    assert rewards(scored) == [1, 0]
+    assert verdicts(scored) == ["ok", "error"]
+    assert math_scorer.score([]) == []
+    empty = Group(Problem("p", "q", "5"), ())
+    assert math_scorer.score([empty]) == [empty]
+
+
+def test_a_hung_item_is_killed_alone_and_its_worker_replaced():
+    with Scorer([RewardFunction("format", parameters=HANG)], workers=2, timeout=1.0) as scorer:
+        scorer.score([group(["a", "b"])])
+        before = set(scorer._pool.pids)
+        start = time.monotonic()
+        texts = ["a" * n for n in range(1, 30)]
+        scored = scorer.score([group([*texts, HANGING_TEXT, *["b" * n for n in range(1, 30)]])])
+        assert time.monotonic() - start < 15
+        assert rewards(scored) == [1] * 29 + [0] * 30
+        assert verdicts(scored) == ["ok"] * 29 + ["timeout"] + ["ok"] * 29
+        assert rewards(scorer.score([group(["aaa" * 30, "c" * 9])])) == [1, 0]
+        after = set(scorer._pool.pids)
+        assert len(before & after) <= 1 and len(after) >= 1
+        for pid in before - after:
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+        # a time-out is tried again, never remembered
+        assert verdicts(scorer.score([group([HANGING_TEXT])])) == ["timeout"]
+
+
+def test_hanging_mathematics_is_killed_alone():
+    cells = [[f"{a}+{b}^{{{n}}}" for b in "abcdefg"] for n, a in enumerate("abcdefg")]
+    matrix = r"\begin{vmatrix}" + r"\\".join("&".join(row) for row in cells) + r"\end{vmatrix}"
+    texts = [r"\boxed{1+x^2}", r"\boxed{(9999!)^{9999}}", rf"\boxed{{{matrix}}}", r"\boxed{x^2+1}"]
+    with Scorer([RewardFunction("math")], workers=2, timeout=1.5) as scorer:
+        scored = scorer.score([group(texts, "x^2 + 1")])
+    assert verdicts(scored) == ["ok", "timeout", "timeout", "ok"]
+    assert rewards(scored) == [1, 0, 0, 1]
+
+
+def test_a_worker_killed_from_outside_costs_one_item():
+    with Scorer([RewardFunction("format", parameters=HANG)], workers=1, timeout=20.0) as scorer:
+        scorer.score([group(["a"])])
+        (pid,) = scorer._pool.pids
+        killer = threading.Timer(0.7, os.kill, (pid, signal.SIGKILL))
+        killer.start()
+        start = time.monotonic()
+        scored = scorer.score([group(["aa", HANGING_TEXT, "aaa", "b"])])
+        assert time.monotonic() - start < 15
+        assert verdicts(scored) == ["ok", "error", "ok", "ok"]
+        assert rewards(scored) == [1, 0, 1, 0]
+        (new,) = scorer._pool.pids
+        os.kill(new, signal.SIGKILL)  # between batches no item is lost
+        time.sleep(0.2)
+        assert verdicts(scorer.score([group(["aaaa"])])) == ["ok"]
+
+
+def test_scores_off_the_main_thread_and_from_several_threads(math_scorer):
+    found: dict[int, list[float]] = {}
+
+    def work(index):
+        texts = [rf"\boxed{{x+{n}}}" for n in range(index, index + 8)]
+        found[index] = rewards(math_scorer.score([group(texts, f"{index}+x")]))
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in (0, 100)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == {0: [1.0] + [0.0] * 7, 100: [1.0] + [0.0] * 7}
+
+
+def test_workers_end_with_the_scorer_and_with_their_parent():
+    scorer = Scorer([RewardFunction("format")], workers=1)
+    scorer.score([group(["x"])])
+    (pid,) = scorer._pool.pids
+    scorer.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    script = (
+        "import os, signal\n"
+        "from gft_lite.rewards.scorer import RewardFunction, Scorer\n"
+        "from gft_lite.types import Group, Problem, Response\n"
+        "scorer = Scorer([RewardFunction('format')], workers=1)\n"
+        "scorer.score([Group(Problem('p', 'q', '5'), (Response((1,), 'x', 'self'),))])\n"
+        "print(scorer._pool.pids[0], flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    # no __main__ guard: the workers must not run the user's script again
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert output.stdout.count("\n") == 1, output.stderr
+    orphan = int(output.stdout)
+    for _ in range(50):
+        if not _running(orphan):
+            break
+        time.sleep(0.1)
+    assert not _running(orphan)
+
+
+def _running(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_rule_that_cannot_start_in_the_worker_is_reported():
+    from gft_lite.rewards.workers import WorkerPool
+
+    pool = WorkerPool([("format", {"pattern": "("})], workers=1, timeout=1.0)
+    with pytest.raises(RewardError, match="must start"):
+        pool.run([b'[0, "x", null, null]'])
+    assert pool.pids == []
+
+
+USER = """
+import json
+
+def length(completions, **columns):
+    return [float(len(c)) for c in completions]
+
+def sparse(completions, answer, level, **columns):
+    return [None if l == "hard" else float(c == a) for c, a, l in zip(completions, answer, level)]
+
+def named(completions, bonus):
+    return [bonus] * len(completions)
+
+def record(**arguments):
+    with open(arguments.pop("path"), "w") as file:
+        json.dump(arguments, file)
+    return [0.0] * len(arguments["completions"])
+
+def raises(completions, **columns): raise KeyError("gone")
+def short(completions, **columns): return [1.0]
+def text(completions, **columns): return "11"
+def nan(completions, **columns): return [float("nan")] * len(completions)
+def string(completions, **columns): return ["1"] * len(completions)
+value = 3
+"""
+
+
+@pytest.fixture
+def user_module(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(USER)
+    (tmp_path / "broken_rewards.py").write_text("1 / 0")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
+    return tmp_path
+
+
+def test_weighted_sum_with_a_part_that_does_not_apply(user_module):
+    functions = [
+        RewardFunction("exact", 1.0, {"marker": "#"}),
+        RewardFunction("my_rewards:length", 0.25),
+        RewardFunction("my_rewards.sparse", -2.0),
+    ]
+    with Scorer(functions) as scorer:
+        easy = group(["#5", "x"], level="easy")
+        hard = group(["#5"], level="hard")
+        scored = scorer.score([easy, hard])
+    assert rewards(scored) == [1 + 0.5 + 0, 0.25, 1.5]
+    assert scored[0].responses[0].reward_parts == {
+        "exact": 1.0, "my_rewards:length": 2.0, "my_rewards.sparse": 0.0,
+    }  # fmt: skip
+    assert scored[1].responses[0].reward_parts == {"exact": 1.0, "my_rewards:length": 2.0}
+    assert verdicts(scored) == ["ok", "no_answer", "ok"]
+
+
+def test_no_applicable_function_gives_zero(user_module):
+    with Scorer([RewardFunction("my_rewards:sparse")]) as scorer:
+        (scored,) = scorer.score([group(["5"], level="hard")])
+    assert scored.rewards == (0.0,)
+    assert scored.responses[0].reward_parts == {}
+
+
+def test_parameters_reach_a_function_without_keyword_arguments(user_module):
+    with Scorer([RewardFunction("my_rewards:named", 1.0, {"bonus": 0.5})]) as scorer:
+        assert rewards(scorer.score([group(["a", "b"], level=1)])) == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+def test_user_functions_get_the_arguments_of_trl(user_module, conversational):
+    path = str(user_module / "arguments.json")
+    function = RewardFunction("my_rewards:record", 1.0, {"path": path})
+    with Scorer([function], conversational=conversational) as scorer:
+        scorer.score([group(["a", "b"], "5", level="easy"), group(["c"], "6", topic="algebra")])
+    with open(path) as file:
+        got = json.load(file)
+    prompt, completions = "What is it?", ["a", "b", "c"]
+    if conversational:
+        prompt = [{"role": "user", "content": prompt}]
+        completions = [[{"role": "assistant", "content": text}] for text in completions]
+    assert got == {
+        "prompts": [prompt] * 3,
+        "completions": completions,
+        "completion_ids": [[7, 0], [7, 1], [7, 0]],
+        "answer": ["5", "5", "6"],
+        "level": ["easy", "easy", None],
+        "topic": [None, None, "algebra"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("my_rewards:raises", "must not raise, got KeyError: 'gone'"),
+        ("my_rewards:short", r"one entry per completion \(2\), got 1"),
+        ("my_rewards:text", "list of numbers or None, got str"),
+        ("my_rewards:nan", "finite numbers or None, got nan"),
+        ("my_rewards:string", "finite numbers or None, got '1'"),
+        ("my_rewards:sparse", "got TypeError"),  # the data set has no column `level`
+    ],
+)
+def test_a_misbehaving_user_function_is_named(user_module, name, message):
+    with Scorer([RewardFunction(name)]) as scorer, pytest.raises(RewardError) as caught:
+        scorer.score([group(["a", "b"])])
+    assert caught.match(name)
+    assert caught.match(message)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("my_rewards:absent", "no such name"),
+        ("my_rewards:value", "got a int"),
+        ("no_such_module_here:f", "importable"),
+        ("broken_rewards:f", "ZeroDivisionError"),
+        ("plain", "or a dotted path, got 'plain'"),
+        (":f", "or a dotted path"),
+    ],
+)
+def test_wrong_dotted_paths(user_module, path, message):
+    with pytest.raises(RewardError, match=message):
+        load_function(path)
+
+
+@pytest.mark.parametrize(
+    ("functions", "options", "message"),
+    [
+        ([], {}, "at least one"),
+        (["math", "math"], {}, "'math' twice"),
+        (["math"], {"workers": 0}, "at least 1, got 0"),
+        (["math"], {"timeout": 0.0}, "positive seconds, got 0.0"),
+        (["mth"], {}, "Did you mean 'math'"),
+    ],
+)
+def test_wrong_settings(functions, options, message):
+    with pytest.raises(RewardError, match=message):
+        Scorer([RewardFunction(name) for name in functions], **options)
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_every_rule_of_the_table_can_be_made_and_graded(name):
+    grade = make_rule(RewardFunction(name))(r"\boxed{5}", "5", None)
+    assert grade.score == float(name != "exact")  # there is no marker in the text
+    assert REWARDS[name].doc
+
+
+def test_importing_the_table_is_light():
+    code = (
+        "import sys, gft_lite.rewards, gft_lite.rewards.scorer, gft_lite.rewards.worker\n"
+        "from gft_lite.rewards import RewardFunction, make_rule\n"
+        "[make_rule(RewardFunction(name)) for name in gft_lite.rewards.REWARDS]\n"
+        "heavy = ['torch', 'sympy', 'math_verify', 'numpy', 'pydantic', 'transformers']\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert output.stdout.strip() == "[]", output.stderr
