@@ -20,24 +20,29 @@ def group_rows(groups: Iterable[Group]) -> list[Row]:
     ]
 
 
-def divergence(policy: Policy, rows: Sequence[Row], token_budget: int) -> dict[str, float]:
-    """Means per response token of policy against reference, in nats.
+def divergence(
+    policy: Policy, rows: Sequence[Row], token_budget: int, *, samples_of: str
+) -> dict[str, float]:
+    """Means per response token of policy against reference, in nats; empty without rows.
 
-    `forward` is KL(reference || policy), `reverse` KL(policy || reference), both exact over the
-    vocabulary at the given tokens. On the reference's own samples `forward_sample` estimates
-    the first (as the authors' evaluation does); on the policy's own samples `reverse_k3` the
-    second. Empty without rows.
+    `forward` is KL(reference || policy) and `reverse` KL(policy || reference), both exact over
+    the vocabulary at the given tokens. Rows that are samples_of="reference" also give
+    `forward_sample`, the estimate of the authors' evaluation; samples_of="policy" give
+    `reverse_k3`.
     """
-    totals = {"forward": 0.0, "reverse": 0.0, "forward_sample": 0.0, "reverse_k3": 0.0}
-    tokens = 0
+    exact = {"forward": 0.0, "reverse": 0.0}
+    estimate, tokens = 0.0, 0
     training = policy.model.training
     policy.model.eval()
     for batch in cut(rows, token_budget, pad_id=policy.pad_id):
         found = policy.divergence(batch)
         tokens += found.logprobs.numel()
-        totals["forward"] += found.forward.sum().item()
-        totals["reverse"] += found.reverse.sum().item()
-        totals["forward_sample"] += (found.ref_logprobs - found.logprobs).sum().item()
-        totals["reverse_k3"] += k3(found.logprobs, found.ref_logprobs).sum().item()
+        exact["forward"] += found.forward.sum().item()
+        exact["reverse"] += found.reverse.sum().item()
+        if samples_of == "reference":
+            estimate += (found.ref_logprobs - found.logprobs).sum().item()
+        else:
+            estimate += k3(found.logprobs, found.ref_logprobs).sum().item()
     policy.model.train(training)
-    return {name: total / tokens for name, total in totals.items()} if tokens else {}
+    name = "forward_sample" if samples_of == "reference" else "reverse_k3"
+    return {n: v / tokens for n, v in {**exact, name: estimate}.items()} if tokens else {}

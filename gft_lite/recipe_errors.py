@@ -121,6 +121,7 @@ _RULES = {
     "invalid_key": "must have text as keys",
     "int_type": "must be a whole number",
     "int_parsing": "must be a whole number",
+    "int_parsing_size": "must be a smaller number",
     "int_from_float": "must be a whole number",
     "float_type": "must be a number",
     "float_parsing": "must be a number",
@@ -136,7 +137,7 @@ def _one_field(at: At, kind: Any, e: Any) -> _Problem:
     rule = _RULES.get(e["type"]) or re.sub(r"^\w+ should", "must", e["msg"])
     rule = rule.removeprefix("Value error, ").partition(" after validation")[0]
     known = e["ctx"]["known"] if e["type"] == "unknown_name" else _literals(kind)
-    name = nearest(got, known)
+    name = nearest(got, known) if isinstance(got, str | None) else None
     advice = f"Did you mean {name}?" if name else ""
     if e["type"] == "string_type" and not name and isinstance(got, int | float | dict):
         advice = "Put it in quotes."

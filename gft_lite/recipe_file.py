@@ -163,7 +163,8 @@ class _Reader:
         bases = [written] if isinstance(written, str) else written or []
         if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
             where = places[("extends",)]
-            self.problems.append(f"{where}: extends: must be a list of files, got {shown(written)}.")
+            rule = f"must be a list of files, got {shown(written)}"
+            self.problems.append(f"{where}: extends: {rule}.")
             return []
         layers = []
         for i, base in enumerate(bases):

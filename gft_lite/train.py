@@ -176,11 +176,16 @@ def _monitor(session: Session, step: int, groups: Sequence[Group]) -> dict[str, 
     every = recipe.monitor.every
     if not every or (step % every and step != recipe.train.steps):
         return {}
-    budget = recipe.train.micro_batch_tokens
-    return {
-        "held_out": drift.divergence(session.policy, session.kl_rows, budget),
-        "rollouts": drift.divergence(session.policy, drift.group_rows(groups), budget),
-    }
+    own = drift.divergence(
+        session.policy, drift.group_rows(groups), recipe.train.micro_batch_tokens,
+        samples_of="policy",
+    )  # fmt: skip
+    return {"held_out": _held_out_kl(session), "rollouts": own}
+
+
+def _held_out_kl(session: Session) -> dict[str, float]:
+    budget = session.recipe.train.micro_batch_tokens
+    return drift.divergence(session.policy, session.kl_rows, budget, samples_of="reference")
 
 
 def _evaluate(session: Session) -> dict[str, Any]:
@@ -196,7 +201,6 @@ def _summary(
     session: Session, base: dict[str, Any], trained: dict[str, Any], seconds: dict[str, float]
 ) -> dict[str, Any]:
     recipe, metrics = session.recipe, session.run.metrics()
-    kl = drift.divergence(session.policy, session.kl_rows, recipe.train.micro_batch_tokens)
     phases = {p: sum(m["seconds"].get(p, 0.0) for m in metrics)
               for p in ("rollout", "reward", "train", "sync")}  # fmt: skip
     return {
@@ -204,7 +208,7 @@ def _summary(
         "method": recipe.method,
         "seed": recipe.seed,
         "base": {**headline(base, recipe.eval.k), "kl": 0.0},
-        "trained": {**headline(trained, recipe.eval.k), "kl": kl["forward"]},
+        "trained": {**headline(trained, recipe.eval.k), "kl": _held_out_kl(session)["forward"]},
         "seconds": {**seconds, **phases},
         "problems": len(session.problems),
         "trajectories": sum(m["trajectories"] for m in metrics),

@@ -44,7 +44,7 @@ class QLoraPolicy:
         self.settings = settings
         self.dtype = dtype
         self.device = next(model.parameters()).device
-        causal_lm = model.get_base_model()
+        causal_lm: Any = model.get_base_model()
         self._decoder = getattr(causal_lm, causal_lm.base_model_prefix)
         self._head = causal_lm.get_output_embeddings()
         self.config = causal_lm.config
@@ -90,7 +90,7 @@ class QLoraPolicy:
                 module.support_avx512bf16_for_cpu = False
         model = _adapt(base, settings, seed)
         if settings.gradient_checkpointing:
-            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+            base.gradient_checkpointing_enable({"use_reentrant": False})
         return cls(model, tokenizer, settings, dtype)
 
     # --- adapter ---------------------------------------------------------------------------

@@ -36,7 +36,8 @@ class Scorer:
     A name in REWARDS is a built-in rule; any other is a dotted path to a user's function with
     TRL's signature, called in this process as `f(prompts=, completions=, completion_ids=,
     answer=, **columns, **parameters) -> list[float | None]`; None means not applicable.
-    `conversational` hands it message lists, as TRL does for chat data.
+    `conversational` hands it message lists, as TRL does for chat data. `timeout` is the CPU
+    seconds that one text may take in one of the `workers`, so that load changes no reward.
     """
 
     def __init__(

@@ -17,6 +17,8 @@ from typing import IO, Any
 from gft_lite.rewards import Grade, RewardFunction, make_rule
 
 MEMORY_LIMIT = 3 * 2**30
+#: The parent waits this many times the limit on CPU time before it kills a worker itself.
+WALL_FACTOR = 4.0
 _HEADER = struct.Struct(">I")
 
 
@@ -62,10 +64,7 @@ def main() -> None:
 
 
 def _grade(rule: Any, item: list[Any], timeout: float) -> Grade:
-    # The parent kills a hung worker at `timeout`; if the parent is gone, the kernel's alarm does.
-    alarm = getattr(signal, "setitimer", None)
-    if alarm:
-        alarm(signal.ITIMER_REAL, timeout + 5)
+    _alarms(timeout, WALL_FACTOR * timeout + 5)
     try:
         return rule(*item)
     except MemoryError:
@@ -73,8 +72,17 @@ def _grade(rule: Any, item: list[Any], timeout: float) -> Grade:
     except Exception:  # sympy raises anything on hostile text; the verdict counts it
         return Grade(0.0, "error")
     finally:
-        if alarm:
-            alarm(signal.ITIMER_REAL, 0)
+        _alarms(0, 0)
+
+
+def _alarms(cpu_seconds: float, wall_seconds: float) -> None:
+    """Have the kernel end this process, whatever Python is doing, after that long; 0 cancels.
+
+    CPU time, so that a busy machine changes no reward; wall time in case the parent has gone.
+    """
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
+        signal.setitimer(signal.ITIMER_REAL, wall_seconds)
 
 
 def _limit_memory() -> None:

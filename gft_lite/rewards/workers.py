@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import threading
@@ -20,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from gft_lite.rewards import Grade, RewardError
-from gft_lite.rewards.worker import receive, send
+from gft_lite.rewards.worker import WALL_FACTOR, receive, send
 
 START_SECONDS = 120.0
 _MAX_FAILED_STARTS = 3
+_OUT_OF_CPU_TIME = -getattr(signal, "SIGPROF", 0) or None
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 #: -P keeps the user's directory from shadowing the standard library; the package is this one.
 _PROGRAM = (
@@ -64,8 +66,8 @@ class _Worker:
         except EOFError:
             return None
 
-    def end(self, kill: bool = True) -> None:
-        """Stop the process and free its pipes."""
+    def end(self, kill: bool = True) -> int:
+        """Stop the process and free its pipes; the exit code, negative for a signal."""
         if kill:
             self.process.kill()
         for pipe in (self.process.stdin, self.process.stdout):
@@ -73,15 +75,16 @@ class _Worker:
                 if pipe:
                     pipe.close()
         try:
-            self.process.wait(1.0)
+            return self.process.wait(1.0)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait()
+            return self.process.wait()
 
 
 class WorkerPool:
     """N processes that grade items under a time limit each; started at the first use.
 
+    `timeout` is CPU seconds of the worker (WALL_FACTOR times that on the wall clock at most).
     `functions` are (name, parameters) pairs of built-in rules; an item is the JSON of
     [index into functions, text, answer, answer_type]. Safe to call from any thread.
     """
@@ -132,7 +135,7 @@ class WorkerPool:
         for worker in self._workers:
             if worker.item is None and waiting:
                 worker.item = waiting.popleft()
-                worker.deadline = time.monotonic() + self._timeout
+                worker.deadline = time.monotonic() + WALL_FACTOR * self._timeout
                 worker.send(items[worker.item])
 
     def _wait(self) -> list[tuple[_Worker, bool]]:
@@ -156,12 +159,13 @@ class WorkerPool:
             self._collect_start(worker, reply)
         elif reply is not None:
             grades[item] = Grade(*reply)
-        else:
-            grades[item] = Grade(0.0, "error" if replied else "timeout")
         worker.item = None
         if reply is None:
             self._workers.remove(worker)
-            worker.end()
+            code = worker.end(kill=not replied)
+            if item >= 0:
+                late = not replied or code == _OUT_OF_CPU_TIME
+                grades[item] = Grade(0.0, "timeout" if late else "error")
 
     def _collect_start(self, worker: _Worker, reply: Any) -> None:
         if reply is not None and "error" in reply:

@@ -120,6 +120,14 @@ def test_hanging_mathematics_is_killed_alone():
     assert rewards(scored) == [1, 0, 0, 1]
 
 
+def test_a_stopped_worker_is_killed_by_the_wall_clock():
+    with Scorer([RewardFunction("format", parameters=HANG)], workers=1, timeout=1.0) as scorer:
+        scorer.score([group(["a"])])
+        (pid,) = scorer._pool.pids
+        threading.Timer(0.3, os.kill, (pid, signal.SIGSTOP)).start()
+        assert verdicts(scorer.score([group([HANGING_TEXT, "aa"])])) == ["timeout", "ok"]
+
+
 def test_a_worker_killed_from_outside_costs_one_item():
     with Scorer([RewardFunction("format", parameters=HANG)], workers=1, timeout=20.0) as scorer:
         scorer.score([group(["a"])])
