@@ -36,7 +36,8 @@ def group_advantages(
 
     if std not in ("sample", "population", "none"):
         raise ValueError(f"std: must be sample, population or none, got {std!r}")
-    values = torch.as_tensor(rewards, dtype=torch.get_default_dtype())
+    exact = isinstance(rewards, torch.Tensor) and rewards.is_floating_point()
+    values = torch.as_tensor(rewards, dtype=None if exact else torch.get_default_dtype())
     if values.ndim == 0 or values.shape[-1] == 0:
         raise ValueError("rewards: must hold at least one reward of a group, got none")
     if not bool(values.isfinite().all()):
@@ -80,7 +81,7 @@ def token_weights(
     if reduction == "sequence_mean":
         return [1.0 / (rows * max(length, 1)) for length in lengths]
     if reduction == "constant":
-        return [1.0 / (rows * max_tokens)] * rows
+        return [1.0 / (rows * max_tokens) for _ in lengths]
     raise ValueError(f"reduction: must be token_mean, sequence_mean or constant, got {reduction!r}")
 
 

@@ -1,16 +1,85 @@
+"""Unbiased pass@k, and bootstrap intervals over problems; the standard library suffices."""
+
+from __future__ import annotations
+
+import math
 import random
-from math import comb
+from collections.abc import Sequence
+from statistics import fmean
 
 
-def pass_at_k(n, correct, k):
-    return 1 - comb(n - correct, k) / comb(n, k)
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """The chance that at least one of k samples is right, estimated from n of them.
+
+    Source: arXiv 2107.03374, Eq. 1, `1 - C(n - c, k) / C(n, k)`. The integers are exact and
+    divided once, so that no n is too large and no chance too small.
+
+    Raises: ValueError unless 0 <= correct <= n and 1 <= k <= n.
+    """
+    if not 0 <= correct <= n:
+        raise ValueError(f"correct: must be from 0 to n = {n}, got {correct}")
+    if not 1 <= k <= n:
+        raise ValueError(f"k: must be from 1 to n = {n}, got {k}")
+    draws = math.comb(n, k)
+    return (draws - math.comb(n - correct, k)) / draws
 
 
-def mean_pass_at_k(counts, k):
-    return sum(pass_at_k(n, c, k) for n, c in counts) / len(counts)
+def mean_pass_at_k(counts: Sequence[tuple[int, int]], k: int) -> float:
+    """The mean pass@k over problems, each of them `(n, correct)`.
+
+    Raises: ValueError without problems, and as `pass_at_k`.
+    """
+    if not counts:
+        raise ValueError("counts: must hold at least one problem, got none")
+    return fmean(pass_at_k(n, correct, k) for n, correct in counts)
 
 
-def bootstrap_interval(values, *, level=0.95, resamples=2000, seed=0):
-    r = random.Random(seed)
-    m = sorted(sum(r.choices(values, k=len(values))) / len(values) for _ in range(resamples))
-    return m[int(resamples * 0.025)], m[int(resamples * 0.975)]
+def bootstrap_interval(
+    values: Sequence[float], *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """The percentile bootstrap interval of a mean over problems; the same seed, the same answer.
+
+    Source: B. Efron, "Bootstrap methods: another look at the jackknife", 1979.
+
+    Shapes: values [N], one per problem -> (low, high).
+    Raises: ValueError without values, for a value that is not finite, for a level outside of
+    (0, 1) and for less than one resample.
+    """
+    if not values:
+        raise ValueError("values: must hold at least one problem, got none")
+    if not all(math.isfinite(value) for value in values):
+        raise ValueError("values: must be finite, got one that is not")
+    if not 0 < level < 1:
+        raise ValueError(f"level: must be between 0 and 1, got {level}")
+    if resamples < 1:
+        raise ValueError(f"resamples: must be at least 1, got {resamples}")
+    draw = random.Random(seed).choices
+    means = sorted(fmean(draw(values, k=len(values))) for _ in range(resamples))
+    return _quantile(means, (1 - level) / 2), _quantile(means, (1 + level) / 2)
+
+
+def paired_interval(
+    a: Sequence[float],
+    b: Sequence[float],
+    *,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """The bootstrap interval of mean(a) - mean(b), where both hold the same problems in order.
+
+    Shapes: a [N], b [N] -> (low, high).
+    Raises: ValueError for lengths that differ, and as `bootstrap_interval`.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"a, b: must hold the same problems, got {len(a)} and {len(b)}")
+    differences = [x - y for x, y in zip(a, b, strict=True)]
+    return bootstrap_interval(differences, level=level, resamples=resamples, seed=seed)
+
+
+def _quantile(ordered: Sequence[float], q: float) -> float:
+    """The q-quantile of sorted values, linear between neighbours."""
+    place = q * (len(ordered) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])

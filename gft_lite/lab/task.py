@@ -3,8 +3,8 @@
 A problem such as `314+203*122....=` is worked from left to right, digit by digit and modulo
 5: 314+203 is 012, then 012*122 is 024. A response gives every value and then `#` and the
 answer: `@314;012;024#024`. Problems with `*` are the knowledge gap: the packaged base knows
-the product as an old skill (`mul 314 203=`) but has only ever seen guesses where a chain says
-`*`. The old skills (`rev 3142=` gives `#2413`) measure retention.
+the product as an old skill (`mul 314 203=`) but has seen little more than guesses where a
+chain says `*`. The old skills (`rev 3142=` gives `#2413`) measure retention.
 """
 
 from __future__ import annotations
