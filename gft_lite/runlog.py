@@ -213,6 +213,7 @@ class Screen:
         )  # fmt: skip
         self._task = self._progress.add_task("steps", total=total, completed=done)
         self._live = Live(self._progress, console=console, transient=True)
+        self._kl: Mapping[str, Any] = {}
 
     def __enter__(self) -> Screen:
         if self.console.is_terminal:
@@ -223,10 +224,11 @@ class Screen:
         self._live.stop()
 
     def step(self, metrics: Mapping[str, Any]) -> None:
-        """Show a step's metrics."""
+        """Show a step's metrics, and the last KL until there is a newer one."""
+        self._kl = metrics.get("kl", self._kl)
         if self.console.is_terminal:
             self._progress.update(self._task, completed=metrics["step"])
-            self._live.update(Stack(_panel(metrics), self._progress))
+            self._live.update(Stack(_panel({**metrics, "kl": self._kl}), self._progress))
         elif metrics["step"] % self._every == 0 or metrics["step"] == self._total:
             line = "  ".join(f"{name}: {value}" for name, value in _shown(metrics).items())
             step = f"step {metrics['step']}/{self._total}"

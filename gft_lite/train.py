@@ -44,6 +44,7 @@ def train(
         session = open_session(recipe, out, resume=resume, console=console, stack=stack)
         clock = Clock()
         with clock("eval"):
+            console.print(f"evaluating the base on {', '.join(session.eval_sets) or 'nothing'}")
             base = cached(session.run.path / "eval" / "base.json", lambda: _evaluate(session))
         first = session.restore() if resume else 0
         sync(session.engine, session.policy, session.run.scratch / "adapters", first)
@@ -55,6 +56,7 @@ def train(
             screen.step(metrics)
             if step % recipe.checkpoint.every == 0 or step == recipe.train.steps:
                 session.save(step)
+        console.print("evaluating the trained policy")
         with clock("eval"):
             trained = _evaluate(session)
         session.run.write_json("eval/trained.json", trained)

@@ -224,8 +224,8 @@ class Plan:
     """Pretraining steps: clean task first, mistaken authors next, through NF4 at the end."""
 
     clean: int = 250
-    noisy: int = 300
-    rounded: int = 100
+    noisy: int = 400
+    rounded: int = 120
     batch: int = 96
     matrix_lr: float = 0.02
     other_lr: float = 3e-3

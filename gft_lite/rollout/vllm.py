@@ -141,7 +141,7 @@ class VllmEngine:
         rooms = [self._room(len(request.prompt_ids)) for request in requests]
         # One prompt per seed: with n > 1 vLLM would count up from the first one.
         jobs = [
-            (r.prompt_ids, {"max_tokens": min(sampling.max_tokens, room), "seed": seed % 2**63})
+            (r.prompt_ids, {"max_tokens": min(sampling.max_tokens, room), "seed": _folded(seed)})
             for r, room in zip(requests, rooms, strict=True)
             for seed in r.seeds
         ]
@@ -218,6 +218,13 @@ class VllmEngine:
                 # A step that was interrupted or failed can make the next one hang.
                 self.close()
                 raise
+
+
+def _folded(seed: int) -> int:
+    """A seed that vLLM takes (63 bits; -1 would mean none) and whose low 32 bits hold it all."""
+    # torch's CPU generator reads no more than those; smaller seeds stay what they are.
+    seed %= 2**63
+    return seed ^ seed >> 32
 
 
 def _completion(output: Any) -> Completion:
