@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from gft_lite import __version__
 from gft_lite.recipe import Recipe, RecipeError
+from gft_lite.rewards import RewardError
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -29,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RecipeError as error:
         for problem in error.problems:
             print(problem, file=sys.stderr)
+        return WRONG_INPUT
+    except RewardError as error:  # The user's reward function, while it ran.
+        print(error, file=sys.stderr)
         return WRONG_INPUT
     except KeyboardInterrupt:
         print("interrupted; continue with --resume", file=sys.stderr)

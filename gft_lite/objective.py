@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from gft_lite.dotted import load_dotted
 from gft_lite.types import Source
 
 if TYPE_CHECKING:
@@ -254,3 +255,14 @@ METHODS: dict[str, Method] = {
         parameters=("tau",), defaults=_defaults(1, 0, 7, 2e-5),
     ),
 }  # fmt: skip
+
+
+def find_method(name: str) -> Method:
+    """The method of that name, or the user's own `Method` at a dotted path.
+
+    Raises: ValueError that says what is missing.
+    """
+    method = METHODS[name] if name in METHODS else load_dotted(name)
+    if not isinstance(method, Method):
+        raise ValueError(f"must be a gft_lite.objective.Method, got a {type(method).__name__}")
+    return method

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gft_lite.batching import MicroBatch, Row, cut
-from gft_lite.objective import METHODS, k3
+from gft_lite.objective import find_method, k3
 from gft_lite.policy import Policy
 from gft_lite.recipe import OptimSettings, Recipe, RecipeError
 
@@ -80,7 +80,7 @@ class Portion:
 
 def portion(policy: Policy, recipe: Recipe, rows: Sequence[Row]) -> Portion:
     """Prepare an update before the first one of its rollout, while the policy is the old one."""
-    method = METHODS[recipe.method]
+    method = find_method(recipe.method)
     batches = cut(rows, recipe.train.micro_batch_tokens, pad_id=policy.pad_id)
     old: list[Tensor | None] = [None] * len(batches)
     if method.needs_old_logprobs and recipe.train.updates_per_rollout > 1:
@@ -117,7 +117,7 @@ def update(
         loss=loss,
         grad_norm=norm.item(),
         entropy_sum=entropy,
-        rectified_sum=rectified if "tau" in METHODS[recipe.method].parameters else None,
+        rectified_sum=rectified if "tau" in find_method(recipe.method).parameters else None,
         skipped=None if finite else "non_finite",
     )
 
@@ -126,7 +126,7 @@ def _backward(
     policy: Policy, recipe: Recipe, batch: MicroBatch, old: Tensor | None
 ) -> tuple[float, float, float]:
     """Add a micro-batch's gradient; returns its share of the loss, entropy and rectified sums."""
-    method, settings = METHODS[recipe.method], recipe.objective
+    method, settings = find_method(recipe.method), recipe.objective
     batch = batch.to(policy.device)
     scores = policy.token_scores(batch)
     arguments: dict[str, Any] = {name: getattr(settings, name) for name in method.parameters}

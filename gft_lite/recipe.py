@@ -106,6 +106,7 @@ class PolicySettings(Settings):
         str, _matching(r"auto|cpu|cuda(:\d+)?", "must be auto, cpu, cuda or cuda:N")
     ] = "auto"
     context: Annotated[int, Field(ge=8)] | None = None
+    threads: PositiveInt | None = None  # CPU threads of torch
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     gradient_checkpointing: bool = True
     trust_remote_code: bool = False

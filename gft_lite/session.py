@@ -15,11 +15,12 @@ from gft_lite import checkpoint
 from gft_lite.batching import Row
 from gft_lite.data import load_problems, problems_of_step, split_holdout
 from gft_lite.groups import compose, sample
-from gft_lite.objective import METHODS, group_advantages, token_weights
+from gft_lite.objective import find_method, group_advantages, token_weights
 from gft_lite.optim import make_optimizer
 from gft_lite.policy import Policy, load_policy
 from gft_lite.prompts import PromptFormat
 from gft_lite.recipe import DataSettings, Recipe, RecipeError
+from gft_lite.rewards import RewardError
 from gft_lite.rewards.scorer import RewardFunction, Scorer
 from gft_lite.rollout import RolloutEngine, Sampling, start_engine
 from gft_lite.rollout.probe import Probe
@@ -53,7 +54,7 @@ class Session:
 
     def advantages(self, group: Group) -> list[float]:
         """The K advantages of a scored group; ones for methods that know no rewards."""
-        if not METHODS[self.recipe.method].group_advantages:
+        if not find_method(self.recipe.method).group_advantages:
             return [1.0] * len(group)
         objective = self.recipe.objective
         return group_advantages(group.rewards, std=objective.std, eps=objective.eps).tolist()
@@ -89,17 +90,21 @@ def open_session(
     Raises: RecipeError for what only shows when data and model meet.
     """
     run = find_folder(recipe, out, resume=resume)
+    scorer = stack.enter_context(_users_own(recipe))
+    if recipe.policy.threads:
+        torch.set_num_threads(recipe.policy.threads)
     policy = load_policy(recipe.policy, recipe.seed)
     policy.model.train()
     format = PromptFormat(policy.tokenizer, recipe.data.prompt)
     policy.eos_ids |= set(format.stop_ids)
-    load = partial(_load, policy=policy, reserve=recipe.rollout.max_tokens, console=console)
+    # One token to spare: an engine can't score a completion without generating one more.
+    reserve = recipe.rollout.max_tokens + 1
+    load = partial(_load, policy=policy, reserve=reserve, console=console)
     problems, held_out = split_holdout(load("data", recipe.data), recipe.data.holdout)
     problems = _composable(problems, recipe, console)
     eval_sets = {n: load(f"eval.sets.{n}", data) for n, data in recipe.eval.sets.items()}
     run.create(recipe.to_yaml())
     console.print(f"run folder: {run.path}")
-    scorer = stack.enter_context(_scorer(recipe))
     engine = start_engine(recipe.rollout, policy, run.scratch)
     stack.callback(engine.close)
     trackers = Trackers(recipe.log.trackers, recipe.name, run.path, recipe.model_dump(mode="json"))
@@ -164,7 +169,7 @@ def _load(
     if reserve >= policy.context:
         raise RecipeError(
             [f"rollout.max_tokens: must leave room for a prompt in the model's context of "
-             f"{policy.context} tokens, got {reserve}."]
+             f"{policy.context} tokens, got {reserve - 1}."]
         )  # fmt: skip
     format = PromptFormat(policy.tokenizer, settings.prompt, f"{field}.prompt")
     loaded = load_problems(settings, format, context=policy.context, reserve=reserve, field=field)
@@ -196,13 +201,24 @@ def _composable(
     return kept
 
 
-def _scorer(recipe: Recipe) -> Scorer:
+def _users_own(recipe: Recipe) -> Scorer:
+    """Find what the recipe names by dotted path before anything large is loaded."""
     reward = recipe.reward
     functions = [RewardFunction(f.name, f.weight, f.parameters) for f in reward.functions]
     conversational = recipe.data.prompt.style == "chat"
-    return Scorer(
-        functions, workers=reward.workers, timeout=reward.timeout, conversational=conversational
-    )
+    try:
+        find_method(recipe.method)
+    except ValueError as error:
+        raise RecipeError([f"method: {error}, got {recipe.method!r}."]) from error
+    try:
+        return Scorer(
+            functions,
+            workers=reward.workers,
+            timeout=reward.timeout,
+            conversational=conversational,
+        )
+    except RewardError as error:
+        raise RecipeError([str(error)]) from error
 
 
 def _kl_rows(

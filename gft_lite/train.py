@@ -16,7 +16,7 @@ from gft_lite import drift
 from gft_lite import groups as grouping
 from gft_lite.batching import Row
 from gft_lite.evaluate import evaluate, headline
-from gft_lite.objective import METHODS
+from gft_lite.objective import find_method
 from gft_lite.optim import combined, portion, update
 from gft_lite.recipe import Recipe
 from gft_lite.rollout import Sampling
@@ -161,7 +161,7 @@ def _split(items: list[Any], parts: int) -> list[list[Any]]:
 
 def _rows(session: Session, part: Sequence[tuple[Group, Sequence[float]]]) -> list[Row]:
     """The rows that one update trains on, weighted by the recipe's reduction."""
-    masked = METHODS[session.recipe.method].mask_truncated
+    masked = find_method(session.recipe.method).mask_truncated
     rows = [
         (group.problem.prompt_ids, response.token_ids, advantage)
         for group, advantages in part

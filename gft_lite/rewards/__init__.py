@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import os
-import sys
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Any, NamedTuple
+
+from gft_lite.dotted import load_dotted
 
 
 class RewardError(ValueError):
@@ -71,33 +71,18 @@ REWARDS: dict[str, RewardEntry] = {
 
 
 def load_function(path: str) -> Callable[..., Any]:
-    """The object at "pkg.mod:name" or "pkg.mod.name"; looks in the working directory as well.
+    """The user's function at "pkg.mod:name" or "pkg.mod.name".
 
     Raises: RewardError naming the path and what is missing.
     """
-    module_name, _, attribute = path.partition(":") if ":" in path else path.rpartition(".")
-    if not module_name or not attribute:
+    if not re.fullmatch(r"[\w.]+[.:]\w+", path):
         raise RewardError(_unknown(path))
-    if (cwd := os.getcwd()) not in sys.path:
-        sys.path.append(cwd)  # a console script starts without the user's own directory
     try:
-        found = import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise RewardError(
-            f"reward {path!r}: module must be importable, got {error}. "
-            "Run from the directory that holds it, or install it."
-        ) from error
-    except Exception as error:
-        raise RewardError(
-            f"reward {path!r}: importing {module_name} must not fail, "
-            f"got {type(error).__name__}: {error}. Fix that module."
-        ) from error
-    function = getattr(found, attribute, None)
+        function = load_dotted(path)
+    except ValueError as error:
+        raise RewardError(f"reward {path!r}: {error}") from error
     if not callable(function):
-        got = "no such name" if function is None else f"a {type(function).__name__}"
-        raise RewardError(
-            f"reward {path!r}: must be a function of {module_name}, got {got}. Check the spelling."
-        )
+        raise RewardError(f"reward {path!r}: must be a function, got a {type(function).__name__}.")
     return function
 
 

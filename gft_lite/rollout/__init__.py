@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from gft_lite.dotted import load_dotted
 from gft_lite.types import FinishReason
 
 if TYPE_CHECKING:
@@ -86,5 +86,4 @@ def start_engine(settings: RolloutSettings, policy: Policy, scratch: Path) -> Ro
 
         has_vllm = importlib.util.find_spec("vllm") is not None
         name = "vllm" if has_vllm and torch.cuda.is_available() else "transformers"
-    module, _, attribute = ENGINES.get(name, name).replace(":", ".").rpartition(".")
-    return getattr(importlib.import_module(module), attribute)(settings, policy, scratch)
+    return load_dotted(ENGINES.get(name, name))(settings, policy, scratch)

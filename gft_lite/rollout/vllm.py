@@ -72,7 +72,7 @@ class VllmEngine:
         self._llm = self._start(settings, policy, scratch)
 
     def _start(self, settings: RolloutSettings, policy: Policy, scratch: Path) -> Any:
-        options = _memory(settings, policy) | {"dtype": str(policy.dtype).removeprefix("torch.")}
+        options = _options(settings, policy)
         logging.getLogger("vllm").setLevel(self._environment["VLLM_LOGGING_LEVEL"])
         with _vllm_in_charge(self._environment), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
@@ -252,8 +252,8 @@ def _served_rank(rank: int) -> int:
     return min(r for r in ranks if r >= rank)
 
 
-def _memory(settings: RolloutSettings, policy: Policy) -> dict[str, Any]:
-    """vLLM's arguments for its share of the memory. Raises: RolloutError if it is too small."""
+def _options(settings: RolloutSettings, policy: Policy) -> dict[str, Any]:
+    """vLLM's arguments for dtype, device and memory. Raises: RolloutError for too little of it."""
     config = policy.model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -266,10 +266,15 @@ def _memory(settings: RolloutSettings, policy: Policy) -> dict[str, Any]:
             f"rollout.kv_cache_mib: must be at least {math.ceil(least / 2**20)} to hold one "
             f"sequence of policy.context {policy.context}, got {settings.kv_cache_mib}."
         )
+    options: dict[str, Any] = {"dtype": str(policy.dtype).removeprefix("torch.")}
     if policy.device.type == "cpu":
         cache = asked or max(CPU_KV_CACHE, least)
-        return {"enforce_eager": True, "kv_cache_memory_bytes": cache, "block_size": CPU_BLOCK}
-    return {
+        return options | {
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": cache,
+            "block_size": CPU_BLOCK,
+        }
+    return options | {
         "enforce_eager": settings.eager,
         "gpu_memory_utilization": settings.gpu_memory,
         "kv_cache_memory_bytes": asked,

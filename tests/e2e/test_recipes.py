@@ -81,9 +81,7 @@ def test_gsm8k_with_vllm_and_math_verify(shared_data, tmp_path):
     source = shared_data / "bench" / "gsm8k_train.jsonl"
     columns = "{problem: problem, answer: answer, answer_from: plain, expert: solution}"
     overrides = [f"data.source={source}", f"data.columns={columns}", "rollout.max_tokens=64"]
-    run = train(
-        Recipe.load("recipes/gsm8k_tiny.yaml", overrides), tmp_path / "run", console=QUIET
-    )
+    run = train(Recipe.load("recipes/gsm8k_tiny.yaml", overrides), tmp_path / "run", console=QUIET)
     assert Recipe.load(run.path / "recipe.yaml").rollout.engine == "vllm"
     assert len(run.metrics()) == 3
     for metrics in run.metrics():

@@ -273,3 +273,49 @@ def test_importing_the_package_imports_no_dependency():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert Path(__import__("gft_lite").__file__).exists()
+
+
+class TestDottedPaths:
+    """The user's own method, reward and engine, no file of ours touched."""
+
+    @pytest.fixture
+    def own(self, tmp_path, monkeypatch):
+        (tmp_path / "mine.py").write_text(
+            "from gft_lite.objective import Method, sft_loss\n"
+            "from gft_lite.rollout.transformers import TransformersEngine\n"
+            "method = Method(lambda l, a: sft_loss(l, a) * 2, ('expert', 'self'), 'mine')\n"
+            "def short(completions, **columns):\n"
+            "    assert len(columns['skill']) == len(completions)\n"
+            "    return [1.0 / (1 + len(c)) for c in completions]\n"
+            "class Engine(TransformersEngine):\n"
+            "    name = 'mine'\n"
+        )
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(tmp_path)
+        yield tmp_path
+        sys.modules.pop("mine", None)
+
+    def test_they_run(self, own):
+        run = train(
+            small("method=mine:method", "group={expert: 1, teacher: 0, self: 3}",
+                  "reward.functions=[mine.short]", "rollout.engine=mine:Engine"),
+            own / "run", console=QUIET,
+        )  # fmt: skip
+        assert run.summary()["method"] == "mine:method"
+        for group in run.groups(1):
+            for response in group["responses"]:
+                assert response["reward"] == pytest.approx(1 / (1 + len(response["text"])))
+
+    @pytest.mark.parametrize(
+        ("override", "text"),
+        [
+            ("method=mine:absent", "method: must be a name in mine"),
+            ("method=mine:short", "method: must be a gft_lite.objective.Method, got a function"),
+            ("method=nowhere.at:all", "method: module must be importable"),
+            ("reward.functions=[mine.absent]", "reward 'mine.absent': must be a name in mine"),
+            ("reward.functions=[{name: exact, parameters: {mark: x}}]", "parameters must fit"),
+        ],
+    )
+    def test_what_is_not_there_is_the_users_error(self, own, override, text):
+        with pytest.raises(RecipeError, match=text):
+            train(small(override), own / "run", console=QUIET)
