@@ -14,7 +14,6 @@ env-test: $(VENV)/.env-test
 # torch goes first and by its exact pin: a range would fetch another build.
 $(VENV)/.env: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --upgrade pip
 	$(PIP) torch==2.13.0
 	$(PIP) --editable .
 	touch $@

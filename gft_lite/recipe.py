@@ -341,9 +341,25 @@ class Recipe(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _under_it_the_methods_defaults(cls, tree: Any) -> Any:
-        known = METHODS.get(str(tree.get("method", "gft"))) if isinstance(tree, Mapping) else None
-        return merge(known.defaults, tree) if known else tree
+    def _fill_in(cls, tree: Any) -> Any:
+        """Lay the method's defaults under the recipe, and its prompt under the eval sets."""
+        if not isinstance(tree, Mapping):
+            return tree
+        known = METHODS.get(str(tree.get("method", "gft")))
+        tree = merge(known.defaults, tree) if known else tree
+        data, evaluation = tree.get("data"), tree.get("eval")
+        sets = evaluation.get("sets") if isinstance(evaluation, Mapping) else None
+        if not (isinstance(data, Mapping) and "prompt" in data and isinstance(sets, Mapping)):
+            return tree
+        try:
+            Prompt.model_validate(data["prompt"])
+        except ValidationError:  # Told once, where it was written, and not for every set.
+            return tree
+        prompted = {
+            name: {"prompt": data["prompt"], **each} if isinstance(each, Mapping) else each
+            for name, each in sets.items()
+        }
+        return merge(tree, {"eval": {"sets": prompted}})
 
     @model_validator(mode="after")
     def _group_fits_method(self) -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -63,6 +64,8 @@ def train(
         session.policy.save_adapter(session.run.adapter)
         seconds = {"total": time.perf_counter() - started, "eval": clock.seconds["eval"]}
         session.run.write_json("summary.json", _summary(session, base, trained, seconds))
+    # What the engine was fed: a copy of the base and the last adapter, of use to nobody else.
+    shutil.rmtree(session.run.scratch, ignore_errors=True)
     return session.run
 
 

@@ -184,9 +184,7 @@ def draw_example(rng: random.Random, noisy: bool) -> tuple[str, str]:
     return prompt, response
 
 
-def collate(
-    pairs: list[tuple[str, str]], tokenizer: Qwen2Tokenizer
-) -> tuple[Tensor, Tensor]:
+def collate(pairs: list[tuple[str, str]], tokenizer: Qwen2Tokenizer) -> tuple[Tensor, Tensor]:
     """Token ids and labels (-100 on prompts and padding). Shapes: [B, T], [B, T]."""
     prompts = tokenizer([p for p, _ in pairs])["input_ids"]
     responses = tokenizer([r + "<eos>" for _, r in pairs])["input_ids"]

@@ -101,5 +101,4 @@ def test_the_lab_with_vllm_hot_loading_after_every_step(tmp_path):
     metrics = run.metrics()
     assert max(m["sync_gap"] for m in metrics) < 1e-4
     assert metrics[-1]["kl"]["rollouts"]["reverse"] > 1e-3
-    adapters = [p.name for p in (run.scratch / "adapters").iterdir()]
-    assert adapters == ["v5"]
+    assert not run.scratch.exists()

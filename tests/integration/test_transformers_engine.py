@@ -11,7 +11,7 @@ from gft_lite import lab
 from gft_lite.batching import Row, cut
 from gft_lite.recipe import RolloutSettings
 from gft_lite.rollout import Request, RolloutError, Sampling, start_engine
-from gft_lite.rollout.probe import Probe
+from gft_lite.rollout.probe import Probe, sync
 from gft_lite.rollout.transformers import draw
 
 
@@ -158,8 +158,18 @@ class TestProbe:
         with pytest.raises(RolloutError, match="must serve the new adapter, got the base"):
             probe.check(engine)
 
-    def test_a_gap_over_the_limit_is_refused(self, lab_policy, engine, probe):
+    def test_a_gap_over_the_limit_is_refused(self, lab_policy, engine, prompts):
+        row = Row(prompts[-1], tuple(lab_policy.tokenizer.encode("@104;231#231")))
+        probe = Probe(lab_policy, row, limit=1e-3)
+        probe.calibrate(engine)
         move(lab_policy)
         engine.sync(None, 1)
-        with pytest.raises(RolloutError, match=r"must agree within 0.2 nats per token"):
+        with pytest.raises(RolloutError, match=r"must agree within 0.001 nats per token"):
             probe.check(engine)
+
+
+def test_a_sync_leaves_only_the_newest_adapter_on_the_disk(lab_policy, engine, tmp_path):
+    for version in (1, 2, 3):
+        sync(engine, lab_policy, tmp_path, version)
+        assert [p.name for p in tmp_path.iterdir()] == [f"v{version}"]
+        assert (tmp_path / f"v{version}" / "adapter_model.safetensors").exists()

@@ -47,9 +47,12 @@ def test_nothing_to_repeat_drops_the_problem():
     assert composed({"shortfall": "repeat"}, teachers=0) is None
 
 
-@given(st.integers(0, 4), st.integers(0, 4), st.integers(0, 4), st.integers(0, 4),
+counts = st.integers(0, 4)
 
 
+@given(counts, counts, counts, counts, st.integers(0, 5), st.integers(0, 9),
+       st.sampled_from(["self", "repeat", "drop"]))  # fmt: skip
+def test_a_group_always_has_its_size(expert, teacher, experts, teachers, own, visit, rule):
     if expert + teacher + own == 0:
         return
     settings = GroupSettings(expert=expert, teacher=teacher, self=own, shortfall=rule)

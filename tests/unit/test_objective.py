@@ -115,21 +115,21 @@ _rewards = st.lists(st.floats(-10, 10, width=32), min_size=2, max_size=9)
 
 
 @given(_rewards, st.sampled_from(["sample", "population", "none"]), st.randoms())
+@settings(deadline=None, derandomize=True)
 def test_advantages_sum_to_zero_keep_the_order_and_follow_a_permutation(rewards, std, random):
     values = f64(*rewards)
     before = values.clone()
     advantages = group_advantages(values, std=std)
     assert torch.equal(values, before)
     assert abs(advantages.sum().item()) < 1e-6
-    assert (values.argsort(stable=True) == advantages.argsort(stable=True)).all() or (
-        len(set(rewards)) < len(rewards) or max(rewards) - min(rewards) < 1e-9
-    )
+    assert (advantages[values.argsort()].diff() >= 0).all()
     order = list(range(len(rewards)))
     random.shuffle(order)
     close(group_advantages(values[order], std=std), advantages[order], 1e-9)
 
 
 @given(_rewards, st.floats(0.1, 10), st.floats(-5, 5))
+@settings(deadline=None, derandomize=True)
 def test_sample_advantages_have_unit_spread_and_forget_scale_and_shift(rewards, scale, shift):
     values = f64(*rewards)
     if values.std() < 1e-3:
@@ -176,6 +176,7 @@ def test_an_unknown_reduction():
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=8))
+@settings(deadline=None, derandomize=True)
 def test_token_weights_are_the_means_that_they_are_named_after(lengths: list[int]):
     rows = [torch.rand(length, dtype=F64) for length in lengths]
 

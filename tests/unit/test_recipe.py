@@ -368,6 +368,13 @@ def test_the_text_of_an_error_between_fields(text: str):
     assert problems(text) == [CROSS[text]]
 
 
+def test_a_wrong_prompt_is_told_once_though_eval_sets_would_take_it_over():
+    text = "data: {prompt: {template: x}}\neval: {sets: {a: {}, b: {}}}\n"
+    assert problems(text) == [
+        "x.yaml:1: data.prompt.template: must contain {problem}, got 'x'."
+    ]
+
+
 def test_a_group_that_its_method_cannot_use_is_told_for_every_source():
     why = "with method grpo, which trains on self rows"
     assert problems("method: grpo\ngroup:\n  teacher: 2\n  expert: 1\n") == [
@@ -789,3 +796,13 @@ def test_nothing_heavy_is_imported_and_an_error_answers_within_a_second():
             "x.yaml:3: objective.tao: unknown field, got 1. Did you mean objective.tau?", "[]",
         ]  # fmt: skip
     assert min(seconds) < 1.0
+
+
+def test_evaluation_prompts_as_training_does_unless_told_otherwise():
+    tree = {
+        "data": {"prompt": {"template": "Q: {problem}"}},
+        "eval": {"sets": {"a": {}, "b": {"prompt": {"template": "{problem}?"}}}},
+    }
+    recipe = Recipe.from_tree(tree)
+    assert recipe.eval.sets["a"].prompt.template == "Q: {problem}"
+    assert recipe.eval.sets["b"].prompt.template == "{problem}?"
