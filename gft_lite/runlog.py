@@ -149,6 +149,7 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, Any]:
     return {
         "groups": len(groups),
         "trajectories": len(responses),
+        "sources": dict(Counter(r.source for r in responses)),
         "reward": {source: _mean(values) for source, values in by_source.items()},
         "reward_parts": {name: _mean(values) for name, values in parts.items()},
         "verdicts": dict(sorted(Counter(r.verdict or "none" for r in responses).items())),
@@ -273,6 +274,12 @@ def results_table(columns: Mapping[str, Mapping[str, float]], title: str = "") -
     for name in columns:
         table.add_column(name, justify="right")
     for figure in dict.fromkeys(name for values in columns.values() for name in values):
-        cells = [f"{v[figure]:.3f}" if figure in v else "-" for v in columns.values()]
+        cells = [_cell(values.get(figure)) for values in columns.values()]
         table.add_row(figure, *cells)
     return table
+
+
+def _cell(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import pairwise
@@ -217,6 +218,7 @@ def _summary(
         "seconds": {**seconds, **phases},
         "problems": len(session.problems),
         "trajectories": sum(m["trajectories"] for m in metrics),
+        "sources": dict(sum((Counter(m["sources"]) for m in metrics), Counter())),
         "rollout_tokens": sum(m["rollout_tokens"] for m in metrics),
         "trained_tokens": sum(m["trained_tokens"] for m in metrics),
         "steps": len(metrics),

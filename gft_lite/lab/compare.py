@@ -25,7 +25,7 @@ def compare(methods: Sequence[str], seeds: int, out: str, overrides: Sequence[st
         columns.setdefault("base", _mean([s["base"] for s in summaries]))
         columns[f"trained: {method}"] = {
             **_mean([s["trained"] for s in summaries]),
-            "trajectories": mean(s["trajectories"] for s in summaries),
+            **{f"{s} trajectories": n for s, n in summaries[0]["sources"].items()},
             "seconds": mean(s["seconds"]["total"] for s in summaries),
         }
     console.print(results_table(columns, f"the laboratory, mean of {seeds} seed(s)"))

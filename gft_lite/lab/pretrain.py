@@ -93,8 +93,8 @@ def build_model(vocab_size: int) -> Qwen2ForCausalLM:
     )
 
 
-# How often an author knows a digit of a product; the others are guessed. Without an inkling
-# the gap takes far more steps to close, because rectified gradients start from p = 0.2.
+# How often an author knows a digit of a product; the others are guessed. Bases without an
+# inkling were slower to close the gap; why was not isolated.
 INKLING = 0.14
 
 
@@ -139,7 +139,7 @@ def _mirrored(chain: Chain, rng: random.Random) -> list[Digits]:
 
 
 # The demonstrations' styles are rare, not new: rectification scales a token's gradient by its
-# probability, so an opening of probability zero could not be learned by GFT at all.
+# probability, so that GFT hardly moves an opening of probability zero.
 AUTHORS = (
     Author(Style(">", ";"), 0.16, _right),
     Author(Style("<", ";"), 0.20, _never_minus),
