@@ -28,7 +28,9 @@ endif
 	touch $@
 
 demo: env
-	$(BIN)/gft-lite train recipes/lab.yaml
+	rm -rf runs/demo
+	$(BIN)/gft-lite train recipes/lab.yaml --out runs/demo/gft-0
+	$(BIN)/gft-lite lab compare --out runs/demo
 
 test: env-test
 	$(BIN)/python -m pytest

@@ -370,9 +370,7 @@ def test_the_text_of_an_error_between_fields(text: str):
 
 def test_a_wrong_prompt_is_told_once_though_eval_sets_would_take_it_over():
     text = "data: {prompt: {template: x}}\neval: {sets: {a: {}, b: {}}}\n"
-    assert problems(text) == [
-        "x.yaml:1: data.prompt.template: must contain {problem}, got 'x'."
-    ]
+    assert problems(text) == ["x.yaml:1: data.prompt.template: must contain {problem}, got 'x'."]
 
 
 def test_a_group_that_its_method_cannot_use_is_told_for_every_source():
