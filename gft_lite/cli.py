@@ -101,14 +101,21 @@ def _methods(options: argparse.Namespace) -> int:
 
     from gft_lite.objective import METHODS
 
-    table = Table("method", "trains on", "loss", "reduction", "lr", "source")
-    for name in METHODS:
-        recipe, method = Recipe.from_tree({"method": name}), METHODS[name]
-        group = " + ".join(f"{getattr(recipe.group, s)} {s}" for s in method.sources)
-        doc = (method.loss.__doc__ or "").splitlines()[0]
-        table.add_row(name, group, doc, recipe.objective.reduction, f"{recipe.optim.lr:g}",
-                      method.source)  # fmt: skip
-    Console().print(table)
+    table = Table("method", "expert", "teacher", "self", "loss", "needs", "reduction", "lr",
+                  "source", box=None, padding=(0, 1, 0, 0))  # fmt: skip
+    for name, method in METHODS.items():
+        recipe = Recipe.from_tree({"method": name})
+        rows = [str(getattr(recipe.group, s)) if s in method.sources else "-"
+                for s in ("expert", "teacher", "self")]  # fmt: skip
+        needs = ", ".join(method.needs) or "-"
+        reduction, lr = recipe.objective.reduction, f"{recipe.optim.lr:g}"
+        table.add_row(name, *rows, method.formula, needs, reduction, lr, method.source)
+    console = Console()
+    console.print(table)
+    console.print(
+        "expert, teacher, self: rows of each problem's group, - where the method takes none.\n"
+        "Everything can be changed in the recipe."
+    )
     return DONE
 
 

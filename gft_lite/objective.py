@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Std = Literal["sample", "population", "none"]
 Reduction = Literal["token_mean", "sequence_mean", "constant"]
+Need = Literal["old_logprobs", "reference_kl"]
 
 
 def group_advantages(
@@ -110,6 +111,17 @@ def dft_loss(logprobs: Tensor, advantages: Tensor) -> Tensor:
     return -logprobs.detach().exp() * logprobs
 
 
+def asft_loss(
+    logprobs: Tensor, advantages: Tensor, *, reference_kl: Tensor, lam: float = 0.1
+) -> Tensor:
+    """Anchored SFT, `-sg(p) log p + lam KL(ref || p)` (arXiv 2509.23753).
+
+    `reference_kl` [..., T] is the KL over the whole vocabulary at each token, with gradient;
+    direction and `lam` are those of the authors' code.
+    """
+    return dft_loss(logprobs, advantages) + lam * reference_kl
+
+
 def gft_loss(logprobs: Tensor, advantages: Tensor, *, tau: float = 0.7) -> Tensor:
     """Group fine-tuning (Eq. 21), `-A C(p) log p`, p and log p of one untempered distribution."""
     return -_per_token(advantages, logprobs) * rectify(logprobs.exp(), tau) * logprobs
@@ -133,7 +145,8 @@ def clipped_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
 ) -> Tensor:
-    """The clipped surrogate, `-min(rho A, clip(rho, 1 - low, 1 + high) A)` (arXiv 2402.03300).
+    """The clipped surrogate, `-min(rho A, clip(rho, 1 - low, 1 + high) A)` (arXiv 2402.03300,
+    Eq. 3, whose KL penalty is the recipe's `objective.kl`).
 
     `old_logprobs` [..., T] are those at the rollout; None means that the policy has not moved
     since, so that rho = 1 and only its gradient counts.
@@ -173,18 +186,19 @@ def _per_token(advantages: Tensor, logprobs: Tensor) -> Tensor:
 class Method:
     """What a training method is: its loss, the rows it trains on, its defaults, its source.
 
-    `loss` takes log-probs, advantages and the `parameters` named here, all of them fields of
-    the recipe's `objective:` (or `old_logprobs`, taken at the rollout when several updates
-    follow it). `defaults` is a recipe fragment that lies under the user's recipe.
+    `loss` takes log-probs, advantages, the `parameters` named here, all of them fields of the
+    recipe's `objective:`, and what it `needs`: `old_logprobs`, those at the rollout (None where
+    a single update follows it), `reference_kl`, the exact KL(reference || policy) of each token
+    with gradient. `defaults` is a recipe fragment that lies under the user's recipe.
     """
 
     loss: Callable[..., Tensor]
     sources: tuple[Source, ...]
     source: str
+    formula: str = ""
     parameters: tuple[str, ...] = ()
+    needs: tuple[Need, ...] = ()
     group_advantages: bool = True
-    needs_old_logprobs: bool = False
-    mask_truncated: bool = False
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
@@ -198,60 +212,70 @@ def _defaults(
     return {"group": group, "objective": objective, "optim": {"lr": lr}}
 
 
+_DEMONSTRATIONS: tuple[Source, ...] = ("expert", "teacher")
 _MIXED: tuple[Source, ...] = ("expert", "teacher", "self")
-_GRPO = {"reduction": "sequence_mean", "eps": 1e-4}
+_LIKELIHOOD = "maximum likelihood"
+_SURROGATE: dict[str, Any] = {
+    "formula": "-min(rho A, clip(rho) A)",
+    "parameters": ("clip_low", "clip_high"),
+    "needs": ("old_logprobs",),
+}
 
 METHODS: dict[str, Method] = {
     "sft": Method(
-        sft_loss, ("expert",), "negative log-likelihood",
+        sft_loss, ("expert",), _LIKELIHOOD, "-log p",
         group_advantages=False, defaults=_defaults(1, 0, 0, 1e-4),
     ),
     "sft_mix": Method(
-        sft_loss, ("expert", "teacher"), "negative log-likelihood",
+        sft_loss, _DEMONSTRATIONS, _LIKELIHOOD, "-log p",
         group_advantages=False, defaults=_defaults(1, 3, 0, 1e-4),
     ),
     "distillation": Method(
-        sft_loss, ("teacher",), "negative log-likelihood on hard targets",
+        sft_loss, ("teacher",), _LIKELIHOOD, "-log p",
         group_advantages=False, defaults=_defaults(0, 3, 0, 1e-4),
     ),
     "dft": Method(
-        dft_loss, ("expert", "teacher"), "arXiv 2508.05629",
+        dft_loss, _DEMONSTRATIONS, "arXiv 2508.05629", "-sg(p) log p",
         group_advantages=False, defaults=_defaults(1, 0, 0, 1e-4),
     ),
+    "asft": Method(
+        asft_loss, _DEMONSTRATIONS, "arXiv 2509.23753", "-sg(p) log p + lam KL",
+        parameters=("lam",), needs=("reference_kl",),
+        group_advantages=False, defaults=_defaults(1, 0, 0, 1e-4, lam=0.1),
+    ),
     "psft": Method(
-        psft_loss, ("expert", "teacher"), "arXiv 2508.17784",
-        parameters=("clip_low", "clip_high"), group_advantages=False, needs_old_logprobs=True,
-        defaults=_defaults(1, 0, 0, 1e-4, clip_high=0.28),
+        psft_loss, _DEMONSTRATIONS, "arXiv 2508.17784", "-min(rho, clip(rho))",
+        parameters=("clip_low", "clip_high"), needs=("old_logprobs",),
+        # With a single update rho is 1, and the gradient that of SFT.
+        group_advantages=False, defaults=_defaults(1, 0, 0, 1e-4, clip_high=0.28)
+        | {"train": {"updates_per_rollout": 4}},
     ),
     "grpo": Method(
-        clipped_loss, ("self",), "arXiv 2402.03300",
-        parameters=("clip_low", "clip_high"), needs_old_logprobs=True,
-        defaults=_defaults(0, 0, 8, 2e-5, **_GRPO),
+        clipped_loss, ("self",), "arXiv 2402.03300, Eq. 3", **_SURROGATE,
+        defaults=_defaults(0, 0, 8, 2e-5, reduction="sequence_mean", eps=1e-4),
     ),
     "dr_grpo": Method(
-        clipped_loss, ("self",), "arXiv 2503.20783",
-        parameters=("clip_low", "clip_high"), needs_old_logprobs=True,
+        clipped_loss, ("self",), "arXiv 2503.20783", **_SURROGATE,
         defaults=_defaults(0, 0, 8, 2e-5, reduction="constant", std="none"),
     ),
     "dapo": Method(
-        clipped_loss, ("self",), "arXiv 2503.14476",
-        parameters=("clip_low", "clip_high"), needs_old_logprobs=True, mask_truncated=True,
-        defaults=_defaults(0, 0, 8, 2e-5, clip_high=0.28, eps=1e-4),
+        clipped_loss, ("self",), "arXiv 2503.14476, Eq. 8", **_SURROGATE,
+        defaults=_defaults(0, 0, 8, 2e-5, clip_high=0.28, eps=1e-4, mask_truncated=True),
     ),
     "gft": Method(
-        gft_loss, _MIXED, "arXiv 2604.14258, Eq. 21",
+        gft_loss, _MIXED, "arXiv 2604.14258, Eq. 21", "-A C(p) log p",
         parameters=("tau",), defaults=_defaults(1, 3, 4, 2e-5),
     ),
     "gft_no_gal": Method(
-        gft_no_gal_loss, ("expert", "teacher"), "arXiv 2604.14258, ablation",
+        gft_no_gal_loss, _DEMONSTRATIONS, "arXiv 2604.14258, ablation", "-C(p) log p",
         parameters=("tau",), group_advantages=False, defaults=_defaults(1, 3, 0, 2e-5),
     ),
     "gft_no_dcr": Method(
-        gft_no_dcr_loss, _MIXED, "arXiv 2604.14258, ablation",
+        gft_no_dcr_loss, _MIXED, "arXiv 2604.14258, ablation", "-A log p",
         defaults=_defaults(1, 3, 4, 2e-5),
     ),
     "gft_no_mix": Method(
-        gft_loss, ("expert", "self"), "arXiv 2604.14258, ablation",
+        gft_loss, ("expert", "self"), "arXiv 2604.14258, ablation", "-A C(p) log p",
         parameters=("tau",), defaults=_defaults(1, 0, 7, 2e-5),
     ),
 }  # fmt: skip

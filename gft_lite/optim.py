@@ -40,14 +40,14 @@ def make_optimizer(policy: Policy, settings: OptimSettings) -> torch.optim.Optim
     return torch.optim.AdamW(parameters, **arguments)
 
 
-def learning_rate(update: int, total: int, settings: OptimSettings) -> float:
-    """The rate of an update (from 0): a linear warm-up, then constant, cosine or linear to 0."""
-    warmup = math.ceil(settings.warmup * total)
-    if update < warmup:
-        return settings.lr * (update + 1) / (warmup + 1)
+def learning_rate(share: float, settings: OptimSettings) -> float:
+    """The rate when `share` of the budget, 0 to 1, is spent: a linear warm-up to `lr`, then
+    constant, or cosine or linear down to 0."""
+    if share < settings.warmup:
+        return settings.lr * share / settings.warmup
     if settings.schedule == "constant":
         return settings.lr
-    done = (update - warmup) / max(total - warmup, 1)
+    done = min((share - settings.warmup) / (1 - settings.warmup), 1.0)
     left = 1 - done if settings.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
     return settings.lr * left
 
@@ -83,19 +83,21 @@ def portion(policy: Policy, recipe: Recipe, rows: Sequence[Row]) -> Portion:
     method = find_method(recipe.method)
     batches = cut(rows, recipe.train.micro_batch_tokens, pad_id=policy.pad_id)
     old: list[Tensor | None] = [None] * len(batches)
-    if method.needs_old_logprobs and recipe.train.updates_per_rollout > 1:
+    if "old_logprobs" in method.needs and recipe.train.updates_per_rollout > 1:
         with torch.no_grad():
             old = [policy.token_scores(batch).logprobs for batch in batches]
-    learns = recipe.objective.kl > 0 or any(row.advantage for row in rows)
+    learns = bool(batches) and (recipe.objective.kl > 0 or any(row.advantage for row in rows))
     return Portion(batches, old, learns)
 
 
 def update(
-    policy: Policy, optimizer: torch.optim.Optimizer, recipe: Recipe, number: int, part: Portion
+    policy: Policy, optimizer: torch.optim.Optimizer, recipe: Recipe, share: float, part: Portion
 ) -> Update:
-    """One optimiser step over the micro-batches of a portion, with one denominator."""
-    total = recipe.train.steps * recipe.train.updates_per_rollout
-    lr = learning_rate(number, total, recipe.optim)
+    """One optimiser step over the micro-batches of a portion, with one denominator.
+
+    `share` is how much of the run's budget is spent half way through it.
+    """
+    lr = learning_rate(share, recipe.optim)
     if not part.learns:
         return Update(lr, skipped="flat")
     optimizer.zero_grad(set_to_none=True)
@@ -128,10 +130,10 @@ def _backward(
     """Add a micro-batch's gradient; returns its share of the loss, entropy and rectified sums."""
     method, settings = find_method(recipe.method), recipe.objective
     batch = batch.to(policy.device)
-    scores = policy.token_scores(batch)
+    scores = policy.token_scores(batch, reference_kl="reference_kl" in method.needs)
+    given = {"old_logprobs": old, "reference_kl": scores.reference_kl}
     arguments: dict[str, Any] = {name: getattr(settings, name) for name in method.parameters}
-    if method.needs_old_logprobs:
-        arguments["old_logprobs"] = old
+    arguments |= {need: given[need] for need in method.needs}
     per_token = method.loss(scores.logprobs, batch.advantages, **arguments)
     if settings.kl:
         with torch.no_grad(), policy.reference():

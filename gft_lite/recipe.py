@@ -6,6 +6,7 @@ Nothing heavy is imported here, so that `--help`, `--dry-run` and a recipe error
 from __future__ import annotations
 
 import importlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -198,7 +199,13 @@ class GroupSettings(Settings):
 
 
 class ObjectiveSettings(Settings):
-    """The loss; a method reads the fields that it has a use for."""
+    """The loss; a method reads the fields that it has a use for.
+
+    `kl` weighs the k3 estimate of KL(policy || reference) in any method's per-token loss (TRL's
+    `beta`, without the correction by rho that TRL may apply); `lam` is asft's own.
+    `mask_truncated` leaves out rows that the length limit cut off, and what they would add to
+    the reduction's denominator.
+    """
 
     tau: NonNegativeFloat = 0.7
     std: Literal["sample", "population", "none"] = "sample"
@@ -206,7 +213,9 @@ class ObjectiveSettings(Settings):
     reduction: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
     clip_low: Fraction = 0.2
     clip_high: NonNegativeFloat = 0.2
+    lam: NonNegativeFloat = 0.1
     kl: NonNegativeFloat = 0.0
+    mask_truncated: bool = False
 
 
 class RewardFunction(Settings):
@@ -244,6 +253,7 @@ class RolloutSettings(Settings):
     max_tokens: PositiveInt = 1024
     stop: Annotated[list[str], BeforeValidator(_as_list)] = []
     batch_size: PositiveInt = 128
+    resample: NonNegativeInt = 0  # How often flat groups are replaced by other problems'.
     base: Literal["nf4_dequantised", "original"] = "nf4_dequantised"
     gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.4
     kv_cache_mib: PositiveInt | None = None
@@ -278,6 +288,41 @@ class LoopSettings(Settings):
             rule = f"must be at most train.problems_per_step, which is {self.problems_per_step}"
             raise ValueError(f"updates_per_rollout: {rule}")
         return self
+
+
+class BudgetSettings(Settings):
+    """What may be spent, in place of `train.steps`, so that methods compare at equal cost.
+
+    `problems` counts visits of a problem, `trajectories` responses, `tokens` the tokens of
+    all responses of the groups; the step in which the amount is reached is the last.
+    """
+
+    problems: PositiveInt | None = None
+    trajectories: PositiveInt | None = None
+    tokens: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _one_at_most(self) -> BudgetSettings:
+        given = [name for name, amount in self if amount is not None]
+        if len(given) > 1:
+            raise ValueError(f"must name one of problems, trajectories and tokens, not {given}")
+        return self
+
+
+class Stage(Settings):
+    """One stage of a staged run: a method, what differs from the recipe, and the reference.
+
+    `start` takes the policy at the start of the stage as the reference of its KL.
+    """
+
+    method: Annotated[str, _named_in("gft_lite.objective:METHODS")]
+    reference: Literal["base", "start"] = "base"
+    overrides: dict[str, Any] = {}
+
+
+def _stage_shorthand(value: Any) -> Any:
+    """A stage may be written as the mere name of its method."""
+    return {"method": value} if isinstance(value, str) else value
 
 
 class MonitorSettings(Settings):
@@ -334,6 +379,8 @@ class Recipe(Settings):
     rollout: RolloutSettings = RolloutSettings()
     optim: OptimSettings = OptimSettings()
     train: LoopSettings = LoopSettings()
+    budget: BudgetSettings = BudgetSettings()
+    stages: list[Annotated[Stage, BeforeValidator(_stage_shorthand)]] = []
     monitor: MonitorSettings = MonitorSettings()
     eval: EvalSettings = EvalSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
@@ -389,7 +436,38 @@ class Recipe(Settings):
             problems += explain(error, cls, places, cross_fields=not problems)
         if problems:
             raise RecipeError(problems)
+        for number, stage in enumerate(recipe.stages):
+            below = ("stages", number, "overrides")
+            try:
+                cls.model_validate(recipe._stage_tree(stage))
+            except ValidationError as error:
+                inside = {at[3:]: place for at, place in places.items() if at[:3] == below}
+                problems += [f"{t} (stage {number + 1})" for t in explain(error, cls, inside)]
+        if problems:
+            raise RecipeError(problems)
         return recipe
+
+    def stage(self, number: int) -> Recipe:
+        """The recipe of a stage (from 0), an ordinary one."""
+        return Recipe.from_tree(self._stage_tree(self.stages[number]))
+
+    def _stage_tree(self, stage: Stage) -> dict[str, Any]:
+        tree = self.model_dump(exclude={"stages"})
+        if stage.method != self.method:
+            # Group, loss and learning rate were the other method's; this one brings its own.
+            del tree["group"], tree["objective"], tree["optim"]["lr"]
+        return merge(merge(tree, {"method": stage.method}), stage.overrides)
+
+    @property
+    def steps(self) -> int | None:
+        """How many steps the run takes; None where a budget of tokens decides."""
+        per_step, budget = self.train.problems_per_step, self.budget
+        if budget.tokens:
+            return None
+        if budget.trajectories:
+            per_step *= self.group.size
+        amount = budget.problems or budget.trajectories
+        return math.ceil(amount / per_step) if amount else self.train.steps
 
     @classmethod
     def from_tree(cls, tree: Mapping[str, Any], places: Places | None = None) -> Recipe:

@@ -117,7 +117,7 @@ def cached(path: Path, compute: Callable[[], Any]) -> Any:
 
 def _lines(file: Path) -> list[str]:
     """The complete lines of a file; a write that a kill cut short leaves half of one."""
-    return file.read_text().splitlines(keepends=False) if file.exists() else []
+    return file.read_text().split("\n")[:-1] if file.exists() else []
 
 
 def _write_groups(
@@ -156,8 +156,13 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, Any]:
         "flat_groups": _mean([group.flat for group in groups]),
         "truncated": _mean([r.truncated for r in responses]),
         "length": _mean([len(r.token_ids) for r in own]),
-        "rollout_tokens": sum(len(r.token_ids) for r in own),
+        "tokens": sum(len(r.token_ids) for r in responses),
     }
+
+
+def own_tokens(groups: Sequence[Group]) -> int:
+    """The tokens of all self samples."""
+    return sum(len(r.token_ids) for group in groups for r in group if r.source == "self")
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -204,10 +209,10 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 class Screen:
     """Live progress on a terminal; a line now and then where there is none."""
 
-    def __init__(self, console: Console, total: int, done: int) -> None:
+    def __init__(self, console: Console, total: int | None, done: int) -> None:
         self.console = console
         self._total = total
-        self._every = max(1, total // 20)
+        self._every = max(1, (total or 200) // 20)
         self._progress = Progress(
             TextColumn("step"), BarColumn(), MofNCompleteColumn(),
             TextColumn("left"), TimeRemainingColumn(), console=console,
@@ -232,7 +237,7 @@ class Screen:
             self._live.update(Stack(_panel({**metrics, "kl": self._kl}), self._progress))
         elif metrics["step"] % self._every == 0 or metrics["step"] == self._total:
             line = "  ".join(f"{name}: {value}" for name, value in _shown(metrics).items())
-            step = f"step {metrics['step']}/{self._total}"
+            step = f"step {metrics['step']}" + (f"/{self._total}" if self._total else "")
             self.console.print(f"{step}  {line}", markup=False, soft_wrap=True)
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from gft_lite import checkpoint
 from gft_lite.batching import Row
 from gft_lite.data import load_problems, problems_of_step, split_holdout
-from gft_lite.groups import compose, sample
+from gft_lite.groups import compose, sample, sample_seed
 from gft_lite.objective import find_method, group_advantages, token_weights
 from gft_lite.optim import make_optimizer
 from gft_lite.policy import Policy, load_policy
@@ -30,7 +30,10 @@ from gft_lite.types import Group, Problem
 
 @dataclass
 class Session:
-    """The parts of a run, put together; `bad_steps` counts non-finite steps in a row."""
+    """The parts of a run, put together.
+
+    `bad_steps` counts non-finite steps in a row, `tokens` the response tokens so far.
+    """
 
     recipe: Recipe
     run: RunFolder
@@ -46,11 +49,19 @@ class Session:
     kl_rows: Sequence[Row]
     probe: Probe
     bad_steps: int = 0
+    tokens: int = 0
 
-    def problems_of(self, step: int) -> tuple[Problem, ...]:
-        """The problems of a step (from 1)."""
+    def problems_of(self, step: int, attempt: int = 0) -> tuple[Problem, ...]:
+        """The problems of a step (from 1); each further attempt has others."""
         per_step = self.recipe.train.problems_per_step
-        return problems_of_step(self.problems, step - 1, per_step, self.recipe.seed)
+        seed = sample_seed(self.recipe.seed, "attempt", attempt) if attempt else self.recipe.seed
+        return problems_of_step(self.problems, step - 1, per_step, seed)
+
+    def spent(self, steps: float, tokens: float = 0) -> float:
+        """The share of the budget that is spent after so many steps, or `tokens` more tokens."""
+        if self.recipe.budget.tokens:
+            return (self.tokens + tokens) / self.recipe.budget.tokens
+        return steps / (self.recipe.steps or 1)
 
     def advantages(self, group: Group) -> list[float]:
         """The K advantages of a scored group; ones for methods that know no rewards."""
@@ -79,6 +90,7 @@ class Session:
             step, counters = checkpoint.restore(saved[-1], self.policy, self.optimizer)
             self.bad_steps = counters["bad_steps"]
         self.run.forget_after(step)
+        self.tokens = sum(m["tokens"] for m in self.run.metrics())
         return step
 
 

@@ -18,13 +18,13 @@ from gft_lite import drift
 from gft_lite import groups as grouping
 from gft_lite.batching import Row
 from gft_lite.evaluate import evaluate, headline
-from gft_lite.objective import find_method
 from gft_lite.optim import combined, portion, update
 from gft_lite.recipe import Recipe
 from gft_lite.rollout import Sampling
 from gft_lite.rollout.probe import sync
-from gft_lite.runlog import Clock, RunFolder, Screen, cached, group_metrics
-from gft_lite.session import Session, open_session
+from gft_lite.runlog import Clock, RunFolder, Screen, cached, group_metrics, own_tokens
+from gft_lite.session import Session, find_folder, open_session
+from gft_lite.stages import train_stages
 from gft_lite.types import Group
 
 
@@ -41,6 +41,9 @@ def train(
     Raises: RecipeError when the recipe or `out` is wrong, TrainError when training failed.
     """
     console = console or Console(stderr=True)
+    if recipe.stages:
+        folder = find_folder(recipe, out, resume=resume)
+        return train_stages(recipe, folder, train, console)
     started = time.perf_counter()
     with ExitStack() as stack:
         session = open_session(recipe, out, resume=resume, console=console, stack=stack)
@@ -50,13 +53,16 @@ def train(
             base = cached(session.run.path / "eval" / "base.json", lambda: _evaluate(session))
         first = session.restore() if resume else 0
         sync(session.engine, session.policy, session.run.scratch / "adapters", first)
-        screen = stack.enter_context(Screen(console, recipe.train.steps, first))
-        for step in range(first + 1, recipe.train.steps + 1):
+        screen = stack.enter_context(Screen(console, recipe.steps, first))
+        step, done = first, session.spent(first) >= 1
+        while not done:
+            step += 1
             metrics = _step(session, step)
             session.run.append_metrics(metrics)
             session.trackers.log(metrics, step)
             screen.step(metrics)
-            if step % recipe.checkpoint.every == 0 or step == recipe.train.steps:
+            done = session.spent(step) >= 1
+            if done or step % recipe.checkpoint.every == 0:
                 session.save(step)
         console.print("evaluating the trained policy")
         with clock("eval"):
@@ -74,10 +80,7 @@ def _step(session: Session, step: int) -> dict[str, Any]:
     """One rollout and the updates on it."""
     recipe, clock = session.recipe, Clock()
     torch.manual_seed(grouping.sample_seed(recipe.seed, step))
-    with clock("rollout"):
-        groups = _rollout(session, step)
-    with clock("reward"):
-        groups = session.scorer.score(groups)
+    groups, rolled_out = _scored_groups(session, step, clock)
     advantages = [session.advantages(group) for group in groups]
     if recipe.log.groups:
         session.run.write_groups(step, groups, advantages)
@@ -91,6 +94,7 @@ def _step(session: Session, step: int) -> dict[str, Any]:
     return {
         "step": step,
         **group_metrics(groups),
+        "rollout_tokens": rolled_out,
         **updates,
         "sync_gap": gap,
         **({"kl": kl} if kl else {}),
@@ -106,13 +110,14 @@ def _update(
     count = recipe.train.updates_per_rollout
     items = list(zip(groups, advantages, strict=True))
     portions = [portion(policy, recipe, _rows(session, part)) for part in _split(items, count)]
-    first = (step - 1) * count
-    return combined(
-        [
-            update(policy, session.optimizer, recipe, first + i, part)
-            for i, part in enumerate(portions)
-        ]
-    )
+    tokens = sum(len(response.token_ids) for group in groups for response in group)
+    done = []
+    for i, part in enumerate(portions):
+        middle = (i + 0.5) / len(portions)
+        share = session.spent(step - 1 + middle, middle * tokens)
+        done.append(update(policy, session.optimizer, recipe, share, part))
+    session.tokens += tokens
+    return combined(done)
 
 
 def _stop_if_bad(
@@ -136,18 +141,41 @@ def _stop_if_bad(
         )
 
 
-def _rollout(session: Session, step: int) -> list[Group]:
+def _scored_groups(session: Session, step: int, clock: Clock) -> tuple[list[Group], int]:
+    """The step's groups and the tokens sampled for them.
+
+    Flat groups are replaced by other problems' where the recipe says so (dynamic sampling,
+    arXiv 2503.14476), as often as it allows.
+    """
+    groups = _collect(session, step, 0, clock)
+    rolled_out = own_tokens(groups)
+    for attempt in range(1, session.recipe.rollout.resample + 1):
+        if not any(group.flat for group in groups):
+            break
+        fresh = _collect(session, step, attempt, clock, sum(group.flat for group in groups))
+        rolled_out += own_tokens(fresh)
+        useful = iter([group for group in fresh if not group.flat])
+        groups = [next(useful, group) if group.flat else group for group in groups]
+    return groups, rolled_out
+
+
+def _collect(
+    session: Session, step: int, attempt: int, clock: Clock, count: int | None = None
+) -> list[Group]:
+    """Roll out and score `count` groups, by default all of a step."""
     recipe = session.recipe
-    position = (step - 1) * recipe.train.problems_per_step
-    return grouping.build(
-        session.problems_of(step),
-        recipe.group,
-        position // len(session.problems),
-        session.engine,
-        session.format,
-        _sampling(recipe),
-        (recipe.seed, step),
-    )
+    with clock("rollout"):
+        groups = grouping.build(
+            session.problems_of(step, attempt)[:count],
+            recipe.group,
+            (step - 1) * recipe.train.problems_per_step // len(session.problems),
+            session.engine,
+            session.format,
+            _sampling(recipe),
+            (recipe.seed, step, attempt),
+        )
+    with clock("reward"):
+        return session.scorer.score(groups)
 
 
 def _sampling(recipe: Recipe) -> Sampling:
@@ -165,7 +193,7 @@ def _split(items: list[Any], parts: int) -> list[list[Any]]:
 
 def _rows(session: Session, part: Sequence[tuple[Group, Sequence[float]]]) -> list[Row]:
     """The rows that one update trains on, weighted by the recipe's reduction."""
-    masked = find_method(session.recipe.method).mask_truncated
+    masked = session.recipe.objective.mask_truncated
     rows = [
         (group.problem.prompt_ids, response.token_ids, advantage)
         for group, advantages in part
@@ -177,10 +205,10 @@ def _rows(session: Session, part: Sequence[tuple[Group, Sequence[float]]]) -> li
 
 
 def _monitor(session: Session, step: int, groups: Sequence[Group]) -> dict[str, Any]:
-    """KL to the reference, every so many steps and after the last."""
+    """KL to the reference, every so many steps."""
     recipe = session.recipe
     every = recipe.monitor.every
-    if not every or (step % every and step != recipe.train.steps):
+    if not every or step % every:
         return {}
     own = drift.divergence(
         session.policy, drift.group_rows(groups), recipe.train.micro_batch_tokens,

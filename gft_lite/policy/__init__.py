@@ -18,10 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """Log-probs of the response tokens and the entropy of each distribution; [T], nats."""
+    """Log-probs of the response tokens and the entropy of each distribution; [T], nats.
+
+    `reference_kl`, on request, is the exact KL(reference || policy) over the vocabulary.
+    """
 
     logprobs: Tensor
     entropy: Tensor
+    reference_kl: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +70,9 @@ class Policy(Protocol):
     def load_adapter(self, folder: Path) -> None:
         """Read the weights that `save_adapter` wrote into the adapter, in place."""
 
-    def token_scores(self, batch: MicroBatch) -> TokenScores:
-        """Log-probs, with gradient when grad mode is on, and entropy of the response tokens."""
+    def token_scores(self, batch: MicroBatch, *, reference_kl: bool = False) -> TokenScores:
+        """Log-probs and, on request, KL to the reference, with gradient when grad mode is on,
+        and entropy of the response tokens."""
 
     def divergence(self, batch: MicroBatch) -> Divergence:
         """How far the policy is from the reference, exactly, by swapping the adapter."""

@@ -108,15 +108,15 @@ class QLoraPolicy:
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
         """The frozen reference: the base, or the adapter that training started from."""
-        if self.settings.reference == "base":
-            with self.base():
-                yield
-            return
-        self.model.set_adapter(REFERENCE, inference_mode=True)
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.model.train, self.model.training)
+            self.model.eval()  # Dropout would make it another reference every time.
+            if self.settings.reference == "base":
+                stack.enter_context(self.base())
+            else:
+                stack.callback(self.model.set_adapter, TRAINED)
+                self.model.set_adapter(REFERENCE, inference_mode=True)
             yield
-        finally:
-            self.model.set_adapter(TRAINED)
 
     def save_adapter(self, folder: Path) -> Path:
         """Write the adapter as a plain PEFT adapter; the folder appears only when complete."""
@@ -141,19 +141,20 @@ class QLoraPolicy:
 
     # --- scoring ---------------------------------------------------------------------------
 
-    def token_scores(self, batch: MicroBatch) -> TokenScores:
-        """Log-probs, with gradient when grad mode is on, and entropy of the response tokens."""
+    def token_scores(self, batch: MicroBatch, *, reference_kl: bool = False) -> TokenScores:
+        """Log-probs and, on request, KL to the reference, with gradient when grad mode is on,
+        and entropy of the response tokens."""
         batch = batch.to(self.device)
-        hidden = self._hidden(batch)
-        return TokenScores(*self._over_chunks(self._score_chunk, hidden, batch.targets))
+        inputs = [self._hidden(batch), batch.targets]
+        if reference_kl:
+            inputs.append(self._reference_hidden(batch))
+        return TokenScores(*self._over_chunks(self._score_chunk, *inputs))
 
     @torch.no_grad()
     def divergence(self, batch: MicroBatch) -> Divergence:
         """How far the policy is from the reference, exactly, by swapping the adapter."""
         batch = batch.to(self.device)
-        hidden = self._hidden(batch)
-        with self.reference():
-            ref_hidden = self._hidden(batch)
+        hidden, ref_hidden = self._hidden(batch), self._reference_hidden(batch)
         return Divergence(
             *self._over_chunks(self._compare_chunk, hidden, ref_hidden, batch.targets)
         )
@@ -174,6 +175,12 @@ class QLoraPolicy:
             ).last_hidden_state
         return states[batch.before_targets]
 
+    @torch.no_grad()
+    def _reference_hidden(self, batch: MicroBatch) -> Tensor:
+        """Hidden states [T, d] of the reference, without gradient."""
+        with self.reference():
+            return self._hidden(batch)
+
     def _over_chunks(
         self, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor
     ) -> tuple[Tensor, ...]:
@@ -187,14 +194,20 @@ class QLoraPolicy:
             outputs = [function(*part) for part in parts]
         return tuple(torch.cat(column) for column in zip(*outputs, strict=True))
 
-    def _score_chunk(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _score_chunk(
+        self, hidden: Tensor, targets: Tensor, ref_hidden: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         logits = self._logits(hidden)
         normaliser = logits.logsumexp(-1)
         logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - normaliser
         with torch.no_grad():
             logp = logits - normaliser[:, None]
             entropy = -(logp.exp() * logp).sum(-1)
-        return logprobs, entropy
+            if ref_hidden is None:
+                return logprobs, entropy
+            ref = self._logits(ref_hidden).log_softmax(-1)
+        kl = (ref.exp() * (ref - (logits - normaliser[:, None]))).sum(-1)
+        return logprobs, entropy, kl
 
     def _compare_chunk(
         self, hidden: Tensor, ref_hidden: Tensor, targets: Tensor

@@ -57,7 +57,7 @@ def test_all_figures_equal_a_plain_computation(lab_policy):
         "forward_sample": ratio.mean(),
         "reverse_k3": (ratio.exp() - 1 - ratio).mean(),
     }
-    assert expected["forward"] > 0.01
+    assert expected["forward"] > 1e-3
     on_base = divergence(lab_policy, rows, 512, samples_of="reference")
     on_own = divergence(lab_policy, rows, 512, samples_of="policy")
     assert set(on_base) == {"forward", "reverse", "forward_sample"}

@@ -37,12 +37,12 @@ def move(policy, scale=0.05):
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
 
 
-def gradient(policy, batches):
-    """The gradient of the GFT loss over micro-batches, as one vector in fp64."""
+def gradient(policy, batches, method="gft", **parameters):
+    """The gradient of a loss over micro-batches, as one vector in fp64."""
     policy.model.zero_grad()
     for batch in batches:
         scores = policy.token_scores(batch)
-        per_token = METHODS["gft"].loss(scores.logprobs, batch.advantages, tau=0.7)
+        per_token = METHODS[method].loss(scores.logprobs, batch.advantages, **parameters)
         (batch.weights * per_token).sum().backward()
     return torch.cat([p.grad.flatten() for p in policy.parameters().values()]).double()
 
@@ -204,7 +204,8 @@ def test_low_precision_compute_keeps_fp32_masters(dtype):
         move(p)
     assert {p.dtype for p in policy.parameters().values()} == {torch.float32}
     data = rows(policy)
-    low, high = (gradient(p, cut(data, 10**6)) for p in (policy, exact))
+    # Without rectification, whose step at tau a rounded probability may fall off.
+    low, high = (gradient(p, cut(data, 10**6), "gft_no_dcr") for p in (policy, exact))
     assert torch.nn.functional.cosine_similarity(low, high, dim=0) > 0.99
 
 

@@ -10,26 +10,28 @@ from gft_lite.optim import Update, combined, learning_rate
 from gft_lite.recipe import OptimSettings
 
 
-def rates(total=10, **settings):
+def rates(**settings):
     options = OptimSettings(lr=1.0, **settings)
-    return [learning_rate(i, total, options) for i in range(total)]
+    return [learning_rate(share, options) for share in (0.05, 0.15, 0.25, 0.5, 0.75, 1.0, 1.02)]
 
 
 def test_constant():
-    assert rates(schedule="constant", warmup=0) == [1.0] * 10
+    assert rates(schedule="constant", warmup=0) == [1.0] * 7
 
 
-def test_linear_falls_to_zero_after_the_last_update():
-    assert rates(schedule="linear", warmup=0) == pytest.approx([1 - i / 10 for i in range(10)])
+def test_linear_falls_to_zero_when_the_budget_is_spent():
+    expected = [0.95, 0.85, 0.75, 0.5, 0.25, 0.0, 0.0]
+    assert rates(schedule="linear", warmup=0) == pytest.approx(expected)
 
 
 def test_cosine():
-    expected = [(1 + math.cos(math.pi * i / 10)) / 2 for i in range(10)]
+    expected = [(1 + math.cos(math.pi * s)) / 2 for s in (0.05, 0.15, 0.25, 0.5, 0.75, 1, 1)]
     assert rates(schedule="cosine", warmup=0) == pytest.approx(expected)
 
 
-def test_warmup_rises_and_never_starts_at_zero():
-    assert rates(schedule="constant", warmup=0.3) == pytest.approx([0.25, 0.5, 0.75] + [1.0] * 7)
+def test_warmup_rises_to_the_rate_and_the_rest_is_scheduled_after_it():
+    expected = [0.25, 0.75, 0.9375, 0.625, 0.3125, 0.0, 0.0]
+    assert rates(schedule="linear", warmup=0.2) == pytest.approx(expected)
 
 
 def test_combined_updates_weigh_tokens_and_keep_out_what_was_skipped():

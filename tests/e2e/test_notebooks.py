@@ -1,0 +1,100 @@
+"""Every example notebook runs from top to bottom, and is committed as it ran."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+reason = "needs the notebooks extra: pip install 'gft-lite[notebooks]'"
+nbclient = pytest.importorskip("nbclient", reason=reason)
+nbformat = pytest.importorskip("nbformat", reason=reason)
+pytest.importorskip("ipykernel", reason=reason)
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
+TIMEOUT = 300  # Seconds for one notebook.
+SOMEONES_PATH = re.compile(r"(?<![\w.])/(?:home|root|work|Users|tmp|mnt)/|[A-Z]:\\+Users")
+
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+
+
+def read(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    return notebook
+
+
+def code_cells(notebook):
+    return [c for c in notebook.cells if c.cell_type == "code" and c.source.strip()]
+
+
+def texts(cell):
+    """What a reader sees of a cell as text; base64 of images may hold any letters."""
+    yield cell.source
+    for output in cell.get("outputs", []):
+        yield output.get("text", "")
+        data = output.get("data", {})
+        yield from (str(value) for kind, value in data.items() if not kind.startswith("image/"))
+
+
+async def execute(notebook, folder):
+    """Runs the notebook in a real kernel that starts in `folder`."""
+    resources = {"metadata": {"path": str(folder)}}
+    client = nbclient.NotebookClient(
+        notebook, timeout=TIMEOUT, kernel_name="python3", resources=resources
+    )
+    await asyncio.wait_for(client.async_execute(), TIMEOUT)
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS, f"no notebook in {EXAMPLES}"
+
+
+@every_notebook
+def test_it_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
+    # The kernel inherits this: neither its history nor a stray run may land in the home folder.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "jupyter"))
+    folder = tmp_path / "examples"
+    shutil.copytree(EXAMPLES, folder, ignore=shutil.ignore_patterns(".*", "runs"))
+
+    committed = code_cells(read(path))
+    notebook = read(folder / path.name)
+    for cell in code_cells(notebook):
+        cell.outputs = []
+    asyncio.run(execute(notebook, folder))  # Raises what a cell raised, with the cell.
+
+    silent = [
+        before.source
+        for before, after in zip(committed, code_cells(notebook), strict=True)
+        if before.outputs and not after.outputs
+    ]
+    assert not silent, "cells with committed outputs that now give none:\n" + "\n---\n".join(silent)
+
+
+@every_notebook
+def test_it_is_committed_as_it_ran(path):
+    cells = code_cells(read(path))
+    counts = [cell.execution_count for cell in cells]
+    assert counts == list(range(1, len(cells) + 1)), "was not executed once, from top to bottom"
+    assert any(cell.outputs for cell in cells)
+    errors = [o.ename for cell in cells for o in cell.outputs if o.output_type == "error"]
+    assert errors == []
+
+
+@every_notebook
+def test_it_names_no_one_s_folders(path):
+    found = [
+        line
+        for cell in read(path).cells
+        for text in texts(cell)
+        for line in text.splitlines()
+        if SOMEONES_PATH.search(line)
+    ]
+    assert found == []
+    assert not SOMEONES_PATH.search(str(read(path).metadata))

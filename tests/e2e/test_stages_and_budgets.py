@@ -1,0 +1,176 @@
+"""Stages, budgets and dynamic sampling on the lab."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from gft_lite.recipe import Recipe, RecipeError
+from gft_lite.runlog import RunFolder
+from gft_lite.train import train
+
+QUIET = Console(quiet=True)
+SMALL = [
+    "train.steps=2", "train.problems_per_step=3", "data.problems=40", "data.holdout=4",
+    "monitor.problems=2", "eval.samples=2", "eval.k=[1]", "eval.sets.test.problems=4",
+    "eval.sets.retention.problems=2", "checkpoint.every=1",
+]  # fmt: skip
+STAGES = "stages=[{method: sft, overrides: {optim: {lr: 1e-2}}}, gft, {method: grpo, " \
+         "reference: start, overrides: {train: {steps: 3}}}]"  # fmt: skip
+
+
+def small(*overrides):
+    return Recipe.load("recipes/lab.yaml", [*SMALL, *overrides])
+
+
+def weights(run):
+    return load_file(run.adapter / "adapter_model.safetensors")
+
+
+def kill_once_it_steps(run, watched, *overrides):
+    """Start a run in a process of its own and kill it when `watched` has its first step."""
+    command = [sys.executable, "-m", "gft_lite", "train", "recipes/lab.yaml", *SMALL, *overrides]
+    process = subprocess.Popen(
+        [*command, "--out", str(run.path)],
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 200
+    while not watched.metrics() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert watched.metrics()
+    assert not (run.path / "summary.json").exists()
+
+
+class TestStages:
+    @pytest.fixture(scope="class")
+    def whole(self, tmp_path_factory):
+        return train(small(STAGES), tmp_path_factory.mktemp("whole") / "run", console=QUIET)
+
+    def test_each_continues_from_the_one_before(self, whole):
+        names = sorted(p.name for p in (whole.path / "stages").iterdir())
+        assert names == ["1-sft", "2-gft", "3-grpo"]
+        sft, gft, grpo = (RunFolder(whole.path / "stages" / name) for name in names)
+        for before, after in ((sft, gft), (gft, grpo)):
+            recipe = Recipe.load(after.path / "recipe.yaml")
+            assert recipe.policy.adapter == str(before.adapter.resolve())
+            assert not all(torch.equal(v, weights(after)[k]) for k, v in weights(before).items())
+        assert all(torch.equal(v, weights(whole)[k]) for k, v in weights(grpo).items())
+
+    def test_a_stage_brings_its_methods_group_loss_and_rate(self, whole):
+        sft, gft, grpo = (small(STAGES).stage(i) for i in range(3))
+        assert (sft.group.expert, sft.group.size, sft.optim.lr) == (1, 1, 1e-2)
+        assert (gft.group.size, gft.optim.lr, gft.train.steps) == (8, 4e-3, 2)
+        assert (grpo.group.self, grpo.objective.reduction) == (8, "sequence_mean")
+        assert grpo.train.steps == 3
+        assert grpo.reward == gft.reward == sft.reward
+
+    def test_the_reference_is_the_base_or_the_stages_start(self, whole):
+        by_stage = whole.summary()["stages"]
+        # Against its own start, GRPO has moved less than SFT and GFT have from the base.
+        assert 0 <= by_stage[2]["kl"] < by_stage[1]["kl"]
+        recipes = [Recipe.load(p / "recipe.yaml") for p in
+                   sorted((whole.path / "stages").iterdir())]  # fmt: skip
+        assert [r.policy.reference for r in recipes] == ["base", "base", "adapter"]
+
+    def test_the_summary_spans_all_stages(self, whole):
+        summary = whole.summary()
+        assert summary["method"] == "sft > gft > grpo"
+        assert summary["steps"] == 7
+        assert [(m["stage"], m["step"]) for m in whole.metrics()] == [
+            (1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2), (3, 3),
+        ]  # fmt: skip
+        parts = [RunFolder(p) for p in sorted((whole.path / "stages").iterdir())]
+        assert summary["base"] == parts[0].summary()["base"]
+        assert parts[2].summary()["base"] == summary["base"]
+        assert summary["trained"] == parts[2].summary()["trained"]
+
+    @pytest.mark.parametrize("kill_in", ["1-sft", "2-gft", "3-grpo"])
+    def test_a_run_killed_in_any_stage_resumes_to_the_same_end(self, whole, kill_in, tmp_path):
+        run = RunFolder(tmp_path / "run")
+        kill_once_it_steps(run, RunFolder(run.path / "stages" / kill_in), STAGES)
+        train(small(STAGES), run.path, resume=True, console=QUIET)
+        assert all(torch.equal(v, weights(run)[k]) for k, v in weights(whole).items())
+        assert [(m["stage"], m["step"], m["loss"]) for m in run.metrics()] == [
+            (m["stage"], m["step"], m["loss"]) for m in whole.metrics()
+        ]
+
+    def test_a_wrong_stage_is_told_with_its_place(self, tmp_path):
+        file = tmp_path / "recipe.yaml"
+        file.write_text(
+            "stages:\n- sft\n- method: gft\n  overrides:\n    objective: {tao: 1}\n"
+            "- method: grpo\n  overrides: {group: {expert: 1}}\n"
+        )
+        with pytest.raises(RecipeError) as caught:
+            Recipe.load(file)
+        unknown, contradiction = caught.value.problems
+        assert unknown.startswith(f"{file}:5: objective.tao: unknown field")
+        assert unknown.endswith("(stage 2)")
+        assert contradiction.startswith(f"{file}:7: group.expert: must be 0 with method grpo")
+        with pytest.raises(
+            RecipeError, match=r"stages.0.method: must be one of .*Did you mean gft"
+        ):
+            Recipe.from_tree({"stages": ["gtf"]})
+
+
+class TestBudget:
+    @pytest.mark.parametrize(
+        ("budget", "steps"),
+        [("{problems: 7}", 3), ("{problems: 6}", 2), ("{trajectories: 48}", 2),
+         ("{trajectories: 49}", 3), ("{}", 2)],
+    )  # fmt: skip
+    def test_problems_and_trajectories_are_steps(self, budget, steps):
+        assert small(f"budget={budget}").steps == steps
+
+    def test_equal_trajectories_for_groups_and_single_rows(self):
+        gft = small("budget={trajectories: 960}")
+        sft = Recipe.load("recipes/lab_sft.yaml", ["budget={trajectories: 960}",
+                                                   "train.problems_per_step=24"])  # fmt: skip
+        assert gft.steps == sft.steps == 40
+
+    def test_tokens_end_the_run_in_the_step_that_spends_them(self, tmp_path):
+        run = train(small("budget={tokens: 1000}", "optim.schedule=linear"), tmp_path / "run",
+                    console=QUIET)  # fmt: skip
+        spent = [m["tokens"] for m in run.metrics()]
+        assert sum(spent[:-1]) < 1000 <= sum(spent)
+        rates = [m["lr"] for m in run.metrics()]
+        assert rates[-1] < rates[1]
+
+    def test_a_resumed_run_remembers_its_tokens(self, tmp_path):
+        recipe = small("budget={tokens: 1500}")
+        whole = train(recipe, tmp_path / "whole", console=QUIET)
+        part = RunFolder(tmp_path / "part")
+        kill_once_it_steps(part, part, "budget={tokens: 1500}")
+        train(recipe, part.path, resume=True, console=QUIET)
+        assert [m["tokens"] for m in part.metrics()] == [m["tokens"] for m in whole.metrics()]
+        assert all(torch.equal(v, weights(part)[k]) for k, v in weights(whole).items())
+
+    def test_one_kind_of_budget_at_a_time(self):
+        with pytest.raises(RecipeError, match="budget: must name one of problems, traj"):
+            small("budget={problems: 1, tokens: 2}")
+
+
+class TestDynamicSampling:
+    def test_flat_groups_are_replaced_as_often_as_allowed(self, tmp_path):
+        overrides = ["method=grpo", "group={expert: 0, teacher: 0, self: 4}", "log.groups=true",
+                     "train.problems_per_step=8"]  # fmt: skip
+        plain = train(small(*overrides), tmp_path / "plain", console=QUIET)
+        dynamic = train(small(*overrides, "rollout.resample=3"), tmp_path / "run", console=QUIET)
+        before, after = plain.metrics()[0], dynamic.metrics()[0]
+        assert before["flat_groups"] > 0
+        assert after["flat_groups"] < before["flat_groups"]
+        assert after["groups"] == before["groups"] == 8
+        assert after["rollout_tokens"] > before["rollout_tokens"]
+        # The groups that were of use stay, where they stood.
+        for old, new in zip(plain.groups(1), dynamic.groups(1), strict=True):
+            if len({r["reward"] for r in old["responses"]}) > 1:
+                assert new == old
