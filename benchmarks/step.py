@@ -107,8 +107,8 @@ def main() -> None:
         recipe = Recipe.load("recipes/lab.yaml", ["rollout.engine=transformers"])
         session = open_session(recipe, Path(folder) / "run", resume=False, console=quiet,
                                stack=stack)  # fmt: skip
-        loop._step(session, 1)
-        metrics = loop._step(session, 2)
+        loop.train_step(session, 1)
+        metrics = loop.train_step(session, 2)
         step_seconds = metrics["seconds"]
         figures = {
             "training_tokens_per_s": seconds(training(session), repeats),

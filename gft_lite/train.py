@@ -57,7 +57,7 @@ def train(
         step, done = first, session.spent(first) >= 1
         while not done:
             step += 1
-            metrics = _step(session, step)
+            metrics = train_step(session, step)
             session.run.append_metrics(metrics)
             session.trackers.log(metrics, step)
             screen.step(metrics)
@@ -76,7 +76,7 @@ def train(
     return session.run
 
 
-def _step(session: Session, step: int) -> dict[str, Any]:
+def train_step(session: Session, step: int) -> dict[str, Any]:
     """One rollout and the updates on it."""
     recipe, clock = session.recipe, Clock()
     torch.manual_seed(grouping.sample_seed(recipe.seed, step))
