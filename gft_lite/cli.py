@@ -95,27 +95,34 @@ def _train(options: argparse.Namespace) -> int:
     return DONE
 
 
+_LEGEND = """
+E, T, S    expert, teacher and self rows of each problem; - where the method takes none
+p, rho     the token's probability; rho = p / p at the rollout; sg stops the gradient
+clip(rho)  rho within 1 - objective.clip_low and 1 + objective.clip_high
+A, C(p)    the group's advantage; p below objective.tau, else 1
+KL         KL(reference || policy) over the whole vocabulary
+Numbers are defaults: group, objective and optim.lr in the recipe change them.\
+"""
+
+
 def _methods(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
     from gft_lite.objective import METHODS
 
-    table = Table("method", "expert", "teacher", "self", "loss", "needs", "reduction", "lr",
-                  "source", box=None, padding=(0, 1, 0, 0))  # fmt: skip
+    table = Table("method", "E", "T", "S", "loss of a token", "needs", "reduction", "lr",
+                  "arXiv", box=None, padding=(0, 1, 0, 0))  # fmt: skip
     for name, method in METHODS.items():
         recipe = Recipe.from_tree({"method": name})
         rows = [str(getattr(recipe.group, s)) if s in method.sources else "-"
                 for s in ("expert", "teacher", "self")]  # fmt: skip
-        needs = ", ".join(method.needs) or "-"
         reduction, lr = recipe.objective.reduction, f"{recipe.optim.lr:g}"
-        table.add_row(name, *rows, method.formula, needs, reduction, lr, method.source)
+        table.add_row(name, *rows, method.formula, ", ".join(method.needs) or "-", reduction, lr,
+                      method.source.removeprefix("arXiv "))  # fmt: skip
     console = Console()
     console.print(table)
-    console.print(
-        "expert, teacher, self: rows of each problem's group, - where the method takes none.\n"
-        "Everything can be changed in the recipe."
-    )
+    console.print(_LEGEND, highlight=False)
     return DONE
 
 

@@ -33,3 +33,16 @@ def lab_policy():
     policy = load_policy(PolicySettings(gradient_checkpointing=False))
     policy.model.train()
     return policy
+
+
+@pytest.fixture
+def full_distribution():
+    """The exact next-token distributions at a micro-batch's targets, the plain way, in fp64."""
+    import torch
+
+    def compute(policy, batch):
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        logits = policy.model(**inputs).logits.double()[batch.before_targets]
+        return torch.distributions.Categorical(logits=logits)
+
+    return compute

@@ -205,7 +205,9 @@ class QLoraPolicy:
             entropy = -(logp.exp() * logp).sum(-1)
             if ref_hidden is None:
                 return logprobs, entropy
-            ref = self._logits(ref_hidden).log_softmax(-1)
+            ref = self._logits(ref_hidden)
+            # As for the policy, so that equal logits have a KL of exactly 0.
+            ref = ref - ref.logsumexp(-1, keepdim=True)
         kl = (ref.exp() * (ref - (logits - normaliser[:, None]))).sum(-1)
         return logprobs, entropy, kl
 

@@ -23,7 +23,7 @@ SMALL = [
     "eval.sets.retention.problems=2", "checkpoint.every=1",
 ]  # fmt: skip
 STAGES = "stages=[{method: sft, overrides: {optim: {lr: 1e-2}}}, gft, {method: grpo, " \
-         "reference: start, overrides: {train: {steps: 3}}}]"  # fmt: skip
+         "reference: start, overrides: {train: {steps: 8}}}]"  # fmt: skip
 
 
 def small(*overrides):
@@ -71,7 +71,7 @@ class TestStages:
         assert (sft.group.expert, sft.group.size, sft.optim.lr) == (1, 1, 1e-2)
         assert (gft.group.size, gft.optim.lr, gft.train.steps) == (8, 4e-3, 2)
         assert (grpo.group.self, grpo.objective.reduction) == (8, "sequence_mean")
-        assert grpo.train.steps == 3
+        assert grpo.train.steps == 8
         assert grpo.reward == gft.reward == sft.reward
 
     def test_the_reference_is_the_base_or_the_stages_start(self, whole):
@@ -85,9 +85,9 @@ class TestStages:
     def test_the_summary_spans_all_stages(self, whole):
         summary = whole.summary()
         assert summary["method"] == "sft > gft > grpo"
-        assert summary["steps"] == 7
+        assert summary["steps"] == 12
         assert [(m["stage"], m["step"]) for m in whole.metrics()] == [
-            (1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2), (3, 3),
+            (1, 1), (1, 2), (2, 1), (2, 2), *((3, step) for step in range(1, 9)),
         ]  # fmt: skip
         parts = [RunFolder(p) for p in sorted((whole.path / "stages").iterdir())]
         assert summary["base"] == parts[0].summary()["base"]

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from gft_lite.cli import main
 from gft_lite.objective import METHODS
 from gft_lite.recipe import Recipe, RecipeError
 from gft_lite.runlog import RunFolder
@@ -79,7 +80,7 @@ def test_a_run_leaves_what_the_readme_promises(tmp_path):
 
 
 def test_a_killed_run_resumes_to_the_same_end(tmp_path):
-    overrides = ["train.steps=6", "policy.lora.dropout=0.1"]
+    overrides = ["train.steps=12", "policy.lora.dropout=0.1"]
     whole = train(small(*overrides), tmp_path / "whole", console=QUIET)
     killed = RunFolder(tmp_path / "killed")
     arguments = ["train", "recipes/lab.yaml", *SMALL, *overrides, "--out", str(killed.path)]
@@ -92,7 +93,7 @@ def test_a_killed_run_resumes_to_the_same_end(tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert 3 <= len(killed.metrics()) < 6
+    assert 3 <= len(killed.metrics()) < 12
     done = cli(*arguments, "--resume")
     assert done.returncode == 0, done.stderr
     assert comparable(killed) == comparable(whole)
@@ -119,16 +120,39 @@ def test_every_method_trains(method, tmp_path):
     for section in ("group", "objective", "optim"):
         del lab[section]
     base.write_text(json.dumps({**lab, "method": method, "name": method}))
-    overrides = ["train.updates_per_rollout=3", "eval.sets.test.problems=1", "optim.lr=1e-2"]
-    run = train(Recipe.load(base, overrides), tmp_path / "run", console=QUIET)
-    assert len(run.metrics()) == 2
+    overrides = ["train.steps=3", "train.updates_per_rollout=3", "eval.sets.test.problems=1",
+                 "optim.lr=1e-2"]  # fmt: skip
+    run = RunFolder(tmp_path / "run")
+    assert main(["train", str(base), *overrides, "--out", str(run.path)]) == 0
+    assert len(run.metrics()) == 3
     assert sum(m["updates"] for m in run.metrics()) + sum(
         (m["skipped"] or "").count("flat") for m in run.metrics()
-    ) == 6  # fmt: skip
+    ) == 9  # fmt: skip
     moved = [v for k, v in adapter(run).items() if "lora_B" in k]
     assert any(v.abs().max() > 0 for v in moved) == (run.summary()["updates"] > 0)
     sources = {r["source"] for g in run.groups(1) for r in g["responses"]}
     assert sources <= set(METHODS[method].sources)
+
+
+def test_truncated_rows_can_be_left_out(tmp_path):
+    whole, masked = (
+        train(
+            small("train.steps=1", "rollout.max_tokens=12", f"objective.mask_truncated={mask}"),
+            tmp_path / mask, console=QUIET,
+        )
+        for mask in ("false", "true")
+    )  # fmt: skip
+    responses = [r for g in masked.groups(1) for r in g["responses"]]
+    lengths = {cut: sum(len(r["token_ids"]) for r in responses
+                        if (r["finish_reason"] == "length") == cut)
+               for cut in (False, True)}  # fmt: skip
+    assert min(lengths.values()) > 0
+    assert whole.metrics()[0]["trained_tokens"] == sum(lengths.values())
+    assert masked.metrics()[0]["trained_tokens"] == lengths[False]
+    # The advantage is still the whole group's.
+    assert all(abs(sum(r["advantage"] for r in g["responses"])) < 1e-5 for g in masked.groups(1))
+    # One denominator of the rows that are left: the weights of what is trained on sum to 1.
+    assert masked.metrics()[0]["loss"] != whole.metrics()[0]["loss"]
 
 
 def test_flat_steps_are_skipped_and_counted(tmp_path):
@@ -247,9 +271,15 @@ class TestCommandLine:
         assert "--resume" in errors
 
     def test_methods_prints_the_table(self):
-        done = cli("methods", env={**os.environ, "COLUMNS": "200"})
+        done = cli("methods", env={**os.environ, "COLUMNS": "100"})
         assert done.returncode == 0
-        assert all(name in done.stdout for name in METHODS)
+        lines = {line.split()[0]: line.rstrip() for line in done.stdout.splitlines() if line}
+        for name, method in METHODS.items():
+            assert method.formula in lines[name]
+            assert all(need in lines[name] for need in method.needs)
+            assert lines[name].endswith(method.source.removeprefix("arXiv "))
+        assert "1 3 4" in lines["gft"] and "- - 8" in lines["grpo"]
+        assert "sequence_mean 2e-05" in lines["grpo"]
 
     def test_help_and_recipe_errors_import_nothing_heavy(self):
         code = (

@@ -32,23 +32,17 @@ def test_nothing_has_moved_at_the_start(lab_policy):
     assert lab_policy.model.training
 
 
-def test_all_figures_equal_a_plain_computation(lab_policy):
+def test_all_figures_equal_a_plain_computation(lab_policy, full_distribution):
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in lab_policy.parameters().values():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     rows = draw(lab_policy, Path("x"))[:40]
     [batch] = cut(rows, 10**6)
-
-    def distribution():
-        model = lab_policy.model
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        return torch.distributions.Categorical(logits=logits.double()[batch.before_targets])
-
     with torch.no_grad():
-        policy = distribution()
+        policy = full_distribution(lab_policy, batch)
         with lab_policy.base():
-            base = distribution()
+            base = full_distribution(lab_policy, batch)
     kl = torch.distributions.kl_divergence
     ratio = base.log_prob(batch.targets) - policy.log_prob(batch.targets)
     expected = {

@@ -47,18 +47,13 @@ def gradient(policy, batches, method="gft", **parameters):
     return torch.cat([p.grad.flatten() for p in policy.parameters().values()]).double()
 
 
-def test_token_scores_equal_plain_log_softmax(lab_policy):
+def test_token_scores_equal_the_plain_distribution(lab_policy, full_distribution):
     move(lab_policy)
     batch = cut(rows(lab_policy), 10**6)[0]
-    scores = lab_policy.token_scores(batch)
-    logits = lab_policy.model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask
-    ).logits.double()
-    full = logits.log_softmax(-1)[batch.before_targets]
-    expected = full.gather(-1, batch.targets[:, None])[:, 0]
-    assert (scores.logprobs - expected).abs().max() < 1e-5
-    entropy = -(full.exp() * full).sum(-1)
-    assert (scores.entropy - entropy).abs().max() < 1e-5
+    with torch.no_grad():
+        scores, plain = lab_policy.token_scores(batch), full_distribution(lab_policy, batch)
+    assert (scores.logprobs - plain.log_prob(batch.targets)).abs().max() < 1e-5
+    assert (scores.entropy - plain.entropy()).abs().max() < 1e-5
 
 
 def test_chunks_change_nothing(lab_policy, monkeypatch):
@@ -156,27 +151,72 @@ def test_continuing_from_an_adapter_it_can_be_the_reference(lab_policy, tmp_path
     assert all(p.requires_grad for p in policy.parameters().values())
 
 
-def test_divergence_is_zero_at_the_start_and_exact_afterwards(lab_policy):
+def test_divergence_is_zero_at_the_start_and_exact_afterwards(lab_policy, full_distribution):
     [batch] = cut(rows(lab_policy), 10**6)
     still = lab_policy.divergence(batch)
     assert still.forward.abs().max() == 0
     assert still.reverse.abs().max() == 0
     move(lab_policy)
     found = lab_policy.divergence(batch)
-
-    def distribution():
-        model = lab_policy.model
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        return torch.distributions.Categorical(logits=logits.double()[batch.before_targets])
-
     with torch.no_grad():
-        policy = distribution()
+        policy = full_distribution(lab_policy, batch)
         with lab_policy.base():
-            base = distribution()
+            base = full_distribution(lab_policy, batch)
     kl = torch.distributions.kl_divergence
     assert (found.forward - kl(base, policy)).abs().max() < 1e-5
     assert (found.reverse - kl(policy, base)).abs().max() < 1e-5
     assert (found.ref_logprobs - base.log_prob(batch.targets)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_reference_kl_is_exact_and_so_is_its_gradient(lab_policy, chunked, monkeypatch):
+    if chunked:
+        monkeypatch.setattr(qlora, "LOGIT_CHUNK_BYTES", 4 * lab_policy.config.vocab_size * 5)
+    [batch] = cut(rows(lab_policy), 10**6)
+    start = lab_policy.token_scores(batch, reference_kl=True)
+    assert start.reference_kl.abs().max() == 0
+    assert lab_policy.token_scores(batch).reference_kl is None
+    move(lab_policy)
+    parameters = list(lab_policy.parameters().values())
+    found = lab_policy.token_scores(batch, reference_kl=True)
+    found_gradient = torch.autograd.grad(found.reference_kl.sum(), parameters)
+
+    def distribution():
+        model = lab_policy.model
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        return torch.distributions.Categorical(logits=logits[batch.before_targets])
+
+    with torch.no_grad(), lab_policy.base():
+        base = distribution()
+    kl = torch.distributions.kl_divergence(base, distribution())
+    assert kl.mean() > 0.01
+    assert (found.reference_kl - kl).abs().max() < 1e-5
+    for one, other in zip(found_gradient, torch.autograd.grad(kl.sum(), parameters), strict=True):
+        assert (one - other).norm() <= 1e-4 * other.norm()
+    with torch.no_grad():
+        assert torch.equal(
+            lab_policy.token_scores(batch, reference_kl=True).logprobs,
+            lab_policy.token_scores(batch).logprobs,
+        )
+
+
+def test_dropout_is_the_policys_alone_and_not_the_references(tmp_path):
+    dropping = PolicySettings(lora={"dropout": 0.5}, gradient_checkpointing=False)
+    first = load_policy(dropping)
+    move(first)
+    folder = first.save_adapter(tmp_path / "adapter")
+    policy = load_policy(
+        dropping.model_copy(update={"adapter": str(folder), "reference": "adapter"})
+    )
+    policy.model.train()
+    [batch] = cut(rows(policy), 10**6)
+    with torch.no_grad():
+        noisy = [policy.token_scores(batch).logprobs for _ in range(2)]
+        with policy.reference():
+            still = [policy.token_scores(batch).logprobs for _ in range(2)]
+    assert not torch.equal(*noisy)
+    assert torch.equal(*still)
+    assert policy.model.training
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])

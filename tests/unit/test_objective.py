@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gft_lite.objective import (
     METHODS,
+    asft_loss,
     clipped_loss,
     dft_loss,
     gft_loss,
@@ -28,7 +29,7 @@ from gft_lite.objective import (
     sft_loss,
     token_weights,
 )
-from gft_lite.recipe import ObjectiveSettings
+from gft_lite.recipe import ObjectiveSettings, Recipe
 
 F64 = torch.float64
 
@@ -240,6 +241,19 @@ def test_loss_values():
     )
 
 
+def test_asft_loss_values():
+    kl = f64([0.0, 0.2, 1.0], [2.0, 0.5, 0.1])
+    close(
+        asft_loss(LOGPROBS, ADVANTAGES, reference_kl=kl),
+        [[0.5 * LN2, 0.5 * LN2 + 0.02, -0.8 * LN45 + 0.1],
+         [0.5 * LN2 + 0.2, -0.9 * LN49 + 0.05, 0.375 * LN2 + 0.01]],
+    )  # fmt: skip
+    close(
+        asft_loss(LOGPROBS, ADVANTAGES, reference_kl=kl, lam=2.0)[1],
+        [0.5 * LN2 + 4.0, -0.9 * LN49 + 1.0, 0.375 * LN2 + 0.2],
+    )
+
+
 def test_clipped_loss_values():
     # rho = 1/2, 1, 3/2 in both rows; A = 2, then -1; clipped to [0.8, 1.3].
     old = (PROBS / f64(0.5, 1.0, 1.5)).log()
@@ -301,6 +315,16 @@ def test_gradient_of_the_clipped_surrogate_off_policy():
     close(logprobs.grad, [[-0.5, -1.0, 0.0]] * 2)
 
 
+def test_gradient_of_asft_in_closed_form():
+    # Softmax regression towards the reference: d KL(ref || p) / d logits = softmax - ref.
+    logits, logprobs, onehot = scored(tokens=40)
+    reference = torch.randn(3, 40, 6, dtype=F64).softmax(-1)
+    kl = (reference * (reference.log() - logits.log_softmax(-1))).sum(-1)
+    asft_loss(logprobs, f64(1.5, -0.5, 0.0), reference_kl=kl, lam=0.3).sum().backward()
+    probs, softmax = logprobs.detach().exp()[..., None], logits.detach().softmax(-1)
+    close(logits.grad, -probs * (onehot - softmax) + 0.3 * (softmax - reference))
+
+
 @pytest.mark.parametrize("tau", [0.0, 1.000001, 5.0])
 def test_limits_of_tau_in_value_and_gradient(tau: float):
     advantages = f64(1.5, -0.5, 0.0)
@@ -328,14 +352,57 @@ def test_gft_with_every_advantage_one_is_gft_no_gal():
 # --- every method of the table ---------------------------------------------------------------
 
 
+def objective_of(name: str) -> ObjectiveSettings:
+    """The loss settings that a method has by default."""
+    return Recipe.from_tree({"method": name}).objective
+
+
 def arguments(name: str, logprobs: Tensor) -> dict[str, Any]:
     """The keyword arguments of a method's loss, off policy where it has a use for that."""
-    defaults = METHODS[name].defaults.get("objective", {})
-    objective = ObjectiveSettings(**defaults)
-    chosen: dict[str, Any] = {p: getattr(objective, p) for p in METHODS[name].parameters}
-    if METHODS[name].needs_old_logprobs:
-        chosen["old_logprobs"] = logprobs.detach() - 0.1
-    return chosen
+    method, settings = METHODS[name], objective_of(name)
+    # A KL would depend on more than the target's log-prob; any function of it does here.
+    needed = {"old_logprobs": logprobs.detach() - 0.1, "reference_kl": logprobs.square()}
+    chosen: dict[str, Any] = {p: getattr(settings, p) for p in method.parameters}
+    return chosen | {need: needed[need] for need in method.needs}
+
+
+# What DESIGN's table says: group, needs, advantage (None: 1 everywhere), and what differs from
+# the recipe's defaults (token mean, tau 0.7, lam 0.1, both clips 0.2, nothing masked).
+DESIGN = {
+    "sft": ((1, None, None), (), None, {}),
+    "sft_mix": ((1, 3, None), (), None, {}),
+    "distillation": ((None, 3, None), (), None, {}),
+    "dft": ((1, 0, None), (), None, {}),
+    "asft": ((1, 0, None), ("reference_kl",), None, {}),
+    "psft": ((1, 0, None), ("old_logprobs",), None, {"clip_high": 0.28}),
+    "grpo": ((None, None, 8), ("old_logprobs",), ("sample", 1e-4), {"reduction": "sequence_mean"}),
+    "dr_grpo": ((None, None, 8), ("old_logprobs",), ("none", 1e-6), {"reduction": "constant"}),
+    "dapo": ((None, None, 8), ("old_logprobs",), ("sample", 1e-4),
+             {"clip_high": 0.28, "mask_truncated": True}),
+    "gft": ((1, 3, 4), (), ("sample", 1e-6), {}),
+    "gft_no_gal": ((1, 3, None), (), None, {}),
+    "gft_no_dcr": ((1, 3, 4), (), ("sample", 1e-6), {}),
+    "gft_no_mix": ((1, None, 7), (), ("sample", 1e-6), {}),
+}  # fmt: skip
+
+
+def test_the_table_is_the_designs():
+    assert set(DESIGN) == set(METHODS)
+    defaults = {"reduction": "token_mean", "tau": 0.7, "lam": 0.1, "clip_low": 0.2,
+                "clip_high": 0.2, "kl": 0.0, "mask_truncated": False}  # fmt: skip
+    for name, (counts, needs, advantage, differs) in DESIGN.items():
+        method, group = METHODS[name], Recipe.from_tree({"method": name}).group
+        for source, count in zip(("expert", "teacher", "self"), counts, strict=True):
+            assert (source in method.sources) == (count is not None), name
+            assert getattr(group, source) == (count or 0), name
+        assert method.needs == needs, name
+        assert method.group_advantages == (advantage is not None), name
+        objective = objective_of(name)
+        assert advantage in (None, (objective.std, objective.eps)), name
+        assert objective.model_dump(exclude={"std", "eps"}) == defaults | differs, name
+        assert method.formula and method.source, name
+    # With a single update psft would be SFT.
+    assert Recipe.from_tree({"method": "psft"}).train.updates_per_rollout > 1
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -346,13 +413,62 @@ def test_a_table_entry_names_the_parameters_of_its_loss(name: str):
         for p in inspect.signature(method.loss).parameters.values()
         if p.kind == p.KEYWORD_ONLY
     }
-    old = {"old_logprobs"} if method.needs_old_logprobs else set()
-    assert set(method.parameters) | old == keywords
+    assert {*method.parameters, *method.needs} == keywords
     assert set(method.parameters) <= set(ObjectiveSettings.model_fields)
     assert set(method.sources) <= {"expert", "teacher", "self"}
     counts = method.defaults["group"]
     assert all(counts[source] == 0 or source in method.sources for source in counts if
                source != "shortfall")  # fmt: skip
+
+
+def kept(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+    """The clipped surrogate told in cases: where to learn, and where the ratio went too far."""
+    too_far = torch.where(advantages > 0, ratio > 1 + high, ratio < 1 - low)
+    bound = torch.where(advantages > 0, 1 + high, 1 - low)
+    return -advantages * torch.where(too_far, bound, ratio)
+
+
+# The objectives again, as plain functions of p: their gradients are those of the losses, whose
+# coefficients stop it (d p = p d log p). `s` is the method's ObjectiveSettings.
+SECOND = {
+    "sft": lambda p, A, s, old, kl: -p.log(),
+    "dft": lambda p, A, s, old, kl: -p,
+    "asft": lambda p, A, s, old, kl: -p + s.lam * kl,
+    "psft": lambda p, A, s, old, kl: kept(p / old, torch.ones_like(A), s.clip_low, s.clip_high),
+    "grpo": lambda p, A, s, old, kl: kept(p / old, A, s.clip_low, s.clip_high),
+    "gft": lambda p, A, s, old, kl: -A * torch.where(p < s.tau, p, p.log()),
+    "gft_no_gal": lambda p, A, s, old, kl: -torch.where(p < s.tau, p, p.log()),
+    "gft_no_dcr": lambda p, A, s, old, kl: -A * p.log(),
+}
+SAME_AS = {"sft_mix": "sft", "distillation": "sft", "dr_grpo": "grpo", "dapo": "grpo",
+           "gft_no_mix": "gft"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_gradient_is_that_of_the_objective_in_another_form(name: str):
+    method, settings = METHODS[name], objective_of(name)
+    advantages = f64(1.5, -0.5, 0.7)
+    gradients = []
+    for second in (False, True):
+        torch.manual_seed(5)
+        logits, logprobs, onehot = scored(tokens=60)
+        old = (logprobs.detach() + 0.3 * torch.randn(3, 60, dtype=F64)).exp()
+        categorical = torch.distributions.Categorical
+        reference = categorical(logits=torch.randn(3, 60, 6, dtype=F64))
+        kl = torch.distributions.kl_divergence(reference, categorical(logits=logits))
+        if second:
+            p = (logits.softmax(-1) * onehot).sum(-1)
+            loss = SECOND[SAME_AS.get(name, name)](p, advantages[:, None], settings, old, kl)
+        else:
+            given = {"old_logprobs": old.log(), "reference_kl": kl}
+            values = {field: getattr(settings, field) for field in method.parameters}
+            loss = method.loss(
+                logprobs, advantages, **values, **{need: given[need] for need in method.needs}
+            )
+        loss.sum().backward()
+        gradients.append(logits.grad)
+    close(gradients[0], gradients[1], 1e-9)
+    assert gradients[1].abs().max() > 0.01
 
 
 @pytest.mark.parametrize("name", METHODS)
