@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from gft_lite.types import Group
+from gft_lite.types import Group, Response
 
 PHASES = ("rollout", "reward", "train", "sync", "eval")
 
@@ -105,6 +105,13 @@ class RunFolder:
         return self.path / "groups" / f"step-{step:06d}.jsonl"
 
 
+def _response(response: Response, advantage: float) -> dict[str, Any]:
+    """What the file keeps; log-probs are left out, which would be most of it."""
+    kept = dataclasses.asdict(dataclasses.replace(response, logprobs=None))
+    del kept["logprobs"]
+    return {**kept, "advantage": advantage}
+
+
 def cached(path: Path, compute: Callable[[], Any]) -> Any:
     """The JSON at `path`, computed and written first where it is not there yet."""
     if not path.exists():
@@ -126,10 +133,7 @@ def _write_groups(
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w") as out:
         for group, values in zip(groups, advantages, strict=True):
-            responses = [
-                {**dataclasses.asdict(r), "reward_parts": dict(r.reward_parts), "advantage": a}
-                for r, a in zip(group, values, strict=True)
-            ]
+            responses = [_response(r, a) for r, a in zip(group, values, strict=True)]
             problem = {"id": group.problem.id, "text": group.problem.text,
                        "answer": group.problem.answer}  # fmt: skip
             out.write(json.dumps({"problem": problem, "responses": responses}) + "\n")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,9 @@ from gft_lite.cli import main
 from gft_lite.objective import METHODS
 from gft_lite.recipe import Recipe, RecipeError
 from gft_lite.runlog import RunFolder
-from gft_lite.train import TrainError, train
+from gft_lite.session import open_session
+from gft_lite.train import TrainError, _rows, train
+from gft_lite.types import Group, Response
 
 SMALL = [
     "train.steps=2", "train.problems_per_step=3", "data.problems=40", "data.holdout=4",
@@ -134,25 +137,26 @@ def test_every_method_trains(method, tmp_path):
     assert sources <= set(METHODS[method].sources)
 
 
-def test_truncated_rows_can_be_left_out(tmp_path):
-    whole, masked = (
-        train(
-            small("train.steps=1", "rollout.max_tokens=12", f"objective.mask_truncated={mask}"),
-            tmp_path / mask, console=QUIET,
-        )
-        for mask in ("false", "true")
-    )  # fmt: skip
-    responses = [r for g in masked.groups(1) for r in g["responses"]]
-    lengths = {cut: sum(len(r["token_ids"]) for r in responses
-                        if (r["finish_reason"] == "length") == cut)
-               for cut in (False, True)}  # fmt: skip
-    assert min(lengths.values()) > 0
-    assert whole.metrics()[0]["trained_tokens"] == sum(lengths.values())
-    assert masked.metrics()[0]["trained_tokens"] == lengths[False]
-    # The advantage is still the whole group's.
-    assert all(abs(sum(r["advantage"] for r in g["responses"])) < 1e-5 for g in masked.groups(1))
-    # One denominator of the rows that are left: the weights of what is trained on sum to 1.
-    assert masked.metrics()[0]["loss"] != whole.metrics()[0]["loss"]
+@pytest.mark.parametrize(
+    ("reduction", "weights"),
+    [("token_mean", [1 / 5, 1 / 5]), ("sequence_mean", [1 / 4, 1 / 6]),
+     ("constant", [1 / 20, 1 / 20])],
+)  # fmt: skip
+def test_truncated_rows_can_be_left_out_of_loss_and_denominator(reduction, weights, tmp_path):
+    recipe = small("objective.mask_truncated=true", f"objective.reduction={reduction}",
+                   "rollout.max_tokens=10")  # fmt: skip
+    own = [
+        Response((1, 2), "", "self"),
+        Response((1,) * 10, "", "self", finish_reason="length"),
+        Response((3, 2, 1), "", "self"),
+    ]
+    with ExitStack() as stack:
+        session = open_session(recipe, tmp_path / "run", resume=False, console=QUIET, stack=stack)
+        group = Group(session.problems[0], tuple(own))
+        rows = _rows(session, [(group, [1.0, -2.0, 1.0])])
+    assert [row.response_ids for row in rows] == [(1, 2), (3, 2, 1)]
+    assert [row.weight for row in rows] == pytest.approx(weights)
+    assert [row.advantage for row in rows] == [1.0, 1.0]
 
 
 def test_flat_steps_are_skipped_and_counted(tmp_path):
