@@ -14,7 +14,15 @@ from gft_lite.recipe import Recipe
 from gft_lite.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = sorted(p.name for p in (ROOT / "recipes").glob("**/*.yaml"))
+SHIPPED = ROOT / "recipes"
+RECIPES = sorted(p.relative_to(SHIPPED).as_posix() for p in SHIPPED.glob("**/*.yaml"))
+PAPER = [name for name in RECIPES if name.startswith("paper/")]
+MODELS = ["qwen2.5-math-1.5b", "qwen2.5-math-7b", "llama-3.2-3b", "llama-3.1-8b",
+          "deepseek-math-7b"]  # fmt: skip
+ONE_A_PROBLEM = ["sft", "dft", "asft", "psft"]
+GROUPS = ["grpo", "gft", "gft_no_mix"]
+CELLS = [*ONE_A_PROBLEM, "sft_mix", *GROUPS]
+STAGES = [name for name in PAPER if name.startswith("paper/stages/")]
 FRAGMENTS = sorted((ROOT / "configs").glob("*/*.yaml"))
 QUIET = Console(quiet=True)
 needs_vllm = pytest.mark.skipif(
@@ -30,7 +38,7 @@ TINY = [
 @pytest.mark.parametrize("name", RECIPES)
 def test_it_resolves(name):
     recipe = Recipe.load(f"recipes/{name}")
-    assert recipe.name == name.removesuffix(".yaml")
+    assert recipe.name == name.removesuffix(".yaml").replace("/", "-")
 
 
 @pytest.mark.parametrize("path", FRAGMENTS, ids=lambda p: f"{p.parent.name}/{p.stem}")
@@ -62,12 +70,137 @@ def math_rows(tmp_path):
     return [f"data.source={file}", f"data.columns={columns}", "data.problems=20"]
 
 
-def test_the_papers_experiment_runs_with_a_tiny_model(math_rows, tmp_path):
-    overrides = [
-        *TINY, *math_rows, "rollout.engine=transformers", "rollout.max_tokens=32",
+def cell(model, method):
+    return Recipe.load(f"recipes/paper/{model}/{method}.yaml")
+
+
+class TestThePapersRecipes:
+    def test_every_model_meets_every_method(self):
+        folders = {name.split("/")[1] for name in PAPER}
+        assert folders == {*MODELS, "ablations", "ratio", "stages", "tau"}
+        for model in MODELS:
+            assert sorted(p.stem for p in (SHIPPED / "paper" / model).iterdir()) == sorted(CELLS)
+            for method in CELLS:
+                recipe = cell(model, method)
+                assert recipe.method == method
+                assert recipe.policy.model.lower().rpartition("/")[2].startswith(model)
+
+    @pytest.mark.parametrize("name", PAPER)
+    def test_prompt_and_response_fit_the_model(self, name):
+        recipe = Recipe.load(f"recipes/{name}")
+        room = recipe.policy.context - recipe.data.max_prompt_tokens
+        assert room >= max(recipe.rollout.max_tokens, recipe.eval.max_tokens)
+        if not recipe.policy.model.startswith("meta-llama/"):
+            assert recipe.policy.context == 4096
+
+    @pytest.mark.parametrize("model", MODELS)
+    def test_ten_thousand_groups_of_eight_against_a_hundred_thousand_singles(self, model):
+        spent = {}
+        for method in CELLS:
+            recipe = cell(model, method)
+            visits = recipe.data.problems - recipe.data.holdout
+            spent[method] = (visits, recipe.group.size)
+            assert visits * recipe.group.size == recipe.budget.trajectories
+            # The last step may be cut short by the budget, no other.
+            assert 0 <= recipe.steps * recipe.train.problems_per_step - visits < 256
+        assert spent == {
+            **dict.fromkeys(ONE_A_PROBLEM, (100_000, 1)),
+            "sft_mix": (25_000, 4),
+            **dict.fromkeys(GROUPS, (10_000, 8)),
+        }
+
+    @pytest.mark.parametrize("model", MODELS)
+    def test_only_the_method_differs(self, model):
+        """Policy, prompts, lengths, reward, reduction, schedule and evaluation are the same."""
+        shared = []
+        for method in CELLS:
+            tree = cell(model, method).model_dump()
+            shared.append({
+                **{key: tree[key] for key in ("seed", "policy", "reward", "rollout", "eval")},
+                "data": {k: v for k, v in tree["data"].items() if k != "problems"},
+                "optim": {k: v for k, v in tree["optim"].items() if k != "lr"},
+                "reduction": tree["objective"]["reduction"],
+            })  # fmt: skip
+        assert all(each == shared[0] for each in shared)
+
+    def test_all_ratios_are_of_groups_of_eight(self):
+        names = [name for name in PAPER if name.startswith("paper/ratio/")]
+        assert len(names) == 5
+        for name in names:
+            recipe = Recipe.load(f"recipes/{name}")
+            group = recipe.group
+            assert name == f"paper/ratio/demo{group.expert + group.teacher}_self{group.self}.yaml"
+            assert (group.size, recipe.method) == (8, "gft")
+            # With `self`, a problem with few teachers would change its group's ratio.
+            assert group.shortfall == "repeat" or group.self == 8
+
+    def test_tau_is_all_that_differs_in_the_sweep(self):
+        names = [name for name in PAPER if name.startswith("paper/tau/")]
+        main = cell("qwen2.5-math-1.5b", "gft").model_dump()
+        taus = []
+        for name in names:
+            tree = Recipe.load(f"recipes/{name}").model_dump()
+            taus.append(tree["objective"]["tau"])
+            assert tree["name"] == f"paper-tau-tau_{taus[-1]:g}"
+            tree["objective"]["tau"], tree["name"] = main["objective"]["tau"], main["name"]
+            assert tree == main
+        assert sorted(taus) == [0, 0.1, 0.3, 0.5, 0.7, 0.9, 1]
+
+    @pytest.mark.parametrize("name", STAGES)
+    def test_each_stage_is_the_cell_of_its_method(self, name):
+        recipe = Recipe.load(f"recipes/{name}")
+        methods = [stage.method for stage in recipe.stages]
+        assert name == f"paper/stages/{'_'.join(methods)}.yaml"
+        for number, method in enumerate(methods):
+            alone = cell("qwen2.5-math-1.5b", method).model_dump()
+            assert recipe.stage(number).model_dump() == {**alone, "name": recipe.name}
+
+    @pytest.mark.parametrize(
+        "name",
+        [*(f"qwen2.5-math-1.5b/{method}" for method in CELLS), "ablations/no_gal",
+         "ratio/demo8_self0", "tau/tau_0.1"],
+    )  # fmt: skip
+    def test_it_runs_two_steps_on_a_tiny_model(self, name, small_paper, tmp_path):
+        file = f"recipes/paper/{name}.yaml"
+        updates = min(Recipe.load(file).train.updates_per_rollout, 2)
+        overrides = [*small_paper, f"train.updates_per_rollout={updates}"]
+        recipe = Recipe.load(file, overrides)
+        run = train(recipe, tmp_path / "run", console=QUIET)
+        group = recipe.group
+        wanted = {"expert": group.expert, "teacher": group.teacher, "self": group.self}
+        assert len(run.metrics()) == 2
+        for metrics in run.metrics():
+            assert metrics["trajectories"] == 2 * group.size
+            assert metrics["sources"] == {s: 2 * n for s, n in wanted.items() if n}
+            # The tiny base solves none of these, so that GRPO's groups are flat.
+            assert metrics["updates"] == (0 if recipe.method == "grpo" else updates)
+        assert "math500" in json.loads((run.path / "eval" / "trained.json").read_text())
+
+    def test_stages_run_on_a_tiny_model(self, small_paper, tmp_path):
+        file = "recipes/paper/stages/sft_gft_grpo.yaml"
+        # The stages' own budgets would win over those of the command line.
+        methods = [stage.method for stage in Recipe.load(file).stages]
+        recipe = Recipe.load(file, [*small_paper, f"stages={methods}"])
+        run = train(recipe, tmp_path / "run", console=QUIET)
+        assert run.summary()["method"] == "sft > gft > grpo"
+        assert run.summary()["trajectories"] == 2 * 2 * (1 + 8 + 8)
+
+
+@pytest.fixture
+def small_paper(math_rows):
+    """Overrides that leave a paper recipe its method and its composition, two steps long."""
+    source = math_rows[0].partition("=")[2]
+    columns = "{problem: question, answer: gold}"
+    return [
+        *TINY, *math_rows, "budget={trajectories: null, problems: 4}", "rollout.max_tokens=32",
+        "rollout.engine=transformers", "eval.max_tokens=8", "monitor.every=2",
+        f"eval.sets.math500={{source: {source}, columns: {columns}, problems: 2}}",
     ]  # fmt: skip
-    run = train(Recipe.load("recipes/qwen_math_1p5b.yaml", overrides), tmp_path / "run",
-                console=QUIET)  # fmt: skip
+
+
+def test_the_papers_experiment_runs_with_a_tiny_model(small_paper, tmp_path):
+    recipe = Recipe.load("recipes/qwen_math_1p5b.yaml", small_paper)
+    run = train(recipe, tmp_path / "run", console=QUIET)
     recipe = Recipe.load(run.path / "recipe.yaml")
     assert (recipe.objective.tau, recipe.group.size) == (0.7, 8)
     assert recipe.policy.quantization == "nf4"

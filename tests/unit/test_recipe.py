@@ -231,7 +231,7 @@ FIELDS = {
     ),
     "log:\n  problems: 3\n": (
         "x.yaml:2: log.problems: unknown field, got 3. "
-        "Did you mean data.problems or monitor.problems?"
+        "Did you mean data.problems or budget.problems or monitor.problems?"
     ),
     "extend: a.yaml\n": "x.yaml:1: extend: unknown field, got 'a.yaml'. Did you mean extends?",
     "objective.tau: 0.7\n": (
