@@ -23,7 +23,8 @@ ONE_A_PROBLEM = ["sft", "dft", "asft", "psft"]
 GROUPS = ["grpo", "gft", "gft_no_mix"]
 CELLS = [*ONE_A_PROBLEM, "sft_mix", *GROUPS]
 STAGES = [name for name in PAPER if name.startswith("paper/stages/")]
-FRAGMENTS = sorted((ROOT / "configs").glob("*/*.yaml"))
+# Suites are no parts of recipes: `gft-lite eval` reads them.
+FRAGMENTS = sorted(p for p in (ROOT / "configs").glob("*/*.yaml") if p.parent.name != "suites")
 QUIET = Console(quiet=True)
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vllm is not installed"
