@@ -15,11 +15,20 @@ if TYPE_CHECKING:
     from gft_lite.policy import Policy
     from gft_lite.recipe import RolloutSettings
 
-# name -> "module:class". Importing this table imports no engine.
-ENGINES = {
-    "auto": "the first that this machine has: vllm with a GPU, else transformers",
-    "transformers": "gft_lite.rollout.transformers:TransformersEngine",
-    "vllm": "gft_lite.rollout.vllm:VllmEngine",
+
+@dataclass(frozen=True, slots=True)
+class EngineEntry:
+    """Where an engine's class is, and the package and extra that it needs beside ours."""
+
+    path: str
+    needs: str | None = None
+
+
+# Importing this table imports no engine. "auto" is vllm where it and a GPU are, else transformers.
+ENGINES: dict[str, EngineEntry | None] = {
+    "auto": None,
+    "transformers": EngineEntry("gft_lite.rollout.transformers:TransformersEngine"),
+    "vllm": EngineEntry("gft_lite.rollout.vllm:VllmEngine", needs="vllm"),
 }
 
 
@@ -78,12 +87,25 @@ class RolloutEngine(Protocol):
         """Give everything back; may be called twice."""
 
 
-def start_engine(settings: RolloutSettings, policy: Policy, scratch: Path) -> RolloutEngine:
-    """Start the engine that the recipe names. `scratch` is a folder it may write to."""
-    name = settings.engine
+def find_engine(name: str) -> EngineEntry:
+    """The engine of that name, or the user's own at a dotted path.
+
+    Raises: RolloutError if what it needs is not installed.
+    """
     if name == "auto":
         import torch
 
-        has_vllm = importlib.util.find_spec("vllm") is not None
-        name = "vllm" if has_vllm and torch.cuda.is_available() else "transformers"
-    return load_dotted(ENGINES.get(name, name))(settings, policy, scratch)
+        gpu = torch.cuda.is_available()
+        name = "vllm" if gpu and importlib.util.find_spec("vllm") else "transformers"
+    entry = ENGINES.get(name) or EngineEntry(name)
+    if entry.needs and importlib.util.find_spec(entry.needs) is None:
+        raise RolloutError(
+            f"rollout.engine: {entry.needs} is not installed. "
+            f'pip install "gft-lite[{entry.needs}]", or set rollout.engine=transformers.'
+        )
+    return entry
+
+
+def start_engine(settings: RolloutSettings, policy: Policy, scratch: Path) -> RolloutEngine:
+    """Start the engine that the recipe names. `scratch` is a folder it may write to."""
+    return load_dotted(find_engine(settings.engine).path)(settings, policy, scratch)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib.util
 import itertools
 import logging
 import math
@@ -49,12 +48,7 @@ class VllmEngine:
     name = "vllm"
 
     def __init__(self, settings: RolloutSettings, policy: Policy, scratch: Path) -> None:
-        """Start vLLM. Raises: RolloutError when it is missing or a setting doesn't fit."""
-        if importlib.util.find_spec("vllm") is None:
-            raise RolloutError(
-                'rollout.engine: vllm is not installed. pip install "gft-lite[vllm]", '
-                "or set rollout.engine=transformers."
-            )
+        """Start vLLM. Raises: RolloutError when a setting doesn't fit."""
         self._context = policy.context
         self._dtype = policy.dtype
         self._eos_ids = sorted(policy.eos_ids)

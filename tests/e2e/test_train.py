@@ -224,6 +224,20 @@ def test_what_only_shows_with_data_and_model_is_still_the_users_error(overrides,
     assert not out.exists()
 
 
+def test_an_engine_that_is_not_installed_names_the_extra(tmp_path):
+    # A Python that sees the dependencies but not vLLM, as after `make env`.
+    code = (
+        "import importlib.util as u, sys; real = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'vllm' else real(name, *a)\n"
+        "from gft_lite.cli import main\n"
+        f"sys.exit(main(['train', 'recipes/gsm8k_tiny.yaml', '--out', {str(tmp_path / 'r')!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert 'rollout.engine: vllm is not installed. pip install "gft-lite[vllm]"' in done.stderr
+    assert not (tmp_path / "r").exists()
+
+
 def test_folders_that_hold_another_run_or_none(tmp_path):
     taken = tmp_path / "taken"
     RunFolder(taken).create(small("seed=3").to_yaml())

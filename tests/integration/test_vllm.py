@@ -378,12 +378,6 @@ def test_settings_that_do_not_fit_are_named(policy, tmp_path, monkeypatch):
         VllmEngine(_settings(kv_cache_mib=2), policy, tmp_path)
 
 
-def test_a_missing_vllm_names_the_extra(policy, tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RolloutError, match=r'rollout\.engine: vllm is not.*"gft-lite\[vllm\]"'):
-        VllmEngine(_settings(), policy, tmp_path)
-
-
 def _interrupt(engine):
     def interrupt(*_):
         raise KeyboardInterrupt
