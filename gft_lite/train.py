@@ -18,6 +18,7 @@ from gft_lite import drift
 from gft_lite import groups as grouping
 from gft_lite.batching import Row
 from gft_lite.evaluate import evaluate, headline
+from gft_lite.interrupt import deferred
 from gft_lite.optim import combined, portion, update
 from gft_lite.recipe import Recipe
 from gft_lite.rollout import Sampling
@@ -57,13 +58,16 @@ def train(
         step, done = first, session.spent(first) >= 1
         while not done:
             step += 1
-            metrics = train_step(session, step)
-            session.run.append_metrics(metrics)
-            session.trackers.log(metrics, step)
-            screen.step(metrics)
-            done = session.spent(step) >= 1
-            if done or step % recipe.checkpoint.every == 0:
-                session.save(step)
+            with deferred(console) as interrupt:
+                metrics = train_step(session, step)
+                session.run.append_metrics(metrics)
+                session.trackers.log(metrics, step)
+                screen.step(metrics)
+                done = session.spent(step) >= 1
+                if done or interrupt.asked or step % recipe.checkpoint.every == 0:
+                    session.save(step)
+            if interrupt.asked and not done:
+                raise KeyboardInterrupt
         console.print("evaluating the trained policy")
         with clock("eval"):
             trained = _evaluate(session)

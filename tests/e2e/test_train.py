@@ -274,19 +274,25 @@ class TestCommandLine:
         assert "NotADirectoryError" in done.stderr
         assert "Traceback" not in done.stderr
 
-    def test_ctrl_c_is_exit_code_130(self, tmp_path):
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_an_interrupted_step_is_finished_and_kept(self, number, tmp_path):
+        run = RunFolder(tmp_path / "run")
         process = subprocess.Popen(
-            [sys.executable, "-m", "gft_lite", "train", "recipes/lab.yaml", "--out",
-             str(tmp_path / "run")],
+            [sys.executable, "-m", "gft_lite", "train", "recipes/lab.yaml", "eval.samples=1",
+             "eval.k=[1]", "--out", str(run.path)],
             stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
         )  # fmt: skip
         deadline = time.monotonic() + 100
-        while not RunFolder(tmp_path / "run").metrics() and time.monotonic() < deadline:
+        while not run.metrics() and time.monotonic() < deadline:
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 130
         assert "--resume" in errors
+        steps = [m["step"] for m in run.metrics()]
+        [saved] = (run.path / "checkpoints").iterdir()
+        assert saved.name == f"step-{steps[-1]:06d}"
+        assert not list(run.path.rglob("*.tmp"))
 
     def test_methods_prints_the_table(self):
         done = cli("methods", env={**os.environ, "COLUMNS": "100"})
