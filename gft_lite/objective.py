@@ -246,9 +246,9 @@ METHODS: dict[str, Method] = {
     "psft": Method(
         psft_loss, _DEMONSTRATIONS, "arXiv 2508.17784", "-min(rho, clip(rho))",
         parameters=("clip_low", "clip_high"), needs=("old_logprobs",),
-        # With a single update rho is 1, and the gradient that of SFT.
+        # Eight as in the authors' script; with one, rho is 1 and the gradient that of SFT.
         group_advantages=False, defaults=_defaults(1, 0, 0, 1e-4, clip_high=0.28)
-        | {"train": {"updates_per_rollout": 4}},
+        | {"train": {"updates_per_rollout": 8}},
     ),
     "grpo": Method(
         clipped_loss, ("self",), "arXiv 2402.03300, Eq. 3", **_SURROGATE,

@@ -73,6 +73,8 @@ class TestStages:
         assert (grpo.group.self, grpo.objective.reduction) == (8, "sequence_mean")
         assert grpo.train.steps == 8
         assert grpo.reward == gft.reward == sft.reward
+        psft = small("stages=[psft, gft]", "train.problems_per_step=8")
+        assert [psft.stage(i).train.updates_per_rollout for i in (0, 1)] == [8, 1]
 
     def test_the_reference_is_the_base_or_the_stages_start(self, whole):
         by_stage = whole.summary()["stages"]
