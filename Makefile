@@ -42,6 +42,7 @@ lint: env-test
 
 bench: env-test
 	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.grading
 
 clean:
 	rm -rf $(VENV) runs dist build

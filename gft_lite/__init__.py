@@ -9,17 +9,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gft_lite.evaluate import evaluate_suite
     from gft_lite.recipe import Recipe, RecipeError
     from gft_lite.runlog import RunFolder as Run
+    from gft_lite.suites import Suite
     from gft_lite.train import train
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "RecipeError", "Run", "__version__", "train"]
+__all__ = ["Recipe", "RecipeError", "Run", "Suite", "__version__", "evaluate_suite", "train"]
 
 _HOMES = {
     "Recipe": ("gft_lite.recipe", "Recipe"),
     "RecipeError": ("gft_lite.recipe", "RecipeError"),
     "Run": ("gft_lite.runlog", "RunFolder"),
+    "Suite": ("gft_lite.suites", "Suite"),
+    "evaluate_suite": ("gft_lite.evaluate", "evaluate_suite"),
     "train": ("gft_lite.train", "train"),
 }
 

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from gft_lite import __version__
 from gft_lite.recipe import Recipe, RecipeError
@@ -35,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return WRONG_INPUT
     except KeyboardInterrupt:
-        print("interrupted; continue with --resume", file=sys.stderr)
+        again = getattr(options, "again", "continue with --resume")
+        print(f"interrupted; {again}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         if debug:
@@ -62,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
     train.set_defaults(run=_train)
 
+    _add_eval(commands)
+
     methods = commands.add_parser("methods", help="the table of training methods")
     methods.set_defaults(run=_methods)
 
@@ -74,6 +78,59 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--out", metavar="DIR", default="runs/compare")
     compare.set_defaults(run=_compare)
     return parser
+
+
+def _add_eval(commands: Any) -> None:
+    words = "evaluate models, adapters, runs or their checkpoints, and compare them"
+    parser = commands.add_parser("eval", help=words)
+    parser.add_argument(
+        "targets", nargs="+", metavar="TARGET",
+        help="lab, a hub id, the folder of a model, an adapter or a run; RUN@step-N and RUN@all "
+        "are its checkpoints; key=value changes policy., rollout., reward. and the suite",
+    )  # fmt: skip
+    parser.add_argument("--suite", required=True, metavar="NAME|FILE",
+                        help="paper, retention, diversity, lab, or your own YAML")  # fmt: skip
+    parser.add_argument("--data-dir", metavar="DIR", help="NAME.jsonl there replaces the hub")
+    parser.add_argument("--out", metavar="DIR",
+                        help="default: evals/SUITE, or eval/SUITE in the one run")  # fmt: skip
+    parser.add_argument("--regrade", action="store_true",
+                        help="grade the responses in --out again, without a model")  # fmt: skip
+    for flag, key in _SUITE_FLAGS.items():
+        parser.add_argument(f"--{flag}", metavar="N", help=f"the same as {key}=N")
+    parser.set_defaults(run=_eval, overrides=[], again="the same command continues")
+
+
+_SUITE_FLAGS = {
+    "samples": "samples", "temperature": "rollout.temperature", "max-tokens": "rollout.max_tokens",
+    "k": "k", "engine": "rollout.engine", "limit": "limit", "seed": "seed",
+}  # fmt: skip
+
+
+def _eval(options: argparse.Namespace) -> int:
+    targets = [t for t in options.targets if "=" not in t or os.path.exists(t)]
+    overrides = [t for t in options.targets if t not in targets] + options.overrides
+    for flag, key in _SUITE_FLAGS.items():
+        value = getattr(options, flag.replace("-", "_"))
+        if value is not None:
+            overrides.append(f"{key}=[{value}]" if flag == "k" else f"{key}={value}")
+    from gft_lite.suites import Suite
+
+    suite = Suite.load(options.suite, overrides)
+    from rich.console import Console
+
+    from gft_lite.evaluate import evaluate_suite
+    from gft_lite.tables import tables
+
+    results = evaluate_suite(
+        suite, targets, options.out, data_dir=options.data_dir, regrade=options.regrade
+    )
+    console = Console()
+    for table in tables(results):
+        console.print(table.title, style="bold", highlight=False)
+        console.print(table.rich(console.width))
+    print(f"{results['sampled']:,} responses sampled, {results['reused']:,} reused")
+    print(f"results: {results['folder']}")
+    return DONE
 
 
 def _train(options: argparse.Namespace) -> int:

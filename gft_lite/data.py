@@ -139,7 +139,7 @@ def _check_columns(parts: Sequence[Rows], columns: Columns, field: str) -> None:
     """A column that no row has is a slip in the recipe, not a bad row."""
     unseen = {
         name: f"{field}.columns.{use}"
-        for use in ("problem", "answer", "expert", "teacher", "id")
+        for use in ("problem", "choices", "answer", "expert", "teacher", "id")
         for name in _as_names(getattr(columns, use))
     }
     known: dict[str, None] = {}
@@ -201,8 +201,7 @@ def _problem(
     """One row as a problem. Raises: Unusable with the reason."""
     if not isinstance(row, Mapping):
         raise Unusable("not an object with columns")
-    written = _need(row, columns.problem)
-    text = "" if written is None else _text(written, columns.problem)
+    text = _question(row, columns)
     if not text.strip():
         raise Unusable("no problem text")
     answer = None if columns.answer is None else _answer(_need(row, columns.answer), columns)
@@ -218,6 +217,20 @@ def _problem(
     while name in taken:
         name = f"{name}#{number + 1}"
     return Problem(name, text, answer, ids, experts, teachers, dict(row))
+
+
+def _question(row: Mapping[str, Any], columns: Columns) -> str:
+    """The problem's columns one below the other, and the choices it leaves."""
+    parts = [(name, _need(row, name)) for name in _as_names(columns.problem)]
+    if isinstance(columns.problem, list):
+        parts = [(n, f"Options: {', '.join(map(str, v))}" if isinstance(v, list) else v)
+                 for n, v in parts]  # fmt: skip
+    texts = [_text(value, name) for name, value in parts if value is not None]
+    offered = None if columns.choices is None else _need(row, columns.choices)
+    if offered:
+        listed = (f"({chr(65 + i)}) {option}" for i, option in enumerate(offered))
+        texts.append(f"Answer Choices: {' '.join(listed)}")
+    return "\n".join(texts)
 
 
 def _need(row: Mapping[str, Any], name: str) -> Any:
@@ -249,6 +262,8 @@ def _answer(value: Any, columns: Columns) -> str:
         value = None if math.isnan(value) else int(value) if value.is_integer() else value
     if value is None:
         raise Unusable("no answer")
+    if columns.choices is not None and isinstance(value, int):
+        value = chr(65 + value)
     written = _text(str(value) if isinstance(value, int | float) else value, str(columns.answer))
     text: str | None = written
     if columns.answer_from == "boxed":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
+
 from gft_lite.batching import Row, cut
 from gft_lite.objective import k3
 from gft_lite.policy import Policy
@@ -46,3 +48,17 @@ def divergence(
     policy.model.train(training)
     name = "forward_sample" if samples_of == "reference" else "reverse_k3"
     return {n: v / tokens for n, v in {**exact, name: estimate}.items()} if tokens else {}
+
+
+def entropy(policy: Policy, rows: Sequence[Row], token_budget: int) -> float | None:
+    """The mean entropy per response token of what the policy is set to, in nats."""
+    total, tokens = 0.0, 0
+    training = policy.model.training
+    policy.model.eval()
+    with torch.no_grad():
+        for batch in cut(rows, token_budget, pad_id=policy.pad_id):
+            found = policy.token_scores(batch).entropy
+            total += found.sum().item()
+            tokens += found.numel()
+    policy.model.train(training)
+    return total / tokens if tokens else None

@@ -45,16 +45,34 @@ def bootstrap_interval(
     Raises: ValueError without values, for a value that is not finite, for a level outside of
     (0, 1) and for less than one resample.
     """
-    if not values:
+    return average_interval([values], level=level, resamples=resamples, seed=seed)
+
+
+def average_interval(
+    groups: Sequence[Sequence[float]],
+    *,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """The bootstrap interval of the mean of several means, as of a table's average of benchmarks.
+
+    The problems of each benchmark are resampled among themselves; all benchmarks weigh the same.
+    Shapes: groups [B][N_b] -> (low, high).
+    Raises: as `bootstrap_interval`.
+    """
+    if not groups or not all(groups):
         raise ValueError("values: must hold at least one problem, got none")
-    if not all(math.isfinite(value) for value in values):
+    if not all(math.isfinite(value) for values in groups for value in values):
         raise ValueError("values: must be finite, got one that is not")
     if not 0 < level < 1:
         raise ValueError(f"level: must be between 0 and 1, got {level}")
     if resamples < 1:
         raise ValueError(f"resamples: must be at least 1, got {resamples}")
     draw = random.Random(seed).choices
-    means = sorted(fmean(draw(values, k=len(values))) for _ in range(resamples))
+    means = sorted(
+        fmean([fmean(draw(values, k=len(values))) for values in groups]) for _ in range(resamples)
+    )
     return _quantile(means, (1 - level) / 2), _quantile(means, (1 + level) / 2)
 
 

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -84,6 +84,25 @@ class Settings(BaseModel):
         return value
 
 
+S = TypeVar("S", bound=Settings)
+
+
+def read_settings(schema: type[S], path: Path, overrides: Sequence[str] = ()) -> tuple[S, Places]:
+    """A file, what it extends and overrides, checked, and where each value was written.
+
+    Raises: RecipeError with every error found.
+    """
+    tree, places, problems = gather(path, overrides)
+    try:
+        value = schema.model_validate(tree)
+    except ValidationError as error:
+        # Where a file could not be read, its fields would be missed in cross-field checks.
+        problems += explain(error, schema, places, cross_fields=not problems)
+    if problems:
+        raise RecipeError(problems)
+    return value, places
+
+
 class Lora(Settings):
     """The adapter. Source: LoRA, arXiv 2106.09685."""
 
@@ -127,12 +146,16 @@ def _as_list(value: Any) -> Any:
 class Columns(Settings):
     """Which column of the data set holds what; solutions may be spread over several columns.
 
-    `a.b` is field `b` of a nested column `a`. `answer: null` says that there are no answers.
+    `a.b` is field `b` of a nested column `a`. Several columns of a problem are written one below
+    the other, a list in one of them as options without letters. `choices` are written under the
+    problem as (A), (B), ...; an answer that is the number of a choice, from 0, becomes its letter.
+    `answer: null` says that there are no answers.
     `answer_from` takes the last box of that column (boxed) or what follows `####` (hash).
     `clean: gsm8k` drops `<<48/2=24>>` from demonstrations and boxes their `#### 24` line.
     """
 
-    problem: str = "problem"
+    problem: str | list[str] = "problem"
+    choices: str | None = None
     answer: str | None = "answer"
     answer_from: Literal["plain", "boxed", "hash"] = "plain"
     expert: Annotated[list[str], BeforeValidator(_as_list)] = []
@@ -158,9 +181,13 @@ class Prompt(Settings):
 
 
 class DataSettings(Settings):
-    """Rows to problems: the built-in `lab`, a JSONL/parquet/CSV file, or a hub data set id."""
+    """Rows to problems: the built-in `lab`, a JSONL/parquet/CSV file, or a hub data set id.
+
+    `file` is one file of a hub data set, for those that don't say which is which split.
+    """
 
     source: str = "lab"
+    file: str | None = None
     config: str | None = None
     split: str = "train"
     revision: str | None = None
@@ -428,14 +455,8 @@ class Recipe(Settings):
 
         Raises: RecipeError with every error found.
         """
-        tree, places, problems = gather(find_recipe(path), overrides)
-        try:
-            recipe = cls.model_validate(tree)
-        except ValidationError as error:
-            # Where a file could not be read, its fields would be missed in cross-field checks.
-            problems += explain(error, cls, places, cross_fields=not problems)
-        if problems:
-            raise RecipeError(problems)
+        recipe, places = read_settings(cls, find_recipe(path), overrides)
+        problems = []
         for number, stage in enumerate(recipe.stages):
             below = ("stages", number, "overrides")
             try:
@@ -454,8 +475,9 @@ class Recipe(Settings):
     def _stage_tree(self, stage: Stage) -> dict[str, Any]:
         tree = self.model_dump(exclude={"stages"})
         if stage.method != self.method:
-            # Group, loss and learning rate were the other method's; this one brings its own.
+            # These were the other method's; this one brings its own.
             del tree["group"], tree["objective"], tree["optim"]["lr"]
+            del tree["train"]["updates_per_rollout"]
         return merge(merge(tree, {"method": stage.method}), stage.overrides)
 
     @property

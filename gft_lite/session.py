@@ -20,9 +20,8 @@ from gft_lite.optim import make_optimizer
 from gft_lite.policy import Policy, load_policy
 from gft_lite.prompts import PromptFormat
 from gft_lite.recipe import DataSettings, Recipe, RecipeError
-from gft_lite.rewards import RewardError
-from gft_lite.rewards.scorer import RewardFunction, Scorer
-from gft_lite.rollout import RolloutEngine, Sampling, start_engine
+from gft_lite.rewards.scorer import Scorer, open_scorer
+from gft_lite.rollout import RolloutEngine, RolloutError, Sampling, find_engine, start_engine
 from gft_lite.rollout.probe import Probe
 from gft_lite.runlog import RunFolder, Trackers, cached
 from gft_lite.types import Group, Problem
@@ -214,23 +213,16 @@ def _composable(
 
 
 def _users_own(recipe: Recipe) -> Scorer:
-    """Find what the recipe names by dotted path before anything large is loaded."""
-    reward = recipe.reward
-    functions = [RewardFunction(f.name, f.weight, f.parameters) for f in reward.functions]
-    conversational = recipe.data.prompt.style == "chat"
+    """Find what the recipe names, the user's own too, before anything large is loaded."""
     try:
         find_method(recipe.method)
     except ValueError as error:
         raise RecipeError([f"method: {error}, got {recipe.method!r}."]) from error
     try:
-        return Scorer(
-            functions,
-            workers=reward.workers,
-            timeout=reward.timeout,
-            conversational=conversational,
-        )
-    except RewardError as error:
+        find_engine(recipe.rollout.engine)
+    except RolloutError as error:
         raise RecipeError([str(error)]) from error
+    return open_scorer(recipe.reward, conversational=recipe.data.prompt.style == "chat")
 
 
 def _kl_rows(

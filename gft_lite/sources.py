@@ -67,11 +67,12 @@ def _lab(split: str, field: str) -> Rows:
 
 def _hub(settings: DataSettings, field: str) -> Rows:
     source = settings.source
+    file = {"data_files": {settings.split: settings.file}} if settings.file else {}
     try:
         import datasets
 
         rows = datasets.load_dataset(
-            source, name=settings.config, split=settings.split, revision=settings.revision
+            source, name=settings.config, split=settings.split, revision=settings.revision, **file
         )
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         raise RecipeError(

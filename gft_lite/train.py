@@ -17,7 +17,8 @@ from rich.console import Console
 from gft_lite import drift
 from gft_lite import groups as grouping
 from gft_lite.batching import Row
-from gft_lite.evaluate import evaluate, headline
+from gft_lite.evaluate import evaluate
+from gft_lite.figures import headline
 from gft_lite.interrupt import deferred
 from gft_lite.optim import combined, portion, update
 from gft_lite.recipe import Recipe

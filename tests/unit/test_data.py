@@ -527,3 +527,48 @@ def test_a_shipped_mapping_reads_a_row_of_its_data_set(name, tmp_path):
     assert len(problem.teachers) == (2 if "teacher" in str(tree) else 0)
     if name != "jsonl":
         assert TOKENIZER.decode(problem.prompt_ids).endswith("within \\boxed{}.")
+
+
+# --- questions of several columns ------------------------------------------------------------
+
+
+def test_a_problem_of_several_columns_and_of_options_without_letters(tmp_path):
+    rows = [{"title": None, "table": "a|1", "q": "Which?", "options": ["yes", "no"], "answer": 3}]
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(rows))
+    columns = Columns(problem=["title", "table", "q", "options"])
+    [problem] = load(str(file), columns=columns).problems
+    assert problem.text == "a|1\nWhich?\nOptions: yes, no"
+    assert problem.answer == "3"
+
+
+def test_choices_get_letters_and_so_does_the_number_of_one(tmp_path):
+    rows = [
+        {"q": "Which?", "of": ["x", "y", "z"], "answer": 2},
+        {"q": "And?", "of": ["x", "y"], "answer": "A"},
+        {"q": "Open?", "of": None, "answer": "A"},
+    ]
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(rows))
+    found = load(str(file), columns=Columns(problem="q", choices="of"), shuffle=False).problems
+    assert [p.text for p in found] == [
+        "Which?\nAnswer Choices: (A) x (B) y (C) z", "And?\nAnswer Choices: (A) x (B) y", "Open?",
+    ]  # fmt: skip
+    assert [p.answer for p in found] == ["C", "A", "A"]
+    with pytest.raises(RecipeError, match=r"columns\.choices: no row has a column 'off'"):
+        load(str(file), columns=Columns(problem="q", choices="off"))
+
+
+def test_one_file_of_a_hub_data_set(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def answer(*args, **kwargs):
+        asked.append(kwargs)
+        return datasets.Dataset.from_list([{"problem": "a", "answer": "1"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", answer)
+    load("org/set", file="data/x/test.jsonl", split="test", revision="abc")
+    assert asked[0]["data_files"] == {"test": "data/x/test.jsonl"}
+    assert (asked[0]["split"], asked[0]["revision"]) == ("test", "abc")

@@ -1,0 +1,289 @@
+"""`gft-lite eval` on the lab: targets, drift, interruption, regrading, real benchmarks, vLLM."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from rich.console import Console
+
+from gft_lite.evaluate import evaluate_suite
+from gft_lite.policy import load_policy
+from gft_lite.recipe import PACKAGE, Lora, PolicySettings, Recipe, RecipeError
+from gft_lite.suites import Suite
+from gft_lite.targets import content_hash, find_targets, share_base
+from gft_lite.train import train
+
+QUIET = Console(quiet=True)
+BENCHMARKS = ["test", "retention"]
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vllm is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A short training with two checkpoints that moved the policy a lot."""
+    small = [
+        "train.steps=2", "checkpoint.every=1", "train.problems_per_step=3", "data.problems=40",
+        "monitor.every=0", "monitor.problems=1", "eval.samples=1", "eval.k=[1]", "optim.lr=3e-3",
+        "eval.sets.test.problems=1", "eval.sets.retention.problems=1",
+    ]  # fmt: skip
+    folder = tmp_path_factory.mktemp("eval") / "run"
+    return train(Recipe.load("recipes/lab.yaml", small), folder, console=QUIET).path
+
+
+def evaluate(targets, out, *overrides, suite="lab", **options):
+    options.setdefault("console", QUIET)
+    asked = ["limit=5", "samples=2", *overrides]
+    return evaluate_suite(Suite.load(str(suite), asked), list(map(str, targets)), out, **options)
+
+
+def cli(*arguments):
+    command = [sys.executable, "-m", "gft_lite", "eval", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def kept(out):
+    """Every response on the disk, by model and key."""
+    return {
+        (file.parent.name, file.stem, entry["key"]): entry
+        for file in out.glob("responses/*/*.jsonl")
+        for entry in map(json.loads, file.read_text().splitlines())
+    }
+
+
+def lines(out):
+    return sum(len(f.read_bytes().splitlines()) for f in out.glob("responses/*/*.jsonl"))
+
+
+def test_base_adapter_and_checkpoints_in_one_call(run, tmp_path):
+    out = tmp_path / "out"
+    done = cli("lab", run, f"{run}@all", "--suite", "lab", "--limit", 5, "--samples", 4,
+               "--k", "1,3", "--out", out, "drift=3")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for text in ("Accuracy (%)", "pass@3", "Differences in", "Drift", f"results: {out}"):
+        assert text in done.stdout
+    results = json.loads((out / "results.json").read_text())
+    targets = results["targets"]
+    assert list(targets) == ["lab", str(run), f"{run}@step-1", f"{run}@step-2"]
+    # The final adapter is the last checkpoint: three models, each sampled once.
+    assert targets[str(run)]["identity"] == targets[f"{run}@step-2"]["identity"]
+    assert results["sampled"] == len(kept(out)) == lines(out) == 3 * 2 * 5 * 4
+    assert results["reused"] == 2 * 5 * 4 + 2 * 3  # A twin, and the base for the drift.
+    assert targets[str(run)]["benchmarks"] == targets[f"{run}@step-2"]["benchmarks"]
+    assert targets["lab"]["drift"].keys() == {"entropy"}
+    for label in list(targets)[1:]:
+        assert all(value > 0 for value in targets[label]["drift"].values())
+    assert targets[f"{run}@step-1"]["drift"] != targets[str(run)]["drift"]
+    assert len(results["pairs"]) == 6
+    with (out / "results.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 8
+    assert r"\toprule" in (out / "results.tex").read_text()
+    assert "| model | test | retention | average |" in (out / "results.md").read_text()
+    assert "# Right and wrong answers" in (out / "examples.md").read_text()
+    assert not (out / "engine").exists()
+
+
+def test_figures_are_those_of_the_kept_verdicts(run, tmp_path):
+    results = evaluate([run], tmp_path, "samples=4")
+    entry = results["targets"][str(run)]
+    responses = kept(tmp_path)
+    for name in BENCHMARKS:
+        file = tmp_path / "problems" / entry["identity"] / f"{name}.jsonl"
+        problems = list(map(json.loads, file.read_text().splitlines()))
+        assert len(problems) == 5
+        right = 0
+        for problem in problems:
+            texts = [responses[entry["identity"], name, key]["text"] for key in problem["keys"]]
+            ends = [text.rpartition("#")[2] == problem["answer"] for text in texts]
+            assert problem["scores"] == list(map(float, ends))
+            right += sum(ends)
+        assert entry["benchmarks"][name]["pass@1"] == pytest.approx(right / 20)
+        assert entry["benchmarks"][name]["samples"] == 20
+    # The base answers for the drift only: a sample of each problem, and no figures of its own.
+    assert results["sampled"] == 2 * 5 * 4 + 2 * 5
+    assert list(results["targets"]) == [str(run)]
+
+
+def test_the_training_run_and_the_evaluation_agree_on_the_base(tmp_path):
+    # Same seeds, same protocol: training's own figures of the base come out again.
+    small = [
+        "eval.samples=2", "eval.k=[1]", "train.steps=1", "train.problems_per_step=1",
+        "monitor.every=0", "data.problems=20", "eval.sets.test.problems=6",
+        "eval.sets.retention.problems=6",
+    ]  # fmt: skip
+    recipe = Recipe.load("recipes/lab.yaml", small)
+    path = train(recipe, tmp_path / "run", console=QUIET).path
+    trained = json.loads((path / "eval" / "base.json").read_text())
+    mine = evaluate(["lab"], tmp_path / "out", "limit=6")["targets"]["lab"]["benchmarks"]
+    for name in BENCHMARKS:
+        assert mine[name]["correct"] == trained[name]["correct"]
+        assert mine[name]["length"] == trained[name]["length"]
+
+
+def test_default_folders(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert evaluate([run], None, "samples=1")["folder"] == str(run / "eval" / "lab")
+    assert evaluate(["lab", run], None, "samples=1")["folder"] == "evals/lab"
+    assert (tmp_path / "evals" / "lab" / "results.json").exists()
+
+
+class TestNothingIsSampledTwice:
+    def test_a_killed_evaluation_continues(self, run, tmp_path):
+        asked = ["samples=6", "rollout.batch_size=1"]
+        whole = evaluate(["lab", run], tmp_path / "whole", *asked)
+        out = tmp_path / "killed"
+        command = [sys.executable, "-m", "gft_lite", "eval", "lab", str(run), "--suite", "lab",
+                   "limit=5", *asked, "--out", str(out)]  # fmt: skip
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 200
+        while (before := lines(out)) < 20 and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        found = lines(out)
+        assert 20 <= before <= found < 120
+        done = cli("lab", run, "--suite", "lab", "limit=5", *asked, "--out", out)
+        assert done.returncode == 0, done.stderr
+        again = json.loads((out / "results.json").read_text())
+        # What was whole on the disk is not asked for again, and no key is there twice.
+        assert found - 1 <= 120 - again["sampled"] <= found
+        assert len(kept(out)) == lines(out) == 120
+        assert kept(out) == kept(tmp_path / "whole")
+        for label, target in again["targets"].items():
+            expected = json.loads(json.dumps(whole["targets"][label]["benchmarks"]))
+            assert target["benchmarks"] == expected
+
+    def test_more_samples_and_more_problems_are_added(self, tmp_path):
+        assert evaluate(["lab"], tmp_path)["sampled"] == 2 * 5 * 2
+        assert evaluate(["lab"], tmp_path)["sampled"] == 0
+        more = evaluate(["lab"], tmp_path, "samples=3", "limit=6")
+        assert (more["sampled"], more["reused"]) == (2 * 6 * 3 - 2 * 5 * 2, 2 * 5 * 2)
+        assert evaluate(["lab"], tmp_path, "rollout.temperature=0.6")["sampled"] == 2 * 5 * 2
+        assert evaluate(["lab"], tmp_path, "seed=1")["sampled"] == 2 * 5 * 2
+
+
+class TestRegrade:
+    def test_it_needs_no_model(self, tmp_path):
+        model, out = tmp_path / "model", tmp_path / "out"
+        shutil.copytree(PACKAGE / "lab" / "base", model)
+        first = evaluate([model], out)
+        (model / "model.safetensors").unlink()
+        with pytest.raises(RecipeError, match=r"policy\.model"):
+            evaluate([model], out)
+        label = str(model)
+        again = evaluate([model], out, regrade=True)
+        assert again["sampled"] == 0
+        assert again["targets"][label]["benchmarks"] == first["targets"][label]["benchmarks"]
+        assert again["targets"][label]["drift"] == first["targets"][label]["drift"]
+        # Another grader: what follows an `@` is never the answer alone.
+        other = 'reward={"functions": [{"name": "exact", "parameters": {"marker": "@"}}]}'
+        harsh = evaluate([model], out, other, "k=[2]", regrade=True)
+        assert harsh["targets"][label]["average"]["pass@1"] == 0
+        assert first["targets"][label]["average"]["pass@1"] > 0
+        assert harsh["protocol"]["temperature"] == 0.5
+        # Another evaluation in the same folder leaves this one to be graded again.
+        evaluate(["lab"], out, "samples=1")
+        assert (
+            evaluate([model], out, regrade=True)["targets"][label]["identity"]
+            == (first["targets"][label]["identity"])
+        )
+        evaluate([model], out, other, "k=[2]", regrade=True)
+        file = out / "problems" / harsh["targets"][label]["identity"] / "retention.jsonl"
+        assert all(json.loads(line)["correct"] == 0 for line in file.read_text().splitlines())
+
+    def test_what_was_never_evaluated(self, run, tmp_path):
+        evaluate(["lab"], tmp_path, "samples=1")
+        with pytest.raises(RecipeError) as caught:
+            evaluate([run], tmp_path, regrade=True)
+        assert caught.value.problems == [
+            f"--regrade: must find an evaluation of {run} in {tmp_path}, which has lab."
+        ]
+
+
+class TestTargets:
+    def test_adapters_of_another_shape_get_a_base_of_their_own(self, run, tmp_path):
+        settings = PolicySettings(lora=Lora(rank=4, alpha=8), gradient_checkpointing=False)
+        small = load_policy(settings).save_adapter(tmp_path / "small")
+        asked = [str(run / "adapter"), str(small), "lab"]
+        groups = share_base(find_targets(asked, Suite.load("lab").policy))
+        assert [[t.label for t in group] for group in groups] == [[asked[0], "lab"], [asked[1]]]
+        results = evaluate(asked, tmp_path / "out", "samples=1")
+        targets = results["targets"]
+        assert list(targets) == [str(run / "adapter"), str(small), "lab"]
+        # A fresh adapter is the base: the same answers, and not a step away from it.
+        assert targets[str(small)]["benchmarks"] == targets["lab"]["benchmarks"]
+        assert targets[str(small)]["drift"]["forward"] == 0
+        assert targets[str(run / "adapter")]["drift"]["forward"] > 0
+        assert targets[str(small)]["identity"] != targets["lab"]["identity"]
+
+    def test_what_is_none(self, run, tmp_path):
+        (tmp_path / "empty").mkdir()
+        done = cli("nowhere", tmp_path / "empty", f"{run}@step-7", "--suite", "lab")
+        assert done.returncode == 2
+        told = done.stderr.splitlines()
+        assert len(told) == 3
+        assert "must be lab, a hub id, or the folder of a model" in told[0]
+        assert "must hold a config.json, an adapter_config.json or a run's" in told[1]
+        assert "There: @step-1, @step-2." in told[2]
+
+    def test_a_wrong_suite_setting_is_told_before_anything_is_loaded(self):
+        done = cli("lab", "--suite", "lab", "--samples", "0", "rollout.temprature=1")
+        assert done.returncode == 2
+        assert "samples: " in done.stderr
+        assert "Did you mean rollout.temperature?" in done.stderr
+
+    def test_an_adapters_weights_are_part_of_its_name(self, run):
+        first, last = sorted((run / "checkpoints").iterdir())
+        weights = "*.safetensors"
+        assert content_hash(first / "adapter", weights) != content_hash(last / "adapter", weights)
+        assert content_hash(run / "adapter", weights) == content_hash(last / "adapter", weights)
+
+
+def test_real_benchmarks_from_a_folder(shared_data, run, tmp_path):
+    there = ["amc23", "gaokao2023en", "math500", "olympiadbench", "mmlu_stem", "sat_math",
+             "mawps", "svamp"]  # fmt: skip
+    console = Console(record=True, width=200, quiet=False, file=(tmp_path / "log").open("w"))
+    results = evaluate(
+        ["lab", run], tmp_path / "out", f"benchmarks=[{','.join(there)}]", "limit=2",
+        "policy.context=512", "drift=0", suite="paper", data_dir=shared_data / "bench",
+        console=console,
+    )  # fmt: skip
+    found = results["targets"]["lab"]
+    assert list(found["benchmarks"]) == there
+    assert results["sampled"] == 2 * 8 * 2 * 2
+    least, most = found["max_tokens"]
+    assert 256 <= least < most < 512
+    said = console.export_text()
+    assert (
+        f"the model's context of 512 tokens leaves responses {least} to {most} of the 4096" in said
+    )
+    assert found["drift"] == {"entropy": None}
+
+
+@needs_vllm
+def test_vllm_gives_the_greedy_answers_of_transformers(run, tmp_path):
+    asked = ["samples=1", "rollout.temperature=0", "limit=8"]
+    texts = []
+    for engine in ("vllm", "transformers"):
+        out = tmp_path / engine
+        results = evaluate(["lab", run, f"{run}@step-1"], out, *asked, f"rollout.engine={engine}")
+        assert {t["engine"] for t in results["targets"].values()} == {engine}
+        answers = {}
+        for label, entry in results["targets"].items():
+            file = out / "problems" / entry["identity"] / "test.jsonl"
+            for problem in map(json.loads, file.read_text().splitlines()):
+                key = entry["identity"], "test", problem["keys"][0]
+                answers[label, problem["id"]] = kept(out)[key]["text"]
+        texts.append(answers)
+    assert texts[0] == texts[1]
+    by_target = [{k[1]: v for k, v in texts[0].items() if k[0] == t} for t in results["targets"]]
+    assert by_target[0] != by_target[1] != by_target[2]

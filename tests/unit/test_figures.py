@@ -1,0 +1,166 @@
+"""Averages, paired differences and diversity against hand-computed values; the tables' forms."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+import pytest
+
+from gft_lite.figures import average, compare, distinct, measure
+from gft_lite.passk import average_interval, bootstrap_interval
+from gft_lite.tables import Examples, Table, tables, to_csv
+from gft_lite.types import Group, Problem, Response
+
+
+def graded(text, right, *, tokens=2, finish="stop", verdict="ok"):
+    return Response(tuple(range(tokens)), text, "self", finish, reward_parts={"math": float(right)},
+                    verdict=verdict)  # fmt: skip
+
+
+def group(name, *responses, kind="math"):
+    return Group(Problem(name, f"{name}?", "1", columns={"answer_type": kind}), responses)
+
+
+def figures(correct, samples=4, **others):
+    """A benchmark's figures with so many right answers to each problem."""
+    groups = [group(i, *[graded("", n < c) for n in range(samples)]) for i, c in correct.items()]
+    return {**measure(groups, [2]), "distinct": 1.0, **others}
+
+
+def test_a_benchmark():
+    groups = [
+        group("a", graded("", 1), graded("", 0, tokens=6, finish="length")),
+        group("b", graded("", 0, verdict="no_answer"), graded("", 0)),
+    ]
+    found = measure(groups, [2])
+    assert found["pass@1"] == 0.25  # (1/2 + 0) / 2
+    assert found["pass@2"] == 0.5
+    assert (found["truncated"], found["no_answer"], found["length"]) == (0.25, 0.25, 3.0)
+    assert found["correct"] == {"a": 1, "b": 0}
+
+
+def test_distinct_answers_are_counted_as_they_are_written():
+    boxed = [graded(rf"so \boxed{{{a}}}", 1) for a in ("1", "1", " 1", "2")]
+    assert distinct([group("a", *boxed, graded("none", 0))]) == 2.0
+    assert distinct([group("a", *boxed), group("b", graded("none", 0))]) == 1.0
+    letters = [graded(text, 1) for text in ("The answer is B.", r"\boxed{B}", "(C)")]
+    assert distinct([group("a", *letters, kind="choice")]) == 2.0
+    lab = [graded(text, 1) for text in ("@1;2#2", "&1,2#2", "@3#3", "4")]
+    assert distinct([group("a", *lab)], marker="#") == 2.0
+
+
+def test_the_average_weighs_benchmarks_not_problems():
+    made = average({"a": figures({"x": 4}), "b": figures({"x": 0, "y": 0, "z": 2})})
+    assert made["pass@1"] == pytest.approx((1 + 1 / 6) / 2)
+    # Of z's four samples two are right: 1 - C(2,2)/C(4,2) = 5/6; a third of it, and 1.
+    assert made["pass@2"] == pytest.approx((1 + 5 / 18) / 2)
+    low, high = made["pass@1_interval"]
+    # The single problem of `a` never varies, that of `b` from 0 to 1/2.
+    assert 0.5 <= low < made["pass@1"] < high <= 0.75
+
+
+def test_an_average_of_one_is_the_plain_interval():
+    values = [0.0, 0.25, 1.0, 0.5]
+    assert average_interval([values]) == bootstrap_interval(values)
+    assert average_interval([[1.0], [0.0]]) == (0.5, 0.5)
+    for nothing in ([], [[]], [[1.0], []]):
+        with pytest.raises(ValueError, match="at least one problem"):
+            average_interval(nothing)
+
+
+def test_differences_are_taken_on_the_problems_that_both_answered():
+    a = {"x": figures({"p": 4, "q": 0, "only-a": 4}), "only-a": figures({"p": 4})}
+    b = {"x": figures({"q": 1, "p": 2, "only-b": 4}), "y": figures({"p": 4})}
+    found = compare(a, b)
+    # p: 2/4 - 4/4, q: 1/4 - 0/4.
+    assert set(found) == {"x", "average"}
+    assert found["x"]["difference"] == pytest.approx((-0.5 + 0.25) / 2)
+    assert found["x"]["problems"] == 2
+    assert found["x"]["interval"] == bootstrap_interval([0.25, -0.5])
+    assert compare(b, a)["x"]["difference"] == -found["x"]["difference"]
+    assert compare({"x": figures({"p": 1})}, {"y": figures({"p": 1})}) == {}
+
+
+def test_a_constant_gain_has_no_spread_however_hard_the_problems():
+    a = {"x": figures({"p": 0, "q": 1, "r": 3}), "y": figures({"p": 2})}
+    b = {"x": figures({"p": 1, "q": 2, "r": 4}), "y": figures({"p": 4})}
+    found = compare(a, b)
+    assert found["x"]["interval"] == (0.25, 0.25)
+    assert found["average"]["difference"] == pytest.approx((0.25 + 0.5) / 2)
+    assert found["average"]["interval"] == pytest.approx((0.375, 0.375))
+    assert found["average"]["problems"] == 4
+
+
+# --- tables ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def results():
+    ran = {
+        "base_1": {"x": figures({"p": 1, "q": 0}), "y": figures({"p": 4})},
+        "run": {"x": figures({"p": 3, "q": 0})},
+    }
+    drift = {"base_1": {"entropy": 1.5}, "run": {"forward": 0.25, "reverse": 0.5, "entropy": 1.0}}
+    return {
+        "benchmarks": {"x": "Set X & Co", "y": "Y"},
+        "protocol": {"samples": 4, "k": [1, 2]},
+        "targets": {
+            label: {"benchmarks": found, "average": average(found), "drift": drift[label]}
+            for label, found in ran.items()
+        },
+        "pairs": [{"a": "base_1", "b": "run", "differences": compare(ran["base_1"], ran["run"])}],
+    }
+
+
+def test_the_papers_shape(results):
+    accuracy, pass_at_k, pairs, conduct = tables(results)
+    assert accuracy.header == ("model", "Set X & Co", "Y", "average")
+    assert accuracy.rows == (("base_1", "12.5", "100.0", "56.2"), ("run", "37.5", "-", "37.5"))
+    assert pass_at_k.rows[0] == ("Set X & Co", "base_1", "12.5", "25.0")
+    assert pairs.rows == (("run - base_1", "+25.0 [+0.0, +50.0]", "-", "+25.0 [+0.0, +50.0]"),)
+    assert conduct.rows[0][:4] == ("base_1", "-", "-", "1.5000")
+    assert conduct.rows[1][:5] == ("run", "0.2500", "0.5000", "1.0000", "2")
+
+
+def test_markdown_and_latex_escape_what_they_must():
+    table = Table("100% of it", ("model", "a|b"), (("base_1", "1 & 2"),))
+    assert table.markdown().splitlines() == [
+        "## 100% of it", "", "| model | a\\|b |", "| :-- | --: |", "| base_1 | 1 & 2 |",
+    ]  # fmt: skip
+    latex = table.latex()
+    assert r"\caption{100\% of it}" in latex
+    assert r"\begin{tabular}{lr}" in latex
+    assert r"base\_1 & 1 \& 2 \\" in latex
+
+
+def test_a_table_too_wide_for_the_terminal_lies_on_its_side():
+    table = Table("t", ("model", *"abcdef"), (("m", *"123456"),))
+    assert [c.header for c in table.rich(80).columns] == ["model", *"abcdef"]
+    assert [c.header for c in table.rich(20).columns] == ["model", "m"]
+    assert list(table.rich(20).columns[1].cells) == list("123456")
+
+
+def test_csv_has_a_line_for_each_model_and_benchmark(results):
+    lines = list(csv.DictReader(io.StringIO(to_csv(results))))
+    assert [(r["model"], r["benchmark"]) for r in lines] == [
+        ("base_1", "x"), ("base_1", "y"), ("run", "x"),
+    ]  # fmt: skip
+    assert float(lines[2]["pass@1"]) == 0.375
+    assert float(lines[2]["low"]) == 0.0
+    assert float(lines[2]["high"]) == 0.75
+
+
+def test_examples_show_two_models_where_they_differ():
+    examples = Examples(per_benchmark=1)
+    examples.see("x", ("p", "1 < 2?", "7"), "base", [("r0", True), ("w0", False)])
+    examples.see("x", ("p", "1 < 2?", "7"), "run", [("w1\n\n<b>", False)])
+    examples.see("x", ("q", "two?", "8"), "base", [("w2", False)])
+    examples.see("y", ("q", "three?", "9"), "base", [("w3", False)])
+    text = examples.markdown()
+    assert "<th>right: base</th><th>wrong: run</th>" in text
+    assert "<pre>r0</pre>" in text
+    assert "<pre>w1\n&nbsp;\n&lt;b&gt;</pre>" in text
+    assert "> 1 < 2?" in text
+    assert "two?" not in text
+    assert text.rstrip().endswith("No problem was answered both right and wrong.")
