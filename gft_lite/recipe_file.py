@@ -285,5 +285,6 @@ def _in_words(error: yaml.YAMLError, text: str, file: str, field: str = "") -> s
         return f"{at(mark.line)}: {error.problem}."
     lines = [*text.splitlines(), ""]
     got = shown(lines[min(mark.line, len(lines) - 1)])
-    hint = " Indent with spaces, not tabs." if "\\t" in error.problem else ""
-    return f"{at(mark.line)}: {field}must be valid YAML, got {got} ({error.problem}).{hint}"
+    problem = str(getattr(error, "problem", error))
+    hint = " Indent with spaces, not tabs." if "\\t" in problem else ""
+    return f"{at(mark.line)}: {field}must be valid YAML, got {got} ({problem}).{hint}"
