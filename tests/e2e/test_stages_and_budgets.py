@@ -69,7 +69,7 @@ class TestStages:
     def test_a_stage_brings_its_methods_group_loss_and_rate(self, whole):
         sft, gft, grpo = (small(STAGES).stage(i) for i in range(3))
         assert (sft.group.expert, sft.group.size, sft.optim.lr) == (1, 1, 1e-2)
-        assert (gft.group.size, gft.optim.lr, gft.train.steps) == (8, 4e-3, 2)
+        assert (gft.group.size, gft.optim.lr, gft.train.steps) == (8, 2e-3, 2)
         assert (grpo.group.self, grpo.objective.reduction) == (8, "sequence_mean")
         assert grpo.train.steps == 8
         assert grpo.reward == gft.reward == sft.reward
