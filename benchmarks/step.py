@@ -19,13 +19,13 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks.record import peak_rss_mib, record
-from gft_lite import train as loop
 from gft_lite.batching import MicroBatch, Row, cut
 from gft_lite.objective import gft_loss
 from gft_lite.policy import Policy
 from gft_lite.recipe import Recipe
 from gft_lite.rollout import Request, Sampling
 from gft_lite.session import Session, open_session
+from gft_lite.train import train_step
 
 TOKENS = 24
 
@@ -107,8 +107,8 @@ def main() -> None:
         recipe = Recipe.load("recipes/lab.yaml", ["rollout.engine=transformers"])
         session = open_session(recipe, Path(folder) / "run", resume=False, console=quiet,
                                stack=stack)  # fmt: skip
-        loop.train_step(session, 1)
-        metrics = loop.train_step(session, 2)
+        train_step(session, 1)
+        metrics = train_step(session, 2)
         step_seconds = metrics["seconds"]
         figures = {
             "training_tokens_per_s": seconds(training(session), repeats),

@@ -6,6 +6,8 @@ The names below are imported on first use, so that `import gft_lite` costs nothi
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,7 +26,6 @@ _HOMES = {
     "Run": ("gft_lite.runlog", "RunFolder"),
     "Suite": ("gft_lite.suites", "Suite"),
     "evaluate_suite": ("gft_lite.evaluate", "evaluate_suite"),
-    "train": ("gft_lite.train", "train"),
 }
 
 
@@ -33,3 +34,18 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'gft_lite' has no attribute {name!r}")
     module, attribute = _HOMES[name]
     return getattr(importlib.import_module(module), attribute)
+
+
+class _Package(ModuleType):
+    """`gft_lite.train` is the function, although importing its module would put that there."""
+
+    @property
+    def train(self) -> Any:
+        return importlib.import_module("gft_lite.train").train
+
+    @train.setter
+    def train(self, module: ModuleType) -> None:
+        pass
+
+
+sys.modules[__name__].__class__ = _Package

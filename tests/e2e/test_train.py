@@ -373,3 +373,9 @@ class TestDottedPaths:
     def test_what_is_not_there_is_the_users_error(self, own, override, text):
         with pytest.raises(RecipeError, match=text):
             train(small(override), own / "run", console=QUIET)
+
+
+@pytest.mark.parametrize("before", ["", "import gft_lite.train, gft_lite.cli\n"])
+def test_the_readmes_import_gives_the_function(before):
+    code = before + "from gft_lite import Recipe, train; import sys; sys.exit(not callable(train))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
