@@ -8,7 +8,7 @@ import torch
 
 from gft_lite.batching import Row, cut
 from gft_lite.objective import k3
-from gft_lite.policy import Policy
+from gft_lite.policy import Policy, evaluating
 from gft_lite.types import Group
 
 
@@ -34,18 +34,16 @@ def divergence(
     """
     exact = {"forward": 0.0, "reverse": 0.0}
     estimate, tokens = 0.0, 0
-    training = policy.model.training
-    policy.model.eval()
-    for batch in cut(rows, token_budget, pad_id=policy.pad_id):
-        found = policy.divergence(batch)
-        tokens += found.logprobs.numel()
-        exact["forward"] += found.forward.sum().item()
-        exact["reverse"] += found.reverse.sum().item()
-        if samples_of == "reference":
-            estimate += (found.ref_logprobs - found.logprobs).sum().item()
-        else:
-            estimate += k3(found.logprobs, found.ref_logprobs).sum().item()
-    policy.model.train(training)
+    with evaluating(policy):
+        for batch in cut(rows, token_budget, pad_id=policy.pad_id):
+            found = policy.divergence(batch)
+            tokens += found.logprobs.numel()
+            exact["forward"] += found.forward.sum().item()
+            exact["reverse"] += found.reverse.sum().item()
+            if samples_of == "reference":
+                estimate += (found.ref_logprobs - found.logprobs).sum().item()
+            else:
+                estimate += k3(found.logprobs, found.ref_logprobs).sum().item()
     name = "forward_sample" if samples_of == "reference" else "reverse_k3"
     return {n: v / tokens for n, v in {**exact, name: estimate}.items()} if tokens else {}
 
@@ -53,12 +51,9 @@ def divergence(
 def entropy(policy: Policy, rows: Sequence[Row], token_budget: int) -> float | None:
     """The mean entropy per response token of what the policy is set to, in nats."""
     total, tokens = 0.0, 0
-    training = policy.model.training
-    policy.model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(policy):
         for batch in cut(rows, token_budget, pad_id=policy.pad_id):
             found = policy.token_scores(batch).entropy
             total += found.sum().item()
             tokens += found.numel()
-    policy.model.train(training)
     return total / tokens if tokens else None

@@ -19,8 +19,6 @@ from rich.table import Table
 
 from gft_lite.types import Group, Response
 
-PHASES = ("rollout", "reward", "train", "sync", "eval")
-
 
 class Clock:
     """Wall-clock seconds by phase."""
@@ -66,10 +64,7 @@ class RunFolder:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write `name` in the run's folder, complete or not at all."""
-        partial = self.path / f"{name}.tmp"
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(value, indent=1))
-        partial.rename(self.path / name)
+        write_whole(self.path / name, json.dumps(value, indent=1))
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Add a step to metrics.jsonl."""
@@ -94,9 +89,7 @@ class RunFolder:
         """Drop what steps after `step` wrote, before they are run again."""
         kept = [m for m in self.metrics() if m["step"] <= step]
         text = "".join(json.dumps(m) + "\n" for m in kept)
-        partial = self.path / "metrics.tmp"
-        partial.write_text(text)
-        partial.rename(self.path / "metrics.jsonl")
+        write_whole(self.path / "metrics.jsonl", text)
         for file in (self.path / "groups").glob("step-*.jsonl"):
             if int(file.stem.removeprefix("step-")) > step:
                 file.unlink()
@@ -112,13 +105,18 @@ def _response(response: Response, advantage: float) -> dict[str, Any]:
     return {**kept, "advantage": advantage}
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.tmp")
+    partial.write_text(text)
+    partial.rename(path)
+
+
 def cached(path: Path, compute: Callable[[], Any]) -> Any:
     """The JSON at `path`, computed and written first where it is not there yet."""
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".tmp")
-        partial.write_text(json.dumps(compute(), indent=1))
-        partial.rename(path)
+        write_whole(path, json.dumps(compute(), indent=1))
     return json.loads(path.read_text())
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -82,6 +83,17 @@ class Policy(Protocol):
 
     def serving_base(self, kind: Literal["nf4_dequantised", "original"], scratch: Path) -> str:
         """The folder or hub id that an engine should load to serve this policy's base."""
+
+
+@contextmanager
+def evaluating(policy: Policy) -> Iterator[None]:
+    """The policy's model in eval mode, without dropout, for the length of a `with`."""
+    training = policy.model.training
+    policy.model.eval()
+    try:
+        yield
+    finally:
+        policy.model.train(training)
 
 
 def load_policy(settings: PolicySettings, seed: int = 0) -> Policy:

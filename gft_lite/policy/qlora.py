@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gft_lite.batching import MicroBatch
-from gft_lite.policy import Divergence, TokenScores
+from gft_lite.policy import Divergence, TokenScores, evaluating
 from gft_lite.recipe import PACKAGE, PolicySettings, RecipeError
 
 TRAINED, REFERENCE = "default", "reference"
@@ -109,8 +109,8 @@ class QLoraPolicy:
     def reference(self) -> Iterator[None]:
         """The frozen reference: the base, or the adapter that training started from."""
         with contextlib.ExitStack() as stack:
-            stack.callback(self.model.train, self.model.training)
-            self.model.eval()  # Dropout would make it another reference every time.
+            # Dropout would make it another reference every time.
+            stack.enter_context(evaluating(self))
             if self.settings.reference == "base":
                 stack.enter_context(self.base())
             else:

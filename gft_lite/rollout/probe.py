@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gft_lite.batching import Row, cut
-from gft_lite.policy import Policy
+from gft_lite.policy import Policy, evaluating
 from gft_lite.rollout import RolloutEngine, RolloutError
 
 
@@ -65,13 +65,8 @@ class Probe:
 
     def _trainer(self) -> Tensor:
         [batch] = cut([self._row], 1, pad_id=self._policy.pad_id)
-        model = self._policy.model
-        training = model.training
-        model.eval()
-        with torch.no_grad():
-            scores = self._policy.token_scores(batch).logprobs.cpu()
-        model.train(training)
-        return scores
+        with torch.no_grad(), evaluating(self._policy):
+            return self._policy.token_scores(batch).logprobs.cpu()
 
     def _engine(self, engine: RolloutEngine) -> Tensor:
         return torch.tensor(engine.score(self._row.prompt_ids, self._row.response_ids))

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from gft_lite.batching import Row, cut
-from gft_lite.policy import Policy
+from gft_lite.policy import Policy, evaluating
 from gft_lite.recipe import RolloutSettings
 from gft_lite.rollout import Completion, Request, RolloutError, Sampling
 from gft_lite.types import FinishReason
@@ -77,14 +77,9 @@ class TransformersEngine:
     @contextlib.contextmanager
     def _served(self) -> Iterator[None]:
         """The policy in eval mode, as base or with its adapter."""
-        model = self._policy.model
-        training = model.training
-        model.eval()
-        try:
-            with self._policy.base() if self._serves_base else contextlib.nullcontext():
-                yield
-        finally:
-            model.train(training)
+        base = self._policy.base() if self._serves_base else contextlib.nullcontext()
+        with evaluating(self._policy), base:
+            yield
 
     def _sample(self, prompt_ids: tuple[int, ...], seed: int, sampling: Sampling) -> _Sample:
         room = min(sampling.max_tokens, self._policy.context - len(prompt_ids))
