@@ -85,9 +85,8 @@ def training(session: Session) -> dict[str, Callable[[], int]]:
 
 def _full_logits(policy: Policy, batch: MicroBatch) -> Tensor:
     logits = policy.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-    logprobs = logits.float().log_softmax(-1)[:, :-1]
-    picked = logprobs.gather(-1, batch.input_ids[:, 1:, None])[..., 0]
-    return picked[batch.is_response[:, 1:]]
+    logprobs = logits.float().log_softmax(-1)
+    return logprobs.flatten(0, 1)[batch.predicts].gather(-1, batch.targets[:, None])[:, 0]
 
 
 def _backward(policy: Policy, batch: MicroBatch, logprobs: Tensor) -> int:

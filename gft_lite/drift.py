@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from gft_lite.batching import Row, cut
+from gft_lite.batching import Row
 from gft_lite.objective import k3
 from gft_lite.policy import Policy, evaluating
 from gft_lite.types import Group
@@ -35,7 +35,7 @@ def divergence(
     exact = {"forward": 0.0, "reverse": 0.0}
     estimate, tokens = 0.0, 0
     with evaluating(policy):
-        for batch in cut(rows, token_budget, pad_id=policy.pad_id):
+        for batch in policy.batches(rows, token_budget):
             found = policy.divergence(batch)
             tokens += found.logprobs.numel()
             exact["forward"] += found.forward.sum().item()
@@ -52,7 +52,7 @@ def entropy(policy: Policy, rows: Sequence[Row], token_budget: int) -> float | N
     """The mean entropy per response token of what the policy is set to, in nats."""
     total, tokens = 0.0, 0
     with torch.no_grad(), evaluating(policy):
-        for batch in cut(rows, token_budget, pad_id=policy.pad_id):
+        for batch in policy.batches(rows, token_budget):
             found = policy.token_scores(batch).entropy
             total += found.sum().item()
             tokens += found.numel()

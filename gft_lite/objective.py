@@ -189,7 +189,9 @@ class Method:
     `loss` takes log-probs, advantages, the `parameters` named here, all of them fields of the
     recipe's `objective:`, and what it `needs`: `old_logprobs`, those at the rollout (None where
     a single update follows it), `reference_kl`, the exact KL(reference || policy) of each token
-    with gradient. `defaults` is a recipe fragment that lies under the user's recipe.
+    with gradient. `scales_with_advantage` says that loss and gradient are 0 where the advantage
+    is, so that such rows need not go through the model. `defaults` is a recipe fragment that
+    lies under the user's recipe.
     """
 
     loss: Callable[..., Tensor]
@@ -199,6 +201,7 @@ class Method:
     parameters: tuple[str, ...] = ()
     needs: tuple[Need, ...] = ()
     group_advantages: bool = True
+    scales_with_advantage: bool = False
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
@@ -219,6 +222,7 @@ _SURROGATE: dict[str, Any] = {
     "formula": "-min(rho A, clip(rho) A)",
     "parameters": ("clip_low", "clip_high"),
     "needs": ("old_logprobs",),
+    "scales_with_advantage": True,
 }
 
 METHODS: dict[str, Method] = {
@@ -264,7 +268,7 @@ METHODS: dict[str, Method] = {
     ),
     "gft": Method(
         gft_loss, _MIXED, "arXiv 2604.14258, Eq. 21", "-A C(p) log p",
-        parameters=("tau",), defaults=_defaults(1, 3, 4, 2e-5),
+        parameters=("tau",), scales_with_advantage=True, defaults=_defaults(1, 3, 4, 2e-5),
     ),
     "gft_no_gal": Method(
         gft_no_gal_loss, _DEMONSTRATIONS, "arXiv 2604.14258, ablation", "-C(p) log p",
@@ -272,11 +276,11 @@ METHODS: dict[str, Method] = {
     ),
     "gft_no_dcr": Method(
         gft_no_dcr_loss, _MIXED, "arXiv 2604.14258, ablation", "-A log p",
-        defaults=_defaults(1, 3, 4, 2e-5),
+        scales_with_advantage=True, defaults=_defaults(1, 3, 4, 2e-5),
     ),
     "gft_no_mix": Method(
         gft_loss, ("expert", "self"), "arXiv 2604.14258, ablation", "-A C(p) log p",
-        parameters=("tau",), defaults=_defaults(1, 0, 7, 2e-5),
+        parameters=("tau",), scales_with_advantage=True, defaults=_defaults(1, 0, 7, 2e-5),
     ),
 }  # fmt: skip
 

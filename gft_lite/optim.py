@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from gft_lite.batching import MicroBatch, Row, cut
+from gft_lite.batching import MicroBatch, Row
 from gft_lite.objective import find_method, k3
-from gft_lite.policy import Policy
+from gft_lite.policy import Policy, TokenScores
 from gft_lite.recipe import OptimSettings, Recipe, RecipeError
 
 
@@ -57,11 +58,15 @@ class Update:
     """What one update did: sums over its response tokens, so that updates can be added up.
 
     `skipped` is "flat" when no row had an advantage, "non_finite" when loss or gradient was
-    not a number; the weights have not moved then.
+    not a number; the weights have not moved then. `forwarded` counts the tokens that went
+    through the model, prompts and padding included; `token_budget` is that of its
+    micro-batches, in the end.
     """
 
     lr: float
+    token_budget: int
     tokens: int = 0
+    forwarded: int = 0
     loss: float = 0.0
     grad_norm: float | None = None
     entropy_sum: float = 0.0
@@ -69,80 +74,124 @@ class Update:
     skipped: Literal["flat", "non_finite"] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Portion:
-    """The rows of one update, cut into micro-batches, with old log-probs where needed."""
+def portion(policy: Policy, recipe: Recipe, rows: Sequence[Row], token_budget: int) -> list[Row]:
+    """The rows that an update has to train on, prepared while the policy is the old one.
 
-    batches: Sequence[MicroBatch]
-    old_logprobs: Sequence[Tensor | None]
-    learns: bool
-
-
-def portion(policy: Policy, recipe: Recipe, rows: Sequence[Row]) -> Portion:
-    """Prepare an update before the first one of its rollout, while the policy is the old one."""
-    method = find_method(recipe.method)
-    batches = cut(rows, recipe.train.micro_batch_tokens, pad_id=policy.pad_id)
-    old: list[Tensor | None] = [None] * len(batches)
+    Rows that add nothing to loss and gradient are left out; what they weigh in the reduction
+    is in the other rows' weights already. Old log-probs are taken where the loss needs them.
+    """
+    method, objective = find_method(recipe.method), recipe.objective
+    if recipe.train.drop_zero_advantage and method.scales_with_advantage and not objective.kl:
+        rows = [row for row in rows if row.advantage]
+    rows = [row for row in rows if row.response_ids]
     if "old_logprobs" in method.needs and recipe.train.updates_per_rollout > 1:
-        with torch.no_grad():
-            old = [policy.token_scores(batch).logprobs for batch in batches]
-    learns = bool(batches) and (recipe.objective.kl > 0 or any(row.advantage for row in rows))
-    return Portion(batches, old, learns)
+        rows = _with_old_logprobs(policy, rows, token_budget)
+    return rows
+
+
+@torch.no_grad()
+def _with_old_logprobs(policy: Policy, rows: Sequence[Row], token_budget: int) -> list[Row]:
+    old: dict[int, Tensor] = {}
+    for batch in policy.batches(rows, token_budget):
+        logprobs = policy.token_scores(batch).logprobs
+        for i in batch.row.unique().tolist():
+            old[i] = logprobs[batch.row.to(logprobs.device) == i]
+    return [replace(row, old_logprobs=old[i]) for i, row in enumerate(rows)]
 
 
 def update(
-    policy: Policy, optimizer: torch.optim.Optimizer, recipe: Recipe, share: float, part: Portion
-) -> Update:
-    """One optimiser step over the micro-batches of a portion, with one denominator.
+    policy: Policy, optimizer: torch.optim.Optimizer, recipe: Recipe, share: float,
+    rows: Sequence[Row], token_budget: int,
+) -> Update:  # fmt: skip
+    """One optimiser step over rows in micro-batches, with one denominator.
 
     `share` is how much of the run's budget is spent half way through it.
     """
     lr = learning_rate(share, recipe.optim)
-    if not part.learns:
-        return Update(lr, skipped="flat")
-    optimizer.zero_grad(set_to_none=True)
-    sums = [
-        _backward(policy, recipe, batch, old)
-        for batch, old in zip(part.batches, part.old_logprobs, strict=True)
-    ]
-    loss, entropy, rectified = (sum(column) for column in zip(*sums, strict=True))
+    if not (recipe.objective.kl or any(row.advantage for row in rows)) or not rows:
+        return Update(lr, token_budget, skipped="flat")
+    done = gradient(policy, recipe, rows, token_budget)
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters().values(), recipe.optim.clip_norm)
-    finite = math.isfinite(loss) and bool(norm.isfinite())
+    finite = math.isfinite(done.loss) and bool(norm.isfinite())
     if finite:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    policy.model.zero_grad(set_to_none=True)
+    skipped: Literal["non_finite"] | None = None if finite else "non_finite"
+    return replace(done, lr=lr, grad_norm=norm.item(), skipped=skipped)
+
+
+def gradient(policy: Policy, recipe: Recipe, rows: Sequence[Row], token_budget: int) -> Update:
+    """The gradient of all rows, in micro-batches half as large when memory runs out.
+
+    Raises: MemoryError when not even the longest row fits by itself.
+    """
+    while True:
+        policy.model.zero_grad(set_to_none=True)
+        batches = policy.batches(rows, token_budget)
+        sums = _sums(policy, recipe, batches)
+        if sums is not None:
+            break
+        gc.collect()
+        if policy.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(batches) == len(rows):
+            raise MemoryError(
+                f"train.micro_batch_tokens: out of memory with one row of "
+                f"{max(map(len, rows))} tokens. Lower rollout.max_tokens, or see gft-lite plan."
+            )
+        # No smaller than what was cut already: a budget may be far above what there is to cut.
+        token_budget = min(token_budget, max(b.input_ids.numel() for b in batches)) // 2
+    loss, entropy, rectified = (sum(column) for column in zip(*sums, strict=True))
     return Update(
-        lr=lr,
-        tokens=sum(batch.row.numel() for batch in part.batches),
+        lr=0.0,
+        token_budget=token_budget,
+        tokens=sum(batch.targets.numel() for batch in batches),
+        forwarded=sum(batch.input_ids.numel() for batch in batches),
         loss=loss,
-        grad_norm=norm.item(),
         entropy_sum=entropy,
         rectified_sum=rectified if "tau" in find_method(recipe.method).parameters else None,
-        skipped=None if finite else "non_finite",
     )
 
 
-def _backward(
-    policy: Policy, recipe: Recipe, batch: MicroBatch, old: Tensor | None
-) -> tuple[float, float, float]:
+def _sums(
+    policy: Policy, recipe: Recipe, batches: Sequence[MicroBatch]
+) -> list[tuple[float, float, float]] | None:
+    """Loss, entropy and rectified tokens of each micro-batch; None when memory ran out."""
+    try:
+        return [_backward(policy, recipe, batch) for batch in batches]
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            return None  # Out of the except: it holds on to what the step had allocated.
+        raise
+
+
+def _backward(policy: Policy, recipe: Recipe, batch: MicroBatch) -> tuple[float, float, float]:
     """Add a micro-batch's gradient; returns its share of the loss, entropy and rectified sums."""
     method, settings = find_method(recipe.method), recipe.objective
     batch = batch.to(policy.device)
-    scores = policy.token_scores(batch, reference_kl="reference_kl" in method.needs)
-    given = {"old_logprobs": old, "reference_kl": scores.reference_kl}
     arguments: dict[str, Any] = {name: getattr(settings, name) for name in method.parameters}
-    arguments |= {need: given[need] for need in method.needs}
-    per_token = method.loss(scores.logprobs, batch.advantages, **arguments)
+    reference = None
     if settings.kl:
         with torch.no_grad(), policy.reference():
             reference = policy.token_scores(batch).logprobs
-        per_token = per_token + settings.kl * k3(scores.logprobs, reference)
-    loss = (batch.weights * per_token).sum()
-    loss.backward()
+
+    def loss(scores: TokenScores, span: slice) -> Tensor:
+        old = batch.old_logprobs
+        given = {
+            "old_logprobs": None if old is None else old[span],
+            "reference_kl": scores.reference_kl,
+        }
+        needed = {need: given[need] for need in method.needs}
+        per_token = method.loss(scores.logprobs, batch.advantages[span], **arguments, **needed)
+        if reference is not None:
+            per_token = per_token + settings.kl * k3(scores.logprobs, reference[span])
+        return (batch.weights[span] * per_token).sum()
+
+    value, scores = policy.backward(batch, loss, reference_kl="reference_kl" in method.needs)
     rectified = (scores.logprobs.detach().exp() < settings.tau).sum()
-    return loss.item(), scores.entropy.sum().item(), rectified.item()
+    return value, scores.entropy.sum().item(), rectified.item()
 
 
 def combined(updates: Sequence[Update]) -> dict[str, Any]:
@@ -155,6 +204,8 @@ def combined(updates: Sequence[Update]) -> dict[str, Any]:
         "skipped": ", ".join(skipped) or None,
         "lr": updates[-1].lr,
         "trained_tokens": tokens,
+        "forwarded_tokens": sum(u.forwarded for u in ran),
+        "micro_batch_tokens": updates[-1].token_budget,
         "loss": _per(ran, "loss", len(ran)),
         "grad_norm": _per(ran, "grad_norm", len(ran)),
         "entropy": _per(ran, "entropy_sum", tokens),

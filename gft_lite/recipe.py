@@ -79,7 +79,8 @@ class Settings(BaseModel):
     @classmethod
     def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         kinds = members(cls.model_fields[str(info.field_name)].annotation)
-        if isinstance(value, bool) and (int in kinds or float in kinds):
+        number = (int in kinds or float in kinds) and bool not in kinds
+        if isinstance(value, bool) and number:
             raise ValueError("must be a number")
         return value
 
@@ -113,7 +114,15 @@ class Lora(Settings):
 
 
 class PolicySettings(Settings):
-    """The model that is trained: a frozen, quantised base and an adapter."""
+    """The model that is trained: a frozen, quantised base and an adapter.
+
+    `gradient_checkpointing` may be a number: that many layers, from the first. Checkpoints and
+    the input embedding can wait in the CPU's memory. `auto` leaves it to the memory plan.
+    `layout` is how rows share a micro-batch: `shared` sends a prompt through the model once for
+    all its responses, `packed` rows one after another, `padded` rows side by side; `auto` takes
+    the first of them that the model can do. `fused_head` takes log-probs and their gradient in
+    one pass.
+    """
 
     model: str = "lab"
     revision: str | None = None
@@ -128,7 +137,11 @@ class PolicySettings(Settings):
     context: Annotated[int, Field(ge=8)] | None = None
     threads: PositiveInt | None = None  # CPU threads of torch
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: Literal["auto"] | bool | NonNegativeInt = True
+    offload_checkpoints: Literal["auto"] | bool = False
+    offload_embedding: Literal["auto"] | bool = False
+    layout: Literal["auto", "shared", "packed", "padded"] = "auto"
+    fused_head: bool = True
     trust_remote_code: bool = False
     lora: Lora = Lora()
 
@@ -302,12 +315,20 @@ class OptimSettings(Settings):
 
 
 class LoopSettings(Settings):
-    """How long and in which portions: one step is one rollout of `problems_per_step` groups."""
+    """How long and in which portions: one step is one rollout of `problems_per_step` groups.
+
+    `drop_zero_advantage` leaves out rows that add nothing to the gradient, before the forward.
+    `memory` is what the memory plan may fill; `auto` is what the device has free.
+    """
 
     steps: PositiveInt = 100
     problems_per_step: PositiveInt = 16
     updates_per_rollout: PositiveInt = 1
-    micro_batch_tokens: PositiveInt = 8192
+    micro_batch_tokens: Literal["auto"] | PositiveInt = 8192
+    memory: Annotated[
+        str, _matching(r"auto|\d+(\.\d+)? ?[GM]i?B", "must be auto or a size such as 8GiB")
+    ] = "auto"
+    drop_zero_advantage: bool = True
 
     @model_validator(mode="after")
     def _updates_fit(self) -> LoopSettings:

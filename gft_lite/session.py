@@ -31,7 +31,8 @@ from gft_lite.types import Group, Problem
 class Session:
     """The parts of a run, put together.
 
-    `bad_steps` counts non-finite steps in a row, `tokens` the response tokens so far.
+    `token_budget` is that of a micro-batch, `bad_steps` counts non-finite steps in a row,
+    `tokens` the response tokens so far.
     """
 
     recipe: Recipe
@@ -47,6 +48,7 @@ class Session:
     trackers: Trackers
     kl_rows: Sequence[Row]
     probe: Probe
+    token_budget: int
     bad_steps: int = 0
     tokens: int = 0
 
@@ -116,6 +118,7 @@ def open_session(
     eval_sets = {n: load(f"eval.sets.{n}", data) for n, data in recipe.eval.sets.items()}
     run.create(recipe.to_yaml())
     console.print(f"run folder: {run.path}")
+    console.print(f"layout of micro-batches: {policy.layout}")
     engine = start_engine(recipe.rollout, policy, run.scratch)
     stack.callback(engine.close)
     trackers = Trackers(recipe.log.trackers, recipe.name, run.path, recipe.model_dump(mode="json"))
@@ -138,6 +141,7 @@ def open_session(
         trackers=trackers,
         kl_rows=kl_rows,
         probe=probe,
+        token_budget=int(recipe.train.micro_batch_tokens),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 import time
 from collections import Counter
@@ -20,7 +21,7 @@ from gft_lite.batching import Row
 from gft_lite.evaluate import evaluate
 from gft_lite.figures import headline
 from gft_lite.interrupt import deferred
-from gft_lite.optim import combined, portion, update
+from gft_lite.optim import combined, gradient, portion, update
 from gft_lite.recipe import Recipe
 from gft_lite.rollout import Sampling
 from gft_lite.rollout.probe import sync
@@ -54,6 +55,7 @@ def train(
             console.print(f"evaluating the base on {', '.join(session.eval_sets) or 'nothing'}")
             base = cached(session.run.path / "eval" / "base.json", lambda: _evaluate(session))
         first = session.restore() if resume else 0
+        _dry_step(session)
         sync(session.engine, session.policy, session.run.scratch / "adapters", first)
         screen = stack.enter_context(Screen(console, recipe.steps, first))
         step, done = first, session.spent(first) >= 1
@@ -91,6 +93,7 @@ def train_step(session: Session, step: int) -> dict[str, Any]:
         session.run.write_groups(step, groups, advantages)
     with clock("train"):
         updates = _update(session, step, groups, advantages)
+        memory = peak_memory(session.policy.device)
     with clock("sync"):
         sync(session.engine, session.policy, session.run.scratch / "adapters", step)
         gap = session.probe.check(session.engine)
@@ -102,6 +105,7 @@ def train_step(session: Session, step: int) -> dict[str, Any]:
         "rollout_tokens": rolled_out,
         **updates,
         "sync_gap": gap,
+        "peak_memory": memory,
         **({"kl": kl} if kl else {}),
         "seconds": dict(clock.seconds),
     }
@@ -113,16 +117,48 @@ def _update(
     """The optimiser steps on one rollout."""
     policy, recipe = session.policy, session.recipe
     count = recipe.train.updates_per_rollout
-    items = list(zip(groups, advantages, strict=True))
-    portions = [portion(policy, recipe, _rows(session, part)) for part in _split(items, count)]
+    parts = _split(list(zip(groups, advantages, strict=True)), count)
+    portions = [
+        portion(policy, recipe, _rows(session, part), session.token_budget) for part in parts
+    ]
     tokens = sum(len(response.token_ids) for group in groups for response in group)
     done = []
-    for i, part in enumerate(portions):
+    for i, rows in enumerate(portions):
         middle = (i + 0.5) / len(portions)
         share = session.spent(step - 1 + middle, middle * tokens)
-        done.append(update(policy, session.optimizer, recipe, share, part))
+        budget = session.token_budget
+        done.append(update(policy, session.optimizer, recipe, share, rows, budget))
+        _lower_budget(session, done[-1].token_budget)
     session.tokens += tokens
     return combined(done)
+
+
+def _lower_budget(session: Session, token_budget: int) -> None:
+    """Stay with the smaller micro-batches that a step had to fall back on."""
+    if token_budget < session.token_budget:
+        session.console.print(
+            f"out of memory: train.micro_batch_tokens lowered from {session.token_budget:,} to "
+            f"{token_budget:,}, the step repeated"
+        )
+        session.token_budget = token_budget
+
+
+def _dry_step(session: Session) -> None:
+    """Forward and backward of the largest micro-batch that can come, before hours are spent."""
+    recipe, policy = session.recipe, session.policy
+    longest = max((p.prompt_ids for p in session.problems), key=len)
+    answer = (policy.pad_id,) * recipe.rollout.max_tokens
+    # Prompts differ in their first token, so that a group shares one and no more.
+    rows = [
+        Row((number, *longest[1:]), answer)
+        for number in range(recipe.train.problems_per_step)
+        for _ in range(recipe.group.size)
+    ]
+    batches = policy.batches(rows, session.token_budget)
+    largest = max(batches, key=lambda batch: batch.input_ids.numel())
+    rows = [rows[i] for i in largest.row.unique().tolist()]
+    _lower_budget(session, gradient(policy, recipe, rows, session.token_budget).token_budget)
+    policy.model.zero_grad(set_to_none=True)
 
 
 def _stop_if_bad(
@@ -216,15 +252,16 @@ def _monitor(session: Session, step: int, groups: Sequence[Group]) -> dict[str, 
     if not every or step % every:
         return {}
     own = drift.divergence(
-        session.policy, drift.group_rows(groups), recipe.train.micro_batch_tokens,
+        session.policy, drift.group_rows(groups), session.token_budget,
         samples_of="policy",
     )  # fmt: skip
     return {"held_out": _held_out_kl(session), "rollouts": own}
 
 
 def _held_out_kl(session: Session) -> dict[str, float]:
-    budget = session.recipe.train.micro_batch_tokens
-    return drift.divergence(session.policy, session.kl_rows, budget, samples_of="reference")
+    return drift.divergence(
+        session.policy, session.kl_rows, session.token_budget, samples_of="reference"
+    )
 
 
 def _evaluate(session: Session) -> dict[str, Any]:
@@ -234,6 +271,16 @@ def _evaluate(session: Session) -> dict[str, Any]:
         session.engine, session.format, session.scorer, session.eval_sets, recipe.eval, tokens,
         recipe.seed,
     )  # fmt: skip
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory in bytes that torch held on the GPU since it was last asked, or that the
+    process held ever where there is no GPU."""
+    if device.type != "cuda":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
 
 
 def _summary(

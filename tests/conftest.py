@@ -42,7 +42,7 @@ def full_distribution():
 
     def compute(policy, batch):
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        logits = policy.model(**inputs).logits.double()[batch.before_targets]
+        logits = policy.model(**inputs).logits.double().flatten(0, 1)[batch.predicts]
         return torch.distributions.Categorical(logits=logits)
 
     return compute

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     import torch
     from torch import Tensor, nn
 
-    from gft_lite.batching import MicroBatch
+    from gft_lite.batching import Layout, MicroBatch, Row
     from gft_lite.recipe import PolicySettings
 
 
@@ -55,6 +57,7 @@ class Policy(Protocol):
     context: int
     eos_ids: frozenset[int]
     pad_id: int
+    layout: Layout
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trainable parameters by name: the fp32 LoRA masters."""
@@ -71,9 +74,26 @@ class Policy(Protocol):
     def load_adapter(self, folder: Path) -> None:
         """Read the weights that `save_adapter` wrote into the adapter, in place."""
 
+    def batches(self, rows: Sequence[Row], token_budget: int) -> list[MicroBatch]:
+        """Rows as micro-batches in the policy's layout."""
+
     def token_scores(self, batch: MicroBatch, *, reference_kl: bool = False) -> TokenScores:
         """Log-probs and, on request, KL to the reference, with gradient when grad mode is on,
         and entropy of the response tokens."""
+
+    def backward(
+        self,
+        batch: MicroBatch,
+        loss: Callable[[TokenScores, slice], Tensor],
+        *,
+        reference_kl: bool = False,
+    ) -> tuple[float, TokenScores]:
+        """Add the gradient of a loss to the adapter's; returns the loss and the scores.
+
+        `loss` is called for slices of the micro-batch's tokens: it takes their scores and the
+        slice and returns what they add to the loss, a scalar; the log-prob of a token (and, on
+        request, its KL to the reference) counts in that token's share alone.
+        """
 
     def divergence(self, batch: MicroBatch) -> Divergence:
         """How far the policy is from the reference, exactly, by swapping the adapter."""

@@ -7,7 +7,7 @@ import contextlib
 import copy
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,14 @@ from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from gft_lite.batching import MicroBatch
-from gft_lite.policy import Divergence, TokenScores, evaluating
+from gft_lite.batching import Layout, MicroBatch, Row, cut
+from gft_lite.policy import Divergence, TokenScores, attention, evaluating
 from gft_lite.recipe import PACKAGE, PolicySettings, RecipeError
 
 TRAINED, REFERENCE = "default", "reference"
@@ -43,7 +45,7 @@ class QLoraPolicy:
         self.tokenizer = tokenizer
         self.settings = settings
         self.dtype = dtype
-        self.device = next(model.parameters()).device
+        self.device = next(iter(self.parameters().values())).device  # The embedding may be away.
         causal_lm: Any = model.get_base_model()
         self._decoder = getattr(causal_lm, causal_lm.base_model_prefix)
         self._head = causal_lm.get_output_embeddings()
@@ -54,6 +56,10 @@ class QLoraPolicy:
         listed = eos if isinstance(eos, list) else [eos]
         self.eos_ids = frozenset(i for i in [*listed, tokenizer.eos_token_id] if i is not None)
         self.pad_id = next(i for i in (tokenizer.pad_token_id, *self.eos_ids, 0) if i is not None)
+        # The fused head knows the gradient of a plain matrix only.
+        plain = type(self._head) is nn.Linear and self._head.bias is None
+        self._fused = settings.fused_head and plain
+        self.layout: Layout = self._choose_layout()
 
     @classmethod
     def load(cls, settings: PolicySettings, seed: int = 0) -> QLoraPolicy:
@@ -89,8 +95,9 @@ class QLoraPolicy:
                 # An eval() forward would repack the weights to a bf16 kernel that rounds them.
                 module.support_avx512bf16_for_cpu = False
         model = _adapt(base, settings, seed)
-        if settings.gradient_checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
+        _checkpoint_layers(base, settings)
+        if settings.offload_embedding is True:
+            _keep_on_cpu(base)
         return cls(model, tokenizer, settings, dtype)
 
     # --- adapter ---------------------------------------------------------------------------
@@ -139,6 +146,55 @@ class QLoraPolicy:
                 f"{folder}: must fit the policy, got keys {result.unexpected_keys[:3]}"
             )
 
+    # --- layout ----------------------------------------------------------------------------
+
+    def batches(self, rows: Sequence[Row], token_budget: int) -> list[MicroBatch]:
+        """Rows as micro-batches in the policy's layout."""
+        return cut(rows, token_budget, pad_id=self.pad_id, layout=self.layout)
+
+    def _choose_layout(self) -> Layout:
+        """The best layout, or the one asked for, that gives the states of padded rows."""
+        base: Any = self.model.get_base_model()
+        wanted = self.settings.layout
+        known = {"full_attention", "sliding_attention"}
+        plain = set(getattr(self.config, "layer_types", None) or []) <= known
+        if wanted == "padded" or base._is_stateful or not plain:
+            tried: tuple[Layout, ...] = ()
+        else:
+            tried = tuple(each for each in ("shared", "packed") if wanted in ("auto", each))
+        if self.settings.attention == "sdpa" and base._supports_attention_backend:
+            base.set_attn_implementation(attention.NAME)
+            for layout in tried:
+                if self._can(layout):
+                    return layout
+            base.set_attn_implementation("sdpa")
+        # Packed rows that transformers tells apart by their position ids.
+        if "packed" in tried and self._can("packed"):
+            return "packed"
+        if wanted in ("shared", "packed"):
+            raise RecipeError(
+                [f"policy.layout: must be one that {self.config.model_type} with attention "
+                 f"{self.settings.attention} can do, got {wanted!r}. Use auto."]
+            )  # fmt: skip
+        return "padded"
+
+    @torch.no_grad()
+    def _can(self, layout: Layout) -> bool:
+        """Whether the model gives the same states in this layout, found by trying it."""
+        rows = [Row((1, 2, 3, 4), (5, 6, 7)), Row((1, 2, 3, 4), (8, 9)), Row((9, 8), (7, 6, 5))]
+
+        def states(layout: Layout) -> Tensor:
+            [batch] = (batch.to(self.device) for batch in cut(rows, 100, layout=layout))
+            return self._hidden(batch)[batch.row.argsort(stable=True)].float()
+
+        try:
+            with evaluating(self):
+                tried, padded = states(layout), states("padded")
+        except attention.Unsupported:
+            return False
+        limit = 1e-4 if self.dtype == torch.float32 else 0.03
+        return bool((tried - padded).norm() <= limit * padded.norm())
+
     # --- scoring ---------------------------------------------------------------------------
 
     def token_scores(self, batch: MicroBatch, *, reference_kl: bool = False) -> TokenScores:
@@ -149,6 +205,56 @@ class QLoraPolicy:
         if reference_kl:
             inputs.append(self._reference_hidden(batch))
         return TokenScores(*self._over_chunks(self._score_chunk, *inputs))
+
+    def backward(
+        self, batch: MicroBatch, loss: Callable[[TokenScores, slice], Tensor], *,
+        reference_kl: bool = False,
+    ) -> tuple[float, TokenScores]:  # fmt: skip
+        """Add the gradient of a loss to the adapter's; returns the loss and the scores.
+
+        `loss` is called for slices of the micro-batch's tokens: it takes their scores and the
+        slice and returns what they add to the loss, a scalar; the log-prob of a token (and, on
+        request, its KL to the reference) counts in that token's share alone.
+        """
+        batch = batch.to(self.device)
+        if reference_kl or not self._fused:
+            scores = self.token_scores(batch, reference_kl=reference_kl)
+            total = loss(scores, slice(None))
+            total.backward()
+            return total.item(), scores
+        hidden = self._hidden(batch)
+        value, gradient, scores = self._fused_head(hidden.detach(), batch.targets, loss)
+        hidden.backward(gradient)
+        return value, scores
+
+    @torch.no_grad()
+    def _fused_head(
+        self, hidden: Tensor, targets: Tensor, loss: Callable[[TokenScores, slice], Tensor]
+    ) -> tuple[float, Tensor, TokenScores]:
+        """Loss, its gradient with respect to the hidden states, and scores, in one pass.
+
+        With d log p_t / d logits = onehot(t) - softmax, a token's gradient follows from the slope
+        of the loss in its own log-prob alone: two matrix products, no logits kept.
+        """
+        value, gradient, scores = 0.0, torch.empty_like(hidden), []
+        rows = self._chunk_rows
+        for span in (slice(i, i + rows) for i in range(0, len(targets), rows)):
+            logits = self._logits(hidden[span])
+            normaliser = logits.logsumexp(-1)
+            pick = targets[span, None]
+            logprobs = logits.gather(-1, pick)[:, 0] - normaliser
+            probs = (logits - normaliser[:, None]).exp_()
+            entropy = normaliser - torch.linalg.vecdot(probs, logits)
+            with torch.enable_grad():
+                part = TokenScores(logprobs.requires_grad_(), entropy)
+                share = loss(part, span)
+                [slope] = torch.autograd.grad(share, [logprobs])
+            by_logits = probs.mul_(-slope[:, None]).scatter_add_(-1, pick, slope[:, None])
+            with self._compute():
+                gradient[span] = by_logits @ self._head.weight
+            value += share.item()
+            scores.append((logprobs.detach(), entropy))
+        return value, gradient, TokenScores(*(torch.cat(c) for c in zip(*scores, strict=True)))
 
     @torch.no_grad()
     def divergence(self, batch: MicroBatch) -> Divergence:
@@ -169,11 +275,18 @@ class QLoraPolicy:
 
     def _hidden(self, batch: MicroBatch) -> Tensor:
         """Hidden states [T, d] that predict the response tokens."""
-        with self._compute():
+        inputs: dict[str, Any] = {"attention_mask": batch.attention_mask}
+        if batch.segments:
+            inputs["position_ids"] = batch.position_ids
+            if self.config._attn_implementation == attention.NAME:
+                inputs["segments"] = attention.SegmentAttention(batch.segments, self.device)
+                # A ready mask, which segments have no use for, keeps transformers from making one.
+                inputs["attention_mask"] = torch.empty(1, 1, 0, 0, device=self.device)
+        with self._compute(), self._offload():
             states = self._decoder(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+                input_ids=batch.input_ids, use_cache=False, **inputs
             ).last_hidden_state
-        return states[batch.before_targets]
+        return states.flatten(0, 1)[batch.predicts]
 
     @torch.no_grad()
     def _reference_hidden(self, batch: MicroBatch) -> Tensor:
@@ -181,13 +294,17 @@ class QLoraPolicy:
         with self.reference():
             return self._hidden(batch)
 
+    @property
+    def _chunk_rows(self) -> int:
+        """How many tokens' logits are held at a time."""
+        return max(1, LOGIT_CHUNK_BYTES // (4 * self.config.vocab_size))
+
     def _over_chunks(
         self, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor
     ) -> tuple[Tensor, ...]:
         """`function` over slices of tokens, recomputed in backward, so that no slice's logits
         outlive it."""
-        rows = max(1, LOGIT_CHUNK_BYTES // (4 * self.config.vocab_size))
-        parts = list(zip(*(x.split(rows) for x in inputs), strict=True))
+        parts = list(zip(*(x.split(self._chunk_rows) for x in inputs), strict=True))
         if len(parts) > 1 and torch.is_grad_enabled():
             outputs = [checkpoint(function, *part, use_reentrant=False) for part in parts]
         else:
@@ -230,6 +347,12 @@ class QLoraPolicy:
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
+
+    def _offload(self) -> contextlib.AbstractContextManager[Any]:
+        """Checkpoints that wait for the backward in the CPU's memory, where the recipe says so."""
+        if self.settings.offload_checkpoints is not True or not torch.is_grad_enabled():
+            return contextlib.nullcontext()
+        return torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda")
 
     # --- the base for a rollout engine -------------------------------------------------------
 
@@ -324,7 +447,36 @@ def _adapt(base: Any, settings: PolicySettings, seed: int) -> PeftModel:
     for name, parameter in model.named_parameters():
         if f".{TRAINED}." in name:
             parameter.data = parameter.data.float()
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            # Autocast takes the masters down to the activations; peft would take these up.
+            module.cast_input_dtype_enabled = False
     return model
+
+
+def _checkpoint_layers(base: Any, settings: PolicySettings) -> None:
+    """Recompute the first layers, as many as the recipe says, in the backward."""
+    wanted = settings.gradient_checkpointing
+    if not wanted:
+        return
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    layers = [m for m in base.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for layer in layers[wanted if type(wanted) is int else len(layers) :]:
+        layer.gradient_checkpointing = False
+
+
+def _keep_on_cpu(base: Any) -> None:
+    """Look tokens up in the CPU's memory, and send the few rows that were asked for."""
+    embedding = base.get_input_embeddings()
+    if embedding.weight is base.get_output_embeddings().weight:
+        raise RecipeError(
+            ["policy.offload_embedding: must be false for a model whose output head is its input "
+             "embedding, got true."]
+        )  # fmt: skip
+    device = embedding.weight.device
+    embedding.to("cpu")
+    embedding.register_forward_pre_hook(lambda _, inputs: tuple(ids.cpu() for ids in inputs))
+    embedding.register_forward_hook(lambda _module, _inputs, states: states.to(device))
 
 
 def _start_from(base: Any, adapter: str, settings: PolicySettings) -> PeftModel:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gft_lite.batching import Row, cut
+from gft_lite.batching import Row
 from gft_lite.policy import Policy, evaluating
 from gft_lite.rollout import RolloutEngine, RolloutError
 
@@ -64,7 +64,7 @@ class Probe:
             )
 
     def _trainer(self) -> Tensor:
-        [batch] = cut([self._row], 1, pad_id=self._policy.pad_id)
+        [batch] = self._policy.batches([self._row], 1)
         with torch.no_grad(), evaluating(self._policy):
             return self._policy.token_scores(batch).logprobs.cpu()
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from gft_lite.batching import Row, cut
+from gft_lite.batching import Row
 from gft_lite.policy import Policy, evaluating
 from gft_lite.recipe import RolloutSettings
 from gft_lite.rollout import Completion, Request, RolloutError, Sampling
@@ -67,7 +67,7 @@ class TransformersEngine:
 
     def score(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> list[float]:
         """Log-probs [T] of `token_ids` after the prompt, under what is served."""
-        [batch] = cut([Row(tuple(prompt_ids), tuple(token_ids))], 1)
+        [batch] = self._policy.batches([Row(tuple(prompt_ids), tuple(token_ids))], 1)
         with torch.no_grad(), self._served():
             return self._policy.token_scores(batch).logprobs.tolist()
 

@@ -192,7 +192,7 @@ def test_the_reference_can_be_the_starting_adapter(tmp_path):
         small(f"policy.adapter={first.adapter}", "policy.reference=adapter", "optim.lr=1e-9"),
         tmp_path / "second", console=QUIET,
     )  # fmt: skip
-    assert 0 <= run.summary()["trained"]["kl"] < 1e-4
+    assert abs(run.summary()["trained"]["kl"]) < 1e-4  # Rounding may be negative.
     same = train(
         small(f"policy.adapter={first.adapter}", "optim.lr=1e-9"),
         tmp_path / "third", console=QUIET,

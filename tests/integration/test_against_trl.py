@@ -155,10 +155,11 @@ def gradients(recipe, start, groups):
     optimizer.register_step_pre_hook(
         lambda *_: found.append(torch.cat([p.grad.flatten() for p in parameters]))
     )
-    part = portion(policy, recipe, rows(recipe, groups, policy.eos_ids))
-    assert len(part.batches) > 1
+    budget = recipe.train.micro_batch_tokens
+    prepared = portion(policy, recipe, rows(recipe, groups, policy.eos_ids), budget)
+    assert len(policy.batches(prepared, budget)) > 1
     for share in (0.25, 0.75):
-        update(policy, optimizer, recipe, share, part)
+        update(policy, optimizer, recipe, share, prepared, budget)
     return torch.stack(found)
 
 

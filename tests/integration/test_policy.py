@@ -64,13 +64,14 @@ def test_chunks_change_nothing(lab_policy, monkeypatch):
     assert (gradient(lab_policy, batches) - whole).norm() / whole.norm() < 1e-5
 
 
-@pytest.mark.parametrize("max_rows", [1, 2, 3])
-def test_gradient_is_the_same_for_every_micro_batching(lab_policy, max_rows):
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
+@pytest.mark.parametrize("budget", [1, 120])
+def test_gradient_is_the_same_for_every_micro_batching(lab_policy, layout, budget):
     move(lab_policy)
     data = rows(lab_policy)
     whole = gradient(lab_policy, cut(data, 10**6))
-    parts = cut(data, 10**6, max_rows=max_rows)
-    assert len(parts) == -(-8 // max_rows)
+    parts = cut(data, budget, layout=layout)
+    assert len(parts) == 8 if budget == 1 else 1 < len(parts) < 8
     assert (gradient(lab_policy, parts) - whole).norm() / whole.norm() < 1e-6
 
 
@@ -184,7 +185,7 @@ def test_reference_kl_is_exact_and_so_is_its_gradient(lab_policy, chunked, monke
     def distribution():
         model = lab_policy.model
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        return torch.distributions.Categorical(logits=logits[batch.before_targets])
+        return torch.distributions.Categorical(logits=logits.flatten(0, 1)[batch.predicts])
 
     with torch.no_grad(), lab_policy.base():
         base = distribution()
@@ -227,7 +228,8 @@ def test_served_base_has_the_trainers_own_weights(quantization, tmp_path):
     [batch] = cut(rows(policy), 10**6)
     with torch.no_grad():
         logits = served(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        expected = logits.log_softmax(-1)[batch.before_targets].gather(-1, batch.targets[:, None])
+        predicted = logits.log_softmax(-1).flatten(0, 1)[batch.predicts]
+        expected = predicted.gather(-1, batch.targets[:, None])
         gap = (policy.token_scores(batch).logprobs - expected[:, 0]).abs().max()
     # int8 also rounds activations in the trainer's forward, which no dequantised copy can.
     assert gap < (1e-5 if quantization == "nf4" else 0.5)
@@ -271,15 +273,18 @@ def test_an_adapter_of_another_rank_is_refused(lab_policy, tmp_path):
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=12),
     budget=st.integers(1, 60),
+    layout=st.sampled_from(["padded", "packed", "shared"]),
 )
-@settings(max_examples=200)
-def test_cut_keeps_every_response_token_within_the_budget(lengths, budget):
+@settings(max_examples=300)
+def test_cut_keeps_every_response_token_within_the_budget(lengths, budget, layout):
     data = [Row((1,) * p, tuple(range(2, 2 + r)), weight=i) for i, (p, r) in enumerate(lengths)]
-    batches = cut(data, budget)
+    batches = cut(data, budget, layout=layout)
     seen = sorted(i for b in batches for i in set(b.row.tolist()))
     assert seen == [i for i, row in enumerate(data) if row.response_ids]
     for batch in batches:
-        assert batch.input_ids.numel() <= budget or batch.input_ids.shape[0] == 1
+        assert batch.input_ids.numel() <= budget or len(set(batch.row.tolist())) == 1
+        before = batch.input_ids.flatten()[batch.predicts]
         for i in set(batch.row.tolist()):
             assert batch.targets[batch.row == i].tolist() == list(data[i].response_ids)
+            assert before[batch.row == i].tolist() == [1, *data[i].response_ids[:-1]]
             assert set(batch.weights[batch.row == i].tolist()) == {float(i)}

@@ -11,6 +11,8 @@ from gft_lite.objective import METHODS, token_weights
 from gft_lite.optim import portion, update
 from gft_lite.recipe import Recipe
 
+BUDGET = 8192
+
 
 @pytest.fixture
 def moved(lab_policy):
@@ -68,21 +70,22 @@ def gradient_of(policy, loss):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("updates", [1, 2])
 def test_old_logprobs_are_taken_only_where_they_count(lab_policy, method, updates):
-    part = portion(lab_policy, recipe(method, updates=updates), rows(lab_policy, [1.0, -1.0]))
+    settings = recipe(method, updates=updates)
+    prepared = portion(lab_policy, settings, rows(lab_policy, [1.0, -1.0]), BUDGET)
     expected = "old_logprobs" in METHODS[method].needs and updates > 1
-    assert [old is not None for old in part.old_logprobs] == [expected] * len(part.batches)
+    assert [row.old_logprobs is not None for row in prepared] == [expected] * 2
 
 
 @pytest.mark.parametrize("method", ["grpo", "dapo", "psft"])
 def test_later_updates_are_off_policy_and_clipped(moved, method):
     settings = recipe(method, updates=2, lr=1.0)
     advantages = [1.0, -1.0, 0.5, -2.0] if METHODS[method].group_advantages else [1.0] * 4
-    part = portion(moved, settings, rows(moved, advantages))
+    prepared = portion(moved, settings, rows(moved, advantages), BUDGET)
     optimizer = Recorded(moved)
-    update(moved, optimizer, settings, 0.0, part)
-    [batch], [old] = part.batches, part.old_logprobs
+    update(moved, optimizer, settings, 0.0, prepared, BUDGET)
+    [batch] = moved.batches(prepared, BUDGET)
     logprobs = moved.token_scores(batch).logprobs
-    ratio = (logprobs - old).exp()
+    ratio = (logprobs - batch.old_logprobs).exp()
     assert ((ratio - 1).abs() > 1e-3).float().mean() > 0.5
     low, high = settings.objective.clip_low, settings.objective.clip_high
     too_far = torch.where(batch.advantages > 0, ratio > 1 + high, ratio < 1 - low)
@@ -90,16 +93,15 @@ def test_later_updates_are_off_policy_and_clipped(moved, method):
     # A token that went too far is left alone, every other one has the ratio's gradient.
     left = torch.where(too_far, 0.0, -batch.weights * batch.advantages * ratio.detach())
     expected = gradient_of(moved, (left * logprobs).sum())
-    update(moved, optimizer, settings, 0.5, part)
+    update(moved, optimizer, settings, 0.5, prepared, BUDGET)
     assert (optimizer.gradients[1] - expected).norm() <= 1e-4 * expected.norm()
 
 
 def test_asft_is_dft_and_the_pull_of_the_reference(moved):
     data, optimizer = rows(moved, [1.0] * 4), Recorded(moved)
     for settings in (recipe("dft"), recipe("asft", lam=0.0), recipe("asft", lam=0.3)):
-        part = portion(moved, settings, data)
-        update(moved, optimizer, settings, 0.0, part)
-    [batch] = part.batches
+        update(moved, optimizer, settings, 0.0, data, BUDGET)
+    [batch] = moved.batches(data, BUDGET)
     kl = moved.token_scores(batch, reference_kl=True).reference_kl
     expected = 0.3 * gradient_of(moved, (batch.weights * kl).sum())
     dft, free, held = optimizer.gradients
@@ -111,5 +113,5 @@ def test_asft_is_dft_and_the_pull_of_the_reference(moved):
 @pytest.mark.parametrize("kl", [0.0, 0.1])
 def test_an_update_without_rows_is_skipped(lab_policy, kl):
     settings = recipe("dapo", kl=kl)
-    part = portion(lab_policy, settings, [])
-    assert update(lab_policy, Recorded(lab_policy), settings, 0.0, part).skipped == "flat"
+    done = update(lab_policy, Recorded(lab_policy), settings, 0.0, [], BUDGET)
+    assert done.skipped == "flat"

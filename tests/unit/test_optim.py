@@ -35,16 +35,19 @@ def test_warmup_rises_to_the_rate_and_the_rest_is_scheduled_after_it():
 
 
 def test_combined_updates_weigh_tokens_and_keep_out_what_was_skipped():
-    ran = Update(0.1, tokens=10, loss=2.0, grad_norm=1.0, entropy_sum=5.0, rectified_sum=4.0)
-    longer = Update(0.2, tokens=30, loss=4.0, grad_norm=3.0, entropy_sum=5.0, rectified_sum=6.0)
-    assert combined([ran, Update(0.15, skipped="flat"), longer]) == {
-        "updates": 2, "skipped": "flat", "lr": 0.2, "trained_tokens": 40, "loss": 3.0,
-        "grad_norm": 2.0, "entropy": 0.25, "rectified": 0.25,
+    sums = {"tokens": 10, "forwarded": 15, "entropy_sum": 5.0, "rectified_sum": 4.0}
+    ran = Update(0.1, 99, loss=2.0, grad_norm=1.0, **sums)
+    sums |= {"tokens": 30, "forwarded": 40, "rectified_sum": 6.0}
+    longer = Update(0.2, 88, loss=4.0, grad_norm=3.0, **sums)
+    assert combined([ran, Update(0.15, 99, skipped="flat"), longer]) == {
+        "updates": 2, "skipped": "flat", "lr": 0.2, "trained_tokens": 40, "forwarded_tokens": 55,
+        "micro_batch_tokens": 88, "loss": 3.0, "grad_norm": 2.0, "entropy": 0.25,
+        "rectified": 0.25,
     }  # fmt: skip
 
 
 def test_what_is_not_a_number_is_null_in_json():
-    bad = Update(0.1, tokens=1, loss=float("nan"), grad_norm=float("inf"), skipped="non_finite")
+    bad = Update(0.1, 99, tokens=1, loss=float("nan"), grad_norm=float("inf"), skipped="non_finite")
     metrics = combined([bad])
     assert metrics["skipped"] == "non_finite"
     assert metrics["loss"] is None

@@ -1,0 +1,288 @@
+"""Layouts, the fused head, dropped rows, checkpoints and offload: each against the plain path."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+
+from gft_lite import lab
+from gft_lite.batching import Row, cut
+from gft_lite.objective import METHODS, group_advantages, token_weights
+from gft_lite.optim import gradient, portion
+from gft_lite.policy import load_policy
+from gft_lite.recipe import PolicySettings, Recipe, RecipeError
+
+SHAPE = {
+    "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 128, "max_position_embeddings": 512,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+CONFIGS = {
+    "qwen2": transformers.Qwen2Config(**SHAPE, tie_word_embeddings=False),
+    "llama": transformers.LlamaConfig(**SHAPE),
+    "window": transformers.MistralConfig(**SHAPE, sliding_window=6),
+    "some_windows": transformers.Qwen2Config(
+        **SHAPE, use_sliding_window=True, sliding_window=6, max_window_layers=1
+    ),
+    "gpt2": transformers.GPT2Config(
+        vocab_size=512, n_embd=64, n_layer=2, n_head=4, n_positions=512, bos_token_id=1,
+        eos_token_id=2,
+    ),
+    # Attention scores squashed by tanh, which segments can't, and a dense mask can.
+    "softcap": transformers.Gemma2Config(**SHAPE, head_dim=16, final_logit_softcapping=None),
+    # Positions as slopes of the mask: it takes no position ids at all.
+    "slopes": transformers.BloomConfig(
+        vocab_size=512, hidden_size=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A random model of each kind, with weights large enough that attention matters."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(lab.BASE)
+    made = {}
+    for name, config in CONFIGS.items():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.1)
+        made[name] = tmp_path_factory.mktemp(name)
+        model.save_pretrained(made[name])
+        tokenizer.save_pretrained(made[name])
+    return made
+
+
+def load(folder, **settings):
+    """A policy in training mode whose adapter does something."""
+    common = {"quantization": "none", "gradient_checkpointing": False}
+    policy = load_policy(PolicySettings(model=str(folder), **{**common, **settings}))
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in policy.parameters().values():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    policy.model.train()
+    for module in policy.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # GPT-2's own, which would be drawn anew in every layout.
+    return policy
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Three groups of four responses to prompts of unequal length, one of the groups flat."""
+    generator = torch.Generator().manual_seed(3)
+
+    def tokens(length):
+        return tuple(torch.randint(3, 512, (length,), generator=generator).tolist())
+
+    found = []
+    for length, rewards in ((23, [1, 0, 0, 1]), (9, [1, 1, 1, 1]), (14, [0, 0, 1, 0])):
+        prompt = tokens(length)
+        responses = [tokens(n) for n in torch.randint(1, 30, (4,), generator=generator).tolist()]
+        for response, advantage in zip(responses, group_advantages(rewards).tolist(), strict=True):
+            found.append(Row(prompt, response, advantage))
+    weights = token_weights([len(row.response_ids) for row in found])
+    return [replace(row, weight=weight) for row, weight in zip(found, weights, strict=True)]
+
+
+def logprobs(policy, rows, layout):
+    [batch] = cut(rows, 10**6, layout=layout)
+    with torch.no_grad():
+        return policy.token_scores(batch).logprobs[batch.row.argsort(stable=True)]
+
+
+def flat_gradient(policy, rows, *, method="gft", budget=10**6, train=None, **objective):
+    """The gradient of an update, and what the update says of itself."""
+    recipe = Recipe.from_tree({"method": method, "objective": objective, "train": train or {}})
+    done = gradient(policy, recipe, portion(policy, recipe, rows, budget), budget)
+    found = torch.cat([p.grad.flatten() for p in policy.parameters().values()]).double()
+    return found, done
+
+
+def gap(one, other):
+    return (one - other).norm() / other.norm()
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama", "window", "some_windows", "gpt2"])
+def test_prompts_are_shared_where_the_model_takes_segments(folders, rows, name):
+    policy = load(folders[name])
+    assert policy.layout == "shared"
+    padded = logprobs(policy, rows, "padded")
+    for layout in ("shared", "packed"):
+        assert (logprobs(policy, rows, layout) - padded).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "layout"),
+    [("llama", "eager", "packed"), ("softcap", "sdpa", "packed"), ("slopes", "eager", "padded")],
+)
+def test_other_models_fall_back(folders, rows, name, attention, layout):
+    policy = load(folders[name], attention=attention)
+    assert policy.layout == layout
+    found = logprobs(policy, rows, layout)
+    assert (found - logprobs(policy, rows, "padded")).abs().max() < 1e-5
+    with pytest.raises(RecipeError, match=r"policy.layout: must be one that .* can do, got 'shar"):
+        load(folders[name], attention=attention, layout="shared")
+    assert load(folders[name], attention=attention, layout="padded").layout == "padded"
+
+
+@pytest.mark.parametrize("budget", [60, 10**6])
+@pytest.mark.parametrize("layout", ["packed", "shared"])
+@pytest.mark.parametrize("name", ["qwen2", "llama", "some_windows"])
+def test_gradients_are_those_of_padded_rows(folders, rows, name, layout, budget):
+    plain, _ = flat_gradient(load(folders[name], layout="padded", fused_head=False), rows)
+    found, done = flat_gradient(load(folders[name], layout=layout), rows, budget=budget)
+    assert gap(found, plain) < 1e-5
+    assert done.tokens == sum(len(row.response_ids) for row in rows if row.advantage)
+
+
+def test_forwarded_tokens_are_counted_by_hand(folders):
+    data = [Row((1, 2, 3), (4, 5)), Row((1, 2, 3), (6,)), Row((7, 8), (9, 9, 9, 9))]
+    # Side by side 3 rows of 6; one after another 5 + 4 + 6; the prompt once 3 + 2 + 1 + 2 + 4.
+    for layout, tokens in (("padded", 18), ("packed", 15), ("shared", 12)):
+        policy = load(folders["qwen2"], layout=layout)
+        assert flat_gradient(policy, data)[1].forwarded == tokens
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared"])
+def test_in_bf16_a_layout_is_as_near_to_fp32_as_padding_is(folders, rows, layout):
+    def distance(**settings):
+        # Without rectification, whose step at tau a rounded probability may fall off.
+        found, _ = flat_gradient(load(folders["qwen2"], **settings), rows, method="gft_no_dcr")
+        return 1 - torch.nn.functional.cosine_similarity(found, exact, dim=0)
+
+    exact, _ = flat_gradient(load(folders["qwen2"], layout="padded"), rows, method="gft_no_dcr")
+    padded = distance(layout="padded", dtype="bfloat16")
+    assert 1e-6 < padded < 1e-3  # bf16 it is.
+    assert distance(layout=layout, dtype="bfloat16") < 1.5 * padded
+    assert distance(layout=layout, dtype="float32") < 1e-10
+
+
+@pytest.mark.parametrize("chunk", [7, None])
+@pytest.mark.parametrize("kl", [0.0, 0.1])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_fused_head_gives_every_methods_gradient(folders, rows, method, kl, chunk, monkeypatch):
+    if chunk:
+        monkeypatch.setattr("gft_lite.policy.qlora.LOGIT_CHUNK_BYTES", 4 * 512 * chunk)
+    train = {"updates_per_rollout": 2}
+    # More than the adapter that takes the old log-probs, so that rho is not 1.
+    found = []
+    for fused in (True, False):
+        policy = load(folders["qwen2"], fused_head=fused)
+        recipe = Recipe.from_tree({"method": method, "objective": {"kl": kl}, "train": train})
+        prepared = portion(policy, recipe, rows, 10**6)
+        with torch.no_grad():
+            for parameter in policy.parameters().values():
+                parameter.mul_(1.5)
+        done = gradient(policy, recipe, prepared, 10**6)
+        grads = torch.cat([p.grad.flatten() for p in policy.parameters().values()])
+        found.append((grads.double(), done))
+    (fused, one), (plain, other) = found
+    assert plain.norm() > 0
+    assert gap(fused, plain) < 1e-5
+    assert (one.loss, one.entropy_sum) == pytest.approx((other.loss, other.entropy_sum), rel=1e-5)
+    assert one.rectified_sum == other.rectified_sum
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_dropped_rows_leave_the_gradient_alone(folders, rows, method):
+    policy = load(folders["qwen2"])
+    kept, all_rows = flat_gradient(
+        policy, rows, method=method, train={"drop_zero_advantage": False}
+    )
+    found, done = flat_gradient(policy, rows, method=method)
+    assert gap(found, kept) < 1e-6
+    useful = sum(len(row.response_ids) for row in rows if row.advantage)
+    assert all_rows.tokens == sum(len(row.response_ids) for row in rows)
+    assert done.tokens == (useful if METHODS[method].scales_with_advantage else all_rows.tokens)
+
+
+def test_rows_that_the_kl_pulls_on_are_kept(folders, rows):
+    _, done = flat_gradient(load(folders["qwen2"]), rows, kl=0.1)
+    assert done.tokens == sum(len(row.response_ids) for row in rows)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].scales_with_advantage])
+def test_a_loss_said_to_scale_is_zero_with_its_advantage(method):
+    logprobs = torch.linspace(-5, -0.01, 20).requires_grad_()
+    extra = {need: logprobs.detach() + 0.3 for need in METHODS[method].needs}
+    loss = METHODS[method].loss(logprobs, torch.zeros(20), **extra)
+    loss.sum().backward()
+    assert loss.abs().max() == 0
+    assert logprobs.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": 2},
+        {"gradient_checkpointing": True, "offload_checkpoints": True},
+        {"offload_embedding": True},
+        {"gradient_checkpointing": True, "quantization": "nf4", "offload_embedding": True},
+    ],
+)
+@pytest.mark.parametrize("layout", ["padded", "shared"])
+def test_saving_memory_changes_no_gradient(folders, rows, settings, layout):
+    base = {"layout": layout, "quantization": settings.get("quantization", "none")}
+    plain, _ = flat_gradient(load(folders["qwen2"], **base), rows)
+    found, _ = flat_gradient(load(folders["qwen2"], **{**base, **settings}), rows)
+    assert torch.equal(found, plain)
+
+
+def test_as_many_layers_are_recomputed_as_the_recipe_says(folders, rows):
+    policy = load(folders["qwen2"], gradient_checkpointing=2)
+    calls = []
+    for number, layer in enumerate(policy.model.get_base_model().model.layers):
+        layer.mlp.register_forward_pre_hook(lambda *_, number=number: calls.append(number))
+    flat_gradient(policy, rows)
+    assert sorted(calls) == [0, 0, 1, 1, 2]
+
+
+def test_a_tied_embedding_stays_where_the_head_is(folders):
+    config = transformers.AutoConfig.from_pretrained(lab.BASE)
+    assert config.tie_word_embeddings
+    with pytest.raises(RecipeError, match=r"policy.offload_embedding: must be false for a model"):
+        load(lab.BASE, offload_embedding=True)
+
+
+def run_out_above(policy, limit, tokens=None):
+    """Let the card be full above so many tokens, as CUDA says it."""
+
+    def check(_, args, kwargs):
+        size = kwargs["input_ids"].numel()
+        if size > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        if tokens is not None:
+            tokens.append(size)
+
+    policy.model.get_base_model().model.register_forward_pre_hook(check, with_kwargs=True)
+
+
+def test_out_of_memory_halves_the_micro_batches_and_repeats_the_step(folders, rows):
+    plain, whole = flat_gradient(load(folders["qwen2"]), rows)
+    policy, sizes = load(folders["qwen2"]), []
+    run_out_above(policy, whole.forwarded // 3, sizes)
+    found, done = flat_gradient(policy, rows)
+    assert gap(found, plain) < 1e-6
+    assert whole.forwarded // 8 < done.token_budget <= whole.forwarded // 3
+    assert max(sizes) <= whole.forwarded // 3
+    assert (done.tokens, done.loss) == (whole.tokens, pytest.approx(whole.loss, rel=1e-5))
+
+
+def test_a_row_too_long_for_the_memory_ends_it_with_advice(folders, rows):
+    policy = load(folders["qwen2"])
+    run_out_above(policy, 12)
+    with pytest.raises(MemoryError, match=r"train.micro_batch_tokens: out of memory with one row"):
+        flat_gradient(policy, rows)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(folders, rows):
+    policy = load(folders["qwen2"])
+    with pytest.raises(IndexError):
+        flat_gradient(policy, [replace(rows[0], response_ids=(10**6,))])
