@@ -140,7 +140,7 @@ def _padded(rows: Sequence[Row], indices: Sequence[int], pad_id: int) -> MicroBa
     width = max(len(rows[i]) for i in indices)
     input_ids = torch.full((len(indices), width), pad_id, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
-    predicts = []
+    predicts: list[int] = []
     for line, i in enumerate(indices):
         row = rows[i]
         input_ids[line, : len(row)] = torch.tensor(row.prompt_ids + row.response_ids)
@@ -148,7 +148,7 @@ def _padded(rows: Sequence[Row], indices: Sequence[int], pad_id: int) -> MicroBa
         first = line * width + len(row.prompt_ids) - 1
         predicts += range(first, first + len(row.response_ids))
     return MicroBatch(input_ids, attention_mask, None, (), torch.tensor(predicts),
-                      *_per_token(rows, indices))  # fmt: skip
+                      **_per_token(rows, indices))  # fmt: skip
 
 
 def _packed(rows: Sequence[Row], bundles: Iterable[Sequence[int]]) -> MicroBatch:
@@ -173,11 +173,11 @@ def _packed(rows: Sequence[Row], bundles: Iterable[Sequence[int]]) -> MicroBatch
             predicts += [end - 1, *range(first, len(ids) - 1)]
     indices = [i for bundle in bundles for i in bundle]
     return MicroBatch(torch.tensor([ids]), None, torch.tensor([positions]), tuple(segments),
-                      torch.tensor(predicts), *_per_token(rows, indices))  # fmt: skip
+                      torch.tensor(predicts), **_per_token(rows, indices))  # fmt: skip
 
 
-def _per_token(rows: Sequence[Row], indices: Sequence[int]) -> tuple[Tensor | None, ...]:
-    """Targets, advantages, weights, row and old log-probs of the rows' response tokens."""
+def _per_token(rows: Sequence[Row], indices: Sequence[int]) -> dict[str, Any]:
+    """The fields of a micro-batch that have a value for each response token."""
     chosen = [rows[i] for i in indices]
     lengths = torch.tensor([len(row.response_ids) for row in chosen])
 
@@ -185,10 +185,10 @@ def _per_token(rows: Sequence[Row], indices: Sequence[int]) -> tuple[Tensor | No
         return torch.tensor(values, dtype=torch.get_default_dtype()).repeat_interleave(lengths)
 
     old = [row.old_logprobs for row in chosen if row.old_logprobs is not None]
-    return (
-        torch.tensor([token for row in chosen for token in row.response_ids]),
-        spread([row.advantage for row in chosen]),
-        spread([row.weight for row in chosen]),
-        torch.tensor(indices).repeat_interleave(lengths),
-        torch.cat(old) if old else None,
-    )
+    return {
+        "targets": torch.tensor([token for row in chosen for token in row.response_ids]),
+        "advantages": spread([row.advantage for row in chosen]),
+        "weights": spread([row.weight for row in chosen]),
+        "row": torch.tensor(indices).repeat_interleave(lengths),
+        "old_logprobs": torch.cat(old) if old else None,
+    }

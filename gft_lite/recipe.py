@@ -146,9 +146,12 @@ class PolicySettings(Settings):
     lora: Lora = Lora()
 
     @model_validator(mode="after")
-    def _reference_needs_adapter(self) -> PolicySettings:
+    def _settings_agree(self) -> PolicySettings:
         if self.reference == "adapter" and self.adapter is None:
             raise ValueError("reference: needs policy.adapter, the adapter to start from")
+        if self.offload_checkpoints is True and self.gradient_checkpointing not in ("auto", True):
+            # What the other layers keep for the backward would be sent along.
+            raise ValueError("offload_checkpoints: needs policy.gradient_checkpointing: true")
         return self
 
 

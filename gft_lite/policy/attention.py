@@ -47,7 +47,8 @@ class SegmentAttention:
         Shapes: query [1, H, S, D], key and value [1, H_kv, S, D] -> [1, S, H, D].
         """
         # The flash kernel of torch is for half precision on CUDA, without dropout.
-        if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
+        half = query.dtype in (torch.bfloat16, torch.float16)
+        if query.device.type != "cpu" and half and not dropout:
             self._varlen = self._varlen or _Varlen(self._segments, self._device)
             return self._varlen(query, key, value, scale, window)
         if not self._tiles:

@@ -24,11 +24,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gft_lite.batching import Layout, MicroBatch, Row, cut
+from gft_lite.memory import LOGIT_CHUNK_BYTES
 from gft_lite.policy import Divergence, TokenScores, attention, evaluating
 from gft_lite.recipe import PACKAGE, PolicySettings, RecipeError
 
 TRAINED, REFERENCE = "default", "reference"
-LOGIT_CHUNK_BYTES = 64 << 20
 
 
 class QLoraPolicy:
@@ -254,6 +254,7 @@ class QLoraPolicy:
                 gradient[span] = by_logits @ self._head.weight
             value += share.item()
             scores.append((logprobs.detach(), entropy))
+            del logits, probs, by_logits  # Not beside those of the next slice.
         return value, gradient, TokenScores(*(torch.cat(c) for c in zip(*scores, strict=True)))
 
     @torch.no_grad()

@@ -43,6 +43,8 @@ def test_shipped_recipes_and_their_fragments_are_found(installed, tmp_path):
     done = run(installed, tmp_path, "train", "recipes/qwen_math_1p5b.yaml", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "Qwen/Qwen2.5-Math-1.5B" in done.stdout
+    done = run(installed, tmp_path, "plan", "recipes/qwen_math_1p5b.yaml")
+    assert done.returncode == 0, done.stderr
 
 
 def test_it_is_the_wheel_that_ran(installed, tmp_path):

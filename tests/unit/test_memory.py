@@ -1,0 +1,344 @@
+"""The memory plan's formulas against values worked out by hand, and what it chooses."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gft_lite.cli import main
+from gft_lite.memory import GIB, Batch, Choice, Job, free_ram, parse_size
+from gft_lite.model_shape import ModelShape, find_shape
+from gft_lite.plan import CARDS, choose, resolve, what_would_fit, with_auto
+from gft_lite.recipe import Recipe, RecipeError
+
+ROOT = Path(__file__).resolve().parents[2]
+MODELS = [
+    "Qwen/Qwen2.5-Math-1.5B", "Qwen/Qwen2.5-Math-7B", "meta-llama/Llama-3.2-3B",
+    "meta-llama/Llama-3.1-8B", "deepseek-ai/deepseek-math-7b-base",
+]  # fmt: skip
+QWEN_7B = MODELS[1]
+PAPER = {
+    "policy": {"context": 4096},
+    "data": {"max_prompt_tokens": 1024},
+    "rollout": {"max_tokens": 2048},
+}
+
+
+def job(model=QWEN_7B, *, device="cuda", **sections):
+    recipe = Recipe.from_tree(
+        {name: PAPER.get(name, {}) | sections.get(name, {}) for name in {*PAPER, *sections}}
+    )
+    return Job(find_shape(model), recipe, device)
+
+
+def total(parts):
+    return sum(parts.values())
+
+
+class TestFormulas:
+    @pytest.mark.parametrize(
+        ("model", "parameters", "base", "lora_and_adamw"),
+        [
+            # Parameters as published; GiB of the NF4 base; GiB of r = 16 at 16 bytes each.
+            (MODELS[0], 1_543_714_304, 1.06, 0.28),
+            (MODELS[1], 7_615_616_512, 5.17, 0.60),
+            (MODELS[2], 3_212_749_824, 2.09, 0.36),
+            (MODELS[3], 8_030_261_248, 5.31, 0.62),
+            (MODELS[4], 6_910_365_696, 4.48, 0.56),
+        ],
+    )
+    def test_the_papers_models(self, model, parameters, base, lora_and_adamw):
+        planned = job(model, optim={"name": "adamw"})
+        shape = planned.shape
+        assert shape.linear_parameters + shape.plain_parameters == parameters
+        assert round(planned.base(False) / GIB, 2) == base
+        adapter = 4 * planned.lora_parameters + planned.optimiser(gradients=True)
+        assert round(adapter / GIB, 2) == lora_and_adamw
+
+    def test_a_layer_keeps_what_its_tensors_add_up_to(self):
+        # In bf16, per token: two norms (4 x 3584 + 4 each, fp32), their outputs, query and
+        # attention output (3584 each, as hidden), four of the MLP (18944), 7 x 16 of LoRA, 28
+        # log-sums; and keys and values (512 each).
+        per_token = 2 * (4 * 3584 + 4) + 2 * (2 * 3584 + 2 * 3584 + 4 * 18944 + 7 * 16) + 4 * 28
+        assert job().saved(Batch(1000, 900, 3000)) == 1000 * per_token + 3000 * 2 * 2 * 512
+
+    def test_keys_and_values_of_a_token(self):
+        assert job().kv_per_token == 2 * 28 * 4 * 128 * 2
+        assert job(device="cpu").kv_per_token == 2 * 28 * 4 * 128 * 4
+
+    def test_quantisations_of_the_base(self):
+        linear, plain = 28 * 233_046_016, 2 * 152_064 * 3584 + 57 * 3584 + 28 * 4608
+        outputs = 28 * (3584 + 512 + 512 + 3584 + 18944 + 18944 + 3584)
+
+        def base(**policy):
+            return job(policy=policy).base(False)
+
+        assert base(quantization="none") == 2 * (linear + plain)
+        assert base(quantization="int8") == linear + 4 * outputs + 2 * plain
+        single = base(double_quantization=False)
+        assert single == linear // 2 + linear // 16 + 2 * plain
+
+    def test_an_untied_embedding_can_leave_the_card(self):
+        assert job().base(False) - job().base(True) == 2 * 152_064 * 3584
+        tied = job(MODELS[0])
+        assert tied.base(False) == tied.base(True)
+
+    def test_only_the_named_linears_are_adapted(self):
+        lora = {"rank": 8, "target_modules": ["q_proj", "v_proj"]}
+        adapted = job(policy={"lora": lora})
+        assert adapted.lora_parameters == 28 * 8 * ((3584 + 3584) + (3584 + 512))
+
+    def test_checkpoints_are_the_layers_inputs(self):
+        batch = Batch(3072, 3072, 3072)
+        moment = job().moments(Choice(0, 28, False, False, "none", 1), batch)["layer"]
+        assert moment["checkpoints"] == 28 * 3072 * 3584 * 2
+        away = job().moments(Choice(0, 28, True, False, "none", 1), batch)["layer"]
+        assert away["checkpoints"] == 2 * 3072 * 3584 * 2
+
+    def test_vllm_takes_its_share_in_both_phases(self):
+        planned = job(rollout={"gpu_memory": 0.5, "max_tokens": 2048})
+        choice = Choice(4096, 28, False, False, "vllm", 128)
+        for parts in (planned.training(choice, card=48 * GIB), planned.rollout(choice, 48 * GIB)):
+            assert parts["engine"] + parts["kv_cache"] == 24 * GIB
+        # Its bf16 copy of the base alone.
+        assert parts["engine"] > 2 * 7_615_616_512
+
+    def test_the_longest_row_ends_at_the_context(self):
+        assert job().longest_row == 3072
+        assert job(rollout={"max_tokens": 3500}).longest_row == 4095
+        assert job(data={"max_prompt_tokens": None}).prompt == 4096 - 2048 - 1
+
+
+class TestShapes:
+    def test_a_folder_a_file_and_the_lab(self, tmp_path):
+        config = ROOT / "gft_lite" / "lab" / "base" / "config.json"
+        (tmp_path / "config.json").write_bytes(config.read_bytes())
+        lab = find_shape("lab")
+        assert lab == find_shape(str(tmp_path)) == find_shape(str(config))
+        assert (lab.hidden, lab.layers, lab.vocabulary, lab.tied) == (128, 3, 261, True)
+        from safetensors import safe_open
+
+        with safe_open(config.with_name("model.safetensors"), "np") as weights:
+            sizes = [weights.get_tensor(name).size for name in weights.keys()]  # noqa: SIM118
+        assert lab.linear_parameters + lab.plain_parameters == sum(sizes)
+
+    def test_head_sizes_and_kv_heads_have_defaults(self):
+        shape = ModelShape.from_config(
+            {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1024,
+             "num_attention_heads": 8, "num_hidden_layers": 2, "vocab_size": 100}
+        )  # fmt: skip
+        assert (shape.head_size, shape.kv_heads, shape.tied) == (64, 8, False)
+
+    @pytest.mark.parametrize(
+        ("config", "words"),
+        [
+            ({"model_type": "mixtral", "num_local_experts": 8}, "llama, mistral, qwen2, qwen3"),
+            ({"model_type": "mamba"}, "'mamba'"),
+            ({}, "None"),
+            ({"model_type": "llama", "hidden_size": 8}, "intermediate_size"),
+            ([], "object"),
+        ],
+    )
+    def test_what_cannot_be_planned_is_told(self, config, words, tmp_path):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(RecipeError, match=words):
+            find_shape(str(tmp_path))
+
+    def test_an_unknown_hub_id_names_the_known_ones(self):
+        with pytest.raises(RecipeError) as error:
+            find_shape("someone/else-7b")
+        assert all(model in str(error.value) for model in MODELS)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("8GiB", 8 << 30), ("24GB", 24 * 10**9), ("512MiB", 512 << 20), ("1.5 GiB", 3 << 29),
+     ("rtx4090", 24 << 30), ("RTX 4090", 24 << 30), ("h200", 139 << 30)],
+)  # fmt: skip
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["rtx4091", "8", "8 apples", "GiB"])
+def test_a_wrong_size_is_told(text):
+    with pytest.raises(RecipeError, match="--gpu: must be a size"):
+        parse_size(text)
+
+
+class TestChoosing:
+    @pytest.mark.parametrize("model", MODELS)
+    @pytest.mark.parametrize("card", CARDS)
+    def test_what_is_chosen_fits(self, model, card):
+        planned = job(model)
+        plan = choose(replace(planned, recipe=with_auto(planned.recipe)), card * GIB)
+        assert not plan.problems
+        assert plan.peak <= card * GIB
+        assert plan.choice.micro_batch_tokens >= planned.longest_row
+
+    def test_less_memory_means_recomputing_then_offloading(self):
+        auto = {"gradient_checkpointing": "auto", "offload_checkpoints": "auto",
+                "offload_embedding": "auto", "context": 4096}  # fmt: skip
+        planned = job(
+            policy=auto, train={"micro_batch_tokens": 4096},
+            rollout={"engine": "transformers", "batch_size": 1, "max_tokens": 2048},
+        )  # fmt: skip
+        stages = []
+        for quarters in range(4 * 48, 0, -1):
+            plan = choose(planned, quarters * GIB // 4)
+            if plan.problems:
+                break
+            c = plan.choice
+            stages.append((c.offload_checkpoints + c.offload_embedding, c.gradient_checkpointing))
+        assert stages[0] == (0, 0)
+        assert stages[-1] == (2, 28)
+        assert {0, 1, 2} == {offloaded for offloaded, _ in stages}
+        assert any(0 < layers < 28 for _, layers in stages)
+        costs = [(4 + layers / 14) * (1 + offloaded / 100) for offloaded, layers in stages]
+        assert costs == sorted(costs)
+
+    def test_what_the_recipe_says_stays(self):
+        fixed = {"gradient_checkpointing": 5, "offload_checkpoints": True, "context": 4096}
+        planned = job(policy=fixed, train={"micro_batch_tokens": 5000},
+                      rollout={"engine": "vllm", "batch_size": 3, "max_tokens": 2048})  # fmt: skip
+        plan = choose(planned, 80 * GIB)
+        assert plan.choice == Choice(5000, 5, True, False, "vllm", 3)
+        assert plan.chosen == frozenset()
+
+    def test_a_row_longer_than_the_budget_counts_as_it_is(self):
+        planned = job(train={"micro_batch_tokens": 100})
+        assert planned.batch(100).tokens == planned.longest_row
+
+    def test_on_a_cpu_nothing_is_offloaded(self):
+        planned = job(MODELS[0], device="cpu")
+        plan = choose(replace(planned, recipe=with_auto(planned.recipe)), 64 * GIB)
+        c = plan.choice
+        assert (c.offload_checkpoints, c.offload_embedding, c.engine) == (
+            False,
+            False,
+            "transformers",
+        )
+        assert not plan.problems
+        assert "context" not in plan.training
+
+    def test_what_would_fit_does(self):
+        file = "recipes/paper/qwen2.5-math-7b/gft.yaml"
+        planned = Job(find_shape(QWEN_7B), Recipe.load(file), "cuda")
+        for limit in (7 * GIB, 12 * GIB):
+            assert choose(planned, limit).problems
+            overrides = what_would_fit(planned, limit).split()
+            fitting = replace(planned, recipe=Recipe.load(file, overrides))
+            assert not choose(fitting, limit).problems
+        assert what_would_fit(planned, GIB) == "a smaller model"
+
+
+class TestResolving:
+    AUTO: dict = {  # noqa: RUF012
+        "policy": {"model": QWEN_7B, "gradient_checkpointing": "auto",
+                   "offload_checkpoints": "auto", "offload_embedding": "auto"},
+        "train": {"micro_batch_tokens": "auto"},
+        "rollout": {"max_tokens": 1024},
+        "data": {"max_prompt_tokens": 512},
+    }  # fmt: skip
+
+    def test_no_auto_is_left(self):
+        recipe, plan = resolve(Recipe.from_tree(self.AUTO), 24 * GIB, "cuda")
+        assert plan.chosen >= {"train.micro_batch_tokens", "policy.gradient_checkpointing"}
+        assert recipe.train.micro_batch_tokens == plan.choice.micro_batch_tokens
+        assert recipe.policy.gradient_checkpointing == plan.choice.gradient_checkpointing
+        assert recipe.policy.offload_checkpoints is plan.choice.offload_checkpoints
+        assert recipe.policy.offload_embedding is plan.choice.offload_embedding
+        assert 0 < plan.predicted_peak < total(plan.training)
+        # A recipe like any other: it can be written and read back.
+        assert Recipe.from_tree(recipe.model_dump()) == recipe
+
+    def test_the_engine_is_settled_only_where_vllm_has_no_room(self):
+        small, _ = resolve(Recipe.from_tree(self.AUTO), 24 * GIB, "cuda")
+        large, _ = resolve(Recipe.from_tree(self.AUTO), 80 * GIB, "cuda")
+        assert (small.rollout.engine, large.rollout.engine) == ("transformers", "auto")
+
+    def test_a_recipe_without_auto_stays_and_is_planned(self):
+        recipe = Recipe.load("recipes/lab.yaml", ["rollout.engine=transformers"])
+        same, plan = resolve(recipe, GIB, "cpu")
+        assert same == recipe
+        assert plan.chosen == frozenset()
+        unknown = Recipe.from_tree({"policy": {"model": "someone/else"}})
+        assert resolve(unknown, GIB, "cpu") == (unknown, None)
+
+    def test_memory_in_the_recipe_goes_before_what_is_free(self):
+        tree = self.AUTO | {"train": {"micro_batch_tokens": "auto", "memory": "24GiB"}}
+        _, plan = resolve(Recipe.from_tree(tree), 80 * GIB, "cuda")
+        assert plan.limit == 24 * GIB
+        with pytest.raises(
+            RecipeError, match=r"train\.memory: must be auto or a size such as 8GiB"
+        ):
+            Recipe.from_tree({"train": {"memory": "much"}})
+
+    def test_what_does_not_fit_is_told_with_what_would(self):
+        with pytest.raises(RecipeError) as error:
+            resolve(Recipe.from_tree(self.AUTO), 6 * GIB, "cuda")
+        text = str(error.value)
+        assert "policy.gradient_checkpointing" in text
+        assert "6.0 GiB" in text
+        assert "rollout.batch_size=" in text
+
+    def test_an_unknown_model_with_auto_is_told(self):
+        policy = {"model": "someone/else", "gradient_checkpointing": "auto"}
+        with pytest.raises(RecipeError, match=r"policy\.model"):
+            resolve(Recipe.from_tree({"policy": policy}), GIB, "cpu")
+
+    def test_free_ram_is_some_of_it(self):
+        whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        assert 0 < free_ram() < whole
+
+
+class TestCommand:
+    def test_it_answers_within_a_second_and_without_torch(self):
+        code = (
+            "import sys; from gft_lite.cli import main; main(['plan', 'recipes/qwen_math_1p5b.yaml'"
+            "]); print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+        )
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.stdout.splitlines()[-1] == "[]", done.stderr
+        # The CPU's seconds, which other work on the machine doesn't stretch as much.
+        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+        for word in ("Qwen/Qwen2.5-Math-1.5B", "1,543.7M", "KV cache", "peak", "80 GiB"):
+            assert word in done.stdout
+
+    def test_json_holds_everything(self, capsys):
+        assert main(["plan", "recipes/qwen_math_1p5b.yaml", "--gpu", "rtx4090", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["limit"] == 24 * GIB
+        assert found["fits"] is True
+        assert found["peak"] == max(total(found["training"]), total(found["rollout"]))
+        assert found["settings"]["train.micro_batch_tokens"] == 8192
+        assert [card["limit"] // GIB for card in found["cards"]] == list(CARDS)
+
+    def test_what_does_not_fit_comes_with_what_would(self, capsys):
+        recipe = "recipes/paper/qwen2.5-math-7b/gft.yaml"
+        assert main(["plan", recipe, "--gpu", "8GiB"]) == 0
+        out = capsys.readouterr().out
+        assert "does not fit" in out
+        assert "policy.offload_embedding=true" in out
+
+    def test_wrong_input_is_exit_code_2(self, capsys):
+        assert main(["plan", "recipes/lab.yaml", "--gpu", "rtx490"]) == 2
+        assert "Did you mean rtx4090?" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        "recipe", ["recipes/lab.yaml", *(f"recipes/paper/{m}/gft.yaml" for m in
+                   ("llama-3.1-8b", "llama-3.2-3b", "deepseek-math-7b"))]
+    )  # fmt: skip
+    def test_shipped_recipes_can_be_planned(self, recipe, capsys):
+        assert main(["plan", recipe]) == 0
+        assert "what would fit" in capsys.readouterr().out
