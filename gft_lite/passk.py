@@ -1,11 +1,14 @@
-"""Unbiased pass@k, and bootstrap intervals over problems; the standard library suffices."""
+"""Unbiased pass@k, and intervals: bootstrap over problems, Student's t over seeds.
+
+The standard library suffices.
+"""
 
 from __future__ import annotations
 
 import math
 import random
 from collections.abc import Sequence
-from statistics import fmean
+from statistics import fmean, stdev
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -93,6 +96,38 @@ def paired_interval(
         raise ValueError(f"a, b: must hold the same problems, got {len(a)} and {len(b)}")
     differences = [x - y for x, y in zip(a, b, strict=True)]
     return bootstrap_interval(differences, level=level, resamples=resamples, seed=seed)
+
+
+def t_interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, float]:
+    """Student's t-interval of a mean over few independent runs, such as one for each seed.
+
+    Shapes: values [N], N >= 2 -> (low, high).
+    Raises: ValueError for fewer than two values.
+    """
+    if len(values) < 2:
+        raise ValueError(f"values: must be at least two, got {len(values)}")
+    degrees = len(values) - 1
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):  # Halving: the chance grows with the angle.
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_within(middle, degrees) < level else (low, middle)
+    half = math.sqrt(degrees) * math.tan(low) * stdev(values) / math.sqrt(len(values))
+    return fmean(values) - half, fmean(values) + half
+
+
+def _t_within(angle: float, degrees: int) -> float:
+    """The chance that Student's |t| is at most sqrt(degrees) * tan(angle).
+
+    Source: Abramowitz and Stegun, 26.7.3 and 26.7.4.
+    """
+    odd = degrees % 2
+    term = math.cos(angle) if odd else 1.0
+    total = term if degrees > 1 else 0.0
+    for k in range(2 + odd, degrees - 1, 2):
+        term *= math.cos(angle) ** 2 * (k - 1) / k
+        total += term
+    total *= math.sin(angle)
+    return 2 / math.pi * (angle + total) if odd else total
 
 
 def _quantile(ordered: Sequence[float], q: float) -> float:

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from gft_lite.recipe_errors import At, Place, Places, RecipeError, dotted, nearest, shown
+from gft_lite.secret import find_secret
 
 PACKAGE = Path(__file__).resolve().parent
 MAX_BYTES, MAX_VALUES, MAX_DEPTH = 100_000, 10_000, 20
@@ -24,21 +25,22 @@ COMMAND_LINE = "command line"
 
 
 class Loader(yaml.SafeLoader):
-    """Safe YAML in which `1e-5` is a number, as YAML 1.2 says and PyYAML's 1.1 does not."""
+    """Safe YAML in which `1e-5` is a number and `6:2` is none, as in YAML 1.2 and not in 1.1."""
 
 
+_NUMBERS = {
+    "float": r"[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+"
+    r"|\.\d[\d_]*(?:[eE][-+]?\d+)?|\.(?:inf|Inf|INF))$|\.(?:nan|NaN|NAN)$",
+    "int": r"[-+]?(?:0b[01_]+|0[0-7_]+|0|[1-9][\d_]*|0x[\da-fA-F_]+)$",
+}
 Loader.yaml_implicit_resolvers = {
-    first: [(tag, rule) for tag, rule in rules if tag != "tag:yaml.org,2002:float"]
+    first: [(tag, rule) for tag, rule in rules if tag.rpartition(":")[2] not in _NUMBERS]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d[\d_]*(?:[eE][-+]?\d+)?"
-        r"|\.(?:inf|Inf|INF))$|\.(?:nan|NaN|NAN)$"
-    ),
-    list("-+0123456789."),
-)
+for _kind, _pattern in _NUMBERS.items():
+    Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_kind}", re.compile(_pattern), list("-+0123456789.")
+    )
 
 
 class Dumper(yaml.SafeDumper):
@@ -258,6 +260,9 @@ def _walk(loader: Loader, node: yaml.Node, at: At) -> Iterator[tuple[At, yaml.No
             yield (*at, i), item
             yield from _walk(loader, item, (*at, i))
     else:
+        if find_secret(node.value):
+            rule = f"{dotted(at)}: must not hold a token or a password, got one"
+            raise _Broken(f"{rule}. Put it into the environment, such as HF_TOKEN", node)
         try:
             value = loader.construct_object(node)
             if isinstance(value, int) and value.bit_length() > 64:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from gft_lite.inherit import BASE_EVALUATION, base_inputs, inherit
 from gft_lite.recipe import Recipe
 from gft_lite.runlog import RunFolder
 
@@ -28,16 +29,22 @@ def train_stages(recipe: Recipe, run: RunFolder, train: Train, console: Console)
         before = stages[-1] if stages else None
         if before:
             settings = _from_adapter(settings, before.adapter.resolve(), stage.reference)
-        here = RunFolder(run.path / "stages" / f"{number + 1}-{stage.method.replace(':', '.')}")
+        here = stage_folder(recipe, run, number)
         if not (here.path / "summary.json").exists():
             console.print(f"stage {number + 1} of {len(recipe.stages)}: {stage.method}")
-            if before and not here.path.exists():
-                _inherit(before, here, settings)
+            if before and not here.path.exists() and _same_base(recipe, number):
+                inherit(here, settings, before, [BASE_EVALUATION])
             begun = (here.path / "recipe.yaml").exists()
             train(settings, here.path, resume=begun, console=console)
         stages.append(here)
     _conclude(recipe, run, stages)
     return run
+
+
+def stage_folder(recipe: Recipe, run: RunFolder, number: int) -> RunFolder:
+    """Where a stage (from 0) of a staged run has its own run."""
+    method = recipe.stages[number].method.replace(":", ".")
+    return RunFolder(run.path / "stages" / f"{number + 1}-{method}")
 
 
 def _from_adapter(recipe: Recipe, adapter: Path, reference: str) -> Recipe:
@@ -49,13 +56,9 @@ def _from_adapter(recipe: Recipe, adapter: Path, reference: str) -> Recipe:
     return Recipe.from_tree(tree)
 
 
-def _inherit(before: RunFolder, here: RunFolder, recipe: Recipe) -> None:
-    """The base is the same in every stage: where it would be asked the same, don't ask again."""
-    earlier = Recipe.load(before.path / "recipe.yaml")
-    here.create(recipe.to_yaml())
-    if (earlier.eval, earlier.seed) == (recipe.eval, recipe.seed):
-        (here.path / "eval").mkdir(exist_ok=True)
-        shutil.copy(before.path / "eval" / "base.json", here.path / "eval")
+def _same_base(recipe: Recipe, number: int) -> bool:
+    """Whether a stage would ask the base what the stage before it has asked."""
+    return base_inputs(recipe.stage(number)) == base_inputs(recipe.stage(number - 1))
 
 
 def _conclude(recipe: Recipe, run: RunFolder, stages: list[RunFolder]) -> None:

@@ -147,6 +147,11 @@ def to_csv(results: Mapping[str, Any]) -> str:
             low, high = figures["pass@1_interval"]
             plain = {k: v for k, v in figures.items() if isinstance(v, int | float)}
             lines.append({"model": label, "benchmark": name, **plain, "low": low, "high": high})
+    return csv_text(lines)
+
+
+def csv_text(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Lines as CSV; a column for every key, in the order of their appearance."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for line in lines for key in line)))
     writer.writeheader()

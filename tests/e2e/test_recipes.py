@@ -15,7 +15,9 @@ from gft_lite.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "recipes"
-RECIPES = sorted(p.relative_to(SHIPPED).as_posix() for p in SHIPPED.glob("**/*.yaml"))
+# Sweeps are no recipes: `gft-lite sweep` reads them.
+RECIPES = sorted(p.relative_to(SHIPPED).as_posix() for p in SHIPPED.glob("**/*.yaml")
+                 if p.parent.name != "sweeps")  # fmt: skip
 PAPER = [name for name in RECIPES if name.startswith("paper/")]
 MODELS = ["qwen2.5-math-1.5b", "qwen2.5-math-7b", "llama-3.2-3b", "llama-3.1-8b",
           "deepseek-math-7b"]  # fmt: skip

@@ -1,0 +1,232 @@
+"""`gft-lite sweep` on the lab: shared work, failures, interruption, several jobs, a local Ray."""
+
+from __future__ import annotations
+
+import csv
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from gft_lite import Sweep, sweep
+from gft_lite.cli import main
+from gft_lite.recipe import RecipeError
+from gft_lite.sweep import SweepFolder
+from gft_lite.sweep_grid import grid_override
+from gft_lite.train import train
+
+SMALL = [
+    "train.steps=2", "train.problems_per_step=3", "data.problems=40", "data.holdout=4",
+    "monitor.every=1", "monitor.problems=2", "eval.samples=2", "eval.k=[1]",
+    "eval.sets.test.problems=4", "eval.sets.retention.problems=2",
+]  # fmt: skip
+QUIET = Console(quiet=True)
+# Reward functions of the user's: one is fine, one module raises, one takes its process with it.
+FINE = "def reward(completions, **_):\n    return [float(len(c) % 2) for c in completions]\n"
+OWN = {
+    "raises": "raise RuntimeError('no such luck')",
+    "dies": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+    "fine": FINE,
+}
+
+
+@pytest.fixture
+def own_rewards(tmp_path, monkeypatch):
+    """Modules with reward functions in the working directory."""
+    for name, code in OWN.items():
+        (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def plan(*grid, seeds=1, changes=()):
+    changes = [f"overrides.{text}" for text in (*SMALL, *changes)]
+    return Sweep.load("recipes/lab.yaml", [*changes, *map(grid_override, grid), f"seeds={seeds}"])
+
+
+def comparable(run):
+    """What a run found, without what no two runs share."""
+    metrics, summary = run.metrics(), run.summary()
+    for each in (*metrics, summary):
+        each.pop("seconds")
+        each.pop("peak_memory", None)
+    return metrics, summary, load_file(run.adapter / "adapter_model.safetensors")
+
+
+def assert_equal(run, other):
+    metrics, summary, weights = zip(comparable(run), comparable(other), strict=True)
+    assert metrics[0] == metrics[1]
+    assert summary[0] == summary[1]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def states(folder):
+    return {trial["name"]: trial["state"] for trial in folder.results()["trials"]}
+
+
+class TestTwoJobs:
+    @pytest.fixture(scope="class")
+    def planned(self):
+        return plan("objective.tau=0,0.5", seeds=2)
+
+    @pytest.fixture(scope="class")
+    def folder(self, planned, tmp_path_factory):
+        return sweep(planned, tmp_path_factory.mktemp("sweep") / "out", jobs=2, console=QUIET)
+
+    def test_every_trial_is_an_ordinary_run(self, planned, folder, tmp_path):
+        assert set(states(folder).values()) == {"done"}
+        last = planned.trials()[-1]
+        alone = train(last.recipe, tmp_path / "alone", console=QUIET)
+        assert_equal(folder.run(last.name), alone)
+
+    def test_each_base_is_evaluated_once(self, planned, folder):
+        """The base's samples have the run's seed: two seeds, two evaluations."""
+        for name in ("eval/base.json", "kl_set.json"):
+            files = {t.name: folder.run(t.name).path / name for t in planned.trials()}
+            assert len(files) == 4
+            times = {trial: file.stat().st_mtime_ns for trial, file in files.items()}
+            assert len(set(times.values())) == 2
+            for seed in (0, 1):
+                assert times[f"tau=0,seed={seed}"] == times[f"tau=0.5,seed={seed}"]
+
+    def test_results_say_what_the_runs_say(self, planned, folder):
+        results = folder.results()
+        names = [trial.name for trial in planned.trials()]
+        assert [t["name"] for t in results["trials"]] == names
+        for trial in results["trials"]:
+            run = folder.run(trial["name"])
+            assert trial["summary"] == run.summary()
+            assert (folder.path / trial["folder"] / "log.txt").read_text().count("step ") == 2
+            shares = [m["rectified"] for m in run.metrics()]
+            assert trial["rectified"] == sum(shares) / len(shares)
+        for point in results["settings"]:
+            tau = point["settings"]["objective.tau"]
+            a, b = (folder.run(f"tau={tau},seed={s}").summary()["trained"] for s in (0, 1))
+            for figure in ("pass@1", "retention", "kl"):
+                assert point["figures"][figure]["mean"] == pytest.approx(
+                    (a[figure] + b[figure]) / 2
+                )
+        with (folder.path / "results.csv").open() as file:
+            lines = list(csv.DictReader(file))
+        assert [(line["name"], line["objective.tau"], line["seed"]) for line in lines] == [
+            (t["name"], str(t["settings"]["objective.tau"]), str(t["seed"]))
+            for t in results["trials"]
+        ]
+        assert folder.frame()["trained/pass@1"].tolist() == [
+            t["summary"]["trained"]["pass@1"] for t in results["trials"]
+        ]
+
+    def test_what_is_done_stays_done_and_another_recipe_is_refused(self, planned, folder):
+        began = time.monotonic()
+        again = sweep(planned, folder.path, console=QUIET)
+        assert time.monotonic() - began < 2  # No process was started.
+        assert again.results() == folder.results()
+        other = plan("objective.tau=0,0.5", seeds=2, changes=["optim.lr=1e-3"])
+        with pytest.raises(RecipeError, match="--out: must be a new folder or one of the same"):
+            sweep(other, folder.path, console=QUIET)
+
+    def test_a_sweep_in_use_is_left_alone(self, planned, folder):
+        hold = "import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); " \
+               "print('held', flush=True); sys.stdin.read()"  # fmt: skip
+        holder = subprocess.Popen([sys.executable, "-c", hold, str(folder.path / ".lock")],
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(RecipeError, match="--out: must not be in use"):
+            sweep(planned, folder.path, console=QUIET)
+        holder.communicate()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [({"jobs": 0}, "--jobs: must be at least 1, got 0."),
+     ({"launcher": "slurm"}, "--launcher: must be local or ray, got 'slurm'.")],
+)  # fmt: skip
+def test_wrong_options_are_told_before_anything_is_made(options, told, tmp_path):
+    with pytest.raises(RecipeError) as caught:
+        sweep(plan(), tmp_path / "out", console=QUIET, **options)
+    assert caught.value.problems == [told]
+    assert not (tmp_path / "out").exists()
+
+
+def test_failed_trials_are_reported_and_tried_again(own_rewards, capsys):
+    command = ["sweep", "recipes/lab.yaml", *SMALL, "--out", "out", "--grid",
+               "reward.functions=['raises:reward'],['dies:reward']"]  # fmt: skip
+    assert main(command) == 1
+    folder = SweepFolder("out")
+    raises, dies = folder.results()["trials"]
+    assert (raises["state"], dies["state"]) == ("failed", "failed")
+    assert "no such luck" in raises["reason"]
+    assert "killed by SIGKILL" in dies["reason"]
+    assert "Traceback" in (folder.path / raises["folder"] / "log.txt").read_text()
+    shown = capsys.readouterr()
+    for trial in (raises, dies):
+        assert f"failed: {trial['name']}: {trial['reason']}" in shown.out
+        assert f"{trial['name']} failed" in shown.err
+    assert [point["failed"] for point in folder.results()["settings"]] == [1, 1]
+    for name in ("raises", "dies"):
+        (own_rewards / f"{name}.py").write_text(FINE)
+    assert main(command) == 0
+    assert set(states(folder).values()) == {"done"}
+
+
+def test_a_killed_and_an_interrupted_sweep_continue(tmp_path):
+    """The first trial ends; the second is killed, continues, is interrupted, and can go on."""
+    changes = ["checkpoint.every=5", "monitor.every=0"]
+    grid = "train.steps=1,50"
+    planned = plan(grid, changes=changes)
+    first, second = planned.trials()
+    folder = SweepFolder(tmp_path / "out")
+    run = folder.run(second.name)
+    command = [sys.executable, "-m", "gft_lite", "sweep", "recipes/lab.yaml", *SMALL, *changes,
+               "--grid", grid, "--out", str(folder.path)]  # fmt: skip
+
+    def stop_at(steps, how):
+        process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        )
+        deadline = time.monotonic() + 200
+        while len(run.metrics()) < steps and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(how)
+        said = process.communicate(timeout=100)[1]
+        return process.returncode, said
+
+    code, _ = stop_at(6, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    time.sleep(1)  # The trial's process notices, and takes no further step.
+    killed_at = len(run.metrics())
+    assert 6 <= killed_at < 50
+    time.sleep(1)
+    assert len(run.metrics()) == killed_at
+    assert states(folder) == {first.name: "done", second.name: "running"}
+    written = (folder.run(first.name).path / "summary.json").stat().st_mtime_ns
+
+    code, said = stop_at(killed_at + 1, signal.SIGINT)
+    assert code == 130
+    assert "interrupted; the same command continues" in said
+    assert states(folder) == {first.name: "done", second.name: "interrupted"}
+    assert (folder.run(first.name).path / "summary.json").stat().st_mtime_ns == written
+    reached = len(run.metrics())
+    assert killed_at < reached < 50
+    # It stopped after a step, with a checkpoint; from there it ends as if nothing had been.
+    assert (run.checkpoints / f"step-{reached:06d}").exists()
+    train(second.recipe, run.path, resume=True, console=QUIET)
+    assert_equal(run, train(second.recipe, tmp_path / "alone", console=QUIET))
+
+
+def test_a_local_ray_with_two_workers(own_rewards, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    planned = plan("reward.functions=['dies:reward'],['fine:reward']")
+    folder = sweep(planned, "out", launcher="ray", jobs=2, console=QUIET)
+    bad, good = folder.results()["trials"]
+    assert (bad["state"], good["state"]) == ("failed", "done")
+    assert "WorkerCrashedError" in bad["reason"]
+    assert_equal(
+        folder.run(good["name"]), train(planned.trials()[1].recipe, "alone", console=QUIET)
+    )
