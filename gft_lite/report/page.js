@@ -1,0 +1,199 @@
+"use strict";
+
+// Names of runs, problems and responses are anybody's text: they enter by textContent alone.
+const groups = JSON.parse(document.getElementById("data").textContent);
+const filters = document.getElementById("filters");
+
+function element(tag, className, text) {
+  const made = document.createElement(tag);
+  if (className) made.className = className;
+  if (text !== undefined) made.textContent = visible(text);
+  return made;
+}
+
+// What would show nothing, or reorder what stands around it, gets a sign.
+function visible(text) {
+  return String(text)
+    .replace(/\n/g, "\u21b5\n")
+    .replace(/[\u0000-\u0008\u000b-\u001f]/g, (c) => String.fromCharCode(0x2400 + c.charCodeAt(0)))
+    .replace(/[\u007f-\u009f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]/g,
+      (c) => "\u27e8U+" + c.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0") + "\u27e9");
+}
+
+function signed(value) {
+  return (value > 0 ? "+" : "") + value.toFixed(3);
+}
+
+function known(value, digits) {
+  return value === null ? "-" : value.toFixed(digits);
+}
+
+// --- series on and off -------------------------------------------------------------------------
+
+for (const box of document.querySelectorAll("[data-series]")) {
+  box.addEventListener("change", () => {
+    for (const curve of document.querySelectorAll(`.by-series .curve-${box.dataset.series}`)) {
+      curve.style.display = box.checked ? "" : "none";
+    }
+  });
+}
+
+// --- one group ---------------------------------------------------------------------------------
+
+function tokenSpan(response, i, largest) {
+  const { text, p, c } = response.tokens;
+  const span = element("span", "t", text[i] || "\u25cc");
+  span.style.setProperty("--by-p", p[i] ?? 0);
+  span.style.setProperty("--by-c", Math.min(c[i] ?? 0, 1));
+  span.style.setProperty("--by-ac", largest ? Math.abs(response.advantage * c[i]) / largest : 0);
+  span.dataset.tip = `${JSON.stringify(visible(text[i]))}   p ${known(p[i], 4)}   C ${known(c[i], 4)}`
+    + `   A\u00b7C ${c[i] === null ? "-" : signed(response.advantage * c[i])}`;
+  return span;
+}
+
+function responseCard(response, group, largest) {
+  const side = response.advantage > 0 ? "up" : response.advantage < 0 ? "down" : "even";
+  const card = element("article", `response ${side}`);
+  card.dataset.source = response.source;
+  const head = card.appendChild(element("header"));
+  head.append(element("strong", "", response.source));
+  head.append(element("span", "", `reward ${known(response.reward, 2)}`));
+  head.append(element("span", "", `A ${signed(response.advantage)}`));
+  if (response.cut) head.append(element("span", "bad", "cut"));
+  if (response.verdict && response.verdict !== "ok") {
+    head.append(element("span", "bad", response.verdict));
+  }
+  const text = card.appendChild(element("div", "text"));
+  if (!response.tokens) {
+    text.textContent = visible(response.text);
+    return card;
+  }
+  const { p, c } = response.tokens;
+  const low = p.map((value) => group.tau !== null && value !== null && value < group.tau);
+  p.forEach((_, i) => {
+    const span = text.appendChild(tokenSpan(response, i, largest));
+    if (low[i]) span.classList.add("rectified");
+  });
+  const mean = c.reduce((sum, value) => sum + value, 0) / (c.length || 1);
+  const share = group.tau === null ? "" : `${low.filter(Boolean).length} of `;
+  const what = group.tau === null ? "tokens" : "tokens rectified";
+  card.append(element("footer", "", `${share}${p.length} ${what}, mean C ${mean.toFixed(2)}`));
+  return card;
+}
+
+const ENDS = { p: ["p = 0", "p = 1"], c: ["C = 0", "C = 1"] };
+
+function scale(group, mode, largest) {
+  const row = element("div", "scale");
+  const [low, high] = ENDS[mode] || [`pushed down, ${signed(-largest)}`, `pushed up, ${signed(largest)}`];
+  const ramp = element("span", "ramp");
+  if (group.tau !== null && group.tau <= 1) {
+    ramp.appendChild(element("b")).style.left = `${100 * group.tau}%`;
+  }
+  row.append(element("span", "", low), ramp, element("span", "", high));
+  const tau = group.tau === null ? "" : `, tau = ${group.tau}`;
+  row.append(element("span", "", `loss of a token ${group.loss}${tau}; p by ${group.seen}`));
+  return row;
+}
+
+function show(group) {
+  const chosen = new FormData(filters);
+  const mode = chosen.get("mode");
+  const products = group.responses.flatMap((r) =>
+    r.tokens ? r.tokens.c.map((c) => Math.abs(r.advantage * c)) : []);
+  const largest = products.reduce((a, b) => Math.max(a, b), 0);
+  const place = document.getElementById("group");
+  place.className = `by-${mode}`;
+  filters.querySelector(".modes").hidden = !group.seen;
+  const problem = element("p", "problem", group.text);
+  const answer = element("p", "note");
+  answer.append("answer ", element("span", "answer", group.answer ?? "none"));
+  if (group.flat) answer.append(", flat: all rewards are equal, so that nothing is learned from it");
+  const cards = element("div", "responses");
+  const sources = chosen.getAll("source");
+  const sign = Number(chosen.get("sign"));
+  cards.append(...group.responses
+    .filter((r) => sources.includes(r.source) && (!sign || Math.sign(r.advantage) === sign))
+    .map((r) => responseCard(r, group, largest)));
+  place.replaceChildren(problem, answer, ...(group.seen ? [scale(group, mode, largest)] : []), cards);
+}
+
+// --- filters and pages -------------------------------------------------------------------------
+
+let found = [];
+let at = 0;
+
+function fill(select, values) {
+  const before = select.value;
+  const all = new Option("all", "");
+  select.replaceChildren(all, ...[...new Set(values)].map((v) => new Option(visible(v), v)));
+  select.value = before;
+  if (select.selectedIndex < 0) select.value = "";
+}
+
+function passes(group) {
+  const chosen = new FormData(filters);
+  const wanted = chosen.get("text").toLowerCase();
+  const texts = [group.text, group.answer ?? "", ...group.responses.map((r) => r.text)];
+  return (!chosen.get("run") || group.run === chosen.get("run"))
+    && (!chosen.get("step") || String(group.step) === chosen.get("step"))
+    && (!chosen.get("kind") || (chosen.get("kind") === "flat") === group.flat)
+    && (!wanted || texts.some((text) => text.toLowerCase().includes(wanted)));
+}
+
+function turn(to) {
+  at = Math.max(0, Math.min(to, found.length - 1));
+  document.getElementById("previous").disabled = at <= 0;
+  document.getElementById("next").disabled = at >= found.length - 1;
+  document.getElementById("tip").hidden = true;
+  const place = document.getElementById("place");
+  if (!found.length) {
+    place.textContent = "no group passes the filters";
+    document.getElementById("group").replaceChildren();
+    return;
+  }
+  const group = found[at];
+  place.textContent = visible(
+    `group ${at + 1} of ${found.length}: ${group.run}, step ${group.step}, problem ${group.id}`);
+  show(group);
+}
+
+function filter() {
+  const run = filters.elements.run.value;
+  fill(filters.elements.step, groups.filter((g) => !run || g.run === run).map((g) => g.step));
+  found = groups.filter(passes);
+  turn(0);
+}
+
+function hover(event) {
+  const tip = document.getElementById("tip");
+  const text = event.target.dataset?.tip;
+  tip.hidden = !text;
+  if (!text) return;
+  tip.textContent = text;
+  const box = event.target.getBoundingClientRect();
+  tip.style.left = `${Math.max(4, Math.min(box.left, innerWidth - tip.offsetWidth - 4))}px`;
+  tip.style.top = `${box.top > 40 ? box.top - tip.offsetHeight - 6 : box.bottom + 6}px`;
+}
+
+if (filters) {
+  fill(filters.elements.run, groups.map((group) => group.run));
+  for (const source of new Set(groups.flatMap((g) => g.responses.map((r) => r.source)))) {
+    const box = element("input");
+    Object.assign(box, { type: "checkbox", name: "source", value: source, checked: true });
+    const label = element("label");
+    label.append(box, source);
+    filters.querySelector(".sources").append(label);
+  }
+  filters.addEventListener("submit", (event) => event.preventDefault());
+  filters.elements.text.addEventListener("input", filter);
+  filters.addEventListener("change", (event) => {
+    if (["run", "step", "kind"].includes(event.target.name)) filter();
+    else if (event.target.name !== "text") turn(at);
+  });
+  document.getElementById("previous").addEventListener("click", () => turn(at - 1));
+  document.getElementById("next").addEventListener("click", () => turn(at + 1));
+  document.getElementById("group").addEventListener("pointerover", hover);
+  document.addEventListener("scroll", () => { document.getElementById("tip").hidden = true; });
+  filter();
+}

@@ -1,0 +1,150 @@
+"""Plots drawn with matplotlib: SVG that follows the page's colours, SVG and PNG files."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
+
+from gft_lite.report.curves import BASE, SHARE, Curve, Plot
+
+# Of middling lightness, so that they stand out from white and from black.
+PALETTE = ("#2f7fd1", "#e0722b", "#2e9d63", "#c7457e", "#8a67d6", "#b08a1c", "#1fa0a8", "#8a6a55")
+_DASHES = ("-", "--", ":", "-.")
+# In the page these become variables, which have other values in the dark.
+_INK, _FAINT, _RULE, _BASE = "#1d2430", "#5b6675", "#d9dee5", "#7d8794"
+_VARIABLES = {_INK: "var(--ink)", _FAINT: "var(--faint)", _RULE: "var(--rule)"}
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "gft-lite",
+    "text.parse_math": False,  # Names of runs may hold dollars.
+    "font.size": 9.5,
+    "text.color": _INK,
+    "axes.labelcolor": _FAINT,
+    "axes.edgecolor": _RULE,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": _RULE,
+    "grid.linewidth": 0.7,
+    "xtick.color": _RULE,
+    "ytick.color": _RULE,
+    "xtick.labelcolor": _FAINT,
+    "ytick.labelcolor": _FAINT,
+    "lines.linewidth": 1.6,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+}
+
+
+def colour(place: int) -> str:
+    """The colour of a curve."""
+    return _BASE if place == BASE else PALETTE[place % len(PALETTE)]
+
+
+def inline_svg(plot: Plot) -> str:
+    """The plot as an `<svg>` element; each curve has the class `curve-N`, N its colour."""
+    with _figure(plot, legend=not plot.by_series) as figure:
+        text = _svg(figure)
+    for fixed, variable in _VARIABLES.items():
+        text = text.replace(fixed, variable)
+    text = re.sub(r'id="(curve-\d+)(?:_\d+)?"', r'class="\1"', text[text.index("<svg") :])
+    return text.replace("<svg ", f'<svg role="img" data-plot="{plot.name}" ', 1)
+
+
+def write_files(plot: Plot, folder: Path) -> None:
+    """`NAME.svg` and `NAME.png`, with title and legend, for papers and slides."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with _figure(plot, legend=True) as figure:
+        figure.axes[0].set_title(plot.title, loc="left", fontsize=11)
+        figure.set_facecolor("white")
+        (folder / f"{plot.name}.svg").write_text(_svg(figure), encoding="utf-8")
+        figure.savefig(folder / f"{plot.name}.png", dpi=160)
+
+
+def _svg(figure: Figure) -> str:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()
+
+
+@contextmanager
+def _figure(plot: Plot, *, legend: bool) -> Iterator[Figure]:
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5.2, 2.9), layout="constrained")
+        axes = figure.add_subplot()
+        lines = [_draw(axes, curve, plot.points) for curve in plot.curves]
+        labels = [curve.label for curve in plot.curves]
+        axes.set_xlabel(plot.x_label)
+        axes.set_ylabel(plot.y_label)
+        _scale(axes, plot)
+        if plot.second:
+            lines.append(_second_axis(axes, plot.second))
+            labels.append(plot.second.label)
+        if legend and len(lines) > 1:
+            figure.legend(lines, labels, loc="outside lower center", ncols=3, fontsize=8.5)
+        yield figure
+
+
+def _draw(axes: Axes, curve: Curve, points: bool) -> Any:
+    """The curve, its range, and the mark that lets the page hide both; returns the line."""
+    look: Any = {"color": colour(curve.colour), "gid": f"curve-{curve.colour}"}
+    y = _gaps(curve.y)
+    low, high = (_gaps(curve.y if side is None else side) for side in (curve.low, curve.high))
+    # One value between two gaps would be a line without length.
+    alone = "o" if points or sum(map(math.isfinite, y)) == 1 else ""
+    dash = _DASHES[curve.colour // len(PALETTE) % len(_DASHES)] if curve.colour != BASE else "--"
+    [line] = axes.plot(curve.x, y, dash, marker=alone, markersize=4, **look)
+    if points and curve.low is not None:
+        axes.vlines(curve.x, low, high, linewidth=1.2, **look)
+    elif curve.low is not None:
+        axes.fill_between(curve.x, low, high, alpha=0.15, linewidth=0, **look)
+    return line
+
+
+def _gaps(values: Sequence[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in values]
+
+
+def _scale(axes: Axes, plot: Plot) -> None:
+    if plot.log_x:
+        axes.set_xscale("log")
+    if plot.points:
+        ticks = list(dict.fromkeys(x for curve in plot.curves for x in curve.x))
+        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    if plot.unit == SHARE:
+        axes.yaxis.set_major_formatter(_percent)
+        # Intervals of few seeds reach beyond what a share can be.
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -0.03) if plot.points else 0, min(high, 1.03))
+
+
+def _percent(share: float, _: object) -> str:
+    return f"{100 * share:.3g}%"
+
+
+def _second_axis(axes: Axes, curve: Curve) -> Any:
+    right = axes.twinx()
+    [line] = right.plot(curve.x, _gaps(curve.y), ":", marker="s", markersize=3.5,
+                        color=colour(curve.colour), gid=f"curve-{curve.colour}")  # fmt: skip
+    right.set_ylabel(curve.label)
+    right.set_ylim(bottom=0)
+    right.grid(False)
+    right.yaxis.set_major_locator(MaxNLocator(5))
+    right.yaxis.set_major_formatter(_percent)
+    return line

@@ -1,0 +1,372 @@
+"""`gft-lite report` of real runs and a real sweep, looked at in a real browser."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from rich.console import Console
+
+from gft_lite.cli import DONE, WRONG_INPUT, main
+from gft_lite.policy import load_policy
+from gft_lite.prompts import PromptFormat
+from gft_lite.recipe import Recipe
+from gft_lite.report import write_report
+from gft_lite.runlog import RunFolder
+from gft_lite.sweep import sweep
+from gft_lite.sweep_grid import Sweep
+from gft_lite.train import train
+from gft_lite.types import Group, Problem, Response
+
+QUIET = Console(quiet=True)
+SMALL = {
+    "train": {"steps": 2, "problems_per_step": 4},
+    "data": {"problems": 40, "holdout": 4},
+    "checkpoint": {"every": 1},
+    "monitor": {"every": 1, "problems": 2},
+    "eval": {"samples": 2, "k": [1, 2], "sets": {"test": {"problems": 6}}},
+    "optim": {"lr": 3e-3},
+}
+HOSTILE = (
+    "</script><script>window.harm = 1</script><img src=x onerror='window.harm = 2'> & \"q\" 世"
+)
+HIDDEN = "\u202edesrever\u0000\u001b[31m"
+
+
+# --- runs, sweeps and pages ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("report")
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    """A short GFT run with a checkpoint at each step."""
+    overrides = [f"{field}={json.dumps(value)}" for field, value in SMALL.items()]
+    recipe = Recipe.load("recipes/lab.yaml", [*overrides, "name=gft"])
+    return train(recipe, folder / "gft", console=QUIET)
+
+
+@pytest.fixture(scope="module")
+def hostile(folder):
+    """A run whose folder, problem and responses are written by somebody mean."""
+    run = RunFolder(folder / "a$b$ <i>run")
+    run.create(Recipe.load("recipes/lab.yaml", ["seed=1"]).to_yaml())
+    right = Response((5, 1), HOSTILE, "expert", reward=1.0, verdict="ok")
+    wrong = Response((6,), HIDDEN, "self", "length", reward=0.0, verdict="no_answer")
+    mixed = Group(Problem("<b>id", HOSTILE, "<u>7"), (right, wrong))
+    flat = Group(Problem("second", "what?", None), (wrong, wrong))
+    run.write_groups(1, [mixed, flat], [[0.7, -0.7], [0.0, 0.0]])
+    return run
+
+
+@pytest.fixture(scope="module")
+def swept(folder):
+    """Two seeds at two values of tau."""
+    plan = Sweep.from_tree(
+        {
+            "name": "tau", "recipe": "recipes/lab.yaml", "seeds": 2,
+            "overrides": {**SMALL, "train": {"steps": 1, "problems_per_step": 2}},
+            "grid": {"objective.tau": [0.3, 0.7]},
+        }
+    )  # fmt: skip
+    return sweep(plan, folder / "tau", console=QUIET)
+
+
+@pytest.fixture(scope="module")
+def page(folder, run):
+    """The page of one run, by the command line."""
+    out = folder / "one.html"
+    done = main(["report", str(run.path), "--out", str(out), "--plots", str(folder / "plots")])
+    assert done == DONE
+    return out
+
+
+@pytest.fixture(scope="module")
+def page_of_all(folder, run, hostile, swept):
+    folders = [run.path, hostile.path, swept.path]
+    return write_report(folders, folder / "all.html", tokens=False, console=QUIET)
+
+
+@pytest.fixture(scope="module")
+def chromium(folder):
+    """A headless browser; skips where there is none."""
+    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not program or not driver:
+        pytest.skip("no chromium with chromedriver: apt-get install chromium chromium-driver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for flag in (
+        "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync",
+        "disable-background-networking", "disable-component-update", "disable-dev-shm-usage",
+        f"user-data-dir={folder / 'browser'}",
+    ):  # fmt: skip
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    yield browser
+    browser.quit()
+
+
+class Page:
+    """A page that was opened, and what a reader does on it."""
+
+    def __init__(self, browser, path, *, width=1280, scheme="light"):
+        self.browser = browser
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+        media = [{"name": "prefers-color-scheme", "value": scheme}]
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
+        browser.get_log("browser")  # Forgets what earlier pages logged.
+        browser.get(path.as_uri())
+
+    def js(self, expression):
+        return self.browser.execute_script(f"return {expression}")
+
+    def each(self, selector, expression):
+        """What the expression says of each element `e`."""
+        return self.js(f"[...document.querySelectorAll({selector!r})].map((e) => {expression})")
+
+    def texts(self, selector):
+        return self.each(selector, "e.innerText ?? e.textContent")
+
+    def styles(self, selector, name):
+        return self.each(selector, f"getComputedStyle(e).{name}")
+
+    def click(self, selector):
+        self.browser.find_element("css selector", selector).click()
+
+    def choose(self, name, text):
+        """Choose an option of a filter by its text."""
+        from selenium.webdriver.support.select import Select
+
+        Select(self.browser.find_element("name", name)).select_by_visible_text(text)
+
+    def write(self, text):
+        """Write in the search box, in place of what is there."""
+        box = self.browser.find_element("name", "text")
+        box.clear()
+        box.send_keys(text)
+
+    @property
+    def place(self):
+        return self.texts("#place")[0]
+
+
+@pytest.fixture
+def opened(chromium):
+    """Opens pages, and checks at the end that none logged anything or asked the network."""
+    pages = []
+
+    def open_page(path, **options):
+        pages.append(Page(chromium, path, **options))
+        return pages[-1]
+
+    yield open_page
+    assert pages[-1].js("performance.getEntriesByType('resource').map((e) => e.name)") == []
+    assert chromium.get_log("browser") == []
+
+
+# --- what a reader sees ----------------------------------------------------------------------
+
+
+def test_a_run_renders(opened, page, run, folder):
+    shown = opened(page)
+    assert shown.texts("h1") == ["gft"]
+    assert shown.texts("h2") == ["Summary", "Curves", "Groups", "Recipes"]
+    trained = run.summary()["trained"]
+    card = shown.texts(".card")[0]
+    assert "test, pass@1" in card and f"{100 * trained['pass@1']:.1f}%" in card
+    names = shown.each("svg", "e.dataset.plot")
+    assert {"reward", "kl", "rectified", "gradient-norm", "entropy", "speed", "memory",
+            "flat-groups", "pass-at-k-test"} <= set(names)  # fmt: skip
+    assert min(shown.each("svg", "e.clientHeight")) > 150
+    assert {"expert", "teacher", "self"} <= set(shown.texts("svg[data-plot=reward] text"))
+    files = {file.name for file in (folder / "plots").iterdir()}
+    assert files == {f"{name}.{kind}" for name in names for kind in ("svg", "png")}
+
+
+def test_it_fits_a_phone_and_follows_the_dark(opened, page, page_of_all):
+    light = opened(page, width=390)
+    assert light.js("document.documentElement.scrollWidth") == 390
+    white = light.styles("body", "backgroundColor")
+    every = opened(page_of_all, width=390)
+    assert every.js("document.documentElement.scrollWidth") == 390
+    dark = opened(page, scheme="dark")
+    assert dark.styles("body", "backgroundColor") != white
+    ink = dark.styles("body", "color")[0]
+    assert ink in dark.styles("svg[data-plot=reward] text", "fill")
+
+
+def test_p_is_what_the_policy_of_the_step_says(page, run):
+    """Step 1 saw the base, step 2 the first checkpoint: p by a plain softmax over one row."""
+    groups = embedded(page)
+    assert [(g["step"], g["seen"]) for g in groups[::4]] == [
+        (1, "the base, where step 1 began"),
+        (2, "step 1's checkpoint, where step 2 began"),
+    ]
+    recipe = Recipe.load(run.path / "recipe.yaml")
+    policy = load_policy(recipe.policy)
+    format = PromptFormat(policy.tokenizer, recipe.data.prompt)
+    for step, adapter in ((1, None), (2, run.checkpoints / "step-000001" / "adapter")):
+        if adapter:
+            policy.load_adapter(adapter)  # The fresh one before it changes nothing of the base.
+        [group, *_] = run.groups(step)
+        shown = next(g for g in groups if g["id"] == group["problem"]["id"] and g["step"] == step)
+        for response, card in zip(group["responses"], shown["responses"], strict=True):
+            prompt, answer = format.prompt_ids(group["problem"]["text"]), response["token_ids"]
+            with torch.no_grad():
+                logits = policy.model(torch.tensor([[*prompt, *answer]])).logits[0].double()
+            probabilities = logits.softmax(-1)[len(prompt) - 1 : -1]
+            p = probabilities.gather(-1, torch.tensor(answer)[:, None])[:, 0].tolist()
+            assert card["tokens"]["p"] == pytest.approx(p, rel=0.006)  # Three digits are shown.
+            assert "".join(card["tokens"]["text"]) == response["text"] + "<eos>"
+
+
+def test_rectified_tokens_are_those_that_training_counted(page, run):
+    for metrics in run.metrics():
+        groups = [g for g in embedded(page) if g["step"] == metrics["step"]]
+        p = [p for g in groups if not g["flat"] for r in g["responses"] for p in r["tokens"]["p"]]
+        assert len(p) == metrics["trained_tokens"]
+        assert sum(value < 0.7 for value in p) / len(p) == pytest.approx(metrics["rectified"])
+
+
+def embedded(page):
+    """The groups in a page."""
+    text = page.read_text().partition('<script type="application/json" id="data">')[2]
+    return json.loads(text.partition("</script>")[0])
+
+
+def test_colours_show_what_rectification_does(opened, page):
+    shown = opened(page)
+    cards = embedded(page)[0]["responses"]
+    likely = [p >= 0.7 for card in cards for p in card["tokens"]["p"]]
+    assert 0 < sum(likely) < len(likely)
+    by_p = shown.styles(".t", "backgroundColor")
+    shown.click("input[value=c]")
+    by_c = shown.styles(".t", "backgroundColor")
+    assert len({c for c, over in zip(by_c, likely, strict=True) if over}) == 1
+    for p, c, over in zip(by_p, by_c, likely, strict=True):
+        assert over or p == c
+    lines = shown.styles(".t", "textDecorationLine")
+    assert lines == ["none" if over else "underline" for over in likely]
+    shown.click("input[value=ac]")
+    signs = {"up": 1, "down": -1, "even": 0}
+    sides = [signs[name.split()[1]] for name in shown.each(".response", "e.className")]
+    advantages = [card["advantage"] for card in cards]
+    assert sides == [(a > 0) - (a < 0) for a in advantages]
+    up, down = (set(shown.styles(f".{side} .t", "backgroundColor")) for side in ("up", "down"))
+    assert len(up) > 1 and len(down) > 1 and not up & down
+
+
+def test_a_token_tells_p_c_and_the_push(opened, page):
+    from selenium.webdriver import ActionChains
+
+    shown = opened(page)
+    response = embedded(page)[0]["responses"][0]
+    token = shown.browser.find_element("css selector", ".response .t")
+    ActionChains(shown.browser).move_to_element(token).perform()
+    p, c = response["tokens"]["p"][0], response["tokens"]["c"][0]
+    [tip] = shown.texts("#tip")
+    assert f"p {p:.4f}" in tip and f"C {c:.4f}" in tip
+    assert f"A·C {response['advantage'] * c:+.3f}" in tip
+
+
+def test_filters_narrow_what_is_shown(opened, page_of_all):
+    shown = opened(page_of_all)
+    total = len(embedded(page_of_all))
+    assert shown.place.startswith(f"group 1 of {total}: gft, step 1")
+    shown.choose("step", "2")
+    assert " of 4: gft, step 2" in shown.place
+    shown.choose("run", "a$b$ <i>run")  # It has no step 2.
+    assert "group 1 of 2: a$b$ <i>run, step 1, problem <b>id" in shown.place
+    assert len(shown.texts(".response")) == 2
+    shown.click("input[name=source][value=expert]")
+    assert [text.split()[0] for text in shown.texts(".response")] == ["self"]
+    shown.click("input[name=source][value=expert]")
+    shown.choose("sign", "above 0")
+    assert [text.split()[0] for text in shown.texts(".response")] == ["expert"]
+    shown.choose("sign", "any")
+    shown.choose("kind", "flat")
+    assert "group 1 of 1" in shown.place and "second" in shown.place
+    assert "nothing is learned" in shown.texts("#group")[0]
+    shown.choose("kind", "all")
+    shown.click("#next")
+    assert "group 2 of 2" in shown.place
+    shown.click("#previous")
+    assert "group 1 of 2" in shown.place
+    shown.write("WHAT?")
+    assert "group 1 of 1" in shown.place and "second" in shown.place
+    shown.write("nowhere")
+    assert shown.place == "no group passes the filters"
+    assert shown.texts(".response") == []
+
+
+def test_hostile_text_stays_text(opened, page_of_all):
+    shown = opened(page_of_all)
+    shown.choose("run", "a$b$ <i>run")
+    assert shown.js("window.harm === undefined")
+    assert shown.texts(".problem") == [HOSTILE]
+    assert shown.texts(".answer") == ["<u>7"]
+    first, second = shown.texts(".response .text")
+    assert first == HOSTILE
+    assert second == "⟨U+202E⟩desrever␀␛[31m"
+    assert shown.js("document.images.length") == 0
+    assert "a$b$ <i>run" in shown.texts("h1")[0]
+    assert "cut" in shown.texts(".response header")[1]
+
+
+def test_a_sweep_is_a_plot_and_a_table(opened, page_of_all, swept):
+    shown = opened(page_of_all)
+    assert {"pass@1", "objective.tau", "rectified tokens"} <= set(
+        shown.texts("svg[data-plot=sweep-tau] text")
+    )
+    rows = shown.texts("#sweeps tbody tr")
+    for row, found in zip(rows[1:], swept.results()["settings"], strict=True):
+        figures = found["figures"]["pass@1"]
+        assert row.split()[:2] == [str(found["settings"]["objective.tau"]), "2"]
+        parts = [f"{100 * figures[name]:.1f}%" for name in ("mean", "low", "high")]
+        assert "{} [{}, {}]".format(*parts) in row
+
+
+def test_series_can_be_hidden(opened, page_of_all):
+    shown = opened(page_of_all)
+    labels = [text.strip() for text in shown.texts(".toggles label")]
+    assert labels == ["gft", "a$b$ <i>run", "tau = 0.3", "tau = 0.7"]
+    curve = ".by-series svg[data-plot=entropy] .curve-0"
+    assert shown.styles(curve, "display") == ["inline"]
+    shown.click("[data-series='0']")
+    assert shown.styles(curve, "display") == ["none"]
+    assert "inline" in shown.styles(".by-series svg[data-plot=entropy] .curve-2", "display")
+    shown.click("[data-series='0']")
+    assert shown.styles(curve, "display") == ["inline"]
+
+
+# --- what may go wrong -----------------------------------------------------------------------
+
+
+def test_without_the_base_all_else_is_shown(opened, folder, run):
+    moved = folder / "moved"
+    shutil.copytree(run.path, moved)
+    recipe = moved / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("model: lab", f"model: {folder / 'gone'}"))
+    out = write_report([moved], folder / "moved.html", console=QUIET)
+    shown = opened(out)
+    assert "No p of the tokens" in shown.texts("#groups")[0]
+    assert "policy.model" in shown.texts("#groups")[0]
+    assert len(shown.texts(".response")) == 8
+    assert shown.texts(".t") == []
+
+
+def test_wrong_arguments_are_told(tmp_path, capsys, run):
+    assert main(["report", str(tmp_path)]) == WRONG_INPUT
+    assert "must be the folder of a run or of a sweep" in capsys.readouterr().err
+    out = str(tmp_path / "page.html")
+    assert main(["report", str(run.path), "--groups", "0", "--out", out]) == WRONG_INPUT
+    assert "--groups: must be at least 1, got 0" in capsys.readouterr().err

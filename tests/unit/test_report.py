@@ -1,0 +1,319 @@
+"""The report's figures by hand: scores, curves, coefficients, sweeps, and what may be missing."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from gft_lite.recipe import Recipe, RecipeError
+from gft_lite.report import write_report
+from gft_lite.report.browser import coefficients, moments, token_texts
+from gft_lite.report.curves import Curve, Plot, pass_at_k_plots, step_plots, sweep_plot
+from gft_lite.report.folders import Series, all_series, read_folders
+from gft_lite.report.plots import inline_svg
+from gft_lite.report.summary import cost_of, facts_of, scores_of, seconds_of
+from gft_lite.runlog import RunFolder
+from gft_lite.types import Group, Problem, Response
+
+
+def step(number, **changed):
+    """The metrics of a step as training writes them."""
+    return {
+        "step": number, "trajectories": 8, "reward": {"expert": 1.0, "self": 0.25},
+        "flat_groups": 0.5, "truncated": 0.0, "rollout_tokens": 100, "skipped": None,
+        "trained_tokens": 300, "loss": -0.1, "grad_norm": 0.5, "entropy": 0.2, "rectified": 0.1,
+        "seconds": {"rollout": 2.0, "train": 1.0, "sync": 0.5}, **changed,
+    }  # fmt: skip
+
+
+def figures(*correct, samples=4):
+    """An evaluated set: how many of the samples of each problem were right."""
+    named = {f"q{i}": right for i, right in enumerate(correct)}
+    return {"problems": len(correct), "samples": samples * len(correct), "correct": named}
+
+
+def make_run(path, *overrides, metrics=(), recipe="recipes/lab.yaml", **files):
+    """A run's folder; `summary`, `base` and `trained` are left out where not given."""
+    run = RunFolder(path)
+    run.create(Recipe.load(recipe, overrides).to_yaml())
+    for line in metrics:
+        run.append_metrics(line)
+    for name, value in files.items():
+        run.write_json(f"eval/{name}.json" if name != "summary" else "summary.json", value)
+    return run
+
+
+def read(*paths):
+    return read_folders(paths)[0]
+
+
+def summary(kl=0.25, **seconds):
+    return {"trained": {"pass@1": 0.5, "kl": kl}, "seconds": seconds}
+
+
+# --- folders ---------------------------------------------------------------------------------
+
+
+def test_every_wrong_folder_is_told_at_once(tmp_path):
+    make_run(tmp_path / "run")
+    with pytest.raises(RecipeError) as wrong:
+        read(tmp_path / "run", tmp_path / "none", tmp_path)
+    assert [text.partition(", got")[0] for text in wrong.value.problems] == [
+        "RUN: must be the folder of a run or of a sweep"
+    ] * 2
+
+
+def test_labels_are_as_long_as_it_takes_to_tell_folders_apart(tmp_path):
+    paths = [tmp_path / "a" / "gft", tmp_path / "b" / "gft", tmp_path / "b" / "sft"]
+    for path in paths:
+        make_run(path)
+    assert [run.label for run in read(*paths)] == ["a/gft", "b/gft", "b/sft"]
+    assert [run.label for run in read(paths[0], paths[2], paths[2] / ".")] == ["gft", "sft"]
+
+
+def test_the_stages_of_a_staged_run_are_shown_one_by_one(tmp_path):
+    make_run(tmp_path, metrics=[step(1, stage=1), step(1, stage=2)], summary=summary(total=1))
+    make_run(tmp_path / "stages" / "1-sft", recipe="recipes/lab_sft.yaml")
+    make_run(tmp_path / "stages" / "2-gft")
+    runs = read(tmp_path)
+    assert [run.label for run in runs] == [f"{tmp_path.name}/1-sft", f"{tmp_path.name}/2-gft"]
+    assert [run.recipe.method for run in runs] == ["sft", "gft"]
+
+
+def test_a_run_that_has_only_begun_makes_a_page(tmp_path):
+    make_run(tmp_path / "begun", base={"test": figures(2, 2)})
+    page = write_report([tmp_path / "begun"], tmp_path / "page.html", tokens=False).read_text()
+    assert '<dd class="bad">unfinished</dd>' in page
+    assert "50.0%" in page
+    assert "No step was finished yet" in page
+    assert "No groups were kept" in page
+
+
+def test_without_matplotlib_it_names_the_extra(tmp_path, monkeypatch):
+    make_run(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "gft_lite.report.plots")
+    with pytest.raises(RecipeError, match=r"gft-lite\[report\]"):
+        write_report([tmp_path], tmp_path / "page.html")
+
+
+# --- figures ---------------------------------------------------------------------------------
+
+
+def test_scores_are_pass_at_k_with_paired_gains(tmp_path):
+    make_run(tmp_path, "eval.k=[2]", base={"test": figures(0, 0)}, trained={"test": figures(1, 3)})
+    scores = scores_of(*read(tmp_path))
+    assert list(scores) == ["test, pass@1", "test, pass@2"]
+    one, two = scores.values()
+    assert one.base.value == 0 and one.base.interval == (0, 0)
+    assert one.trained.value == pytest.approx((1 / 4 + 3 / 4) / 2)
+    # A resample of two problems is either twice the first, or twice the second, or both.
+    assert one.trained.interval == pytest.approx((0.25, 0.75))
+    # pass@2 is 1 - C(3, 2) / C(4, 2) = 1/2 with one right of four, and 1 with three.
+    assert two.trained.value == pytest.approx((1 / 2 + 1) / 2)
+    assert two.difference.value == pytest.approx(0.75)
+    assert two.difference.interval == pytest.approx((0.5, 1.0))
+
+
+def test_seconds_that_no_phase_counted_are_other(tmp_path):
+    run = make_run(tmp_path, metrics=[step(1), step(2)])
+    assert seconds_of(*read(tmp_path)) == {"rollout": 4.0, "train": 2.0, "sync": 1.0}
+    run.write_json("summary.json", summary(total=12.0, eval=3.0))
+    assert seconds_of(*read(tmp_path))["other"] == pytest.approx(12 - 4 - 2 - 1 - 3)
+    run.write_json("summary.json", summary(total=5.0, eval=3.0))  # Of a resumed run's last part.
+    assert "other" not in seconds_of(*read(tmp_path))
+
+
+def test_cost_and_facts(tmp_path):
+    memory = [step(1, peak_memory=2**30), step(2, peak_memory=3 * 2**29, skipped="flat")]
+    make_run(tmp_path, "train.steps=5", metrics=memory)
+    [run] = read(tmp_path)
+    assert cost_of(run) == {
+        "trajectories": "16", "tokens trained on": "600", "rollout tokens/s": "50",
+        "train tokens/s": "300", "peak memory": "1.50 GiB",
+    }  # fmt: skip
+    facts = facts_of(run)
+    assert facts["state"] == "unfinished"
+    assert facts["steps"] == "2 of 5"
+    assert facts["steps with nothing to learn"] == "1"
+    assert facts["group"] == "1 expert + 3 teacher + 4 self"
+
+
+def test_differing_settings_are_a_table_of_their_own(tmp_path):
+    make_run(tmp_path / "a", "objective.tau=0.3")
+    make_run(tmp_path / "b")
+    out = tmp_path / "page.html"
+    page = write_report([tmp_path / "a", tmp_path / "b"], out, tokens=False).read_text()
+    table = page[page.index('<section id="recipes">') :].partition("</table>")[0]
+    assert table.count('<th scope="row">') == 1
+    assert '<th scope="row">objective.tau</th><td>0.3</td><td>0.7</td>' in table
+
+
+# --- curves ----------------------------------------------------------------------------------
+
+
+def test_one_run_has_its_sources_together_and_gaps_where_nothing_was(tmp_path):
+    kl = {"held_out": {"forward": 0.02}, "rollouts": {"reverse": 0.03}}
+    skipped = step(2, skipped="flat", grad_norm=None, loss=None, rectified=None, kl=kl)
+    make_run(tmp_path, metrics=[step(1), skipped, step(3)])
+    plots = {plot.name: plot for plot in step_plots([Series("a", tuple(read(tmp_path)))])}
+    assert [(c.label, c.y) for c in plots["reward"].curves] == [
+        ("expert", [1.0, 1.0, 1.0]), ("self", [0.25, 0.25, 0.25]),
+    ]  # fmt: skip
+    assert plots["gradient-norm"].curves[0].y == [0.5, None, 0.5]
+    held_out, own = plots["kl"].curves
+    assert (held_out.x, held_out.y, own.y) == ([2], [0.02], [0.03])
+    assert [curve.y[0] for curve in plots["speed"].curves] == [50, 300]
+    assert "memory" not in plots
+
+
+def test_several_series_have_a_plot_for_each_source_and_the_range_over_seeds(tmp_path):
+    for seed, reward in ((0, 0.2), (1, 0.6)):
+        metrics = [step(1, reward={"self": reward}, rectified=None)]
+        make_run(tmp_path / str(seed), f"seed={seed}", metrics=metrics)
+    make_run(tmp_path / "sft", recipe="recipes/lab_sft.yaml", metrics=[step(1, rectified=None)])
+    *gft, sft = read(tmp_path / "0", tmp_path / "1", tmp_path / "sft")
+    plots = step_plots([Series("gft", tuple(gft)), Series("sft", (sft,))])
+    by_name = {plot.name: plot for plot in plots}
+    mean, single = by_name["reward-self"].curves
+    assert (mean.y, mean.low, mean.high) == ([pytest.approx(0.4)], [0.2], [0.6])
+    assert (single.y, single.low) == ([0.25], None)
+    assert by_name["reward-expert"].curves[0].y == [None]
+    # One demonstration alone is no flat group; and nobody rectifies here.
+    assert by_name["flat-groups"].curves[1].y == [None]
+    assert "rectified" not in by_name
+
+
+def test_pass_at_k_has_the_powers_of_two_that_the_samples_allow(tmp_path):
+    make_run(
+        tmp_path, base={"test": figures(1, samples=6)}, trained={"test": figures(3, samples=6)}
+    )
+    [plot] = pass_at_k_plots([Series("run", tuple(read(tmp_path)))])
+    base, trained = plot.curves
+    assert base.x == trained.x == [1, 2, 4]
+    # 1 - C(5, k) / C(6, k) = k / 6, and 1 - C(3, k) / C(6, k).
+    assert base.y == pytest.approx([1 / 6, 2 / 6, 4 / 6])
+    assert trained.y == pytest.approx([3 / 6, 1 - 3 / 15, 1.0])
+
+
+def test_a_plot_shows_names_as_they_are_and_is_the_same_every_time():
+    curve = Curve("$a_1$ <b>", 1, [1, 2], [0.1, None])
+    plot = Plot("name", "Title", "step", "share", (curve, Curve("c", 0, [1, 2], [0.3, 0.2])))
+    svg = inline_svg(plot)
+    assert "$a_1$ &lt;b&gt;" in svg
+    assert 'class="curve-1"' in svg and 'id="curve-1"' not in svg
+    assert "var(--ink)" in svg and "#1d2430" not in svg
+    assert inline_svg(plot) == svg
+
+
+# --- sweeps ----------------------------------------------------------------------------------
+
+
+def make_sweep(path, field, points, **recipes):
+    """A sweep's results: `points` maps a value to the trained pass@1 of each seed, None failed."""
+    trials, settings = [], []
+    for value, scores in points.items():
+        for seed, score in enumerate(scores):
+            failed = score is None
+            trials.append({
+                "name": f"{field}={value},seed={seed}", "settings": {field: value}, "seed": seed,
+                "folder": f"trials/{value}-{seed}", "state": "failed" if failed else "done",
+                "reason": "out of <b>memory</b>" if failed else None,
+                "summary": None if failed else {"base": {"pass@1": 0.2}},
+            })  # fmt: skip
+        done = [score for score in scores if score is not None]
+        mean = {"mean": sum(done) / len(done), "low": None, "high": None} if done else None
+        row = {"pass@1": mean, "rectified": {**mean, "mean": 0.1}} if done else {}
+        settings.append({"settings": {field: value}, "done": len(done), "figures": row})
+    path.mkdir()
+    (path / "sweep.yaml").write_text("name: sweep\n")
+    results = {"interval": "95%", "trials": trials, "settings": settings}
+    (path / "results.json").write_text(json.dumps(results))
+    return path
+
+
+def test_accuracy_stands_against_a_numeric_field_in_its_order(tmp_path):
+    make_sweep(tmp_path / "tau", "objective.tau", {1: [0.4], 0: [0.3], 0.7: [0.6]})
+    [sweep] = read_folders([tmp_path / "tau"])[1]
+    plot = sweep_plot(sweep)
+    assert (plot.x_label, plot.log_x) == ("objective.tau", False)
+    assert plot.curves[0].x == [0, 0.7, 1]
+    assert plot.curves[0].y == [0.3, 0.6, 0.4]
+    assert plot.second.y == [0.1, 0.1, 0.1]
+    make_sweep(tmp_path / "lr", "optim.lr", {1e-4: [0.4], 1e-2: [0.3]})
+    assert sweep_plot(read_folders([tmp_path / "lr"])[1][0]).log_x
+
+
+def test_ratios_are_a_table_and_failed_trials_are_shown(tmp_path):
+    make_sweep(tmp_path / "ratio", "group", {"6:2": [0.25, None], "0:8": [0.5, 0.5]})
+    [sweep] = read_folders([tmp_path / "ratio"])[1]
+    assert sweep_plot(sweep) is None
+    page = write_report([tmp_path / "ratio"], tmp_path / "page.html").read_text()
+    assert "demonstrations : self" in page
+    assert '<td>1, <span class="bad">seed 1 failed</span></td>' in page
+    assert "<li>group=6:2,seed=1: out of &lt;b&gt;memory&lt;/b&gt;</li>" in page
+    assert "<b>memory" not in page
+
+
+def test_a_point_is_one_series_with_its_seeds(tmp_path):
+    path = make_sweep(tmp_path / "tau", "objective.tau", {0.3: [0.4, 0.5], 0.7: [0.6, None]})
+    for name in ("0.3-0", "0.3-1", "0.7-0"):
+        make_run(path / "trials" / name, metrics=[step(1)])
+    runs, sweeps = read_folders([path])
+    found = {one.label: [run.label for run in one.runs] for one in all_series(runs, sweeps)}
+    assert found == {
+        "tau = 0.3": ["tau/objective.tau=0.3,seed=0", "tau/objective.tau=0.3,seed=1"],
+        "tau = 0.7": ["tau/objective.tau=0.7,seed=0"],
+    }
+
+
+# --- groups ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("gft", [0.2, 0.69, 1.0, 1.0]), ("gft_no_gal", [0.2, 0.69, 1.0, 1.0]),
+        ("gft_no_dcr", [1.0] * 4), ("sft", [1.0] * 4), ("dft", [0.2, 0.69, 0.71, 0.9]),
+        ("asft", [0.2, 0.69, 0.71, 0.9]), ("grpo", [1.0] * 4), ("psft", [1.0] * 4),
+    ],
+)  # fmt: skip
+def test_the_coefficient_is_what_the_loss_makes_of_p(method, expected):
+    recipe = Recipe.from_tree({"method": method})
+    assert coefficients(recipe, [0.2, 0.69, 0.71, 0.9]) == pytest.approx(expected, abs=1e-12)
+
+
+def test_steps_shown_are_those_whose_policy_is_there_and_the_last(tmp_path):
+    run = make_run(tmp_path)
+    response = Response((5, 1), "x", "self", reward=1.0, verdict="ok")
+    groups = [Group(Problem(f"q{i}", "?", "x"), (response,)) for i in range(3)]
+    for number in range(1, 6):
+        run.write_groups(number, groups, [[1.0]] * 3)
+    for number in (2, 3):
+        (run.checkpoints / f"step-{number:06d}").mkdir(parents=True)
+    shown = moments(*read(tmp_path), groups=2)
+    place = run.checkpoints
+    assert [(m.step, m.adapter, len(m.groups)) for m in shown] == [
+        (1, None, 2),
+        (3, place / "step-000002" / "adapter", 2),
+        (4, place / "step-000003" / "adapter", 2),
+        (5, place / "step-000003" / "adapter", 2),
+    ]
+    assert "where step 4 began" in shown[2].seen
+    assert "not kept" in shown[3].seen
+
+
+def test_tokens_are_their_own_part_of_the_text():
+    from transformers import AutoTokenizer
+
+    from gft_lite.recipe import PACKAGE
+
+    tokenizer = AutoTokenizer.from_pretrained(PACKAGE / "lab" / "base")
+    ids = [*tokenizer.encode("a 3世\n", add_special_tokens=False), tokenizer.eos_token_id]
+    texts = token_texts(tokenizer, ids)
+    assert len(texts) == len(ids)
+    assert "".join(texts) == "a 3世\n<eos>"
+    assert texts[-3:] == ["世", "\n", "<eos>"]
+    assert texts[:2] == ["a", " "]
