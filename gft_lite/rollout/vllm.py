@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from gft_lite.rollout import Completion, Request, RolloutError, Sampling
+from gft_lite.rollout.restart import EngineFailed
 from gft_lite.types import FinishReason
 
 if TYPE_CHECKING:
@@ -208,9 +209,12 @@ class VllmEngine:
                 return llm.generate(prompts, parameters, use_tqdm=False, lora_request=self._lora)
             except VLLMClientError as error:
                 raise RolloutError(f"rollout: vllm refused the request. {error}") from error
-            except BaseException:
+            except BaseException as error:
                 # A step that was interrupted or failed can make the next one hang.
                 self.close()
+                if isinstance(error, Exception):
+                    reason = f"{type(error).__name__}: {error}"
+                    raise EngineFailed(f"rollout: vllm failed. {reason}") from error
                 raise
 
 
