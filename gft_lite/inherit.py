@@ -37,4 +37,6 @@ def inherit(run: RunFolder, recipe: Recipe, donor: RunFolder, files: Sequence[st
     for name in files:
         target = run.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(donor.path / name, target)  # With the time of the evaluation.
+        partial = target.with_name(f"{target.name}.tmp")
+        shutil.copy2(donor.path / name, partial)  # With the time of the evaluation.
+        partial.rename(target)

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -122,7 +123,7 @@ def open_session(
     scorer = stack.enter_context(_users_own(recipe))
     asked = recipe
     recipe, plan = _planned(recipe, console)
-    resting = resident_memory()
+    resting = process_memory("VmRSS")
     if recipe.policy.threads:
         torch.set_num_threads(recipe.policy.threads)
     policy = load_policy(recipe.policy, recipe.seed)
@@ -230,11 +231,12 @@ def _planned(recipe: Recipe, console: Console) -> tuple[Recipe, Plan | None]:
     return settled, plan
 
 
-def resident_memory() -> int:
-    """Bytes of this process in RAM."""
-    status = Path("/proc/self/statm")
-    pages = int(status.read_text().split()[1]) if status.exists() else 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
+def process_memory(kind: Literal["VmRSS", "VmHWM"]) -> int:
+    """Bytes of this process in RAM, now or at most so far; 0 where there is no /proc."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith(kind)]
+    return found[0] if found else 0
 
 
 def _load(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
 import time
 from collections import Counter
@@ -34,7 +33,7 @@ from gft_lite.runlog import (
     group_metrics,
     own_tokens,
 )
-from gft_lite.session import Session, find_folder, open_session
+from gft_lite.session import Session, find_folder, open_session, process_memory
 from gft_lite.stages import train_stages
 from gft_lite.types import Group
 
@@ -291,7 +290,7 @@ def peak_memory(device: torch.device) -> int:
     """The most memory in bytes that torch held on the GPU since it was last asked, or that the
     process held ever where there is no GPU."""
     if device.type != "cuda":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return process_memory("VmHWM")
     peak = torch.cuda.max_memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     return peak
@@ -307,8 +306,7 @@ def _tell_memory(session: Session) -> None:
     measured = max(steps) - (0 if on_gpu else session.resting_memory)
     predicted = session.plan.predicted_peak if on_gpu else session.plan.peak
     session.console.print(
-        f"memory: {predicted / GIB:.2f} GiB planned at most, "
-        f"{measured / GIB:.2f} GiB measured"
+        f"memory: {predicted / GIB:.2f} GiB planned at most, {measured / GIB:.2f} GiB measured"
     )
 
 

@@ -1,0 +1,121 @@
+"""Two hundred hot-loads in a row: memory, file descriptors and disk of the process, each probed.
+
+Trainer and engine share the process, so its memory is that of both. Every sync serves another
+adapter and is held against the trainer: the score of a fixed completion, which must be neither
+the base's nor the adapter's before, and the greedy continuation of a prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.record import record
+from gft_lite.batching import Row
+from gft_lite.policy import Policy, load_policy
+from gft_lite.recipe import PolicySettings, RolloutSettings
+from gft_lite.rollout import Request, RolloutEngine, Sampling, start_engine
+from gft_lite.rollout.probe import Probe, sync
+
+SYNCS, WARM_UP = 200, 50
+SETTINGS = RolloutSettings(engine="vllm")
+GREEDY = Sampling(temperature=0, max_tokens=8)
+PROMPT, COMPLETION = tuple(range(5, 25)), (9, 33, 31, 14, 20, 12, 28, 26)
+
+
+def hot_loads(syncs: int = SYNCS, warm_up: int = WARM_UP) -> dict[str, Any]:
+    """What `syncs` hot-loads cost; slopes are least squares over all but the first `warm_up`."""
+    policy = load_policy(PolicySettings(device="auto", gradient_checkpointing=False))
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        engine = start_engine(SETTINGS, policy, scratch)
+        try:
+            return _measure(policy, engine, scratch / "adapters", syncs, warm_up)
+        finally:
+            engine.close()
+
+
+def _measure(
+    policy: Policy, engine: RolloutEngine, adapters: Path, syncs: int, warm_up: int
+) -> dict[str, Any]:
+    probe = Probe(policy, Row(PROMPT, COMPLETION), SETTINGS.probe_limit)
+    noise = probe.calibrate(engine)
+    gaps, wrong, answers, seconds = [], 0, set(), []
+    memory, descriptors, disk = [], [], []
+    for version in range(1, syncs + 1):
+        _change(policy, version)
+        start = time.perf_counter()
+        sync(engine, policy, adapters, version)
+        seconds.append(time.perf_counter() - start)
+        gaps.append(probe.check(engine))
+        [[served]] = engine.generate([Request(PROMPT, (0,))], GREEDY)
+        answers.add(served.token_ids)
+        wrong += served.token_ids != _greedy(policy, len(served.token_ids))
+        memory.append(_resident_kib())
+        descriptors.append(len(os.listdir("/proc/self/fd")))
+        disk.append(sum(f.stat().st_size for f in adapters.rglob("*") if f.is_file()))
+    return {
+        "syncs": syncs,
+        "sync_seconds": float(np.median(seconds)),
+        "noise_nats": noise,
+        "worst_gap_nats": max(gaps),
+        "wrong_greedy_answers": wrong,
+        "different_greedy_answers": len(answers),
+        "rss_mib": memory[-1] / 1024,
+        "rss_kib_per_sync": _slope(memory[warm_up:]),
+        "descriptors": [descriptors[warm_up], descriptors[-1]],
+        "descriptors_per_sync": _slope(descriptors[warm_up:]),
+        "adapter_folders": len(list(adapters.iterdir())),
+        "adapter_bytes": disk[0],
+        "disk_bytes": max(disk),
+    }
+
+
+def _change(policy: Policy, version: int) -> None:
+    """Another random adapter, far enough from the one before to answer otherwise."""
+    generator = torch.Generator().manual_seed(version)
+    for parameter in policy.parameters().values():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+
+
+@torch.no_grad()
+def _greedy(policy: Policy, length: int) -> tuple[int, ...]:
+    """The trainer's own greedy continuation."""
+    ids = list(PROMPT)
+    policy.model.eval()
+    for _ in range(length):
+        logits = policy.model(input_ids=torch.tensor([ids], device=policy.device)).logits
+        ids.append(int(logits[0, -1].argmax()))
+    policy.model.train()
+    return tuple(ids[len(PROMPT) :])
+
+
+def _resident_kib() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") // 1024
+
+
+def _slope(values: list[int]) -> float:
+    return float(np.polyfit(range(len(values)), values, 1)[0])
+
+
+def main() -> None:
+    """Measure, print and record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--syncs", type=int, default=SYNCS)
+    torch.set_num_threads(1)
+    figures = hot_loads(parser.parse_args().syncs)
+    for name, value in figures.items():
+        print(f"{name}: {value}")
+    print(f"written: {record('hot_loads', figures)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""Killed, interrupted or out of disk at every kind of moment: `--resume` ends as if nothing was.
+
+Elsewhere: a killed evaluation (test_eval.py), a killed sweep and a trial's process killed
+(test_sweep.py), runs killed at random moments (test_train.py).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gft_lite import checkpoint
+from gft_lite.runlog import RunFolder
+
+SMALL = [
+    "train.steps=3", "train.problems_per_step=2", "train.micro_batch_tokens=200",
+    "data.problems=20", "data.holdout=2", "monitor.every=0", "monitor.problems=1",
+    "policy.lora.dropout=0.1", "eval.samples=1", "eval.k=[1]", "eval.sets.test.problems=2",
+    "eval.sets.retention.problems=2", "checkpoint.every=1",
+]  # fmt: skip
+STAGES = ["stages=[sft, gft]", "train.steps=2"]
+VLLM = ["rollout.engine=vllm", "train.steps=2"]
+
+DECODE = "gft_lite.rollout.transformers:TransformersEngine._append"
+RENAME = "pathlib:Path.rename"
+
+
+def at(function, step=None, call=1, act="kill", **more):
+    where = {} if step is None else {"step": step}
+    return {"at": function, "acts": {str(call): act}, **where, **more}
+
+
+# The moment, and the last step that a checkpoint has then.
+KILLED = {
+    "base evaluation": (at("gft_lite.evaluate:measure", 0, call=2), 0),
+    "base evaluation written": (at(RENAME, 0, matching="base.json.tmp"), 0),
+    "rollout": (at(DECODE, 2, call=5), 1),
+    "reward": (at("gft_lite.rewards.scorer:Scorer._combine", 2, call=3), 1),
+    "groups half written": (at("gft_lite.runlog:_write_groups", 2, act="tear", after=True), 1),
+    "backward": (at("gft_lite.policy.qlora:QLoraPolicy.backward", 2, call=2), 1),
+    "optimiser step": (at("torch.optim:AdamW.step", 2, after=True), 1),
+    "adapter half written": (at("gft_lite.policy.qlora:QLoraPolicy.save_adapter", 2,
+                                matching="adapters/v2", act="tear", after=True), 1),
+    "sync": (at("gft_lite.rollout.transformers:TransformersEngine.sync", 2), 1),
+    "log half written": (at("gft_lite.runlog:RunFolder.append_metrics", 2, act="tear",
+                            after=True), 1),
+    "log written": (at("gft_lite.runlog:RunFolder.append_metrics", 2, after=True), 1),
+    "checkpoint half written": (at("gft_lite.checkpoint:save_file", 2, act="tear", after=True), 1),
+    "checkpoint not yet named": (at("gft_lite.checkpoint:_seal", 2, after=True), 1),
+    "checkpoint before goes": (at("shutil:rmtree", 2, matching="step-000001"), 2),
+    "last evaluation": (at("gft_lite.evaluate:measure", 3, call=2), 3),
+    "final adapter": (at(RENAME, 3, matching="{folder}/adapter.tmp"), 3),
+    "summary": (at(RENAME, 3, matching="summary.json.tmp"), 3),
+}  # fmt: skip
+# Signals and the exit code, the steps in the log and the last step with a checkpoint.
+SIGNALLED = {
+    "one SIGINT": (at(DECODE, 2, call=5, act="interrupt"), 130, 2, 2),
+    "one SIGTERM": (at(DECODE, 2, call=5, act="terminate"), 130, 2, 2),
+    "SIGINT in the last step": (at(DECODE, 3, call=5, act="interrupt"), 130, 3, 3),
+    "SIGINT after a step": (at("gft_lite.runlog:Screen.step", 1, act="interrupt"), 130, 1, 1),
+    "two SIGINT": ({**at(DECODE, 2), "acts": {"5": "interrupt", "7": "interrupt"}}, 130, 1, 1),
+    "SIGINT in an evaluation": (at("gft_lite.evaluate:measure", 0, act="interrupt"), 130, 0, 0),
+}
+# In the first stage's evaluation of the base, then before the second stage, as it begins, and
+# when all are put together.
+STAGED = {
+    "between stages": at("gft_lite.stages:inherit"),
+    "second stage begins": at(RENAME, matching="2-gft/recipe.yaml.tmp"),
+    "stages put together": at("gft_lite.runlog:RunFolder.write_json", matching="sft > gft"),
+}
+FULL = at("gft_lite.session:Session.save", 2, act="full")
+BROKEN = at("vllm.v1.engine.llm_engine:LLMEngine.step", 2, call=4, act="fail")
+KEEP_ONE = "checkpoint.keep=1"  # So that the removal of the one before can be disturbed.
+
+
+def jobs(folder):
+    """Every run of this file: its name, its folder and the attempts at it."""
+
+    def job(name, *attempts, overrides=()):
+        own = folder / name.replace(" ", "_")
+        arguments = ["train", "recipes/lab.yaml", *SMALL, *overrides, "--out", str(own)]
+        made = [
+            ([*arguments, "--resume"][: len(arguments) + resume], moment and _placed(moment, own))
+            for resume, moment in attempts
+        ]
+        return {"name": name, "folder": str(own), "attempts": made}
+
+    resumed = (True, None)
+    yield job("whole", (False, None))
+    for name, (moment, _) in KILLED.items():
+        keep = [KEEP_ONE] if "before goes" in name else []
+        yield job(name, (False, moment), resumed, overrides=keep)
+    for name, (moment, *_) in SIGNALLED.items():
+        yield job(name, (False, moment), resumed)
+    yield job("twice", (False, KILLED["rollout"][0]), (True, KILLED["log written"][0]), resumed)
+    yield job("no recipe yet", (False, at(RENAME, matching="recipe.yaml.tmp")), (False, None))
+    yield job("full", (False, FULL), resumed)
+    yield job("second", (False, at("gft_lite.policy.qlora:QLoraPolicy.load", act="occupy")))
+    yield job("staged", (False, None), overrides=STAGES)
+    for name, moment in STAGED.items():
+        yield job(name, (False, moment), resumed, overrides=STAGES)
+    if importlib.util.find_spec("vllm"):
+        yield job("vllm", (False, None), overrides=VLLM)
+        killed = at("gft_lite.rollout.vllm:VllmEngine.sync", 2)
+        yield job("vllm killed", (False, killed), resumed, overrides=VLLM)
+        yield job("vllm broken", (False, BROKEN), overrides=VLLM)
+
+
+def _placed(moment, folder):
+    matching = moment.get("matching", "").replace("{folder}", str(folder))
+    return {**moment, "matching": matching}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """How the attempts at a run ended: exit code, output and folder, by the run's name."""
+    folder = tmp_path_factory.mktemp("runs")
+    plan = list(jobs(folder))
+    (folder / "plan.json").write_text(json.dumps(plan))
+    side = Path(__file__).with_name("crash_side.py")
+    subprocess.run([sys.executable, side, folder / "plan.json"], check=True, timeout=900)
+
+    def ended(job):
+        own = Path(job["folder"])
+        for number in range(len(job["attempts"])):
+            left = own.with_name(f"{own.name}.{number}")
+            code = int(left.with_name(f"{left.name}.code").read_text())
+            yield SimpleNamespace(code=code, said=left.with_name(f"{left.name}.txt").read_text(),
+                                  run=RunFolder(left))  # fmt: skip
+
+    return {job["name"]: list(ended(job)) for job in plan}
+
+
+def lines(run):
+    """The complete lines of the log, to the letter: seconds tell a step that was run again."""
+    file = run.path / "metrics.jsonl"
+    return file.read_text().split("\n")[:-1] if file.exists() else []
+
+
+def last_step(run):
+    saved = checkpoint.all_of(run.checkpoints)
+    return int(saved[-1].name.removeprefix("step-")) if saved else 0
+
+
+def comparable(run):
+    """What a run has found, without what no two runs share."""
+    summary = {k: v for k, v in run.summary().items() if k not in ("seconds", "name")}
+    metrics = [{k: v for k, v in m.items() if k not in ("seconds", "peak_memory")}
+               for m in run.metrics()]  # fmt: skip
+    groups = [run.groups(step) for step in run.group_steps()]
+    return metrics, groups, summary
+
+
+def assert_same_end(run, whole):
+    for ours, theirs in zip(comparable(run), comparable(whole), strict=True):
+        assert ours == theirs
+    file = "adapter_model.safetensors"
+    ours, theirs = load_file(run.adapter / file), load_file(whole.adapter / file)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    assert not list(run.path.rglob("*.tmp"))
+    assert not run.scratch.exists()
+
+
+@pytest.fixture(scope="module")
+def whole(runs):
+    [only] = runs["whole"]
+    assert only.code == 0, only.said
+    assert [m["step"] for m in only.run.metrics()] == [1, 2, 3]
+    return only.run
+
+
+@pytest.mark.parametrize("name", KILLED)
+def test_killed(name, runs, whole):
+    saved = KILLED[name][1]
+    killed, resumed = runs[name]
+    assert killed.code == -signal.SIGKILL, killed.said
+    assert last_step(killed.run) == saved
+    assert len(lines(killed.run)) >= saved
+    assert resumed.code == 0, resumed.said
+    # What the checkpoint covers was not run again, and what it doesn't was.
+    assert lines(resumed.run)[:saved] == lines(killed.run)[:saved]
+    assert not set(lines(resumed.run)[saved:]) & set(lines(killed.run))
+    assert_same_end(resumed.run, whole)
+
+
+@pytest.mark.parametrize("name", SIGNALLED)
+def test_signalled(name, runs, whole):
+    _, code, steps, saved = SIGNALLED[name]
+    stopped, resumed = runs[name]
+    assert stopped.code == code, stopped.said
+    assert "interrupted; continue with --resume" in stopped.said
+    assert (len(lines(stopped.run)), last_step(stopped.run)) == (steps, saved)
+    assert resumed.code == 0, resumed.said
+    assert lines(resumed.run)[:saved] == lines(stopped.run)
+    assert_same_end(resumed.run, whole)
+
+
+def test_killed_twice(runs, whole):
+    first, second, third = runs["twice"]
+    assert (first.code, second.code, third.code) == (-signal.SIGKILL, -signal.SIGKILL, 0)
+    assert_same_end(third.run, whole)
+
+
+def test_killed_before_there_is_a_recipe_the_same_command_starts_again(runs, whole):
+    killed, again = runs["no recipe yet"]
+    assert (killed.code, again.code) == (-signal.SIGKILL, 0), again.said
+    assert not (killed.run.path / "recipe.yaml").exists()
+    assert_same_end(again.run, whole)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_and_room_lets_it_go_on(runs, whole):
+    stopped, resumed = runs["full"]
+    assert stopped.code == 1
+    assert "checkpoint: could not write" in stopped.said
+    assert "Older ones are untouched: step-000001. Make room" in stopped.said
+    assert "Traceback" not in stopped.said
+    [saved] = stopped.run.checkpoints.iterdir()
+    assert saved.name == "step-000001"
+    assert checkpoint.find_damage(saved) is None
+    assert resumed.code == 0, resumed.said
+    assert_same_end(resumed.run, whole)
+
+
+def test_of_two_that_start_at_the_same_time_the_second_stops_before_it_writes(runs):
+    [second] = runs["second"]
+    assert second.code == 2
+    assert "--out: must not be in use by another run" in second.said
+    assert [p.name for p in second.run.path.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_killed_in_a_staged_run(name, runs):
+    [staged] = runs["staged"]
+    killed, resumed = runs[name]
+    assert (staged.code, killed.code, resumed.code) == (0, -signal.SIGKILL, 0), resumed.said
+    assert_same_end(resumed.run, staged.run)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm")
+class TestVllm:
+    """The engine runs in the trainer's process: it dies with it, or raises."""
+
+    @pytest.fixture(scope="class")
+    def alone(self, runs):
+        [only] = runs["vllm"]
+        assert only.code == 0, only.said
+        return only.run
+
+    def test_killed(self, runs, alone):
+        killed, resumed = runs["vllm killed"]
+        assert (killed.code, resumed.code) == (-signal.SIGKILL, 0), resumed.said
+        assert_same_end(resumed.run, alone)
+
+    def test_an_engine_that_breaks_down_is_started_again(self, runs, alone):
+        [broken] = runs["vllm broken"]
+        assert broken.code == 0, broken.said
+        told = "rollout: vllm failed. RuntimeError: broken at this moment Starting it again."
+        assert broken.said.count(told) == 1
+        assert_same_end(broken.run, alone)

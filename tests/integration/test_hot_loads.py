@@ -1,0 +1,53 @@
+"""Two hundred hot-loads in a row with the real vLLM engine: nothing grows, all answers right."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import time
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason='needs vllm: pip install "gft-lite[vllm]"'
+)
+
+
+@pytest.fixture(scope="module")
+def figures():
+    """What 200 hot-loads cost, under a clock that jumps forth and back by more and more days."""
+    import torch
+
+    from benchmarks.hot_loads import hot_loads
+
+    looks, real = itertools.count(), time.time
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "time", lambda: real() + 86400 * (-1) ** (day := next(looks)) * day)
+        measured = hot_loads()
+    torch.set_num_threads(threads)
+    return {**measured, "looks at the clock": next(looks)}
+
+
+def test_every_adapter_is_served_right_away(figures):
+    assert figures["syncs"] == 200
+    assert figures["wrong_greedy_answers"] == 0
+    assert figures["worst_gap_nats"] < 1e-4
+    # The adapters do answer differently, so that a stale one would show.
+    assert figures["different_greedy_answers"] > 50
+    assert figures["looks at the clock"] > 200
+
+
+def test_memory_and_descriptors_stay_flat(figures):
+    # A tenth of an adapter. What grows is safetensors: 64 bytes for each tensor it has ever read.
+    print(f"RSS: {figures['rss_kib_per_sync']:.1f} KiB per sync")
+    assert figures["rss_kib_per_sync"] < figures["adapter_bytes"] / 1024 / 10
+    first, last = figures["descriptors"]
+    assert first == last
+    assert abs(figures["descriptors_per_sync"]) < 1e-6
+
+
+def test_adapters_that_were_served_leave_the_disk(figures):
+    assert figures["adapter_folders"] == 1
+    assert figures["disk_bytes"] == figures["adapter_bytes"]
