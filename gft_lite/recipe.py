@@ -33,6 +33,7 @@ from pydantic_core import PydanticCustomError
 from gft_lite.objective import METHODS
 from gft_lite.recipe_errors import Places, RecipeError, explain, members
 from gft_lite.recipe_file import PACKAGE, Dumper, find_recipe, gather, merge, read_tree
+from gft_lite.rewards import REWARDS
 
 __all__ = ["PACKAGE", "Recipe", "RecipeError", "find_recipe", "read_tree"]
 
@@ -469,6 +470,18 @@ class Recipe(Settings):
         rules = [f"group.{s}: must be 0 {why}" for s in sorted(unused) if getattr(self.group, s)]
         if "self" in unused and self.group.shortfall == "self":
             rules.append(f"group.shortfall: must be repeat or drop {why}")
+        if rules:
+            raise ValueError("\n".join(rules))
+        return self
+
+    @model_validator(mode="after")
+    def _rewards_have_answers(self) -> Recipe:
+        names = [f.name for f in self.reward.functions]
+        needy = [name for name in names if name in REWARDS and REWARDS[name].needs_answer]
+        sets = {"data": self.data, **{f"eval.sets.{n}": data for n, data in self.eval.sets.items()}}
+        why = f"must name a column, as reward {', '.join(needy)} compares with it"
+        rules = [f"{field}.columns.answer: {why}" for field, data in sets.items()
+                 if needy and data.columns.answer is None]  # fmt: skip
         if rules:
             raise ValueError("\n".join(rules))
         return self

@@ -167,13 +167,14 @@ def _cross_fields(at: At, section: type[BaseModel], e: Any) -> list[_Problem]:
     return problems
 
 
-def _value_below(section: Any, value: Any, names: tuple[str, ...]) -> Any:
+def _value_below(schema: Any, value: Any, names: tuple[str, ...]) -> Any:
     """The value of a field below a section's raw input, as written or by default."""
     for name in names:
-        field = section.model_fields[name]
+        section = _section(schema)
+        field = section.model_fields.get(name) if section else None
+        default = field.get_default(call_default_factory=True) if field else None
         written = value if isinstance(value, Mapping) else dict(value)
-        value = written.get(name, field.get_default(call_default_factory=True))
-        section = _section(field.annotation)
+        value, schema = written.get(name, default), _child(schema, name)
     return value
 
 

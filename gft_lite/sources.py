@@ -16,7 +16,8 @@ from gft_lite.recipe import DataSettings, RecipeError
 FORMATS = (".jsonl", ".json", ".parquet", ".csv")
 _FORMAT_LIST = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
 _SPLITS = {"train", "test", "validation", "valid", "val", "dev"}
-_HUB_ID = re.compile(r"[\w-][\w.-]*(?:/[\w.-]+)?")
+# A name without an owner may be one of the readers of datasets, of which `pandas` unpickles.
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 class Unusable(Exception):
@@ -52,7 +53,8 @@ def open_source(settings: DataSettings, field: str = "data") -> list[Rows]:
         return [_read(path, field)]
     looks_local = path.suffix.lower() in (*FORMATS, ".txt", ".gz", ".zip", ".zst")
     if looks_local or not _HUB_ID.fullmatch(source):
-        raise RecipeError([f"{field}.source: no such file or folder, got {source!r}."])
+        advice = "" if looks_local or "/" in source else " Hub data sets are written owner/name."
+        raise RecipeError([f"{field}.source: no such file or folder, got {source!r}.{advice}"])
     return [_hub(settings, field)]
 
 
@@ -70,11 +72,14 @@ def _hub(settings: DataSettings, field: str) -> Rows:
     file = {"data_files": {settings.split: settings.file}} if settings.file else {}
     try:
         import datasets
-
+        from datasets.exceptions import DatasetsError
+    except ImportError as error:
+        raise RecipeError([f"{field}.source: needs the package datasets ({error})."]) from None
+    try:
         rows = datasets.load_dataset(
             source, name=settings.config, split=settings.split, revision=settings.revision, **file
         )
-    except (ImportError, OSError, ValueError, RuntimeError) as error:
+    except (DatasetsError, ImportError, OSError, ValueError, RuntimeError) as error:
         raise RecipeError(
             [
                 f"{field}.source: no such file here, and the hub's data set {source!r} (config "

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import queue
+import secrets
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 
 from gft_lite.recipe import Recipe, RecipeError
 from gft_lite.rewards import RewardError
+from gft_lite.secret import redact
 
 LOG = "log.txt"
 
@@ -56,9 +58,9 @@ def run_trial(folder: Path) -> str | None:
         except KeyboardInterrupt:
             return "interrupted"
         except Exception as error:  # Whatever it is, the other trials go on.
-            traceback.print_exc()
+            print(redact(traceback.format_exc()), file=sys.stderr)
             told = isinstance(error, RecipeError | RewardError)
-            return str(error) if told else f"{type(error).__name__}: {error}"
+            return redact(str(error) if told else f"{type(error).__name__}: {error}")
     return None
 
 
@@ -207,14 +209,19 @@ class RayLauncher:
     """
 
     def __init__(self, jobs: int | None) -> None:
+        address = os.environ.get("RAY_ADDRESS", "local")
         try:
             self._ray: Any = importlib.import_module("ray")
         except ModuleNotFoundError as error:
             advice = 'pip install "gft-lite[ray]", or use --launcher local.'
             raise RecipeError([f"--launcher: ray is not installed. {advice}"]) from error
         ray = self._ray
-        address = os.environ.get("RAY_ADDRESS", "local")
         size = {"num_cpus": jobs} if address == "local" else {}
+        if address == "local":
+            # Ray listens on every network, and runs what anybody sends it unless it has a token.
+            os.environ["RAY_AUTH_MODE"] = "token"
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+            ray._raylet.Config.initialize("")  # It has read the environment before.
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **size)
         there = ray.cluster_resources()
         gpus = int(there.get("GPU", 0))

@@ -124,7 +124,16 @@ def _base_of(adapter: Path) -> str:
 
 
 def _config(adapter: Path) -> dict[str, Any]:
-    return json.loads((adapter / "adapter_config.json").read_text())
+    """An adapter's configuration. Raises: RecipeError if it is none of a LoRA."""
+    try:
+        config = json.loads((adapter / "adapter_config.json").read_bytes())
+    except (OSError, ValueError) as error:
+        rule = "must hold a readable adapter_config.json"
+        raise RecipeError([f"TARGET: {rule}, got {str(adapter)!r} ({error})."]) from error
+    if not isinstance(config, dict) or not isinstance(config.get("r"), int):
+        rule = "must be a LoRA adapter, with its rank r in adapter_config.json"
+        raise RecipeError([f"TARGET: {rule}, got {str(adapter)!r}."])
+    return config
 
 
 def shape(adapter: Path) -> str:

@@ -15,10 +15,10 @@ import torch
 import transformers
 from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import save_torch_state_dict, snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -26,6 +26,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from gft_lite.batching import Layout, MicroBatch, Row, cut
 from gft_lite.memory import LOGIT_CHUNK_BYTES
 from gft_lite.policy import Divergence, TokenScores, attention, evaluating
+from gft_lite.policy.intact import (
+    WEIGHTS,
+    fitting_weights,
+    refuse_holes,
+    refuse_other_base,
+    refuse_pickle,
+)
 from gft_lite.recipe import PACKAGE, PolicySettings, RecipeError
 
 TRAINED, REFERENCE = "default", "reference"
@@ -55,7 +62,14 @@ class QLoraPolicy:
         eos = causal_lm.generation_config.eos_token_id
         listed = eos if isinstance(eos, list) else [eos]
         self.eos_ids = frozenset(i for i in [*listed, tokenizer.eos_token_id] if i is not None)
-        self.pad_id = next(i for i in (tokenizer.pad_token_id, *self.eos_ids, 0) if i is not None)
+        vocabulary = causal_lm.get_input_embeddings().num_embeddings
+        if beyond := [i for i in self.eos_ids if i >= vocabulary]:
+            raise RecipeError(
+                [f"policy.model: must have its EOS token among its {vocabulary} tokens, got "
+                 f"{settings.model!r} with id {beyond[0]}. Set eos_token in tokenizer_config.json."]
+            )  # fmt: skip
+        pads = (tokenizer.pad_token_id, *self.eos_ids, 0)
+        self.pad_id = next(i for i in pads if i is not None and i < vocabulary)
         # The fused head knows the gradient of a plain matrix only.
         plain = type(self._head) is nn.Linear and self._head.bias is None
         self._fused = settings.fused_head and plain
@@ -71,24 +85,34 @@ class QLoraPolicy:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = _dtype(settings.dtype, device)
         where = model_location(settings.model)
+        refuse_pickle(Path(where), "*.safetensors", "policy.model")
         common = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(where, **common)
-            base: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 where,
                 dtype=dtype,
                 device_map={"": device},
                 quantization_config=_quantization(settings, dtype),
                 attn_implementation=settings.attention,
                 use_safetensors=True,
+                output_loading_info=True,
                 **common,
             )
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+        # What is broken in tokenizer, configuration or weights leads to any of the others.
+        except (
+            OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError
+        ) as error:  # fmt: skip
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
             raise RecipeError(
                 [f"policy.model: must be a model folder or hub id that loads, "
                  f"got {settings.model!r} ({reason})"]
             ) from error  # fmt: skip
+        base, report = loaded
+        if not tokenizer.encode("1", add_special_tokens=False):
+            rule = "must have a tokenizer with a vocabulary, such as tokenizer.json"
+            raise RecipeError([f"policy.model: {rule}, got {settings.model!r} without."])
+        refuse_holes(base, report, settings.model)
         _refuse_unknown_heads(base.config)
         for module in base.modules():
             if isinstance(module, Linear4bit):
@@ -138,13 +162,12 @@ class QLoraPolicy:
         return folder
 
     def load_adapter(self, folder: Path) -> None:
-        """Read the weights that `save_adapter` wrote into the adapter, in place."""
-        state = load_file(folder / "adapter_model.safetensors")
-        result: Any = set_peft_model_state_dict(self.model, state, adapter_name=TRAINED)
-        if result.unexpected_keys:
-            raise ValueError(
-                f"{folder}: must fit the policy, got keys {result.unexpected_keys[:3]}"
-            )
+        """Read the weights that `save_adapter` wrote into the adapter, in place.
+
+        Raises: RecipeError for weights that are not exactly the adapter's.
+        """
+        state = fitting_weights(self.model, TRAINED, folder, "adapter")
+        set_peft_model_state_dict(self.model, state, adapter_name=TRAINED)
 
     # --- layout ----------------------------------------------------------------------------
 
@@ -482,11 +505,18 @@ def _keep_on_cpu(base: Any) -> None:
 
 def _start_from(base: Any, adapter: str, settings: PolicySettings) -> PeftModel:
     try:
-        model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+        found = Path(adapter)
+        if not found.is_dir():
+            wanted = ["adapter_config.json", WEIGHTS]
+            found = Path(snapshot_download(adapter, allow_patterns=wanted))
+        refuse_pickle(found, WEIGHTS, "policy.adapter")
+        model = PeftModel.from_pretrained(base, found, is_trainable=True)
+        refuse_other_base(model, TRAINED, adapter, settings)
+        fitting_weights(model, TRAINED, found, "policy.adapter")
         if settings.reference == "adapter":
-            model.load_adapter(adapter, adapter_name=REFERENCE)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+            model.load_adapter(found, adapter_name=REFERENCE)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
         raise RecipeError(
             [f"policy.adapter: must be a PEFT adapter of {settings.model}, "
              f"got {adapter!r} ({reason})"]

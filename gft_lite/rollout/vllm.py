@@ -60,6 +60,9 @@ class VllmEngine:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
             "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
+            # Else the ports of its process group are open to the network.
+            "VLLM_HOST_IP": "127.0.0.1",
+            "GLOO_SOCKET_IFNAME": "lo",
         }
         if policy.device.type == "cpu":
             # Compiling one helper of the sampler would take longer than the rest of the start.

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from gft_lite.objective import METHODS
 from gft_lite.recipe import Recipe, RecipeError, find_recipe, read_tree
+from gft_lite.recipe_file import merge
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,7 +41,7 @@ def problems(text: str | bytes, *overrides: str) -> list[str]:
     """The errors of a recipe x.yaml."""
     with pytest.raises(RecipeError) as caught:
         Recipe.load(write("x.yaml", text), overrides)
-    assert str(caught.value).splitlines() == caught.value.problems[:30]
+    assert str(caught.value).splitlines() == caught.value.problems[:20]
     return caught.value.problems
 
 
@@ -409,7 +410,7 @@ def test_many_errors_fill_one_screen():
         Recipe.from_tree({f"zzz{i}": i for i in range(100)})
     assert len(caught.value.problems) == 100
     lines = str(caught.value).splitlines()
-    assert (len(lines), lines[-1]) == (31, "... and 70 more errors.")
+    assert (len(lines), lines[-1]) == (21, "... and 80 more errors.")
 
 
 def test_a_tree_from_python_has_no_places():
@@ -543,18 +544,18 @@ FILES: dict[str, tuple[str | bytes, str]] = {
 @pytest.mark.parametrize("name", FILES)
 def test_the_text_of_an_error_in_a_file(name: str):
     content, expected = FILES[name]
-    started = time.perf_counter()
+    started = time.process_time()
     found = problems(content)
     assert len(found) == 1
     assert found[0].startswith("x.yaml:")
     assert found[0].endswith(expected)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_a_file_as_large_as_allowed_answers_soon():
-    started = time.perf_counter()
+    started = time.process_time()
     problems("".join(f"k{i:05}: {{a: [1, 2]}}\n" for i in range(4500)))
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
@@ -663,6 +664,36 @@ _trees = st.fixed_dictionaries(
 def test_any_recipe_reads_back_as_itself(method: str, tree: dict[str, Any]):
     recipe = Recipe.from_tree({**tree, "method": method})
     assert Recipe.load(write("y.yaml", recipe.to_yaml())) == recipe
+
+
+# --- merging ---------------------------------------------------------------------------------
+
+
+def _sections(depth: int) -> st.SearchStrategy[dict[str, Any]]:
+    """Trees in which a name is a section everywhere, or nowhere, as a schema has it."""
+    values = st.none() | st.integers(0, 9) | st.lists(st.integers(0, 9), max_size=2)
+    fields: dict[str, Any] = {"x": values, "y": values}
+    if depth:
+        fields |= {"s": _sections(depth - 1), "t": _sections(depth - 1)}
+    return st.fixed_dictionaries({}, optional=fields)
+
+
+def _leaf_values(tree: dict[str, Any], at: tuple[str, ...] = ()) -> Iterator[tuple[Any, Any]]:
+    for name, value in tree.items():
+        inner = isinstance(value, dict)
+        yield from _leaf_values(value, (*at, name)) if inner else [((*at, name), value)]
+
+
+@given(_sections(2), _sections(2), _sections(2))
+def test_of_merged_layers_the_last_that_writes_a_value_wins(low, middle, high):
+    before = repr((low, middle, high))
+    merged = merge(merge(low, middle), high)
+    assert dict(_leaf_values(merged)) == {
+        at: value for layer in (low, middle, high) for at, value in _leaf_values(layer)
+    }
+    assert merged == merge(low, merge(middle, high))
+    assert merge(low, low) == merge(low, {}) == merge({}, low) == low
+    assert repr((low, middle, high)) == before
 
 
 # --- a fuzz of broken recipes, made from the schema ------------------------------------------
@@ -785,10 +816,10 @@ def test_nothing_heavy_is_imported_and_an_error_answers_within_a_second():
         "print(sorted(heavy & set(sys.modules)))\n"
     )
     seconds = []
-    for _ in range(3):  # The best of three: other work may share the processor.
-        started = time.perf_counter()
+    for _ in range(3):  # The best of three.
+        started = sum(os.times()[2:4])  # CPU seconds of ended children: others may be at work.
         ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(sum(os.times()[2:4]) - started)
         assert ran.stderr == ""
         assert ran.stdout.splitlines() == [
             "x.yaml:3: objective.tao: unknown field, got 1. Did you mean objective.tau?", "[]",

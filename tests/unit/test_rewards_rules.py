@@ -52,12 +52,12 @@ def test_stated_answer(text, answer):
 
 
 def test_boxes_are_found_in_linear_time():
-    start = time.perf_counter()
+    start = time.process_time()
     assert boxes(r"\boxed{" * 50_000) == []
     assert len(boxes(r"\boxed{1}" * 20_000)) == 20_000
     assert len(boxes(r"\boxed{" * 20_000 + "7" + "}" * 20_000)) == 1
     assert stated_answer("answer " * 50_000) is None
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(
@@ -125,9 +125,9 @@ def test_math_takes_choice_rows_by_answer_type():
      r"\frac{1}{" * 41, r"\binom{100000}{50000}", "x" * 1201],
 )  # fmt: skip
 def test_explosive_answers_are_refused(answer):
-    start = time.perf_counter()
+    start = time.process_time()
     assert too_costly(answer)
-    assert time.perf_counter() - start < 0.1
+    assert time.process_time() - start < 0.1
 
 
 @pytest.mark.parametrize(
@@ -148,10 +148,10 @@ def test_ordinary_answers_are_not_refused(answer):
      r"\[" * 50_000, "\ud800", r"\boxed{\ud800}", "\\boxed{" + "\\" * 500 + "}"],
 )  # fmt: skip
 def test_pathological_texts_score_zero_quickly(text):
-    start = time.perf_counter()
+    start = time.process_time()
     assert math(text, "5").score == 0
     assert choice(text, "B").score == 0
-    assert time.perf_counter() - start < 2.5
+    assert time.process_time() - start < 2.5
 
 
 def test_model_text_is_never_executed(tmp_path):
