@@ -38,8 +38,9 @@ demo: env
 	$(BIN)/gft-lite train recipes/lab.yaml --out runs/demo/gft-0
 	$(BIN)/gft-lite lab compare --out runs/demo
 
+# A file's tests share models, and so a process.
 test: env-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: env-test
 	$(BIN)/ruff check .

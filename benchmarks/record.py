@@ -3,21 +3,56 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import json
 import os
 import platform
 import resource
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl")
 
 
 def peak_rss_mib() -> float:
     """The largest resident memory of this process so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def fresh_processes() -> ProcessPoolExecutor:
+    """Runs each job in a process of its own with one thread, two at a time where there are cores.
+
+    The peak of one job would hide in what another left behind; more at a time would share the
+    memory's bandwidth.
+    """
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    workers = min(2, os.cpu_count() or 1)
+    return ProcessPoolExecutor(workers, get_context("spawn"), max_tasks_per_child=1)
+
+
+class PeakMemory:
+    """How far this process's resident memory rises from here to `read`; one at a time.
+
+    Linux counts a process's peak since the last reset (`proc(5)`, clear_refs).
+    """
+
+    def __init__(self) -> None:
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")
+        self._before = _status_mib("VmRSS")
+
+    def read(self) -> float:
+        """MiB at the peak over what there was at the start."""
+        return _status_mib("VmHWM") - self._before
+
+
+def _status_mib(field: str) -> float:
+    [line] = [x for x in Path("/proc/self/status").read_text().splitlines() if field in x]
+    return int(line.split()[1]) / 1024
 
 
 def record(name: str, figures: dict[str, Any]) -> Path:

@@ -1,0 +1,221 @@
+"""TRL's GRPO and ours on one recorded batch: cost of an optimiser step, memory, gradient.
+
+Every side takes the same step on the same responses from the same weights (fp32, nothing
+quantised, LoRA of rank 16 on every linear layer, AdamW), in a process of its own with one torch
+thread. CPU-seconds are the process's; the best of the rounds counts, and rounds alternate the
+order. Trained tokens are all response tokens of the batch, those of flat groups too: the step
+that is taken is the same.
+
+- `trl`: as shipped, on the path that it takes with vLLM. `trl_peer.py` says how.
+- `trl_tuned`: without importance-sampling correction, hence without the old policy's log-probs,
+  and two rows a micro-batch in place of 8.
+- `trl_by_group`: tuned, and one prompt a rollout, so that it pads to the longest of a group; its
+  loss then averages over groups, and vLLM would sample one prompt at a time.
+- `gft_lite`, and without the gradient checkpointing that TRL's defaults have on.
+
+TRL's work does not depend on the rewards, so its runs with flat groups stand for those without.
+The law beside a ratio is what it would be if time went with forwarded positions alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import trl_peer
+from benchmarks.record import PeakMemory, fresh_processes, record
+from benchmarks.recorded import (
+    RANK,
+    Forwarded,
+    Shape,
+    advantages,
+    against_reference,
+    gradient,
+    make_groups,
+    make_model,
+    make_reference,
+    read_groups,
+    warm_up,
+)
+from gft_lite.batching import Row
+from gft_lite.objective import token_weights
+from gft_lite.optim import make_optimizer, portion, update
+from gft_lite.policy import load_policy
+from gft_lite.recipe import Recipe
+
+PROMPTS = (150, 1024)
+MICRO_BATCH_TOKENS = 4096
+Figures = dict[str, Any]
+
+
+def replay(folder: Path, prompt: int, flat: str, options: Figures, steps: int) -> Figures:
+    """Take `steps` of our optimiser steps on the recorded batch, each measured."""
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    recipe = Recipe.from_tree(
+        {
+            "method": "grpo",
+            "objective": {"reduction": "token_mean"},  # TRL's default
+            "policy": {"model": str(folder), "adapter": str(folder / "adapter"),
+                       "quantization": "none", "lora": {"rank": RANK}, **options},
+            "optim": {"lr": 1e-30, "schedule": "constant", "warmup": 0, "clip_norm": 1e9},
+        }
+    )  # fmt: skip
+    policy = load_policy(recipe.policy)
+    policy.model.train()
+    optimizer, forwarded = make_optimizer(policy, recipe.optim), Forwarded(policy.model)
+    gradients: list[torch.Tensor] = []
+    optimizer.register_step_pre_hook(lambda *_: gradients.append(gradient(policy.model)))
+    groups, seconds, peak = read_groups(folder, prompt, flat), [], PeakMemory()
+    for some in [warm_up(groups), *[groups] * steps]:
+        forwarded.reset()
+        start = time.process_time()
+        kept = portion(policy, recipe, rows(recipe, some), MICRO_BATCH_TOKENS)
+        update(policy, optimizer, recipe, 0.5, kept, MICRO_BATCH_TOKENS)
+        seconds.append(time.process_time() - start)
+    return {
+        "cpu_seconds": min(seconds[1:]),
+        "peak_mib": peak.read(),
+        "forwarded": forwarded.counts,
+        "gradient": against_reference(gradients[-1], folder, prompt, flat),
+    }
+
+
+def rows(recipe: Recipe, groups: list[Figures]) -> list[Row]:
+    """The recorded responses as rows, with our advantages and weights."""
+    chosen = [
+        (tuple(group["prompt_ids"]), tuple(response), advantage)
+        for group, own in zip(groups, advantages(groups), strict=True)
+        for response, advantage in zip(group["responses"], own, strict=True)
+    ]
+    weights = token_weights([len(ids) for _, ids, _ in chosen], recipe.objective.reduction)
+    return [Row(*row, weight) for row, weight in zip(chosen, weights, strict=True)]
+
+
+@dataclass(frozen=True)
+class Side:
+    """Who replays the batch, with which options and on which cases (percent of flat groups), and
+    how many passes each position takes: old log-probs, forward, recomputation, backward."""
+
+    replay: Callable[..., Figures]
+    options: Figures
+    flat: tuple[str, ...]
+    passes: int
+
+
+SIDES = {
+    "trl": Side(trl_peer.replay, trl_peer.SHIPPED, ("40",), 4),
+    "trl_tuned": Side(trl_peer.replay, trl_peer.TUNED, ("40",), 3),
+    "trl_by_group": Side(trl_peer.replay, trl_peer.BY_GROUP, ("40",), 3),
+    "gft_lite": Side(replay, {"gradient_checkpointing": True}, ("0", "40"), 3),
+    "gft_lite_no_checkpointing": Side(replay, {"gradient_checkpointing": False}, ("0", "40"), 2),
+}
+
+
+def compare(shape: Shape, prompts: Sequence[int], rounds: int, pool: Executor) -> list[Figures]:
+    """Every side on every case."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_model(folder, shape)
+        for prompt in prompts:
+            make_groups(folder, shape, prompt)
+        list(pool.map(make_reference, [folder] * len(prompts), prompts))
+        jobs: list[tuple[tuple[int, str, str], Future[Figures]]] = []
+        for turn in range(rounds):
+            for prompt in prompts:
+                for label in list(SIDES)[:: -1 if turn % 2 else 1]:
+                    side = SIDES[label]
+                    for flat in side.flat:
+                        job = pool.submit(side.replay, folder, prompt, flat, side.options, 1)
+                        jobs.append(((prompt, flat, label), job))
+        runs: dict[tuple[int, str, str], list[Figures]] = {}
+        for key, job in jobs:
+            runs.setdefault(key, []).append(job.result())
+    tokens = sum(shape.lengths())
+    return [
+        {"prompt": prompt, "flat_percent": int(flat), "sides": _case(runs, prompt, flat, tokens)}
+        for prompt in prompts
+        for flat in ("0", "40")
+    ]
+
+
+def _case(runs: dict[Any, list[Figures]], prompt: int, flat: str, tokens: int) -> Figures:
+    """The figures of all sides on one case, with ratios to TRL as shipped."""
+    found = {}
+    for label, side in SIDES.items():
+        own = runs[prompt, flat if flat in side.flat else side.flat[0], label]
+        seconds = min(run["cpu_seconds"] for run in own)
+        forwarded = own[0]["forwarded"]
+        found[label] = {
+            "cpu_seconds": seconds,
+            "all_cpu_seconds": [run["cpu_seconds"] for run in own],
+            "trained_tokens_per_cpu_second": tokens / seconds,
+            "peak_mib": min(run["peak_mib"] for run in own),
+            "forwarded_per_trained": forwarded["with_gradient"] / tokens,
+            "old_logprobs_per_trained": forwarded["without_gradient"] / tokens,
+            "gradient": own[0]["gradient"],
+            "passes": side.passes * forwarded["with_gradient"],
+        }
+    peer = found["trl"]
+    for figures in found.values():
+        figures["speed_ratio"] = peer["cpu_seconds"] / figures["cpu_seconds"]
+        figures["speed_ratio_law"] = peer["passes"] / figures["passes"]
+        figures["peak_ratio"] = peer["peak_mib"] / max(figures["peak_mib"], 1)  # else noise
+    return found
+
+
+def show(cases: list[Figures]) -> None:
+    """Print the table."""
+    table = Table("prompt", "flat", "side", "forwarded per trained", "tokens/CPU-s", "x TRL", "law",
+                  "peak MiB", "x less", "cosine")  # fmt: skip
+    for case in cases:
+        for label, side in case["sides"].items():
+            old = side["old_logprobs_per_trained"]
+            table.add_row(
+                str(case["prompt"]),
+                f"{case['flat_percent']}%",
+                label,
+                f"{side['forwarded_per_trained']:.2f}" + (f" + {old:.2f}" if old else ""),
+                f"{side['trained_tokens_per_cpu_second']:.0f}",
+                f"{side['speed_ratio']:.1f}",
+                f"{side['speed_ratio_law']:.1f}",
+                f"{side['peak_mib']:.0f}",
+                f"{side['peak_ratio']:.1f}",
+                f"{side['gradient']['cosine']:.7f}",
+            )
+        table.add_section()
+    Console(width=120).print(table)
+
+
+def main() -> None:
+    """Measure, print and record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=1)
+    rounds = parser.parse_args().rounds
+    shape = Shape()
+    with fresh_processes() as pool:
+        cases = compare(shape, PROMPTS, rounds, pool)
+    show(cases)
+    figures = {
+        "shape": asdict(shape),
+        "lengths": shape.lengths(),
+        "micro_batch_tokens": MICRO_BATCH_TOKENS,
+        "rounds": rounds,
+        "cases": cases,
+    }
+    print(f"written: {record('against_trl', figures)}")
+
+
+if __name__ == "__main__":
+    main()

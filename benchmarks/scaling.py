@@ -1,0 +1,149 @@
+"""What a step costs as one thing grows: K, response, prompt, vocabulary, width of the model.
+
+One group, gradients of the GFT loss, in the `shared` layout and in `padded`; all else stays at
+the middle of its sweep. CPU-seconds of one thread, the least of several turns, both layouts by
+turns. The plot is results/scaling.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import random
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.record import RESULTS, record
+from benchmarks.recorded import Forwarded, Shape, make_model
+from gft_lite.batching import Row
+from gft_lite.optim import gradient
+from gft_lite.policy import Policy, load_policy
+from gft_lite.recipe import Recipe
+
+LAYOUTS = ("shared", "padded")
+MICRO_BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Point:
+    """One group on one model; responses are half to one and a half times `response` long."""
+
+    members: int = 8
+    response: int = 128
+    prompt: int = 256
+    vocab: int = 4096
+    hidden: int = 256
+
+    def rows(self) -> list[Row]:
+        """The group as rows that all count, with random tokens."""
+        draw = random.Random(0)
+
+        def tokens(count: int) -> tuple[int, ...]:
+            return tuple(draw.randrange(2, self.vocab) for _ in range(count))
+
+        prompt, spread = tokens(self.prompt), max(1, self.members - 1)
+        lengths = [self.response // 2 + self.response * i // spread for i in range(self.members)]
+        weight = 1 / sum(lengths)
+        return [Row(prompt, tokens(n), (-1.0) ** i, weight) for i, n in enumerate(lengths)]
+
+
+SWEEPS: dict[str, tuple[int, ...]] = {
+    "members": (2, 4, 8, 16),
+    "response": (32, 128, 512),
+    "prompt": (64, 256, 1024),
+    "vocab": (4096, 16384, 65536),
+    "hidden": (128, 256, 512),
+}
+
+
+def measure(point: Point, turns: int) -> dict[str, dict[str, float]]:
+    """CPU-seconds and forwarded tokens, each per trained token, of both layouts."""
+    rows = point.rows()
+    tokens = sum(len(row.response_ids) for row in rows)
+    shape = Shape(hidden=point.hidden, layers=2, ffn=11 * point.hidden // 4, vocab=point.vocab)
+    with tempfile.TemporaryDirectory() as name:
+        make_model(Path(name), shape)
+        sides = {layout: _side(Path(name), layout) for layout in LAYOUTS}
+        counters = {layout: Forwarded(policy.model) for layout, (_, policy) in sides.items()}
+        seconds: dict[str, list[float]] = {layout: [] for layout in LAYOUTS}
+        for _ in range(1 + turns):
+            for layout, (recipe, policy) in sides.items():
+                counters[layout].reset()
+                start = time.process_time()
+                gradient(policy, recipe, rows, MICRO_BATCH_TOKENS)
+                seconds[layout].append(time.process_time() - start)
+    return {
+        layout: {
+            "cpu_seconds_per_1000": 1000 * min(seconds[layout][1:]) / tokens,
+            "forwarded_per_trained": counters[layout].counts["with_gradient"] / tokens,
+        }
+        for layout in LAYOUTS
+    }
+
+
+def _side(folder: Path, layout: str) -> tuple[Recipe, Policy]:
+    recipe = Recipe.from_tree(
+        {"method": "gft", "policy": {"model": str(folder), "quantization": "none",
+                                     "adapter": str(folder / "adapter"), "layout": layout}}
+    )  # fmt: skip
+    policy = load_policy(recipe.policy)
+    policy.model.train()
+    return recipe, policy
+
+
+def sweep(sweeps: dict[str, tuple[int, ...]], middle: Point, turns: int) -> dict[str, Any]:
+    """{what grows: {value: figures}}."""
+    known: dict[Point, Any] = {}
+    found: dict[str, Any] = {}
+    for name, values in sweeps.items():
+        for value in values:
+            point = replace(middle, **{name: value})
+            if point not in known:
+                known[point] = measure(point, turns)
+            found.setdefault(name, {})[value] = known[point]
+            print(f"{name} {value}: {known[point]}", flush=True)
+    return found
+
+
+def plot(found: dict[str, Any], file: Path) -> None:
+    """Both costs against each thing that grows."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3 * len(found), 5.5), layout="constrained")
+    kinds = {"cpu_seconds_per_1000": "CPU-s per 1,000 trained tokens",
+             "forwarded_per_trained": "forwarded per trained token"}  # fmt: skip
+    axes = figure.subplots(len(kinds), len(found), sharey="row", squeeze=False)
+    for line, (kind, label) in zip(axes, kinds.items(), strict=True):
+        for place, (name, points) in zip(line, found.items(), strict=True):
+            for layout in LAYOUTS:
+                costs = [figures[layout][kind] for figures in points.values()]
+                place.plot(list(points), costs, marker="o", label=layout)
+            place.set(xscale="log", xlabel=name)
+            place.set_xticks(list(points), [str(value) for value in points])
+            place.minorticks_off()
+            place.grid(alpha=0.3)
+        line[0].set(ylabel=label, ylim=(0, None))
+    axes[0][0].legend()
+    figure.savefig(file, dpi=90)
+
+
+def main() -> None:
+    """Measure, print, plot and record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--turns", type=int, default=2)
+    turns = parser.parse_args().turns
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    found = sweep(SWEEPS, Point(), turns)
+    written = record("scaling", {"middle": asdict(Point()), "sweeps": found})
+    plot(found, RESULTS / "scaling.png")
+    print(f"written: {written}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Every benchmark at toy size: it runs, both sides do the same work, and what it counts is right.
+
+Only what is counted is checked; times at this size say nothing.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+
+from benchmarks import against_trl, head, scaling, sync
+from benchmarks.recorded import Shape
+
+TOY = Shape(hidden=64, layers=1, ffn=128, vocab=300, mean=12, p95=30)
+PROMPT = 20
+
+
+@pytest.fixture(scope="module")
+def pool():
+    """One process for all jobs: it sets threads, kernels and environment as it likes."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def cases(pool):
+    return {case["flat_percent"]: case for case in against_trl.compare(TOY, [PROMPT], 1, pool)}
+
+
+def test_lengths_are_log_normal_quantiles():
+    lengths = Shape(groups=500).lengths()
+    assert sum(lengths) / len(lengths) == pytest.approx(300, rel=0.01)
+    assert sorted(lengths)[3800] == pytest.approx(900, rel=0.01)
+
+
+def test_trl_pads_to_its_longest_response_and_runs_twice_unless_told_not_to(cases):
+    lengths = TOY.lengths()
+    padded = len(lengths) * (PROMPT + max(lengths)) / sum(lengths)
+    shipped, tuned = (cases[0]["sides"][name] for name in ("trl", "trl_tuned"))
+    assert shipped["forwarded_per_trained"] == shipped["old_logprobs_per_trained"] == padded
+    assert tuned["forwarded_per_trained"] == padded
+    assert tuned["old_logprobs_per_trained"] == 0
+    assert cases[0]["sides"]["trl_by_group"]["forwarded_per_trained"] < padded
+
+
+def test_ours_forwards_each_prompt_once_and_no_flat_group(cases):
+    tokens = sum(TOY.lengths())
+    full, flat = (cases[percent]["sides"]["gft_lite"] for percent in (0, 40))
+    assert full["forwarded_per_trained"] == (5 * PROMPT + tokens) / tokens
+    assert 0.5 < flat["forwarded_per_trained"] / full["forwarded_per_trained"] < 0.7
+    assert full["old_logprobs_per_trained"] == 0
+
+
+@pytest.mark.parametrize("percent", [0, 40])
+@pytest.mark.parametrize("side", ["trl", "trl_tuned", "gft_lite", "gft_lite_no_checkpointing"])
+def test_gradients_are_the_reference_s(cases, percent, side):
+    found = cases[percent]["sides"][side]["gradient"]
+    assert found["cosine"] > 1 - 1e-6
+    assert found["relative_gap"] < 1e-4
+
+
+def test_law_is_the_ratio_of_passes(cases):
+    sides = cases[0]["sides"]
+    ours, shipped = sides["gft_lite"], sides["trl"]
+    law = 4 * shipped["forwarded_per_trained"] / (3 * ours["forwarded_per_trained"])
+    assert ours["speed_ratio_law"] == pytest.approx(law)
+
+
+def test_heads_agree(pool):
+    [size] = head.compare({300: 64}, 64, 1, pool)
+    assert set(size["heads"]) == {"fused", "chunked", "full", "trl"}
+    assert all(figures["relative_gap"] < 1e-5 for figures in size["heads"].values())
+
+
+def test_sync_bytes(pool):
+    pytest.importorskip("vllm")
+    found = sync.compare(TOY, 1, pool)
+    query, key = 64 * 64 + 64, 64 * 64 + 64  # one head of 64 each, with biases
+    layer = query + 2 * key + 64 * 64 + 3 * 64 * 128 + 2 * 64
+    adapter = 16 * (4 * (64 + 64) + 3 * (64 + 128))
+    assert found["merge_and_push"]["bytes"] == 4 * (300 * 64 + layer + 64)
+    assert 4 * adapter < found["hot_load"]["bytes"] < 4 * adapter + 4096
+    small, *_, large = found["nf4_merge"]
+    assert small["cosine"] < 0.1 < 0.5 < large["cosine"]
+
+
+def test_counted_bytes_of_a_real_model():
+    # Qwen2.5-1.5B has 1,543,714,304 parameters, 151,936 * 1536 of them in the tied embedding.
+    found = sync.counted("Qwen/Qwen2.5-Math-1.5B")
+    assert found["merge_and_push_bytes"] == 2 * 1_543_714_304
+    assert found["hot_load_bytes"] == 4 * 18_464_768
+
+
+def test_scaling_counts_and_plots(tmp_path):
+    point = scaling.Point(members=2, response=8, prompt=16, vocab=300, hidden=64)
+    found = scaling.sweep({"prompt": (16, 32)}, point, turns=1)
+    per_trained = {
+        prompt: [figures[layout]["forwarded_per_trained"] for layout in ("shared", "padded")]
+        for prompt, figures in found["prompt"].items()
+    }
+    # Responses of 4 and 12 tokens: 16 + 16 once, or 2 * 28 padded; 16 are trained on.
+    assert per_trained == {16: [2.0, 3.5], 32: [3.0, 5.5]}
+    scaling.plot(found, tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
