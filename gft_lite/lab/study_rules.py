@@ -72,10 +72,10 @@ class Comparison:
     count: int
 
 
-Runs = Mapping[str, Mapping[tuple[str, int], Mapping[str, float]]]
+BySetting = Mapping[str, Mapping[tuple[str, int], Mapping[str, float]]]
 
 
-def compare(runs: Runs, better: str, worse: str, figure: str) -> Comparison | None:
+def compare(runs: BySetting, better: str, worse: str, figure: str) -> Comparison | None:
     """The difference of two settings over the runs that both have; None of fewer than two."""
     a, b = (
         {run: figures[figure] for run, figures in runs.get(name, {}).items() if figure in figures}
@@ -88,7 +88,7 @@ def compare(runs: Runs, better: str, worse: str, figure: str) -> Comparison | No
     return Comparison(better, worse, fmean(differences), low, high, len(differences))
 
 
-def judge(finding: Finding, runs: Runs) -> tuple[Verdict, list[Comparison]] | None:
+def judge(finding: Finding, runs: BySetting) -> tuple[Verdict, list[Comparison]] | None:
     """The verdict on a finding and its comparisons; None where a pair has not been run."""
     found = [compare(runs, *pair, finding.figure) for pair in finding.pairs]
     comparisons = [each for each in found if each]
