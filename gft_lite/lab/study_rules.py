@@ -69,7 +69,6 @@ class Comparison:
     mean: float
     low: float
     high: float
-    count: int
 
 
 BySetting = Mapping[str, Mapping[tuple[str, int], Mapping[str, float]]]
@@ -85,7 +84,7 @@ def compare(runs: BySetting, better: str, worse: str, figure: str) -> Comparison
     if len(differences) < 2:
         return None
     low, high = t_interval(differences)
-    return Comparison(better, worse, fmean(differences), low, high, len(differences))
+    return Comparison(better, worse, fmean(differences), low, high)
 
 
 def judge(finding: Finding, runs: BySetting) -> tuple[Verdict, list[Comparison]] | None:

@@ -58,7 +58,7 @@ def test_there_are_notebooks():
 def test_it_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     # The kernel inherits this: neither its history nor a stray run may land in the home folder.
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    # Where there is a GPU, 05 would do the real run, which takes hours and the hub.
+    # Where there is a GPU, 05 would do the real run, which needs the hub and much time.
     monkeypatch.setenv("GFT_LITE_REHEARSAL", "1")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "jupyter"))
