@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gft_lite.evaluate import evaluate_suite
+    from gft_lite.evaluate import evaluate
     from gft_lite.recipe import Recipe, RecipeError
     from gft_lite.runlog import RunFolder as Run
     from gft_lite.suites import Suite
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Recipe", "RecipeError", "Run", "Suite", "Sweep", "SweepFolder", "__version__",
-    "evaluate_suite", "sweep", "train",
+    "evaluate", "sweep", "train",
 ]  # fmt: skip
 
 _HOMES = {
@@ -31,7 +31,6 @@ _HOMES = {
     "Suite": ("gft_lite.suites", "Suite"),
     "Sweep": ("gft_lite.sweep_grid", "Sweep"),
     "SweepFolder": ("gft_lite.sweep", "SweepFolder"),
-    "evaluate_suite": ("gft_lite.evaluate", "evaluate_suite"),
 }
 
 
@@ -51,6 +50,7 @@ def _function(name: str) -> property:
 
 
 class _Package(ModuleType):
+    evaluate = _function("evaluate")
     train = _function("train")
     sweep = _function("sweep")
 

@@ -152,10 +152,10 @@ def _eval(options: argparse.Namespace) -> int:
                 refuse_foreign_code(remote_code(target.policy), [target.run / "recipe.yaml"])
     from rich.console import Console
 
-    from gft_lite.evaluate import evaluate_suite
+    from gft_lite.evaluate import evaluate
     from gft_lite.tables import tables
 
-    results = evaluate_suite(
+    results = evaluate(
         suite, targets, options.out, data_dir=options.data_dir, regrade=options.regrade
     )
     console = Console()

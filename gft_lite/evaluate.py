@@ -33,7 +33,7 @@ from gft_lite.targets import Target, base_identity, find_targets, identity, shar
 from gft_lite.types import Group, Problem
 
 
-def evaluate(
+def evaluate_sets(
     engine: RolloutEngine,
     format: PromptFormat,
     scorer: Scorer,
@@ -94,7 +94,7 @@ class _Work:
         return self.folder / "problems" / model / f"{name}.jsonl"
 
 
-def evaluate_suite(
+def evaluate(
     suite: Suite,
     targets: Sequence[str],
     out: str | Path | None = None,

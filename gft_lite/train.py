@@ -17,7 +17,7 @@ from rich.console import Console
 from gft_lite import drift
 from gft_lite import groups as grouping
 from gft_lite.batching import Row
-from gft_lite.evaluate import evaluate
+from gft_lite.evaluate import evaluate_sets
 from gft_lite.figures import headline
 from gft_lite.interrupt import deferred
 from gft_lite.memory import GIB
@@ -280,7 +280,7 @@ def _held_out_kl(session: Session) -> dict[str, float]:
 def _evaluate(session: Session) -> dict[str, Any]:
     recipe = session.recipe
     tokens = recipe.eval.max_tokens or recipe.rollout.max_tokens
-    return evaluate(
+    return evaluate_sets(
         session.engine, session.format, session.scorer, session.eval_sets, recipe.eval, tokens,
         recipe.seed,
     )  # fmt: skip

@@ -14,7 +14,7 @@ import time
 import pytest
 from rich.console import Console
 
-from gft_lite.evaluate import evaluate_suite
+from gft_lite.evaluate import evaluate as evaluate_targets
 from gft_lite.policy import load_policy
 from gft_lite.recipe import PACKAGE, Lora, PolicySettings, Recipe, RecipeError
 from gft_lite.suites import Suite
@@ -43,7 +43,7 @@ def run(tmp_path_factory):
 def evaluate(targets, out, *overrides, suite="lab", **options):
     options.setdefault("console", QUIET)
     asked = ["limit=5", "samples=2", *overrides]
-    return evaluate_suite(Suite.load(str(suite), asked), list(map(str, targets)), out, **options)
+    return evaluate_targets(Suite.load(str(suite), asked), list(map(str, targets)), out, **options)
 
 
 def cli(*arguments):
