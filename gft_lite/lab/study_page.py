@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import get_args
 
 from gft_lite.lab.study import Results
 from gft_lite.lab.study_rules import FINDINGS, RULE, Comparison, Finding, Verdict, judge
@@ -26,7 +28,8 @@ def write_page(results: Results, file: str | Path) -> Path:
     kept = old[old.index(READING) :] if READING in old else ""
     parts = [
         _introduction(results),
-        *(table.markdown() for table in (_findings(results), *_tables(results))),
+        _findings(results),
+        *(table.markdown() for table in _tables(results)),
         *_pictures(results, folder),
         *(table.markdown() for table in (_tuning(results), _bases(results), _costs(results))),
         "".join(f"Failed: {line}\n" for line in results.failed),
@@ -57,6 +60,7 @@ seconds. Nothing here is the paper's own experiment: a tiny model, a small task,
   stage runs take the rates of their methods, as tuned in the main comparison.
 - Evaluated on {sets} problems, {evaluation["samples"]} samples each at temperature
   {recipe.eval.temperature}. KL is KL(base || policy) in nats per token, on the base's own answers.
+- E, T and S are the expert, teacher and self responses that one run was given.
 - Figures are means over runs with 95% intervals (Student's t). Runs of one base are not quite
   independent of each other, and nothing corrects for the number of findings.
 
@@ -73,14 +77,13 @@ def _rates(rates: Iterable[float]) -> str:
 # --- tables ----------------------------------------------------------------------------------
 
 
-def _findings(results: Results) -> Table:
-    rows = []
-    for finding in FINDINGS:
-        judged = judge(finding, results.runs)
-        if judged:
-            rows.append(_finding(finding, *judged))
+def _findings(results: Results) -> str:
+    judged = [(f, *found) for f in FINDINGS if (found := judge(f, results.runs))]
     header = ("the paper's finding", "where", "compared", "figure", "difference", "verdict")
-    return Table("Findings", header, tuple(rows), labels=4)
+    rows = tuple(_finding(*each) for each in judged)
+    verdicts = Counter(verdict for _, verdict, _ in judged)
+    counts = ", ".join(f"{verdicts[verdict]} {verdict}" for verdict in get_args(Verdict))
+    return Table("Findings", header, rows, labels=4).markdown() + f"\nOf {len(rows)}: {counts}.\n"
 
 
 def _finding(
@@ -88,8 +91,7 @@ def _finding(
 ) -> tuple[str, ...]:
     compared = "<br>".join(f"{c.better} - {c.worse}" for c in comparisons)
     differences = "<br>".join(f"{c.mean:+.3f} [{c.low:+.3f}, {c.high:+.3f}]" for c in comparisons)
-    shown = f"**{verdict}**"
-    return finding.claim, finding.where, compared, finding.figure, differences, shown
+    return finding.claim, finding.where, compared, finding.figure, differences, f"**{verdict}**"
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,6 +165,7 @@ class TestPage:
             "| -0.100 [-0.100, -0.100] | **not reproduced** |"
         ) in page
         assert "than DFT" not in page
+        assert "Of 4: 0 reproduced, 1 not reproduced, 3 undecided." in page
         assert RULE in page
 
     def test_figures_rates_costs_and_failures(self, results, tmp_path):
