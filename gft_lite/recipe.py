@@ -118,7 +118,8 @@ class PolicySettings(Settings):
     """The model that is trained: a frozen, quantised base and an adapter.
 
     `gradient_checkpointing` may be a number: that many layers, from the first. Checkpoints and
-    the input embedding can wait in the CPU's memory. `auto` leaves it to the memory plan.
+    the input embedding can wait in the CPU's memory; with fewer layers than all, what the others
+    keep goes along. `auto` leaves it to the memory plan.
     `layout` is how rows share a micro-batch: `shared` sends a prompt through the model once for
     all its responses, `packed` rows one after another, `padded` rows side by side; `auto` takes
     the first of them that the model can do. `fused_head` takes log-probs and their gradient in
@@ -147,12 +148,9 @@ class PolicySettings(Settings):
     lora: Lora = Lora()
 
     @model_validator(mode="after")
-    def _settings_agree(self) -> PolicySettings:
+    def _reference_needs_adapter(self) -> PolicySettings:
         if self.reference == "adapter" and self.adapter is None:
             raise ValueError("reference: needs policy.adapter, the adapter to start from")
-        if self.offload_checkpoints is True and self.gradient_checkpointing not in ("auto", True):
-            # What the other layers keep for the backward would be sent along.
-            raise ValueError("offload_checkpoints: needs policy.gradient_checkpointing: true")
         return self
 
 

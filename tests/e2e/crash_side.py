@@ -109,6 +109,8 @@ def attempt(arguments, moment, folder, log):
         with log.open("w") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+        # A shell in the background has its commands ignore it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         if moment:
             arm(moment, folder)
         code = main(arguments)

@@ -321,7 +321,7 @@ class TestCommand:
         assert found["limit"] == 24 * GIB
         assert found["fits"] is True
         assert found["peak"] == max(total(found["training"]), total(found["rollout"]))
-        assert found["settings"]["train.micro_batch_tokens"] == 8192
+        assert found["settings"]["train.micro_batch_tokens"] >= 3072  # The longest row.
         assert [card["limit"] // GIB for card in found["cards"]] == list(CARDS)
 
     def test_what_does_not_fit_comes_with_what_would(self, capsys):
