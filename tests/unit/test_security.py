@@ -60,13 +60,13 @@ def test_yaml_makes_no_objects(here):
 
 
 def test_a_dry_run_and_a_plan_run_nothing_that_a_recipe_names(here, capsys):
-    write(here / "stranger.py", "open('pwned', 'w')\nm = reward = engine = None\n")
+    write(here / "other.py", "open('pwned', 'w')\nm = reward = engine = None\n")
     names = (
-        "method: stranger:method\nreward: {functions: stranger:reward}\nrollout: {engine: stranger:engine}\n"
+        "method: other:method\nreward: {functions: other:reward}\nrollout: {engine: other:engine}\n"
     )
     write(here / "x.yaml", names)
     assert main(["train", "x.yaml", "--dry-run"]) == 0
-    assert "stranger:reward" in capsys.readouterr().out
+    assert "other:reward" in capsys.readouterr().out
     assert main(["plan", "x.yaml"]) == 0
     assert not Path("pwned").exists()
 
@@ -94,7 +94,7 @@ def test_code_that_a_recipe_from_elsewhere_names_needs_allow_code(kind, how, her
     elsewhere = write(here.parent / "downloads" / "x.yaml", text)
     path = elsewhere
     if how == "extended":
-        path = write(here / "stranger.yaml", f"extends: {elsewhere}\nreward: {{workers: 1}}\n")
+        path = write(here / "other.yaml", f"extends: {elsewhere}\nreward: {{workers: 1}}\n")
     elif how == "linked":
         path = here / "link.yaml"
         path.symlink_to(elsewhere)
@@ -109,21 +109,21 @@ def test_code_that_a_recipe_from_elsewhere_names_needs_allow_code(kind, how, her
 
 
 def test_with_allow_code_it_runs(here, capsys):
-    write(here / "stranger.py", "def reward(completions, **_):\n    raise OSError('it ran')\n")
-    text = "extends: recipes/lab.yaml\nreward: {functions: 'stranger:reward'}\n"
+    write(here / "other.py", "def reward(completions, **_):\n    raise OSError('it ran')\n")
+    text = "extends: recipes/lab.yaml\nreward: {functions: 'other:reward'}\n"
     elsewhere = write(here.parent / "downloads" / "x.yaml", text)
     assert main(["train", str(elsewhere), *SMALL, "--allow-code"]) == 2
-    assert "reward 'stranger:reward': must not raise, got OSError: it ran" in capsys.readouterr().err
+    assert "reward 'other:reward': must not raise, got OSError: it ran" in capsys.readouterr().err
 
 
 def test_ones_own_code_and_foreign_recipes_without_code_need_no_flag(here):
     from gft_lite.trust import named_code, refuse_foreign_code
 
-    own = write(here / "sub" / "stranger.yaml", "reward: {functions: 'stranger:reward'}\n")
+    own = write(here / "sub" / "other.yaml", "reward: {functions: 'other:reward'}\n")
     plain = write(here.parent / "downloads" / "x.yaml", "extends: recipes/lab.yaml\nseed: 5\n")
     for path in (own, plain, "recipes/lab.yaml", ROOT / "recipes" / "lab.yaml"):
         refuse_foreign_code(named_code(Recipe.load(path)), [path])
-    assert list(named_code(Recipe.load(own))) == ["reward.functions: stranger:reward"]
+    assert list(named_code(Recipe.load(own))) == ["reward.functions: other:reward"]
     with pytest.raises(RecipeError, match="--allow-code"):
         refuse_foreign_code(named_code(Recipe.load(own)), [own, plain])
 
