@@ -27,16 +27,16 @@ from benchmarks.record import PeakMemory, fresh_processes, record
 from benchmarks.recorded import Shape, make_model
 from benchmarks.trl_peer import use_torch_kernels
 from gft_lite.policy import TokenScores, load_policy
-from gft_lite.policy.qlora import QLoraPolicy
+from gft_lite.policy.lora import LoraPolicy
 from gft_lite.recipe import PolicySettings
 
 HIDDEN = 256
 SIZES = {151_936: 384, 1000: 8192}  # vocabulary: tokens
 HEADS = ("fused", "chunked", "full", "trl")
-Head = Callable[[QLoraPolicy, Tensor, Tensor, Tensor], tuple[float, Tensor]]
+Head = Callable[[LoraPolicy, Tensor, Tensor, Tensor], tuple[float, Tensor]]
 
 
-def fused(policy: QLoraPolicy, hidden: Tensor, targets: Tensor, weights: Tensor) -> Any:
+def fused(policy: LoraPolicy, hidden: Tensor, targets: Tensor, weights: Tensor) -> Any:
     """Loss and gradient in one pass over chunks."""
 
     def loss(scores: TokenScores, span: slice) -> Tensor:
@@ -45,13 +45,13 @@ def fused(policy: QLoraPolicy, hidden: Tensor, targets: Tensor, weights: Tensor)
     return policy._fused_head(hidden, targets, loss)[:2]
 
 
-def chunked(policy: QLoraPolicy, hidden: Tensor, targets: Tensor, weights: Tensor) -> Any:
+def chunked(policy: LoraPolicy, hidden: Tensor, targets: Tensor, weights: Tensor) -> Any:
     """Chunks that backward computes once more."""
     logprobs, _ = policy._over_chunks(policy._score_chunk, hidden.requires_grad_(), targets)
     return _backward(logprobs, hidden, weights)
 
 
-def full(policy: QLoraPolicy, hidden: Tensor, targets: Tensor, weights: Tensor) -> Any:
+def full(policy: LoraPolicy, hidden: Tensor, targets: Tensor, weights: Tensor) -> Any:
     """All logits at once."""
     logits = policy._head(hidden.requires_grad_()).log_softmax(-1)
     with torch.no_grad():
@@ -59,7 +59,7 @@ def full(policy: QLoraPolicy, hidden: Tensor, targets: Tensor, weights: Tensor) 
     return _backward(logits.gather(-1, targets[:, None])[:, 0], hidden, weights)
 
 
-def trl(policy: QLoraPolicy, hidden: Tensor, targets: Tensor, weights: Tensor) -> Any:
+def trl(policy: LoraPolicy, hidden: Tensor, targets: Tensor, weights: Tensor) -> Any:
     """TRL's kernel, called as its fused head calls it."""
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as WIDTH

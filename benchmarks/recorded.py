@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gft_lite.objective import group_advantages
-from gft_lite.policy.qlora import model_location
+from gft_lite.policy import model_location
 
 EOS = 1  # of the lab's tokenizer
 RANK = 16

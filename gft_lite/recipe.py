@@ -286,9 +286,17 @@ class RewardSettings(Settings):
 
 
 class RolloutSettings(Settings):
-    """Who samples the self responses, and how."""
+    """Who samples the self responses, and how.
+
+    `servers` are the addresses of vLLM servers for engine `vllm_server`, which take requests in
+    turn and read adapters under the same path; without any, one is started on this machine.
+    """
 
     engine: Annotated[str, _named_in("gft_lite.rollout:ENGINES")] = "auto"
+    servers: Annotated[
+        list[Annotated[str, _matching(r"https?://\S+", "must be an http(s) address")]],
+        BeforeValidator(_as_list),
+    ] = []
     temperature: NonNegativeFloat = 1.0
     top_p: Share = 1.0
     top_k: NonNegativeInt = 0

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from gft_lite.recipe import PACKAGE
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -120,6 +122,11 @@ def load_policy(settings: PolicySettings, seed: int = 0) -> Policy:
     """Load the base that the recipe names and put a fresh, or the given, adapter on it."""
     # bitsandbytes reports every cast of every forward, and at import a package we don't use.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from gft_lite.policy.qlora import QLoraPolicy  # Brings torch and transformers.
+    from gft_lite.policy import qlora  # Brings torch and transformers.
 
-    return QLoraPolicy.load(settings, seed)
+    return qlora.load(settings, seed)
+
+
+def model_location(model: str) -> str:
+    """The folder or hub id behind a recipe's `policy.model`; `lab` is the packaged base."""
+    return str(PACKAGE / "lab" / "base") if model == "lab" else model

@@ -46,9 +46,9 @@ KILLED = {
     "rollout": (at(DECODE, 2, call=5), 1),
     "reward": (at("gft_lite.rewards.scorer:Scorer._combine", 2, call=3), 1),
     "groups half written": (at("gft_lite.runlog:_write_groups", 2, act="tear", after=True), 1),
-    "backward": (at("gft_lite.policy.qlora:QLoraPolicy.backward", 2, call=2), 1),
+    "backward": (at("gft_lite.policy.lora:LoraPolicy.backward", 2, call=2), 1),
     "optimiser step": (at("torch.optim:AdamW.step", 2, after=True), 1),
-    "adapter half written": (at("gft_lite.policy.qlora:QLoraPolicy.save_adapter", 2,
+    "adapter half written": (at("gft_lite.policy.lora:LoraPolicy.save_adapter", 2,
                                 matching="adapters/v2", act="tear", after=True), 1),
     "sync": (at("gft_lite.rollout.transformers:TransformersEngine.sync", 2), 1),
     "log half written": (at("gft_lite.runlog:RunFolder.append_metrics", 2, act="tear",
@@ -104,7 +104,7 @@ def jobs(folder):
     yield job("twice", (False, KILLED["rollout"][0]), (True, KILLED["log written"][0]), resumed)
     yield job("no recipe yet", (False, at(RENAME, matching="recipe.yaml.tmp")), (False, None))
     yield job("full", (False, FULL), resumed)
-    yield job("second", (False, at("gft_lite.policy.qlora:QLoraPolicy.load", act="occupy")))
+    yield job("second", (False, at("gft_lite.policy.qlora:load", act="occupy")))
     yield job("staged", (False, None), overrides=STAGES)
     for name, moment in STAGED.items():
         yield job(name, (False, moment), resumed, overrides=STAGES)

@@ -168,7 +168,7 @@ def test_in_bf16_a_layout_is_as_near_to_fp32_as_padding_is(folders, rows, layout
 @pytest.mark.parametrize("method", METHODS)
 def test_the_fused_head_gives_every_methods_gradient(folders, rows, method, kl, chunk, monkeypatch):
     if chunk:
-        monkeypatch.setattr("gft_lite.policy.qlora.LOGIT_CHUNK_BYTES", 4 * 512 * chunk)
+        monkeypatch.setattr("gft_lite.policy.lora.LOGIT_CHUNK_BYTES", 4 * 512 * chunk)
     train = {"updates_per_rollout": 2}
     # More than the adapter that takes the old log-probs, so that rho is not 1.
     found = []

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from gft_lite.batching import Row
 from gft_lite.memory import Batch, Choice, Job
 from gft_lite.model_shape import SHIPPED, find_shape
-from gft_lite.policy import attention, load_policy, qlora
+from gft_lite.policy import attention, load_policy, lora, qlora
 from gft_lite.recipe import PACKAGE, PolicySettings, Recipe
 from gft_lite.rollout import Request, Sampling
 from gft_lite.rollout.transformers import TransformersEngine
@@ -105,7 +105,7 @@ def policy_on_meta(model, layers, checkpointed, monkeypatch):
         adapted = qlora._adapt(base, settings, 0)
     qlora._checkpoint_layers(base, settings)
     tokenizer = type("Tokenizer", (), {"eos_token_id": 1, "pad_token_id": 0})
-    policy = qlora.QLoraPolicy(adapted, tokenizer, settings, torch.bfloat16)
+    policy = lora.LoraPolicy(adapted, tokenizer, settings, torch.bfloat16)
     # Trying layouts out, as a policy does when it is made, needs numbers.
     policy.layout = "shared"
     base.set_attn_implementation(attention.NAME)

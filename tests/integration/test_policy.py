@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gft_lite import lab
 from gft_lite.batching import Row, cut
 from gft_lite.objective import METHODS, token_weights
-from gft_lite.policy import load_policy, qlora
+from gft_lite.policy import load_policy, lora
 from gft_lite.recipe import PolicySettings, RecipeError
 
 
@@ -60,7 +60,7 @@ def test_chunks_change_nothing(lab_policy, monkeypatch):
     move(lab_policy)
     batches = cut(rows(lab_policy), 10**6)
     whole = gradient(lab_policy, batches)
-    monkeypatch.setattr(qlora, "LOGIT_CHUNK_BYTES", 4 * lab_policy.config.vocab_size * 5)
+    monkeypatch.setattr(lora, "LOGIT_CHUNK_BYTES", 4 * lab_policy.config.vocab_size * 5)
     assert (gradient(lab_policy, batches) - whole).norm() / whole.norm() < 1e-5
 
 
@@ -172,7 +172,7 @@ def test_divergence_is_zero_at_the_start_and_exact_afterwards(lab_policy, full_d
 @pytest.mark.parametrize("chunked", [False, True])
 def test_reference_kl_is_exact_and_so_is_its_gradient(lab_policy, chunked, monkeypatch):
     if chunked:
-        monkeypatch.setattr(qlora, "LOGIT_CHUNK_BYTES", 4 * lab_policy.config.vocab_size * 5)
+        monkeypatch.setattr(lora, "LOGIT_CHUNK_BYTES", 4 * lab_policy.config.vocab_size * 5)
     [batch] = cut(rows(lab_policy), 10**6)
     start = lab_policy.token_scores(batch, reference_kl=True)
     assert start.reference_kl.abs().max() == 0
