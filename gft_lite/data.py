@@ -47,6 +47,12 @@ class Loaded:
         return f"{line}, skipped {_counts(self.skipped)}" if self.skipped else line
 
 
+def columns_of(settings: DataSettings) -> Columns:
+    """Which columns mean what; the lab's need not be named."""
+    lab = settings.source == "lab"
+    return LAB_COLUMNS if lab and settings.columns == Columns() else settings.columns
+
+
 def load_problems(
     settings: DataSettings,
     format: PromptFormat,
@@ -61,8 +67,7 @@ def load_problems(
     spare. `field` is where the recipe holds the settings, for error texts.
     Raises: RecipeError for a source, split or column that isn't there, or without usable rows.
     """
-    lab = settings.source == "lab"
-    columns = LAB_COLUMNS if lab and settings.columns == Columns() else settings.columns
+    columns = columns_of(settings)
     parts = open_source(settings, field)
     places = [(part, i) for part in parts for i in range(part.count)]
     if not places:

@@ -270,7 +270,7 @@ def _hot_load(policy: Policy, row: Row, engine: str) -> tuple[float, float]:
     from gft_lite.rollout import start_engine
     from gft_lite.rollout.probe import Probe, sync
 
-    settings = RolloutSettings(engine=engine, kv_cache_mib=64, batch_size=4)
+    settings = RolloutSettings(engine=engine, kv_cache_mib=64, batch_size=4, eager=True)
     with tempfile.TemporaryDirectory(prefix="gft-lite-doctor-") as scratch:
         serving = start_engine(settings, policy, Path(scratch))
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -32,11 +32,13 @@ from gft_lite.tables import Examples, tables, to_csv
 from gft_lite.targets import Target, base_identity, find_targets, identity, share_base
 from gft_lite.types import Group, Problem
 
+Grade = Callable[[Sequence[Group]], list[Group]]
+
 
 def evaluate_sets(
     engine: RolloutEngine,
     format: PromptFormat,
-    scorer: Scorer,
+    grade: Grade,
     sets: Mapping[str, Sequence[Problem]],
     settings: EvalSettings,
     max_tokens: int,
@@ -45,7 +47,7 @@ def evaluate_sets(
     """Sample and grade every set; the same seeds for every model, so that pairs compare."""
     sampling = Sampling(settings.temperature, settings.top_p, max_tokens=max_tokens)
     return {
-        name: measure(_answer(engine, format, scorer, name, problems, settings, sampling, seed),
+        name: measure(_answer(engine, format, grade, name, problems, settings, sampling, seed),
                       settings.k)
         for name, problems in sets.items()
     }  # fmt: skip
@@ -54,7 +56,7 @@ def evaluate_sets(
 def _answer(
     engine: RolloutEngine,
     format: PromptFormat,
-    scorer: Scorer,
+    grade: Grade,
     name: str,
     problems: Sequence[Problem],
     settings: EvalSettings,
@@ -63,7 +65,7 @@ def _answer(
 ) -> list[Group]:
     counts = [settings.samples] * len(problems)
     responses = sample(engine, format, problems, counts, sampling, (seed, "eval", name))
-    return scorer.score([Group(p, r) for p, r in zip(problems, responses, strict=True)])
+    return grade([Group(p, r) for p, r in zip(problems, responses, strict=True)])
 
 
 # --- suites ----------------------------------------------------------------------------------
@@ -152,7 +154,7 @@ def _evaluate_group(work: _Work, targets: Sequence[Target]) -> None:
     settings = (adapters or targets)[0].policy
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    policy = load_policy(settings, suite.seed)
+    policy = load_policy(settings, suite.seed, suite.rollout)
     base = base_identity(policy)
     problems, formats = _load(work, policy)
     with ExitStack() as stack:
@@ -247,6 +249,9 @@ class _Model:
             few = groups[: suite.drift]
             rows += drift.group_rows(Group(g.problem, g.responses[:1]) for g in few)
             figures[name] = _grade(self.work, target.label, model, name, groups, keys)
+        self.sampler.engine.sleep()
+        far = _drift(policy, target, base_rows, rows, suite.micro_batch_tokens)
+        self.sampler.engine.wake()
         self.work.targets[target.label] = {
             "model": target.policy.model,
             "adapter": None if target.adapter is None else str(target.adapter),
@@ -256,7 +261,7 @@ class _Model:
             "sampling": self.work.sampling,
             "data": self.work.data,
             "benchmarks": figures,
-            "drift": _drift(policy, target, base_rows, rows, suite.micro_batch_tokens),
+            "drift": far,
         }
 
     def _respond(

@@ -78,7 +78,13 @@ def sample(
     seed_parts: tuple[object, ...],
 ) -> list[tuple[Response, ...]]:
     """Self responses from the engine, `counts[i]` of them for problem i."""
-    asked = requests(problems, counts, seed_parts)
+    return respond(engine, format, requests(problems, counts, seed_parts), sampling)
+
+
+def respond(
+    engine: RolloutEngine, format: PromptFormat, asked: Sequence[Request], sampling: Sampling
+) -> list[tuple[Response, ...]]:
+    """Self responses from the engine, one for each seed of each request."""
     wanted = [request for request in asked if request.seeds]
     done = iter(engine.generate(wanted, sampling) if wanted else [])
     return [

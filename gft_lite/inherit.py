@@ -27,7 +27,7 @@ def base_inputs(recipe: Recipe) -> str:
     """
     tree = recipe.model_dump(mode="json", include=_SECTIONS, exclude=_ONLY_TRAINING)
     if not recipe.data.holdout:  # The KL set's problems are training problems then.
-        tree["group"] = recipe.group.model_dump()
+        tree["group"] = recipe.group.model_dump(exclude={"offline"})
     return json.dumps(tree, sort_keys=True)
 
 

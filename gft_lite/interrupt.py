@@ -12,14 +12,17 @@ from rich.console import Console
 
 
 class Interrupt:
-    """Whether somebody asked to stop."""
+    """Which signals asked to stop."""
 
-    asked = False
+    def __init__(self) -> None:
+        self.asked: set[int] = set()
 
 
 @contextmanager
 def deferred(console: Console) -> Iterator[Interrupt]:
-    """Note the first SIGINT or SIGTERM instead of dying of it; the second one interrupts at once.
+    """Note the first SIGINT or SIGTERM instead of dying of it; a second one interrupts at once.
+
+    The second must be of the same kind: a launcher sends the other one after a Ctrl-C.
 
     Off the main thread, where Python allows no handlers, signals do what they always do.
     """
@@ -29,9 +32,9 @@ def deferred(console: Console) -> Iterator[Interrupt]:
         return
 
     def note(number: int, frame: FrameType | None) -> None:
-        if interrupt.asked:
+        if number in interrupt.asked:
             raise KeyboardInterrupt
-        interrupt.asked = True
+        interrupt.asked.add(number)
         console.print("stopping after this step; once more stops at once")
 
     before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}

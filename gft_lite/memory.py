@@ -26,6 +26,8 @@ FRAGMENTATION = 0.08  # Estimate: what torch's allocator on CUDA holds beyond wh
 # With MALLOC_MMAP_THRESHOLD_=65536 there is none of it, and steps take half as long again.
 HEAP = 2.5
 ENGINE_TOKENS = 8192  # Estimate: vLLM tries a forward of so many tokens when it starts.
+GRAPHS = int(0.6 * GIB)  # Estimate: vLLM's CUDA graphs with LoRA, which stay while it sleeps.
+ASLEEP = int(0.3 * GIB)  # Estimate: what else it keeps on the card then.
 # Estimates: GiB that the driver leaves of the nominal size, rounded down.
 GPUS = {
     "rtx3060": 12, "rtx3090": 24, "rtx4060": 8, "rtx4070": 12, "rtx4080": 16, "rtx4090": 24,
@@ -80,7 +82,8 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The settings that the plan is about; `gradient_checkpointing` is a number of layers."""
+    """The settings that the plan is about; `gradient_checkpointing` is a number of layers,
+    `gpu_memory` is vLLM's share of the card, 0 where it has none."""
 
     micro_batch_tokens: int
     gradient_checkpointing: int
@@ -88,18 +91,21 @@ class Choice:
     offload_embedding: bool
     engine: str
     batch_size: int
+    gpu_memory: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """A recipe's training of a model on a kind of device: all bytes follow from it.
 
-    T are the tokens of a micro-batch, L the model's layers, e the bytes of an element.
+    T are the tokens of a micro-batch, L the model's layers, e the bytes of an element; `card` is
+    the GPU's whole memory, of which vLLM takes a share.
     """
 
     shape: ModelShape
     recipe: Recipe
     device: Device
+    card: int = 0
 
     @property
     def element(self) -> int:
@@ -244,8 +250,8 @@ class Job:
             return (6 if self._exact_kl else 5) * row * min(targets, chunk)
         return 3 * row * min(targets, chunk)
 
-    def training(self, choice: Choice, batch: Batch | None = None, card: int = 0) -> Components:
-        """Bytes by component at the peak of training; what an engine holds stays meanwhile."""
+    def training(self, choice: Choice, batch: Batch | None = None) -> Components:
+        """Bytes by component at the peak of training, with what vLLM keeps on the card."""
         worst = max(
             self.moments(choice, batch or self.batch(choice.micro_batch_tokens)).values(),
             key=lambda moment: sum(moment.values()),
@@ -259,7 +265,10 @@ class Job:
             "optimiser": self.optimiser(gradients=True),
             **worst,
         }
-        engine = self.engine(choice, card) if choice.engine == "vllm" else {}
+        engine: Components = {}
+        if self.beside(choice):
+            kept = ASLEEP + (0 if self.recipe.rollout.eager else GRAPHS)
+            engine = {"engine": kept} if self.sleeps else self.engine(choice)
         return own | engine | self._overhead(own)
 
     def _overhead(self, own: Components) -> Components:
@@ -275,49 +284,79 @@ class Job:
         """Keys and values of one token in all layers."""
         return 2 * self.shape.layers * self.shape.kv_heads * self.shape.head_size * self.element
 
-    def rollout(self, choice: Choice, card: int = 0) -> Components:
+    def rollout(self, choice: Choice) -> Components:
         """Bytes by component at the peak of a rollout; what the trainer keeps stays meanwhile."""
         own = {
             "base": self.base(choice.offload_embedding),
             "lora": 4 * self.lora_parameters,
             "optimiser": self.optimiser(gradients=False),
         }
-        engine = self.engine(choice, card)
+        if self.beside(choice) and self.device == "cuda":
+            # Estimate: a forward of one row without gradient, which the probe takes.
+            s, e = self.shape, self.element
+            own["activations"] = self.longest_row * (3 * e * (s.mlp + s.hidden) + 8 * s.hidden)
+            own["head"] = 3 * LOGIT_CHUNK_BYTES
+        engine = self.engine(choice)
         inside = own | engine if choice.engine == "transformers" else own
         return own | engine | self._overhead(inside)
 
-    def engine(self, choice: Choice, card: int) -> Components:
-        """What the engine itself takes. vLLM on CUDA takes its share of the card for good."""
+    def beside(self, choice: Choice) -> bool:
+        """Whether a vLLM of ours shares the device with the trainer."""
+        server = choice.engine == "vllm_server" and not self.recipe.rollout.servers
+        return choice.engine in ("vllm", "unsloth") or server
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether vLLM gives the card's memory back while the trainer trains."""
+        rollout = self.recipe.rollout
+        return self.device == "cuda" and rollout.sleep and rollout.engine != "unsloth"
+
+    @property
+    def engine_weights(self) -> int:
+        """vLLM's copy of the base; while it sleeps, it is in RAM."""
+        if self.recipe.rollout.engine == "unsloth":
+            return 0  # The trainer's own.
+        if self.recipe.rollout.base == "plugin":
+            return self.base(False)
+        return (self.shape.linear_parameters + self.shape.plain_parameters) * self.element
+
+    def engine(self, choice: Choice) -> Components:
+        """What the engine itself takes; vLLM on CUDA takes its share of the card."""
         if choice.engine == "transformers":
             return self._own_engine(choice.batch_size)
-        if choice.engine != "vllm":
+        if not self.beside(choice):
             return {}
-        settings, s, e = self.recipe.rollout, self.shape, self.element
-        weights = (s.linear_parameters + s.plain_parameters) * e
+        s, e, settings = self.shape, self.element, self.recipe.rollout
         workspace = 0
         if self.device == "cuda":
             workspace = ENGINE_TOKENS * e * 3 * (s.mlp + s.hidden)
             workspace += choice.batch_size * s.vocabulary * 4 * 3
-        cache = settings.kv_cache_mib
-        if cache is not None:
-            kv = cache << 20
+            workspace += 0 if settings.eager else GRAPHS
+            workspace += CONTEXT if choice.engine == "vllm_server" else 0
+        taken = self.engine_weights + workspace
+        if settings.kv_cache_mib is not None:
+            kv = settings.kv_cache_mib << 20
         elif self.device == "cuda":
-            kv = max(0, int(settings.gpu_memory * card) - weights - workspace)
+            kv = max(0, int(choice.gpu_memory * self.card) - taken)
         else:
             kv = max(64 << 20, self.least_cache)
-        return {"engine": weights + workspace, "kv_cache": kv}
+        return {"engine": taken, "kv_cache": kv}
 
     @property
     def least_cache(self) -> int:
         """One sequence as long as the context allows, which vLLM needs to start."""
         return self.kv_per_token * self.context
 
+    def full_cache(self, rows: int) -> int:
+        """So many sequences as long as they can get; more is of no use."""
+        longest = max(self.recipe.rollout.max_tokens, self.recipe.eval.max_tokens or 0)
+        return self.kv_per_token * rows * min(self.context, self.prompt + longest)
+
     def _own_engine(self, rows: int) -> Components:
         """Generation with the trainer's model: at the first forward, over the prompts, or at the
         last token's, when the keys and values are all there."""
         s, e = self.shape, self.element
-        longest = max(self.recipe.rollout.max_tokens, self.recipe.eval.max_tokens or 0)
-        whole = self.kv_per_token * rows * min(self.context, self.prompt + longest)
+        whole = self.full_cache(rows)
         # Logits in the model's precision and in fp32; on the CPU, what is drawn from, in fp64.
         drawing = rows * s.vocabulary * (e + 4 if self.device == "cuda" else 4 + 2 * 8 + 1)
         moments: list[Components] = [

@@ -14,6 +14,7 @@ from torch import Tensor
 from gft_lite.batching import MicroBatch, Row
 from gft_lite.objective import find_method, k3
 from gft_lite.policy import Policy, TokenScores
+from gft_lite.ranks import ALONE, Ranks
 from gft_lite.recipe import OptimSettings, Recipe, RecipeError
 
 
@@ -74,7 +75,9 @@ class Update:
     skipped: Literal["flat", "non_finite"] | None = None
 
 
-def portion(policy: Policy, recipe: Recipe, rows: Sequence[Row], token_budget: int) -> list[Row]:
+def portion(
+    policy: Policy, recipe: Recipe, rows: Sequence[Row], token_budget: int, ranks: Ranks = ALONE
+) -> list[Row]:
     """The rows that an update has to train on, prepared while the policy is the old one.
 
     Rows that add nothing to loss and gradient are left out; what they weigh in the reduction
@@ -85,23 +88,26 @@ def portion(policy: Policy, recipe: Recipe, rows: Sequence[Row], token_budget: i
         rows = [row for row in rows if row.advantage]
     rows = [row for row in rows if row.response_ids]
     if "old_logprobs" in method.needs and recipe.train.updates_per_rollout > 1:
-        rows = _with_old_logprobs(policy, rows, token_budget)
+        rows = _with_old_logprobs(policy, rows, token_budget, ranks)
     return rows
 
 
 @torch.no_grad()
-def _with_old_logprobs(policy: Policy, rows: Sequence[Row], token_budget: int) -> list[Row]:
+def _with_old_logprobs(
+    policy: Policy, rows: Sequence[Row], token_budget: int, ranks: Ranks
+) -> list[Row]:
     old: dict[int, Tensor] = {}
-    for batch in policy.batches(rows, token_budget):
-        logprobs = policy.token_scores(batch).logprobs
+    for batch in ranks.share(policy.batches(rows, token_budget)):
+        logprobs = policy.token_scores(batch).logprobs.cpu()
         for i in batch.row.unique().tolist():
-            old[i] = logprobs[batch.row.to(logprobs.device) == i]
-    return [replace(row, old_logprobs=old[i]) for i, row in enumerate(rows)]
+            old[i] = logprobs[batch.row == i]
+    everyones = {i: found for part in ranks.together([old]) for i, found in part.items()}
+    return [replace(row, old_logprobs=everyones[i]) for i, row in enumerate(rows)]
 
 
 def update(
     policy: Policy, optimizer: torch.optim.Optimizer, recipe: Recipe, share: float,
-    rows: Sequence[Row], token_budget: int,
+    rows: Sequence[Row], token_budget: int, ranks: Ranks = ALONE,
 ) -> Update:  # fmt: skip
     """One optimiser step over rows in micro-batches, with one denominator.
 
@@ -110,7 +116,7 @@ def update(
     lr = learning_rate(share, recipe.optim)
     if not (recipe.objective.kl or any(row.advantage for row in rows)) or not rows:
         return Update(lr, token_budget, skipped="flat")
-    done = gradient(policy, recipe, rows, token_budget)
+    done = gradient(policy, recipe, rows, token_budget, ranks)
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters().values(), recipe.optim.clip_norm)
     finite = math.isfinite(done.loss) and bool(norm.isfinite())
     if finite:
@@ -122,16 +128,19 @@ def update(
     return replace(done, lr=lr, grad_norm=norm.item(), skipped=skipped)
 
 
-def gradient(policy: Policy, recipe: Recipe, rows: Sequence[Row], token_budget: int) -> Update:
+def gradient(
+    policy: Policy, recipe: Recipe, rows: Sequence[Row], token_budget: int, ranks: Ranks = ALONE
+) -> Update:
     """The gradient of all rows, in micro-batches half as large when memory runs out.
 
+    Processes that train together take turns in the micro-batches, and all get the whole gradient.
     Raises: MemoryError when not even the longest row fits by itself.
     """
     while True:
         policy.model.zero_grad(set_to_none=True)
-        batches = policy.batches(rows, token_budget)
-        sums = _sums(policy, recipe, batches)
-        if sums is not None:
+        batches = _batches(policy, rows, token_budget, ranks.count)
+        sums = _sums(policy, recipe, ranks.share(batches))
+        if not ranks.any(sums is None):
             break
         gc.collect()
         if policy.device.type == "cuda":
@@ -143,7 +152,7 @@ def gradient(policy: Policy, recipe: Recipe, rows: Sequence[Row], token_budget: 
             )
         # No smaller than what was cut already: a budget may be far above what there is to cut.
         token_budget = min(token_budget, max(b.input_ids.numel() for b in batches)) // 2
-    loss, entropy, rectified = (sum(column) for column in zip(*sums, strict=True))
+    loss, entropy, rectified = _added_up(policy, sums or [], ranks)
     return Update(
         lr=0.0,
         token_budget=token_budget,
@@ -153,6 +162,32 @@ def gradient(policy: Policy, recipe: Recipe, rows: Sequence[Row], token_budget: 
         entropy_sum=entropy,
         rectified_sum=rectified if "tau" in find_method(recipe.method).parameters else None,
     )
+
+
+def _batches(
+    policy: Policy, rows: Sequence[Row], token_budget: int, least: int
+) -> list[MicroBatch]:
+    """Micro-batches under the budget, smaller ones if that makes too few to go round."""
+    while True:
+        batches = policy.batches(rows, token_budget)
+        if len(batches) >= min(least, len(rows)):
+            return batches
+        token_budget = max(batch.input_ids.numel() for batch in batches) // 2
+
+
+def _added_up(
+    policy: Policy, sums: Sequence[tuple[float, float, float]], ranks: Ranks
+) -> list[float]:
+    """The sums of all micro-batches, with the gradients of all in place of this process's own."""
+    totals = torch.tensor(sums or [(0.0, 0.0, 0.0)], dtype=torch.float64).sum(0)
+    if ranks.count > 1:
+        totals = totals.to(policy.device)
+        ranks.add_up([totals])
+        for parameter in policy.parameters().values():
+            if parameter.grad is None:  # This process had no micro-batch.
+                parameter.grad = torch.zeros_like(parameter)
+        ranks.add_up([p.grad for p in policy.parameters().values() if p.grad is not None])
+    return totals.tolist()
 
 
 def _sums(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,20 +20,21 @@ TOKENS = {"cuda": (2048, 4096, 8192, 16384), "cpu": (1024, 2048, 4096, 8192)}
 BATCH_SIZES = (128, 64, 32, 16, 8, 4, 2, 1)
 AUTO = ("train.micro_batch_tokens", "policy.gradient_checkpointing",
         "policy.offload_checkpoints", "policy.offload_embedding", "rollout.engine",
-        "rollout.batch_size")  # fmt: skip
+        "rollout.batch_size", "rollout.gpu_memory")  # fmt: skip
+# What engines settle for themselves where the model can't be planned.
+OPTIONAL = {"rollout.engine", "rollout.gpu_memory"}
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Settings for a recipe on a card of `limit` bytes, and the memory that they take.
 
-    `chosen` names the fields that the plan settled; `problems` is empty if all of it fits.
+    `problems` is empty if all of it fits.
     """
 
     job: Job
     limit: int
     choice: Choice
-    chosen: frozenset[str]
     training: Components
     rollout: Components
     problems: tuple[str, ...]
@@ -45,13 +47,17 @@ class Plan:
     @property
     def predicted_peak(self) -> int:
         """Bytes that torch has allocated at the peak of training, as it counts them itself."""
-        outside = ("context", "fragmentation")
-        return sum(size for name, size in self.training.items() if name not in outside)
+        outside = ("context", "fragmentation", "engine", "kv_cache")
+        own = sum(size for name, size in self.training.items() if name not in outside)
+        # As its source has it, torch goes on counting what sleeps in its process.
+        inside = self.job.engine(self.choice) if self.choice.engine == "vllm" else {}
+        return own + sum(inside.values())
 
     @property
     def settings(self) -> dict[str, Any]:
         """The settled values by their names in the recipe."""
         c = self.choice
+        share = {"rollout.gpu_memory": c.gpu_memory} if c.gpu_memory else {}
         return {
             "train.micro_batch_tokens": c.micro_batch_tokens,
             "policy.gradient_checkpointing": c.gradient_checkpointing,
@@ -59,7 +65,14 @@ class Plan:
             "policy.offload_embedding": c.offload_embedding,
             "rollout.engine": c.engine,
             "rollout.batch_size": c.batch_size,
+            **share,
         }
+
+    @property
+    def chosen(self) -> frozenset[str]:
+        """The fields that the recipe left to the plan."""
+        recipe = self.job.recipe
+        return frozenset(name for name in self.settings if _value(recipe, name) == "auto")
 
     def to_json(self) -> dict[str, Any]:
         """All of it, as JSON has it."""
@@ -76,8 +89,8 @@ def choose(job: Job, limit: int) -> Plan:
     Fields that the recipe fixes stay. vLLM goes before all else, for its speed; then what a
     step costs decides: recomputed layers, dequantisation per micro-batch, offloading.
     """
-    chosen = frozenset(name for name in AUTO if _value(job.recipe, name) == "auto")
-    return min((_plan(job, limit, choice, chosen) for choice in _choices(job, limit)), key=_rank)
+    job = job if job.card else replace(job, card=limit)
+    return min((_plan(job, limit, choice) for choice in _choices(job, limit)), key=_rank)
 
 
 def _rank(plan: Plan) -> tuple[float, ...]:
@@ -118,7 +131,7 @@ def _choices(job: Job, limit: int) -> Iterator[Choice]:
     )
     fitting = []
     for offload, engine in rollouts:
-        sized = [Choice(0, 0, False, offload, engine, rows)
+        sized = [_shared(job, limit, Choice(0, 0, False, offload, engine, rows))
                  for rows in options("rollout.batch_size", BATCH_SIZES)]  # fmt: skip
         fitting.append(next((c for c in sized if not _rollout_problems(job, limit, c)), sized[-1]))
     for (tokens, n, offload), rollout in itertools.product(trunks, fitting):
@@ -129,21 +142,40 @@ def _choices(job: Job, limit: int) -> Iterator[Choice]:
                           offload_checkpoints=offload)  # fmt: skip
 
 
-def _plan(job: Job, limit: int, choice: Choice, chosen: frozenset[str]) -> Plan:
-    training, rollout = job.training(choice, card=limit), job.rollout(choice, limit)
+def _shared(job: Job, limit: int, choice: Choice, *, training: bool = False) -> Choice:
+    """With vLLM's share of the card: the recipe's, or what the trainer leaves at a rollout, and
+    in `training` if it is to stay; but no more KV cache than its rows can fill."""
+    if job.device != "cuda" or not job.beside(choice):
+        return choice
+    asked = job.recipe.rollout.gpu_memory
+    if not isinstance(asked, str):
+        return replace(choice, gpu_memory=asked)
+    bare = replace(choice, gpu_memory=0.0)
+    taken = sum(job.rollout(bare).values())
+    if training:
+        taken = max(taken, sum(job.training(bare).values()))
+    room = max(0, min(limit - taken, job.full_cache(choice.batch_size)))
+    share = (sum(job.engine(bare).values()) + room) / job.card
+    return replace(choice, gpu_memory=min(math.floor(1000 * share) / 1000, 0.99))
+
+
+def _plan(job: Job, limit: int, choice: Choice) -> Plan:
+    if not job.sleeps:
+        choice = _shared(job, limit, choice, training=True)
+    training, rollout = job.training(choice), job.rollout(choice)
     problems = _rollout_problems(job, limit, choice)
     if sum(training.values()) > limit:
         problems = [f"training needs {sum(training.values()) / GIB:.1f} GiB", *problems]
-    return Plan(job, limit, choice, chosen, training, rollout, tuple(problems))
+    return Plan(job, limit, choice, training, rollout, tuple(problems))
 
 
 def _rollout_problems(job: Job, limit: int, choice: Choice) -> list[str]:
     """Why a rollout doesn't fit, if it doesn't."""
-    parts = job.rollout(choice, limit)
+    parts = job.rollout(choice)
     needed, cache = sum(parts.values()), parts.get("kv_cache", 0)
-    if choice.engine == "vllm" and cache < job.least_cache:
-        return [f"engine, vllm, has {cache / GIB:.1f} GiB left for the KV cache, and one "
-                f"sequence needs {job.least_cache / GIB:.1f} GiB"]  # fmt: skip
+    if job.beside(choice) and cache < job.least_cache:
+        return [f"engine, {choice.engine}, has {cache / GIB:.1f} GiB left for the KV cache, and "
+                f"one sequence needs {job.least_cache / GIB:.1f} GiB"]  # fmt: skip
     return [f"rollout needs {needed / GIB:.1f} GiB"] if needed > limit else []
 
 
@@ -186,6 +218,7 @@ def what_would_fit(job: Job, limit: int) -> str:
 def plan_for(recipe: Recipe, gpu: str | None) -> tuple[Plan, list[Plan]]:
     """The recipe's plan on a GPU, by default the smallest of CARDS on which it fits, and what
     would fit on each of CARDS if the recipe left all of it to the plan."""
+    recipe = recipe.with_needed_engine()
     device: Device = "cpu" if recipe.policy.device == "cpu" else "cuda"
     shape = find_shape(recipe.policy.model)
     job, open_job = Job(shape, recipe, device), Job(shape, with_auto(recipe), device)
@@ -195,18 +228,18 @@ def plan_for(recipe: Recipe, gpu: str | None) -> tuple[Plan, list[Plan]]:
     return plan, [choose(open_job, size * GIB) for size in CARDS]
 
 
-def resolve(recipe: Recipe, free: int, device: Device) -> tuple[Recipe, Plan | None]:
+def resolve(recipe: Recipe, free: int, device: Device, card: int = 0) -> tuple[Recipe, Plan | None]:
     """The recipe with every `auto` of the plan settled, and the plan.
 
-    `free` bytes may be used, unless `train.memory` says how many. Without an `auto`, a model
-    that can't be planned has no plan, and a plan that doesn't fit is only returned.
+    `free` bytes of the `card` may be used, unless `train.memory` says how many. Without an
+    `auto`, a model that can't be planned has no plan, and a plan that doesn't fit is only returned.
     Raises: RecipeError when something is `auto` and nothing fits, or the model can't be planned.
     """
     limit = free if recipe.train.memory == "auto" else parse_size(recipe.train.memory)
     undecided = [name for name in AUTO if _value(recipe, name) == "auto"]
-    asked = set(undecided) - {"rollout.engine"}
+    asked = set(undecided) - OPTIONAL
     try:
-        plan = choose(Job(find_shape(recipe.policy.model), recipe, device), limit)
+        plan = choose(Job(find_shape(recipe.policy.model), recipe, device, card), limit)
     except RecipeError:
         if asked:
             raise
@@ -217,8 +250,10 @@ def resolve(recipe: Recipe, free: int, device: Device) -> tuple[Recipe, Plan | N
              f"a recipe whose {' and '.join(plan.problems)}. What would fit: "
              f"{what_would_fit(plan.job, limit)}."]
         )  # fmt: skip
-    for name in undecided:
-        # An engine that fits may still not be installed.
-        if name != "rollout.engine" or plan.choice.engine == "transformers":
+    # An engine that fits may still not be installed, and one that doesn't finds its own way.
+    settle = {"rollout.engine": plan.choice.engine == "transformers",
+              "rollout.gpu_memory": not plan.problems}  # fmt: skip
+    for name in plan.chosen:
+        if settle.get(name, True):
             recipe = _with(recipe, name, plan.settings[name])
     return recipe, plan

@@ -49,6 +49,9 @@ def settings(plan: Plan) -> Table:
         (name, _written(value), _reason(plan, name) if name in plan.chosen else "the recipe's")
         for name, value in plan.settings.items()
     ]
+    if plan.job.sleeps and plan.job.beside(plan.choice):
+        waiting = f"while training, {plan.job.engine_weights / GIB:.1f} GiB wait in RAM"
+        rows.append(("rollout.sleep", "true", waiting))
     return Table("settings", ("field", "value", "why"), tuple(rows), labels=3)
 
 
@@ -66,6 +69,12 @@ def cards(plans: Sequence[Plan], sizes: Sequence[int]) -> Table:
     header = ("card", "fits", "tokens", "redone", "offloaded", "engine", "rows", "GiB")
     title = "what would fit if the recipe left it to the plan (redone: layers recomputed)"
     return Table(title, header, tuple(rows), labels=2)
+
+
+def _all_rows(plan: Plan) -> bool:
+    """Whether vLLM's KV cache can hold all rows; its share is rounded to thousandths."""
+    cache = plan.rollout.get("kv_cache", 0) + plan.job.card / 1000
+    return cache >= plan.job.full_cache(plan.choice.batch_size)
 
 
 def _written(value: object) -> str:
@@ -96,5 +105,8 @@ def _reason(plan: Plan, name: str) -> str:
             else "no second copy of the base"
         ),
         "rollout.batch_size": "the most rows that fit",
+        "rollout.gpu_memory": (
+            "its KV cache can hold all rows" if _all_rows(plan) else "what the trainer leaves"
+        ),
     }  # fmt: skip
     return reasons[name]

@@ -31,7 +31,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from gft_lite.objective import METHODS
-from gft_lite.recipe_errors import Places, RecipeError, explain, members
+from gft_lite.recipe_errors import Places, RecipeError, explain, members, shown
 from gft_lite.recipe_file import PACKAGE, Dumper, find_recipe, gather, merge, read_tree
 from gft_lite.rewards import REWARDS
 
@@ -123,9 +123,10 @@ class PolicySettings(Settings):
     `layout` is how rows share a micro-batch: `shared` sends a prompt through the model once for
     all its responses, `packed` rows one after another, `padded` rows side by side; `auto` takes
     the first of them that the model can do. `fused_head` takes log-probs and their gradient in
-    one pass.
+    one pass. With backend `unsloth` attention and recomputation are Unsloth's own.
     """
 
+    backend: Literal["transformers", "unsloth"] = "transformers"
     model: str = "lab"
     revision: str | None = None
     adapter: str | None = None
@@ -151,6 +152,27 @@ class PolicySettings(Settings):
     def _reference_needs_adapter(self) -> PolicySettings:
         if self.reference == "adapter" and self.adapter is None:
             raise ValueError("reference: needs policy.adapter, the adapter to start from")
+        return self
+
+    @model_validator(mode="after")
+    def _backend_can(self) -> PolicySettings:
+        if self.backend == "transformers":
+            return self
+        can: dict[str, list[Any]] = {
+            "quantization": ["nf4", "none"],
+            "double_quantization": [True],
+            "attention": ["sdpa"],
+            "gradient_checkpointing": [True, False],
+            "offload_checkpoints": [True, False],
+            "offload_embedding": [False],
+            "layout": ["auto", "packed", "padded"],
+        }
+        # By their texts: 1 equals True, and is a number of layers.
+        rules = [f"{name}: must be {' or '.join(map(shown, values))} with backend {self.backend}"
+                 for name, values in can.items()
+                 if shown(getattr(self, name)) not in map(shown, values)]  # fmt: skip
+        if rules:
+            raise ValueError("\n".join(rules))
         return self
 
 
@@ -221,12 +243,17 @@ class TrainingData(DataSettings):
 
 
 class GroupSettings(Settings):
-    """How many of the K responses of a group come from each source."""
+    """How many of the K responses of a group come from each source.
+
+    `offline` is a folder that `gft-lite groups` filled: training takes its groups, whose self
+    responses were sampled before it, by the base or `policy.adapter`, and samples none.
+    """
 
     expert: NonNegativeInt = 1
     teacher: NonNegativeInt = 3
     self: NonNegativeInt = 4
     shortfall: Literal["self", "repeat", "drop"] = "self"
+    offline: str | None = None
 
     @model_validator(mode="after")
     def _not_empty(self) -> GroupSettings:
@@ -288,6 +315,10 @@ class RewardSettings(Settings):
 class RolloutSettings(Settings):
     """Who samples the self responses, and how.
 
+    `base` is what vLLM serves: a copy with the trainer's own numbers, the model as published, or
+    that, quantised by vLLM's `plugin` for bitsandbytes. `gpu_memory` is its share of the card;
+    `auto` leaves it to the memory plan. It gives it back while the trainer trains (`sleep`).
+    `eager` goes without CUDA graphs, which take memory and time at the start, for faster tokens.
     `servers` are the addresses of vLLM servers for engine `vllm_server`, which take requests in
     turn and read adapters under the same path; without any, one is started on this machine.
     """
@@ -304,10 +335,11 @@ class RolloutSettings(Settings):
     stop: Annotated[list[str], BeforeValidator(_as_list)] = []
     batch_size: PositiveInt = 128
     resample: NonNegativeInt = 0  # How often flat groups are replaced by other problems'.
-    base: Literal["nf4_dequantised", "original"] = "nf4_dequantised"
-    gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.4
+    base: Literal["nf4_dequantised", "original", "plugin"] = "nf4_dequantised"
+    gpu_memory: Literal["auto"] | Annotated[float, Field(gt=0, lt=1)] = "auto"
     kv_cache_mib: PositiveInt | None = None
-    eager: bool = True
+    eager: bool = False
+    sleep: bool = True
     probe_limit: PositiveFloat = 0.2
 
 
@@ -481,6 +513,23 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
+    def _offline_groups_fit(self) -> Recipe:
+        if self.group.offline is None:
+            return self
+        why = "with group.offline, whose groups are sampled before training"
+        method, rules = METHODS.get(self.method), []
+        if self.rollout.resample:
+            rules.append(f"rollout.resample: must be 0 {why}")
+        if self.stages:
+            rules.append(f"stages: must be empty {why}, by another policy than a stage's")
+        if method and "self" in method.sources and "old_logprobs" in method.needs:
+            rule = f"must not compare with the policy that sampled, as {self.method} does,"
+            rules.append(f"method: {rule} {why}")
+        if rules:
+            raise ValueError("\n".join(rules))
+        return self
+
+    @model_validator(mode="after")
     def _rewards_have_answers(self) -> Recipe:
         names = [f.name for f in self.reward.functions]
         needy = [name for name in names if name in REWARDS and REWARDS[name].needs_answer]
@@ -522,6 +571,14 @@ class Recipe(Settings):
             del tree["group"], tree["objective"], tree["optim"]["lr"]
             del tree["train"]["updates_per_rollout"]
         return merge(merge(tree, {"method": stage.method}), stage.overrides)
+
+    def with_needed_engine(self) -> Recipe:
+        """The recipe with the engine that it has a use for: with offline groups only evaluation
+        samples, for which the trainer's own model will do."""
+        if self.group.offline is None:
+            return self
+        rollout = self.rollout.model_copy(update={"engine": "transformers"})
+        return self.model_copy(update={"rollout": rollout})
 
     @property
     def steps(self) -> int | None:

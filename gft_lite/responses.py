@@ -22,7 +22,7 @@ class ResponseCache:
         self.path = path
         # Token ids as arrays: a large benchmark has tens of millions of them.
         self._known: dict[str, tuple[array[int], str, FinishReason]] = {}
-        for line in _whole_lines(path):
+        for line in whole_lines(path):
             entry = json.loads(line)
             ids = array("I", entry["token_ids"])
             self._known[entry["key"]] = ids, entry["text"], entry["finish_reason"]
@@ -52,7 +52,7 @@ class ResponseCache:
                 self._known[key] = array("I", r.token_ids), r.text, r.finish_reason
 
 
-def _whole_lines(path: Path) -> list[bytes]:
+def whole_lines(path: Path) -> list[bytes]:
     """The lines of a file; half a line, which a kill leaves, is cut off to not spoil the next."""
     if not path.exists():
         return []

@@ -9,7 +9,7 @@ import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,10 @@ class RunFolder:
         """Make the folder and keep the resolved recipe in it."""
         write_whole(self.path / "recipe.yaml", recipe)
 
+    def alone(self) -> AbstractContextManager[None]:
+        """Keep other runs out. Raises: RecipeError while another process is at work there."""
+        return alone_in(self.path)
+
     def begun(self) -> bool:
         """Whether there is more than what a start leaves that died before it had a recipe."""
         left = self.path.iterdir() if self.path.is_dir() else ()
@@ -94,14 +98,14 @@ class RunFolder:
         self, step: int, groups: Sequence[Group], advantages: Sequence[Sequence[float]]
     ) -> None:
         """Write every response of a step with source, reward and advantage."""
-        _write_groups(self._groups_file(step), groups, advantages)
+        self._write_groups(self._groups_file(step), groups, advantages)
 
     def save_bad_step(
         self, step: int, groups: Sequence[Group], advantages: Sequence[Sequence[float]]
     ) -> Path:
         """Keep the groups of a step whose loss or gradient was not finite."""
         file = self.bad_steps / f"step-{step:06d}.jsonl"
-        _write_groups(file, groups, advantages)
+        self._write_groups(file, groups, advantages)
         return file
 
     def forget_after(self, step: int) -> None:
@@ -115,6 +119,35 @@ class RunFolder:
 
     def _groups_file(self, step: int) -> Path:
         return self.path / "groups" / f"step-{step:06d}.jsonl"
+
+    def _write_groups(
+        self, file: Path, groups: Sequence[Group], advantages: Sequence[Sequence[float]]
+    ) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("w") as out:
+            for group, values in zip(groups, advantages, strict=True):
+                responses = [_response(r, a) for r, a in zip(group, values, strict=True)]
+                problem = {"id": group.problem.id, "text": group.problem.text,
+                           "answer": group.problem.answer}  # fmt: skip
+                out.write(json.dumps({"problem": problem, "responses": responses}) + "\n")
+        flush(file)
+
+
+class Follower(RunFolder):
+    """A run's folder to a process that helps another one: it writes its engine's files alone."""
+
+    def __init__(self, path: str | Path, rank: int) -> None:
+        super().__init__(path)
+        self.scratch = self.path / f"engine-{rank}"
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Nothing: the process that it helps has the folder."""
+        return nullcontext()
+
+    def _write_nothing(self, *_: Any, **__: Any) -> None:
+        pass
+
+    create = write_json = append_metrics = forget_after = _write_groups = _write_nothing
 
 
 def _response(response: Response, advantage: float) -> dict[str, Any]:
@@ -184,19 +217,6 @@ def need_pandas() -> Any:
 def _lines(file: Path) -> list[str]:
     """The complete lines of a file; a write that a kill cut short leaves half of one."""
     return file.read_text().split("\n")[:-1] if file.exists() else []
-
-
-def _write_groups(
-    file: Path, groups: Sequence[Group], advantages: Sequence[Sequence[float]]
-) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w") as out:
-        for group, values in zip(groups, advantages, strict=True):
-            responses = [_response(r, a) for r, a in zip(group, values, strict=True)]
-            problem = {"id": group.problem.id, "text": group.problem.text,
-                       "answer": group.problem.answer}  # fmt: skip
-            out.write(json.dumps({"problem": problem, "responses": responses}) + "\n")
-    flush(file)
 
 
 def group_metrics(groups: Sequence[Group]) -> dict[str, Any]:

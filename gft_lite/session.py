@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -16,19 +16,21 @@ from rich.console import Console
 from gft_lite import checkpoint
 from gft_lite.batching import Row
 from gft_lite.data import load_problems, problems_of_step, split_holdout
+from gft_lite.evaluate import evaluate_sets
 from gft_lite.groups import compose, sample, sample_seed
 from gft_lite.memory import GIB, free_ram
 from gft_lite.objective import find_method, group_advantages, token_weights
+from gft_lite.offline import OfflineGroups, open_offline
 from gft_lite.optim import make_optimizer
 from gft_lite.plan import Plan, resolve
 from gft_lite.policy import Policy, load_policy
 from gft_lite.prompts import PromptFormat
+from gft_lite.ranks import ALONE, Ranks, SharedEngine
 from gft_lite.recipe import DataSettings, Recipe, RecipeError
 from gft_lite.rewards.scorer import Scorer, open_scorer
 from gft_lite.rollout import RolloutEngine, RolloutError, Sampling, find_engine, start_engine
 from gft_lite.rollout.probe import Probe, sync
-from gft_lite.rollout.restart import RestartingEngine
-from gft_lite.runlog import RunFolder, Trackers, alone_in, cached
+from gft_lite.runlog import Follower, RunFolder, Trackers, alone_in
 from gft_lite.types import Group, Problem
 
 
@@ -36,13 +38,15 @@ from gft_lite.types import Group, Problem
 class Session:
     """The parts of a run, put together.
 
-    `token_budget` is that of a micro-batch, `plan` the memory plan where the model can be
+    `ranks` are the processes of the run, `offline` has its groups where they were sampled before
+    it, `token_budget` is that of a micro-batch, `plan` the memory plan where the model can be
     planned, `resting_memory` the process's bytes before the policy was loaded, `bad_steps`
     counts non-finite steps in a row, `tokens` the response tokens so far.
     """
 
     recipe: Recipe
     run: RunFolder
+    ranks: Ranks
     console: Console
     policy: Policy
     format: PromptFormat
@@ -54,6 +58,7 @@ class Session:
     trackers: Trackers
     kl_rows: Sequence[Row]
     probe: Probe
+    offline: OfflineGroups | None
     token_budget: int
     plan: Plan | None
     resting_memory: int
@@ -65,6 +70,20 @@ class Session:
         per_step = self.recipe.train.problems_per_step
         seed = sample_seed(self.recipe.seed, "attempt", attempt) if attempt else self.recipe.seed
         return problems_of_step(self.problems, step - 1, per_step, seed)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the self responses are drawn."""
+        r = self.recipe.rollout
+        return Sampling(r.temperature, r.top_p, r.top_k, r.max_tokens, tuple(r.stop))
+
+    def evaluate(self) -> dict[str, Any]:
+        """The figures of what the engine serves on every evaluation set."""
+        tokens = self.recipe.eval.max_tokens or self.recipe.rollout.max_tokens
+        return evaluate_sets(
+            self.engine, self.format, self.score, self.eval_sets, self.recipe.eval, tokens,
+            self.recipe.seed,
+        )  # fmt: skip
 
     def spent(self, steps: float, tokens: float = 0) -> float:
         """The share of the budget that is spent after so many steps, or `tokens` more tokens."""
@@ -79,6 +98,10 @@ class Session:
         objective = self.recipe.objective
         return group_advantages(group.rewards, std=objective.std, eps=objective.eps).tolist()
 
+    def score(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups with rewards, graded by all processes."""
+        return self.ranks.together(self.scorer.score(self.ranks.share(groups)))
+
     def token_weights(self, lengths: Sequence[int]) -> list[float]:
         """The weight of each token of each row of one update."""
         reduction = self.recipe.objective.reduction
@@ -90,6 +113,8 @@ class Session:
 
     def save(self, step: int) -> None:
         """Write a checkpoint."""
+        if not self.ranks.main:
+            return
         keep = self.recipe.checkpoint.keep
         checkpoint.save(
             self.run.checkpoints, step, self.policy, self.optimizer, keep, bad_steps=self.bad_steps
@@ -102,31 +127,34 @@ class Session:
 
     def restore(self) -> int:
         """Go back to the newest whole checkpoint; returns its step, 0 if there is none yet."""
-        saved = checkpoint.newest_whole(self.run.checkpoints, self.say)
+        saved = self.ranks.of_main(lambda: checkpoint.newest_whole(self.run.checkpoints, self.say))
         step = 0
         if saved:
             step, counters = checkpoint.restore(saved, self.policy, self.optimizer)
             self.bad_steps = counters["bad_steps"]
         self.run.forget_after(step)
-        self.tokens = sum(m["tokens"] for m in self.run.metrics())
+        self.tokens = self.ranks.of_main(lambda: sum(m["tokens"] for m in self.run.metrics()))
         return step
 
 
 def open_session(
-    recipe: Recipe, out: str | Path | None, *, resume: bool, console: Console, stack: ExitStack
-) -> Session:
+    recipe: Recipe, out: str | Path | None, *, resume: bool, console: Console,
+    stack: ExitStack, ranks: Ranks = ALONE,
+) -> Session:  # fmt: skip
     """Put a run together; what must be closed is left to `stack`.
 
     Raises: RecipeError for what only shows when data and model meet.
     """
-    run = find_folder(recipe, out, resume=resume)
+    run = find_folder(recipe, out, resume=resume, ranks=ranks)
+    asked, offline = recipe, open_offline(recipe)
+    recipe = asked.with_needed_engine()
     scorer = stack.enter_context(_users_own(recipe))
-    asked = recipe
-    recipe, plan = _planned(recipe, console)
+    recipe, plan = ranks.of_main(lambda: _planned(recipe, ranks, console))
+    recipe = _own_part(recipe, ranks)
     resting = process_memory("VmRSS")
     if recipe.policy.threads:
         torch.set_num_threads(recipe.policy.threads)
-    policy = load_policy(recipe.policy, recipe.seed)
+    policy = load_policy(recipe.policy, recipe.seed, recipe.rollout)
     policy.model.train()
     format = PromptFormat(policy.tokenizer, recipe.data.prompt)
     policy.eos_ids |= set(format.stop_ids)
@@ -136,22 +164,31 @@ def open_session(
     problems, held_out = split_holdout(load("data", recipe.data), recipe.data.holdout)
     problems = _composable(problems, recipe, console)
     eval_sets = {n: load(f"eval.sets.{n}", data) for n, data in recipe.eval.sets.items()}
-    stack.enter_context(alone_in(run.path))
+    stack.enter_context(run.alone())
     run.create(asked.to_yaml())
+    if offline:
+        limit = recipe.rollout.probe_limit
+        offline.begin(asked, run if ranks.main else None, policy, problems, limit)
+        told = f"group.offline: {offline.describe(recipe, problems)}"
+        console.print(told, markup=False, soft_wrap=True)
     console.print(f"run folder: {run.path}")
     console.print(f"layout of micro-batches: {policy.layout}")
-    engine = RestartingEngine(partial(start_engine, recipe.rollout, policy, run.scratch), console)
+    start = partial(start_engine, recipe.rollout, policy, run.scratch)
+    engine = SharedEngine(start, console, ranks)
     stack.callback(engine.close)
-    trackers = Trackers(recipe.log.trackers, recipe.name, run.path, recipe.model_dump(mode="json"))
+    names = recipe.log.trackers if ranks.main else []
+    trackers = Trackers(names, recipe.name, run.path, recipe.model_dump(mode="json"))
     stack.callback(trackers.close)
     monitored = (held_out or problems)[: recipe.monitor.problems]
-    kl_rows = _kl_rows(recipe, run, engine, format, monitored)
+    kl_rows = _kl_rows(recipe, run, ranks, engine, format, monitored)
     probe = Probe(policy, kl_rows[0], recipe.rollout.probe_limit)
-    console.print(f"engine: {engine.name}, log-prob gap {probe.calibrate(engine):.2g} nats")
+    gap = f"log-prob gap {probe.calibrate(engine):.2g} nats"
+    console.print(f"engine: {engine.name}, base {engine.base}, {gap}", soft_wrap=True)
     engine.check = probe.check
     return Session(
         recipe=recipe,
         run=run,
+        ranks=ranks,
         console=console,
         policy=policy,
         format=format,
@@ -163,17 +200,23 @@ def open_session(
         trackers=trackers,
         kl_rows=kl_rows,
         probe=probe,
+        offline=offline,
         token_budget=int(recipe.train.micro_batch_tokens),
         plan=plan,
         resting_memory=resting,
     )
 
 
-def find_folder(recipe: Recipe, out: str | Path | None, *, resume: bool) -> RunFolder:
+def find_folder(recipe: Recipe, out: str | Path | None, *, resume: bool, ranks: Ranks) -> RunFolder:
     """The run's folder, not made yet; `runs/NAME`, numbered, by default.
 
     Raises: RecipeError if `out` holds another run, or none that this recipe can resume.
     """
+    path = ranks.of_main(lambda: _find_path(recipe, out, resume))
+    return RunFolder(path) if ranks.main else Follower(path, ranks.index)
+
+
+def _find_path(recipe: Recipe, out: str | Path | None, resume: bool) -> Path:
     path = Path(out) if out is not None else _default_folder(Path("runs") / recipe.name, resume)
     saved = path / "recipe.yaml"
     if not resume:
@@ -190,7 +233,7 @@ def find_folder(recipe: Recipe, out: str | Path | None, *, resume: bool) -> RunF
              f"Continue with: gft-lite train {saved} --out {path} --resume"]
         )  # fmt: skip
     _check_usable(path)
-    return RunFolder(path)
+    return path
 
 
 def _check_usable(path: Path) -> None:
@@ -216,13 +259,24 @@ def _default_folder(path: Path, resume: bool) -> Path:
     return newest if resume else candidate
 
 
-def _planned(recipe: Recipe, console: Console) -> tuple[Recipe, Plan | None]:
+def _own_part(recipe: Recipe, ranks: Ranks) -> Recipe:
+    """The recipe with the GPU and the servers of this one of several processes."""
+    policy, rollout = recipe.policy, recipe.rollout
+    if ranks.count > 1 and policy.device in ("auto", "cuda") and torch.cuda.is_available():
+        policy = policy.model_copy(update={"device": f"cuda:{ranks.local}"})
+    # Each loads adapters of its own: servers that several share would swap them all the time.
+    if servers := ranks.share(rollout.servers):
+        rollout = rollout.model_copy(update={"servers": servers})
+    return recipe.model_copy(update={"policy": policy, "rollout": rollout})
+
+
+def _planned(recipe: Recipe, ranks: Ranks, console: Console) -> tuple[Recipe, Plan | None]:
     """The recipe with every `auto` of the memory plan settled by what this device has free."""
     where = recipe.policy.device
     on_gpu = where != "cpu" and torch.cuda.is_available()
     device = "cuda" if where == "auto" else where
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else free_ram()
-    settled, plan = resolve(recipe, free, "cuda" if on_gpu else "cpu")
+    free, card = torch.cuda.mem_get_info(device) if on_gpu else (free_ram() // ranks.neighbours, 0)
+    settled, plan = resolve(recipe, free, "cuda" if on_gpu else "cpu", card)
     if plan:
         for name in sorted(plan.chosen):
             console.print(f"memory plan: {name}={plan.settings[name]}")
@@ -293,6 +347,7 @@ def _users_own(recipe: Recipe) -> Scorer:
 def _kl_rows(
     recipe: Recipe,
     run: RunFolder,
+    ranks: Ranks,
     engine: RolloutEngine,
     format: PromptFormat,
     problems: Sequence[Problem],
@@ -309,5 +364,5 @@ def _kl_rows(
         answers = sample(engine, format, problems, counts, sampling, (recipe.seed, "kl"))
         return [(p.prompt_ids, r.token_ids) for p, [r] in zip(problems, answers, strict=True)]
 
-    pairs = cached(run.path / "kl_set.json", draw)
+    pairs = ranks.cached(run.path / "kl_set.json", draw)
     return [Row(tuple(prompt), tuple(response)) for prompt, response in pairs]

@@ -10,13 +10,16 @@ from pathlib import Path
 from rich.console import Console
 
 from gft_lite.inherit import BASE_EVALUATION, base_inputs, inherit
+from gft_lite.ranks import Ranks
 from gft_lite.recipe import Recipe
 from gft_lite.runlog import RunFolder
 
 Train = Callable[..., RunFolder]
 
 
-def train_stages(recipe: Recipe, run: RunFolder, train: Train, console: Console) -> RunFolder:
+def train_stages(
+    recipe: Recipe, run: RunFolder, ranks: Ranks, train: Train, console: Console
+) -> RunFolder:
     """Run the stages that are not finished yet, with a fresh optimiser each.
 
     Every stage is a run of its own under `stages/`; the whole has the last one's adapter, the
@@ -30,14 +33,16 @@ def train_stages(recipe: Recipe, run: RunFolder, train: Train, console: Console)
         if before:
             settings = _from_adapter(settings, before.adapter.resolve(), stage.reference)
         here = stage_folder(recipe, run, number)
-        if not (here.path / "summary.json").exists():
+        if not ranks.of_main((here.path / "summary.json").exists):
             console.print(f"stage {number + 1} of {len(recipe.stages)}: {stage.method}")
-            if before and not here.path.exists() and _same_base(recipe, number):
+            if ranks.main and before and not here.path.exists() and _same_base(recipe, number):
                 inherit(here, settings, before, [BASE_EVALUATION])
-            begun = (here.path / "recipe.yaml").exists()
+            begun = ranks.of_main((here.path / "recipe.yaml").exists)
             train(settings, here.path, resume=begun, console=console)
         stages.append(here)
-    _conclude(recipe, run, stages)
+    if ranks.main:
+        _conclude(recipe, run, stages)
+    ranks.wait()
     return run
 
 

@@ -80,6 +80,8 @@ def _resolve(text: str, policy: PolicySettings) -> Iterator[Target]:
 
 def _over(own: PolicySettings, asked: PolicySettings) -> PolicySettings:
     """The settings of an evaluation: the target's own under what the suite and the user set."""
+    # Whatever it was trained with, it is read without, also where there is no GPU.
+    own = own.model_copy(update={"backend": "transformers"})
     tree = merge(own.model_dump(), asked.model_dump(exclude_unset=True))
     fixed = {"adapter": None, "reference": "base", "gradient_checkpointing": False}
     return PolicySettings.model_validate(merge(tree, fixed))

@@ -17,19 +17,18 @@ from rich.console import Console
 from gft_lite import drift
 from gft_lite import groups as grouping
 from gft_lite.batching import Row
-from gft_lite.evaluate import evaluate_sets
+from gft_lite.card import write_card
 from gft_lite.figures import headline
 from gft_lite.interrupt import deferred
 from gft_lite.memory import GIB
+from gft_lite.offline import turns
 from gft_lite.optim import combined, gradient, portion, update
+from gft_lite.ranks import find_ranks
 from gft_lite.recipe import Recipe
-from gft_lite.rollout import Sampling
 from gft_lite.runlog import (
     Clock,
     RunFolder,
     Screen,
-    alone_in,
-    cached,
     group_metrics,
     own_tokens,
 )
@@ -50,33 +49,46 @@ def train(
 
     Raises: RecipeError when the recipe or `out` is wrong, TrainError when training failed.
     """
-    console = console or Console(stderr=True)
+    ranks = find_ranks(recipe.policy.device)
+    console = (console or Console(stderr=True)) if ranks.main else Console(quiet=True)
     if recipe.stages:
-        folder = find_folder(recipe, out, resume=resume)
-        with alone_in(folder.path):
-            return train_stages(recipe, folder, train, console)
+        folder = find_folder(recipe, out, resume=resume, ranks=ranks)
+        with folder.alone():
+            train_stages(recipe, folder, ranks, train, console)
+            if ranks.main:
+                write_card(folder)
+            return folder
     started = time.perf_counter()
     with ExitStack() as stack:
-        session = open_session(recipe, out, resume=resume, console=console, stack=stack)
+        session = open_session(
+            recipe, out, resume=resume, ranks=ranks, console=console, stack=stack
+        )
         clock = Clock()
         with clock("eval"):
             console.print(f"evaluating the base on {', '.join(session.eval_sets) or 'nothing'}")
-            base = cached(session.run.path / "eval" / "base.json", lambda: _evaluate(session))
+            file = session.run.path / "eval" / "base.json"
+            base = ranks.cached(file, session.evaluate)
         first = session.restore() if resume else 0
+        session.engine.sleep()
         _dry_step(session)
         session.sync(first)
         with Screen(console, recipe.steps, first) as screen:
             _train_steps(session, first, screen)
         console.print("evaluating the trained policy")
         with clock("eval"):
-            trained = _evaluate(session)
+            trained = session.evaluate()
+        session.engine.close()
         session.run.write_json("eval/trained.json", trained)
-        session.policy.save_adapter(session.run.adapter)
+        if ranks.main:
+            session.policy.save_adapter(session.run.adapter)
         seconds = {"total": time.perf_counter() - started, "eval": clock.seconds["eval"]}
         _tell_memory(session)
         session.run.write_json("summary.json", _summary(session, base, trained, seconds))
-    # What the engine was fed: a copy of the base and the last adapter, of use to nobody else.
+        if ranks.main:
+            write_card(session.run)
+    # The last adapter that the engine was fed, of use to nobody else.
     shutil.rmtree(session.run.scratch, ignore_errors=True)
+    ranks.wait()
     return session.run
 
 
@@ -90,10 +102,10 @@ def _train_steps(session: Session, step: int, screen: Screen) -> None:
             session.run.append_metrics(metrics)
             session.trackers.log(metrics, step)
             screen.step(metrics)
-            done, stop = session.spent(step) >= 1, interrupt.asked
+            done, stop = session.spent(step) >= 1, session.ranks.any(bool(interrupt.asked))
             if done or stop or step % session.recipe.checkpoint.every == 0:
                 session.save(step)
-    if interrupt.asked:
+    if stop:
         raise KeyboardInterrupt
 
 
@@ -105,13 +117,14 @@ def train_step(session: Session, step: int) -> dict[str, Any]:
     advantages = [session.advantages(group) for group in groups]
     if recipe.log.groups:
         session.run.write_groups(step, groups, advantages)
+    session.engine.sleep()
     with clock("train"):
         updates = _update(session, step, groups, advantages)
         memory = peak_memory(session.policy.device)
-    with clock("sync"):
-        gap = session.sync(step)
-    _stop_if_bad(session, step, updates["skipped"], groups, advantages)
     kl = _monitor(session, step, groups)
+    with clock("sync"):
+        gap = None if session.offline else session.sync(step)
+    _stop_if_bad(session, step, updates["skipped"], groups, advantages)
     return {
         "step": step,
         **group_metrics(groups),
@@ -132,7 +145,8 @@ def _update(
     count = recipe.train.updates_per_rollout
     parts = _split(list(zip(groups, advantages, strict=True)), count)
     portions = [
-        portion(policy, recipe, _rows(session, part), session.token_budget) for part in parts
+        portion(policy, recipe, _rows(session, part), session.token_budget, session.ranks)
+        for part in parts
     ]
     tokens = sum(len(response.token_ids) for group in groups for response in group)
     done = []
@@ -140,7 +154,7 @@ def _update(
         middle = (i + 0.5) / len(portions)
         share = session.spent(step - 1 + middle, middle * tokens)
         budget = session.token_budget
-        done.append(update(policy, session.optimizer, recipe, share, rows, budget))
+        done.append(update(policy, session.optimizer, recipe, share, rows, budget, session.ranks))
         _lower_budget(session, done[-1].token_budget)
     session.tokens += tokens
     return combined(done)
@@ -170,7 +184,9 @@ def _dry_step(session: Session) -> None:
     batches = policy.batches(rows, session.token_budget)
     largest = max(batches, key=lambda batch: batch.input_ids.numel())
     rows = [rows[i] for i in largest.row.unique().tolist()]
-    _lower_budget(session, gradient(policy, recipe, rows, session.token_budget).token_budget)
+    # Each process by itself, since each has a GPU of its own to try.
+    budget = gradient(policy, recipe, rows, session.token_budget).token_budget
+    _lower_budget(session, min(session.ranks.together([budget])))
     policy.model.zero_grad(set_to_none=True)
 
 
@@ -201,6 +217,8 @@ def _scored_groups(session: Session, step: int, clock: Clock) -> tuple[list[Grou
     Flat groups are replaced by other problems' where the recipe says so (dynamic sampling,
     arXiv 2503.14476), as often as it allows.
     """
+    if session.offline:
+        return session.offline.groups(turns(session.recipe, session.problems, step)), 0
     groups = _collect(session, step, 0, clock)
     rolled_out = own_tokens(groups)
     for attempt in range(1, session.recipe.rollout.resample + 1):
@@ -225,18 +243,11 @@ def _collect(
             (step - 1) * recipe.train.problems_per_step // len(session.problems),
             session.engine,
             session.format,
-            _sampling(recipe),
+            session.sampling,
             (recipe.seed, step, attempt),
         )
     with clock("reward"):
-        return session.scorer.score(groups)
-
-
-def _sampling(recipe: Recipe) -> Sampling:
-    rollout = recipe.rollout
-    return Sampling(
-        rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_tokens, tuple(rollout.stop)
-    )
+        return session.score(groups)
 
 
 def _split(items: list[Any], parts: int) -> list[list[Any]]:
@@ -264,26 +275,20 @@ def _monitor(session: Session, step: int, groups: Sequence[Group]) -> dict[str, 
     every = recipe.monitor.every
     if not every or step % every:
         return {}
+    held_out = {"held_out": _held_out_kl(session)}
+    if session.offline:  # There are no samples of the policy.
+        return held_out
     own = drift.divergence(
         session.policy, drift.group_rows(groups), session.token_budget,
         samples_of="policy",
     )  # fmt: skip
-    return {"held_out": _held_out_kl(session), "rollouts": own}
+    return held_out | {"rollouts": own}
 
 
 def _held_out_kl(session: Session) -> dict[str, float]:
     return drift.divergence(
         session.policy, session.kl_rows, session.token_budget, samples_of="reference"
     )
-
-
-def _evaluate(session: Session) -> dict[str, Any]:
-    recipe = session.recipe
-    tokens = recipe.eval.max_tokens or recipe.rollout.max_tokens
-    return evaluate_sets(
-        session.engine, session.format, session.scorer, session.eval_sets, recipe.eval, tokens,
-        recipe.seed,
-    )  # fmt: skip
 
 
 def peak_memory(device: torch.device) -> int:
@@ -323,6 +328,7 @@ def _summary(
         "base": {**headline(base, recipe.eval.k), "kl": 0.0},
         "trained": {**headline(trained, recipe.eval.k), "kl": _held_out_kl(session)["forward"]},
         "seconds": {**seconds, **phases},
+        "off_policy": session.offline is not None,
         "problems": len(session.problems),
         "trajectories": sum(m["trajectories"] for m in metrics),
         "sources": dict(sum((Counter(m["sources"]) for m in metrics), Counter())),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,11 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# The user's cache is no place for the bases of tests. Workers of xdist inherit it.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["GFT_LITE_CACHE"] = tempfile.mkdtemp(prefix="gft-lite-tests-")
+    atexit.register(shutil.rmtree, os.environ["GFT_LITE_CACHE"], ignore_errors=True)
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from gft_lite.recipe import PACKAGE
+from gft_lite.recipe import PACKAGE, RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from gft_lite.batching import Layout, MicroBatch, Row
-    from gft_lite.recipe import PolicySettings
+    from gft_lite.recipe import PolicySettings, RolloutSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,14 @@ class Divergence:
     ref_logprobs: Tensor
     forward: Tensor
     reverse: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ServedBase:
+    """The model that an engine should load, a folder or a hub id, and in words which that is."""
+
+    location: str
+    about: str
 
 
 class Policy(Protocol):
@@ -103,8 +112,8 @@ class Policy(Protocol):
     def next_token_logits(self, input_ids: Tensor, cache: Any, **kwargs: Tensor) -> Tensor:
         """fp32 logits [B, V] of the token after `input_ids` [B, S], continuing `cache`."""
 
-    def serving_base(self, kind: Literal["nf4_dequantised", "original"], scratch: Path) -> str:
-        """The folder or hub id that an engine should load to serve this policy's base."""
+    def serving_base(self, kind: str) -> ServedBase:
+        """What an engine should load to serve this policy's base; `kind` is `rollout.base`."""
 
 
 @contextmanager
@@ -118,13 +127,58 @@ def evaluating(policy: Policy) -> Iterator[None]:
         policy.model.train(training)
 
 
-def load_policy(settings: PolicySettings, seed: int = 0) -> Policy:
-    """Load the base that the recipe names and put a fresh, or the given, adapter on it."""
+@dataclass(frozen=True, slots=True)
+class BackendEntry:
+    """The module whose `load` makes the policy, and the package and extra that it needs, with a
+    CUDA GPU, beside ours."""
+
+    module: str
+    needs: str | None = None
+
+
+# Importing this table imports no back end.
+BACKENDS: dict[str, BackendEntry] = {
+    "transformers": BackendEntry("gft_lite.policy.qlora"),
+    "unsloth": BackendEntry("gft_lite.policy.unsloth", needs="unsloth"),
+}
+
+
+def load_policy(
+    settings: PolicySettings, seed: int = 0, rollout: RolloutSettings | None = None
+) -> Policy:
+    """Load the base that the recipe names and put a fresh, or the given, adapter on it.
+
+    `rollout` is for a back end that can serve the base as well. Raises: RecipeError.
+    """
+    entry = BACKENDS[settings.backend]
+    _refuse_missing(entry, settings, rollout)
     # bitsandbytes reports every cast of every forward, and at import a package we don't use.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from gft_lite.policy import qlora  # Brings torch and transformers.
+    return importlib.import_module(entry.module).load(settings, seed, rollout)
 
-    return qlora.load(settings, seed)
+
+def _refuse_missing(
+    entry: BackendEntry, settings: PolicySettings, rollout: RolloutSettings | None
+) -> None:
+    """What the back end needs and is not there, told before anything heavy is imported."""
+    backend = settings.backend
+    if entry.needs is None:
+        if rollout and rollout.engine == "unsloth":
+            rule = "must be another one than unsloth, which serves policy.backend unsloth alone"
+            raise RecipeError([f"rollout.engine: {rule}, with policy.backend {backend}."])
+        return
+    import torch
+
+    if settings.device == "cpu" or not torch.cuda.is_available():
+        raise RecipeError(
+            [f"policy.backend: must be transformers without a CUDA GPU, got {backend}, which needs "
+             "one. Leave it out."]
+        )  # fmt: skip
+    if importlib.util.find_spec(entry.needs) is None:
+        raise RecipeError(
+            [f"policy.backend: {entry.needs} is not installed. "
+             f'pip install "gft-lite[{entry.needs}]", or set policy.backend=transformers.']
+        )  # fmt: skip
 
 
 def model_location(model: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bitsandbytes.nn import Linear4bit
+from huggingface_hub import snapshot_download
 from peft import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -50,9 +51,29 @@ def _has_its_size(module: Linear4bit, weight: Any) -> bool:
     return state is not None and tuple(state.shape) == (module.out_features, module.in_features)
 
 
-def refuse_other_base(model: Any, name: str, adapter: str, settings: PolicySettings) -> None:
-    """An adapter of another base of the same shape would load. A folder may be any base."""
-    named = str(getattr(model.peft_config[name], "base_model_name_or_path", None))
+def refuse_unknown_heads(config: Any) -> None:
+    """Some architectures rescale their logits after the head, which the chunks would miss."""
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise RecipeError(
+                [f"policy.model: must have a plain output head, got {config.model_type} "
+                 f"with {name}"]
+            )  # fmt: skip
+
+
+def adapter_folder(adapter: str) -> Path:
+    """Where the files of a PEFT adapter are, a folder or a hub id, without pickles among them."""
+    found = Path(adapter)
+    if not found.is_dir():
+        found = Path(snapshot_download(adapter, allow_patterns=["adapter_config.json", WEIGHTS]))
+    refuse_pickle(found, WEIGHTS, "policy.adapter")
+    return found
+
+
+def refuse_other_base(config: Any, adapter: str, settings: PolicySettings) -> None:
+    """An adapter, by its configuration, of another base of the same shape would load. A folder
+    may be any base."""
+    named = str(getattr(config, "base_model_name_or_path", None))
     on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", named) and not Path(named).exists()
     if on_hub and named != settings.model and not Path(settings.model).exists():
         raise RecipeError(

@@ -16,7 +16,14 @@ from torch.utils.checkpoint import checkpoint
 
 from gft_lite.batching import Layout, MicroBatch, Row, cut
 from gft_lite.memory import LOGIT_CHUNK_BYTES
-from gft_lite.policy import Divergence, TokenScores, attention, evaluating, serving
+from gft_lite.policy import (
+    Divergence,
+    ServedBase,
+    TokenScores,
+    attention,
+    evaluating,
+    serving,
+)
 from gft_lite.policy.intact import fitting_weights
 from gft_lite.recipe import PolicySettings, RecipeError
 
@@ -314,6 +321,6 @@ class LoraPolicy:
             return contextlib.nullcontext()
         return torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda")
 
-    def serving_base(self, kind: str, scratch: Path) -> str:
-        """The folder or hub id that an engine should load to serve this policy's base."""
-        return serving.serving_base(self, kind, scratch)
+    def serving_base(self, kind: str) -> ServedBase:
+        """What an engine should load to serve this policy's base; `kind` is `rollout.base`."""
+        return serving.serving_base(self, kind)

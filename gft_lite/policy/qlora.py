@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import transformers
 from bitsandbytes.nn import Linear4bit
-from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
@@ -18,18 +17,24 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gft_lite.policy import model_location
 from gft_lite.policy.intact import (
-    WEIGHTS,
+    adapter_folder,
     fitting_weights,
     refuse_holes,
     refuse_other_base,
     refuse_pickle,
+    refuse_unknown_heads,
 )
 from gft_lite.policy.lora import REFERENCE, TRAINED, LoraPolicy
-from gft_lite.recipe import PolicySettings, RecipeError
+from gft_lite.recipe import PolicySettings, RecipeError, RolloutSettings
 
 
-def load(settings: PolicySettings, seed: int = 0) -> LoraPolicy:
-    """Load base, tokenizer and adapter. Raises: RecipeError when a name or rank is wrong."""
+def load(
+    settings: PolicySettings, seed: int = 0, rollout: RolloutSettings | None = None
+) -> LoraPolicy:
+    """Load base, tokenizer and adapter; serving it is others' work, whatever `rollout` says.
+
+    Raises: RecipeError when a name or rank is wrong.
+    """
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     device = settings.device
@@ -65,7 +70,7 @@ def load(settings: PolicySettings, seed: int = 0) -> LoraPolicy:
         rule = "must have a tokenizer with a vocabulary, such as tokenizer.json"
         raise RecipeError([f"policy.model: {rule}, got {settings.model!r} without."])
     refuse_holes(base, report, settings.model)
-    _refuse_unknown_heads(base.config)
+    refuse_unknown_heads(base.config)
     for module in base.modules():
         if isinstance(module, Linear4bit):
             # An eval() forward would repack the weights to a bf16 kernel that rounds them.
@@ -151,13 +156,9 @@ def _keep_on_cpu(base: Any) -> None:
 
 def _start_from(base: Any, adapter: str, settings: PolicySettings) -> PeftModel:
     try:
-        found = Path(adapter)
-        if not found.is_dir():
-            wanted = ["adapter_config.json", WEIGHTS]
-            found = Path(snapshot_download(adapter, allow_patterns=wanted))
-        refuse_pickle(found, WEIGHTS, "policy.adapter")
+        found = adapter_folder(adapter)
         model = PeftModel.from_pretrained(base, found, is_trainable=True)
-        refuse_other_base(model, TRAINED, adapter, settings)
+        refuse_other_base(model.peft_config[TRAINED], adapter, settings)
         fitting_weights(model, TRAINED, found, "policy.adapter")
         if settings.reference == "adapter":
             model.load_adapter(found, adapter_name=REFERENCE)
@@ -174,13 +175,3 @@ def _start_from(base: Any, adapter: str, settings: PolicySettings) -> PeftModel:
              f"got {settings.lora.rank}"]
         )  # fmt: skip
     return model
-
-
-def _refuse_unknown_heads(config: transformers.PretrainedConfig) -> None:
-    """Some architectures rescale their logits after the head, which the chunks would miss."""
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise RecipeError(
-                [f"policy.model: must have a plain output head, got {config.model_type} "
-                 f"with {name}"]
-            )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -29,6 +29,8 @@ ENGINES: dict[str, EngineEntry | None] = {
     "auto": None,
     "transformers": EngineEntry("gft_lite.rollout.transformers:TransformersEngine"),
     "vllm": EngineEntry("gft_lite.rollout.vllm:VllmEngine", needs="vllm"),
+    "vllm_server": EngineEntry("gft_lite.rollout.vllm_server:VllmServerEngine"),
+    "unsloth": EngineEntry("gft_lite.rollout.unsloth:UnslothEngine", needs="unsloth"),
 }
 
 
@@ -65,26 +67,48 @@ class Completion:
     finish_reason: FinishReason
 
 
+Seen = Callable[[tuple[int, ...], int, Completion], None]
+
+
+def ignore(prompt_ids: tuple[int, ...], seed: int, completion: Completion) -> None:
+    """For whom it is enough to have all completions at the end."""
+
+
 class RolloutError(RuntimeError):
     """The engine failed, or serves something else than the trainer's adapter."""
 
 
 class RolloutEngine(Protocol):
-    """Samples from the base or from the newest synced adapter, never from a mixture."""
+    """Samples from the base or from the newest synced adapter, never from a mixture.
+
+    `base` says in words which copy of the base it serves.
+    """
 
     name: str
+    base: str
 
     def sync(self, adapter: Path | None, version: int) -> None:
         """Serve the adapter saved at `adapter` from now on; None serves the base."""
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
-        """One list of completions per request, in the order of its seeds."""
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, seen: Seen = ignore
+    ) -> list[list[Completion]]:
+        """One list of completions per request, in the order of its seeds.
+
+        `seen` hears of each with its prompt and seed once it is there, in any order.
+        """
 
     def score(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> list[float]:
         """Log-probs [T] in nats of `token_ids` after the prompt, under what is served."""
 
+    def sleep(self) -> None:
+        """Give the device's memory back until `wake`, and answer no request until then."""
+
+    def wake(self) -> None:
+        """Serve again what was served before."""
+
     def close(self) -> None:
-        """Give everything back; may be called twice."""
+        """Give everything back; may be called twice, and while asleep."""
 
 
 def find_engine(name: str) -> EngineEntry:
@@ -108,4 +132,5 @@ def find_engine(name: str) -> EngineEntry:
 
 def start_engine(settings: RolloutSettings, policy: Policy, scratch: Path) -> RolloutEngine:
     """Start the engine that the recipe names. `scratch` is a folder it may write to."""
+    scratch.mkdir(parents=True, exist_ok=True)
     return load_dotted(find_engine(settings.engine).path)(settings, policy, scratch)

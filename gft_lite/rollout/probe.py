@@ -77,10 +77,11 @@ class Probe:
 
 
 def sync(engine: RolloutEngine, policy: Policy, adapters: Path, version: int) -> None:
-    """Save the policy's adapter under a fresh path and let the engine serve it.
+    """Save the policy's adapter under a fresh path and let the engine, awake again, serve it.
 
     The folder of the version before goes only afterwards: the engine may read it until then.
     """
+    engine.wake()
     fresh = policy.save_adapter(adapters / f"v{version}")
     engine.sync(fresh, version)
     for old in adapters.glob("v*"):

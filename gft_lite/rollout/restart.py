@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
 
-from gft_lite.rollout import Completion, Request, RolloutEngine, RolloutError, Sampling
+from gft_lite.rollout import (
+    Completion,
+    Request,
+    RolloutEngine,
+    RolloutError,
+    Sampling,
+    Seen,
+    ignore,
+)
 
 T = TypeVar("T")
+
+REFRESH = 0.2  # Seconds.
 
 
 class EngineFailed(RolloutError):
@@ -18,10 +30,11 @@ class EngineFailed(RolloutError):
 
 
 class RestartingEngine:
-    """Repeats the call at which an engine failed on a fresh one; a second failure at it stands.
+    """Goes on with a fresh engine where one failed; a second failure in a call stands.
 
-    Samples depend on nothing but adapter, prompt and seed, so a repeated call answers what the
-    first would have. `check` hears of the fresh engine once it serves the adapter again.
+    Samples depend on nothing but adapter, prompt and seed: those that were there before the
+    failure stay, and the fresh engine answers for the rest what the first would have. `check`
+    hears of the fresh engine once it serves the adapter again.
     """
 
     def __init__(self, start: Callable[[], RolloutEngine], console: Console) -> None:
@@ -29,7 +42,7 @@ class RestartingEngine:
         self._console = console
         self._engine = start()
         self._served: tuple[Path, int] | None = None
-        self.name = self._engine.name
+        self.name, self.base = self._engine.name, self._engine.base
         self.check: Callable[[RolloutEngine], float] | None = None
 
     def sync(self, adapter: Path | None, version: int) -> None:
@@ -37,13 +50,39 @@ class RestartingEngine:
         self._engine.sync(adapter, version)
         self._served = None if adapter is None else (adapter, version)
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, seen: Seen = ignore
+    ) -> list[list[Completion]]:
         """One list of completions per request, in the order of its seeds."""
-        return self._repeated(lambda: self._engine.generate(requests, sampling))
+        done: dict[tuple[tuple[int, ...], int], Completion] = {}
+        with _shown(self._console, sum(len(request.seeds) for request in requests)) as show:
+
+            def note(prompt_ids: tuple[int, ...], seed: int, completion: Completion) -> None:
+                done[prompt_ids, seed] = completion
+                show(completion)
+                seen(prompt_ids, seed, completion)
+
+            def ask() -> None:
+                missing = [_without(request, done) for request in requests]
+                found = self._engine.generate(missing, sampling, note)
+                for request, completions in zip(missing, found, strict=True):
+                    for seed, completion in zip(request.seeds, completions, strict=True):
+                        done[request.prompt_ids, seed] = completion
+
+            self._repeated(ask)
+        return [[done[request.prompt_ids, s] for s in request.seeds] for request in requests]
 
     def score(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> list[float]:
         """Log-probs [T] in nats of `token_ids` after the prompt, under what is served."""
         return self._repeated(lambda: self._engine.score(prompt_ids, token_ids))
+
+    def sleep(self) -> None:
+        """Give the device's memory back until `wake`."""
+        self._engine.sleep()
+
+    def wake(self) -> None:
+        """Serve again what was served before."""
+        self._engine.wake()
 
     def close(self) -> None:
         """Give everything back; may be called twice."""
@@ -60,3 +99,30 @@ class RestartingEngine:
             if self.check is not None:
                 self.check(self._engine)
         return call()
+
+
+def _without(request: Request, done: Container[tuple[tuple[int, ...], int]]) -> Request:
+    """A request without the seeds that have been answered."""
+    seeds = (seed for seed in request.seeds if (request.prompt_ids, seed) not in done)
+    return Request(request.prompt_ids, tuple(seeds))
+
+
+@contextmanager
+def _shown(console: Console, total: int) -> Iterator[Callable[[Completion], None]]:
+    """A line that tells, on a terminal, how far a call is, for the length of a `with`."""
+    started = time.perf_counter()
+    last, responses, tokens = started, 0, 0
+    with console.status(f"sampling {total:,} responses") as status:
+
+        def show(completion: Completion) -> None:
+            nonlocal last, responses, tokens
+            responses, tokens = responses + 1, tokens + len(completion.token_ids)
+            now = time.perf_counter()
+            if now - last > REFRESH:
+                last, speed = now, tokens / (now - started)
+                status.update(
+                    f"sampling: {responses:,} of {total:,} responses, {tokens:,} tokens, "
+                    f"{speed:,.0f} tokens/s"
+                )
+
+        yield show

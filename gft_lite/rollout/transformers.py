@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from gft_lite.batching import Row
 from gft_lite.policy import Policy, evaluating
 from gft_lite.recipe import RolloutSettings
-from gft_lite.rollout import Completion, Request, RolloutError, Sampling
+from gft_lite.rollout import Completion, Request, RolloutError, Sampling, Seen, ignore
 from gft_lite.types import FinishReason
 
 
@@ -23,6 +23,7 @@ class _Sample:
     """A response while it grows; `noise` is its own stream of uniform numbers."""
 
     prompt_ids: tuple[int, ...]
+    seed: int
     noise: Tensor
     room: int
     token_ids: list[int] = field(default_factory=list)
@@ -42,6 +43,7 @@ class TransformersEngine:
     """Needs no second copy of the weights; every sync is immediate."""
 
     name = "transformers"
+    base = "the trainer's own"
 
     def __init__(self, settings: RolloutSettings, policy: Policy, scratch: Path) -> None:
         self._policy = policy
@@ -52,7 +54,9 @@ class TransformersEngine:
         """The adapter is the policy's own, so that only base or adapter is to be noted."""
         self._serves_base = adapter is None
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, seen: Seen = ignore
+    ) -> list[list[Completion]]:
         """Sample each request once per seed. Raises: RolloutError for a prompt without room."""
         samples = [
             [self._sample(request.prompt_ids, seed, sampling) for seed in request.seeds]
@@ -62,7 +66,10 @@ class TransformersEngine:
         flat = sorted((s for group in samples for s in group), key=lambda s: len(s.prompt_ids))
         with torch.no_grad(), self._served():
             for start in range(0, len(flat), self._rows):
-                self._decode(flat[start : start + self._rows], sampling)
+                batch = flat[start : start + self._rows]
+                self._decode(batch, sampling)
+                for sample in batch:
+                    seen(sample.prompt_ids, sample.seed, sample.completion())
         return [[sample.completion() for sample in group] for group in samples]
 
     def score(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> list[float]:
@@ -70,6 +77,12 @@ class TransformersEngine:
         [batch] = self._policy.batches([Row(tuple(prompt_ids), tuple(token_ids))], 1)
         with torch.no_grad(), self._served():
             return self._policy.token_scores(batch).logprobs.tolist()
+
+    def sleep(self) -> None:
+        """Between calls, nothing is held."""
+
+    def wake(self) -> None:
+        """Nothing was given back."""
 
     def close(self) -> None:
         """Nothing is held."""
@@ -89,7 +102,7 @@ class TransformersEngine:
             )
         # A stream per sample makes a response independent of what else is in the batch.
         generator = torch.Generator().manual_seed(seed)
-        return _Sample(prompt_ids, torch.rand(room, generator=generator), room)
+        return _Sample(prompt_ids, seed, torch.rand(room, generator=generator), room)
 
     def _decode(self, samples: list[_Sample], sampling: Sampling) -> None:
         """Grow all samples to their end, in step; finished ones leave the batch."""

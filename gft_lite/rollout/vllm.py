@@ -6,29 +6,32 @@ import contextlib
 import gc
 import itertools
 import logging
-import math
 import os
 import random
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from gft_lite.rollout import Completion, Request, RolloutError, Sampling
+from gft_lite.rollout import Completion, Request, RolloutError, Sampling, Seen, ignore
 from gft_lite.rollout.restart import EngineFailed
+from gft_lite.rollout.vllm_shared import (
+    Job,
+    adapter_shapes,
+    check_adapter,
+    engine_environment,
+    engine_options,
+    sampling_jobs,
+    scoring_job,
+)
 from gft_lite.types import FinishReason
 
 if TYPE_CHECKING:
     from gft_lite.policy import Policy
     from gft_lite.recipe import RolloutSettings
-
-CPU_KV_CACHE = 64 << 20
-CPU_BLOCK = 32  # vLLM's 128 would leave shorter prompts out of the prefix cache.
 
 # What vLLM replaces in torch on a CPU, once for the process. The trainer gets its own back after
 # every call and vLLM finds its own in the next one; the same holds for environment variables.
@@ -53,52 +56,41 @@ class VllmEngine:
         self._context = policy.context
         self._dtype = policy.dtype
         self._eos_ids = sorted(policy.eos_ids)
-        self._shapes = _adapter_shapes(policy.model)
+        self._shapes = adapter_shapes(policy.model)
         self._numbers = itertools.count(1)
         self._lora: Any = None
+        self._sleeps, self._asleep = settings.sleep, False
         self._environment = {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
-            "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
-            # Else the ports of its process group are open to the network.
-            "VLLM_HOST_IP": "127.0.0.1",
-            "GLOO_SOCKET_IFNAME": "lo",
+            **engine_environment(policy.device),
         }
-        if policy.device.type == "cpu":
-            # Compiling one helper of the sampler would take longer than the rest of the start.
-            self._environment["TORCHDYNAMO_DISABLE"] = "1"
+        # One of several processes: its engine lives in the process group that they have.
+        self._guest = torch.distributed.is_initialized()
+        if self._guest:
+            for name in ("VLLM_HOST_IP", "GLOO_SOCKET_IFNAME"):  # They may be on other machines.
+                self._environment.pop(name, None)
         self._llm = self._start(settings, policy, scratch)
 
     def _start(self, settings: RolloutSettings, policy: Policy, scratch: Path) -> Any:
-        options = _options(settings, policy)
+        options = engine_options(settings, policy)
+        if self._guest:
+            options["distributed_executor_backend"] = "external_launcher"
         logging.getLogger("vllm").setLevel(self._environment["VLLM_LOGGING_LEVEL"])
-        with _vllm_in_charge(self._environment), warnings.catch_warnings():
+        with vllm_in_charge(self._environment), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             from vllm import LLM
             from vllm.distributed import cleanup_dist_env_and_memory, model_parallel_is_initialized
             from vllm.exceptions import VLLMError
 
-            rank = _served_rank(policy.settings.lora.rank)
             if model_parallel_is_initialized():
                 # The one that closes first would take down what both stand on.
                 raise RolloutError("rollout.engine: close the other vllm engine of this process.")
-            base = policy.serving_base(settings.base, scratch)
+            base = policy.serving_base(settings.base)
+            self.base = base.about
             try:
-                return LLM(
-                    model=str(base),
-                    revision=policy.settings.revision,
-                    trust_remote_code=policy.settings.trust_remote_code,
-                    max_model_len=policy.context,
-                    max_num_seqs=settings.batch_size,
-                    enable_lora=True,
-                    max_loras=1,
-                    max_lora_rank=rank,
-                    generation_config="vllm",
-                    logprobs_mode="raw_logprobs",
-                    use_tqdm_on_load=False,
-                    **options,
-                )
-            except (VLLMError, ValueError, RuntimeError, OSError) as error:
+                return LLM(model=base.location, use_tqdm_on_load=False, **options)
+            # An assertion fails where sleep mode finds that an engine before it is not gone.
+            except (VLLMError, ValueError, RuntimeError, OSError, AssertionError) as error:
                 cleanup_dist_env_and_memory()
                 raise RolloutError(f"rollout.engine: vllm could not start. {error}") from error
 
@@ -110,7 +102,7 @@ class VllmEngine:
         request = None
         with self._running() as llm:
             if adapter is not None:
-                _check_adapter(adapter, self._shapes, self._dtype)
+                check_adapter(adapter, self._shapes, self._dtype)
                 request = self._load(llm.llm_engine, adapter, version)
             if self._lora is not None:
                 llm.llm_engine.remove_lora(self._lora.lora_int_id)
@@ -131,55 +123,72 @@ class VllmEngine:
             raise RolloutError(f"adapter: must load in vllm, got {adapter}, which it did not list.")
         return request
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, seen: Seen = ignore
+    ) -> list[list[Completion]]:
         """Sample each request once per seed.
 
         Raises: RolloutError for a prompt without room, before anything is sampled.
         """
-        rooms = [self._room(len(request.prompt_ids)) for request in requests]
-        # One prompt per seed: with n > 1 vLLM would count up from the first one.
-        jobs = [
-            (r.prompt_ids, {"max_tokens": min(sampling.max_tokens, room), "seed": _folded(seed)})
-            for r, room in zip(requests, rooms, strict=True)
-            for seed in r.seeds
-        ]
-        outputs = iter(
-            self._run(
-                jobs,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                stop=list(sampling.stop),
-                stop_token_ids=self._eos_ids,
-                ignore_eos=True,  # The policy's ids count, not those that vLLM finds on disk.
-                detokenize=bool(sampling.stop),
-                skip_special_tokens=False,
-                logprobs=0,
-            )
-        )
-        return [[_completion(next(outputs)) for _ in request.seeds] for request in requests]
+        jobs = sampling_jobs(requests, sampling, self._context, self._eos_ids)
+        asked = [(request.prompt_ids, seed) for request in requests for seed in request.seeds]
+        done: dict[int, Completion] = {}
+
+        def note(number: int, output: Any) -> None:
+            done[number] = _completion(output)
+            seen(*asked[number], done[number])
+
+        self._run(jobs, note, detokenize=bool(sampling.stop))
+        numbers = itertools.count()
+        return [[done[next(numbers)] for _ in request.seeds] for request in requests]
 
     def score(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> list[float]:
         """Log-probs [T] of `token_ids` after the prompt, under what is served.
 
         Raises: RolloutError when both together leave no room for one more token.
         """
-        ids = [*prompt_ids, *token_ids]
-        self._room(len(prompt_ids))
-        self._room(len(ids))
-        # vLLM must generate one token, and reads no prefix cache when it scores a prompt.
-        job = {"temperature": 0, "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
-        [output] = self._run([(ids, job)])
-        return _chosen(token_ids, output.prompt_logprobs[len(prompt_ids) :])
+        job = scoring_job(prompt_ids, token_ids, self._context)
+        done: list[Any] = []
+        self._run([job], lambda _, output: done.append(output), detokenize=False)
+        return _chosen(token_ids, done[0].prompt_logprobs[len(prompt_ids) :])
+
+    def sleep(self) -> None:
+        """Give the card's memory back until `wake`; the next call does nothing."""
+        if self._sleeps and not self._asleep:
+            with self._running() as llm:
+                # The weights and, with them, the adapter wait in RAM, the KV cache is dropped.
+                # Level 2 drops the adapter as well, and yet vLLM goes on listing it.
+                llm.sleep(level=1)
+            self._asleep = True
+
+    def wake(self) -> None:
+        """Serve again what was served before, with an empty prefix cache.
+
+        Raises: RolloutError when its place on the card is taken.
+        """
+        if not self._asleep:
+            return
+        self._asleep = False
+        with self._running() as llm:
+            try:
+                llm.wake_up()
+            except RuntimeError as error:
+                self.close()
+                raise RolloutError(
+                    f"rollout.engine: vllm could not take its memory back after training. {error} "
+                    "Lower rollout.gpu_memory or train.micro_batch_tokens."
+                ) from error
 
     def close(self) -> None:
         """Free the engine's memory and its rendezvous file; the second call does nothing."""
         if self._llm is None:
             return
+        self._asleep = False
         with self._running() as llm:
             worker = llm.llm_engine.model_executor.driver_worker.worker
             rendezvous = worker.distributed_init_method.removeprefix("file://")
-            llm.llm_engine.engine_core.shutdown()
+            with _group_kept() if self._guest else contextlib.nullcontext():
+                llm.llm_engine.engine_core.shutdown()
             self._llm = self._lora = None
         del llm, worker
         gc.collect()
@@ -189,27 +198,25 @@ class VllmEngine:
     def _running(self) -> Iterator[Any]:
         if self._llm is None:
             raise RolloutError("rollout: the engine has been closed.")
-        with _vllm_in_charge(self._environment):
+        if self._asleep:
+            # vLLM itself would wait for ever.
+            raise RolloutError("rollout: the engine is asleep; call wake() first.")
+        with vllm_in_charge(self._environment):
             yield self._llm
 
-    def _room(self, length: int) -> int:
-        if not 1 <= length < self._context:
-            raise RolloutError(
-                f"prompt: must have 1 to {self._context - 1} tokens, got {length}. "
-                "Raise policy.context or shorten the prompt."
-            )
-        return self._context - length
-
-    def _run(self, jobs: Sequence[tuple[Sequence[int], dict[str, Any]]], **common: Any) -> Any:
-        """One finished vLLM request per job, a job being a prompt and its own parameters."""
+    def _run(
+        self, jobs: Sequence[Job], note: Callable[[int, Any], None], *, detokenize: bool
+    ) -> None:
+        """Run a vLLM request per job; `note` gets the job's number and what came of it."""
         with self._running() as llm:
-            from vllm import SamplingParams, TokensPrompt
             from vllm.exceptions import VLLMClientError
 
-            prompts = [TokensPrompt(prompt_token_ids=list(ids)) for ids, _ in jobs]
+            engine = llm.llm_engine
             try:
-                parameters = [SamplingParams(**common, **own) for _, own in jobs]
-                return llm.generate(prompts, parameters, use_tqdm=False, lora_request=self._lora)
+                self._submit(engine, jobs, detokenize)
+                while engine.has_unfinished_requests():
+                    for output in engine.step():
+                        note(int(output.request_id), output)
             except VLLMClientError as error:
                 raise RolloutError(f"rollout: vllm refused the request. {error}") from error
             except BaseException as error:
@@ -220,12 +227,26 @@ class VllmEngine:
                     raise EngineFailed(f"rollout: vllm failed. {reason}") from error
                 raise
 
+    def _submit(self, engine: Any, jobs: Sequence[Job], detokenize: bool) -> None:
+        """Queue every job, or none; vLLM takes them up as others end."""
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.exceptions import VLLMClientError
+        from vllm.sampling_params import RequestOutputKind
 
-def _folded(seed: int) -> int:
-    """A seed that vLLM takes (63 bits; -1 would mean none) and whose low 32 bits hold it all."""
-    # torch's CPU generator reads no more than those; smaller seeds stay what they are.
-    seed %= 2**63
-    return seed ^ seed >> 32
+        common: dict[str, Any] = {
+            "detokenize": detokenize,
+            "output_kind": RequestOutputKind.FINAL_ONLY,
+        }
+        queued: list[str] = []
+        try:
+            for number, (ids, own) in enumerate(jobs):
+                prompt = TokensPrompt(prompt_token_ids=list(ids))
+                parameters = SamplingParams(**common, **own)
+                engine.add_request(str(number), prompt, parameters, lora_request=self._lora)
+                queued.append(str(number))
+        except VLLMClientError:
+            engine.abort_request(queued)
+            raise
 
 
 def _completion(output: Any) -> Completion:
@@ -240,82 +261,19 @@ def _chosen(token_ids: Sequence[int], candidates: Sequence[Mapping[int, Any]]) -
     return [found[t].logprob for t, found in zip(token_ids, candidates, strict=True)]
 
 
-def _served_rank(rank: int) -> int:
-    """The smallest rank that vLLM can be started with and that holds the policy's."""
-    from vllm.config.lora import MaxLoRARanks
-
-    ranks = get_args(MaxLoRARanks)
-    if rank > max(ranks):
-        raise RolloutError(
-            f"policy.lora.rank: must be at most {max(ranks)} with rollout.engine vllm, got {rank}. "
-            "Lower it or set rollout.engine=transformers."
-        )
-    return min(r for r in ranks if r >= rank)
-
-
-def _options(settings: RolloutSettings, policy: Policy) -> dict[str, Any]:
-    """vLLM's arguments for dtype, device and memory. Raises: RolloutError for too little of it."""
-    config = policy.model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_hidden_layers * heads * size * policy.dtype.itemsize
-    # vLLM keeps one block for itself.
-    least = per_token * (math.ceil(policy.context / CPU_BLOCK) + 1) * CPU_BLOCK
-    asked = None if settings.kv_cache_mib is None else settings.kv_cache_mib << 20
-    if asked is not None and asked < least:
-        raise RolloutError(
-            f"rollout.kv_cache_mib: must be at least {math.ceil(least / 2**20)} to hold one "
-            f"sequence of policy.context {policy.context}, got {settings.kv_cache_mib}."
-        )
-    options: dict[str, Any] = {"dtype": str(policy.dtype).removeprefix("torch.")}
-    if policy.device.type == "cpu":
-        cache = asked or max(CPU_KV_CACHE, least)
-        return options | {
-            "enforce_eager": True,
-            "kv_cache_memory_bytes": cache,
-            "block_size": CPU_BLOCK,
-        }
-    return options | {
-        "enforce_eager": settings.eager,
-        "gpu_memory_utilization": settings.gpu_memory,
-        "kv_cache_memory_bytes": asked,
-    }
-
-
-def _adapter_shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in the files that the model's adapter is saved to."""
-    adapter = f".{model.active_adapter}"
-    return {
-        name.replace(adapter, ""): tuple(parameter.shape)
-        for name, parameter in model.named_parameters()
-        if ".lora_" in name and f"{adapter}." in f"{name}."
-    }
-
-
-def _check_adapter(
-    adapter: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
-) -> None:
-    """vLLM would serve the base for unknown names, and NaN or cut tensors as they are."""
+@contextlib.contextmanager
+def _group_kept() -> Iterator[None]:
+    """Let vLLM not destroy the process group that it was only a guest in."""
+    destroy = torch.distributed.destroy_process_group
+    torch.distributed.destroy_process_group = lambda *_: None
     try:
-        tensors = load_file(adapter / "adapter_model.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise RolloutError(
-            f"adapter: must be a folder with a PEFT adapter, got {adapter} ({error})."
-        ) from error
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    wrong = sorted(n for n in shapes.keys() | found if shapes.get(n) != found.get(n))
-    if wrong:
-        raise RolloutError(
-            f"adapter: must have the policy's modules and rank, got {adapter}, in which "
-            f"{len(wrong)} tensors differ: {wrong[0]} is {found.get(wrong[0], 'missing')} "
-            f"instead of {shapes.get(wrong[0], 'absent')}."
-        )
-    if bad := [n for n, tensor in tensors.items() if not tensor.to(dtype).isfinite().all()]:
-        raise RolloutError(f"adapter: must be finite in {dtype}, got {adapter} with {bad[0]}.")
+        yield
+    finally:
+        torch.distributed.destroy_process_group = destroy
 
 
 @contextlib.contextmanager
-def _vllm_in_charge(environment: Mapping[str, str]) -> Iterator[None]:
+def vllm_in_charge(environment: Mapping[str, str]) -> Iterator[None]:
     """Let vLLM change the process inside, and leave no trace of it for the trainer outside.
 
     Kept: the random states of Python, numpy and torch, the number of threads, the environment,

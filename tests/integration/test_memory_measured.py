@@ -243,7 +243,7 @@ def test_a_rollout_with_the_trainers_model(vocabulary, prompt, length, rows, ran
         request = Request(tuple(range(3, 3 + prompt)), tuple(range(rows)))
         engine.generate([request], Sampling(max_tokens=length))
     choice = replace(recomputing(0), batch_size=rows)
-    taken = Job(find_shape(folder), recipe, "cpu").engine(choice, 0)
+    taken = Job(find_shape(folder), recipe, "cpu").engine(choice)
     assert sum(taken.values()) == pytest.approx(meter.peak, rel=0.05)
 
 

@@ -221,9 +221,9 @@ def test_dropout_is_the_policys_alone_and_not_the_references(tmp_path):
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_served_base_has_the_trainers_own_weights(quantization, tmp_path):
+def test_served_base_has_the_trainers_own_weights(quantization):
     policy = load_policy(PolicySettings(quantization=quantization, gradient_checkpointing=False))
-    folder = policy.serving_base("nf4_dequantised", tmp_path)
+    folder = policy.serving_base("nf4_dequantised").location
     served = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     [batch] = cut(rows(policy), 10**6)
     with torch.no_grad():
@@ -234,7 +234,7 @@ def test_served_base_has_the_trainers_own_weights(quantization, tmp_path):
     # int8 also rounds activations in the trainer's forward, which no dequantised copy can.
     assert gap < (1e-5 if quantization == "nf4" else 0.5)
     assert gap > 0 or quantization == "nf4"
-    assert Path(policy.serving_base("original", tmp_path)) == lab.BASE
+    assert Path(policy.serving_base("original").location) == lab.BASE
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -10,17 +10,21 @@ import random
 import shutil
 import signal
 import tempfile
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from gft_lite.policy import load_policy
 from gft_lite.recipe import PolicySettings, RolloutSettings
 from gft_lite.rollout import Request, RolloutError, Sampling
+from gft_lite.rollout.restart import RestartingEngine
 from gft_lite.rollout.vllm import VllmEngine
+from gft_lite.rollout.vllm_shared import sampling_jobs
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason='needs vllm: pip install "gft-lite[vllm]"'
@@ -188,6 +192,50 @@ def test_none_serves_the_base(engine, policy, publish):
         _assert_serves(engine, policy)
     assert _gap(engine.score(PROMPTS[0], COMPLETION),
                 _logprobs(policy, PROMPTS[0], COMPLETION)) > 100 * GAP  # fmt: skip
+
+
+def test_base_and_adapter_in_turn_are_never_stale(engine, policy, publish):
+    adapter, version = publish()
+    for _ in range(2):
+        engine.sync(None, 0)
+        with policy.base():
+            _assert_serves(engine, policy)
+        engine.sync(adapter, version)
+        _assert_serves(engine, policy)
+
+
+def _cached_tokens(engine):
+    """How many tokens of a prompt came from the prefix cache."""
+    [job] = sampling_jobs([Request(PROMPTS[0], (0,))], GREEDY, CONTEXT, [EOS])
+    found = []
+    engine._run([job], lambda _, output: found.append(output.num_cached_tokens), detokenize=False)
+    return found[0]
+
+
+def test_asleep_it_refuses_and_awake_it_serves_the_adapter_from_an_empty_cache(
+    engine, policy, publish
+):
+    engine.sync(*publish())
+    _assert_serves(engine, policy)
+    assert _cached_tokens(engine) == 64
+    engine.sleep()
+    engine.sleep()
+    for call in (lambda: engine.generate(_requests(), GREEDY), lambda: engine.sync(None, 1),
+                 lambda: engine.score(PROMPTS[0], COMPLETION)):  # fmt: skip
+        with pytest.raises(RolloutError, match="asleep"):
+            call()
+    engine.wake()
+    engine.wake()
+    assert _cached_tokens(engine) == 0
+    _assert_serves(engine, policy)
+
+
+def test_each_completion_is_seen_once_and_the_shortest_first(engine):
+    order, sampling = [], Sampling(max_tokens=20)
+    long, short = Request(PROMPTS[0], (1, 2)), Request((5,) * (CONTEXT - 3), (3,))
+    found = engine.generate([long, short], sampling, lambda *seen: order.append(seen))
+    assert order[0] == (short.prompt_ids, 3, found[1][0])
+    assert sorted(order[1:]) == [(PROMPTS[0], 1, found[0][0]), (PROMPTS[0], 2, found[0][1])]
 
 
 def test_scores_do_not_depend_on_what_is_cached(engine, policy, publish):
@@ -371,11 +419,54 @@ def test_settings_that_do_not_fit_are_named(policy, tmp_path, monkeypatch):
     wide = _policy(tmp_path / "wide", lora={"rank": 600, "alpha": 8}, context=400)
     with pytest.raises(RolloutError, match=r"policy\.lora\.rank: must be at most 512.*got 600"):
         VllmEngine(_settings(), wide, tmp_path)
-    assert not (tmp_path / "base").exists()
     # 2 (K and V) x 2 layers x 1 head x 32 x 4 bytes = 512 bytes a token; 5000 and one block.
     monkeypatch.setattr(policy, "context", 5000)
     with pytest.raises(RolloutError, match=r"rollout\.kv_cache_mib: must be at least 3 .*got 2"):
         VllmEngine(_settings(kv_cache_mib=2), policy, tmp_path)
+
+
+def _fail_at(step, monkeypatch):
+    """Break vLLM down at one of its steps; returns the ids of the requests that it then gets."""
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    plain_step, plain_add, calls, added = LLMEngine.step, LLMEngine.add_request, [], []
+
+    def failing(self):
+        calls.append(1)
+        if len(calls) == step:
+            added.clear()
+            raise RuntimeError("out of luck")
+        return plain_step(self)
+
+    def noted(self, request_id, *args, **kwargs):
+        added.append(request_id)
+        return plain_add(self, request_id, *args, **kwargs)
+
+    monkeypatch.setattr(LLMEngine, "step", failing)
+    monkeypatch.setattr(LLMEngine, "add_request", noted)
+    return added
+
+
+def test_a_crash_loses_what_was_being_written_and_no_more(engine, policy, tmp_path, monkeypatch):
+    """Closes the engine that the others share, as does the test after this one."""
+    engine.sync(None, 0)
+    requests = [Request(PROMPTS[0], tuple(range(12))), Request(PROMPTS[1], tuple(range(12)))]
+    sampling = Sampling(max_tokens=10)
+    expected = engine.generate(requests, sampling)
+    engine.close()
+    said = StringIO()
+    restarting = RestartingEngine(
+        lambda: VllmEngine(_settings(batch_size=4), policy, tmp_path), Console(file=said)
+    )
+    added = _fail_at(25, monkeypatch)
+    found = restarting.generate(requests, sampling)
+    restarting.close()
+    assert "vllm failed. RuntimeError: out of luck Starting it again." in said.getvalue()
+    # In 24 steps, each of the four places has finished at least two responses of ten tokens.
+    assert 4 <= len(added) <= 24 - 8
+    assert _ids(found) == _ids(expected)
+    for ours, theirs in zip(itertools.chain(*found), itertools.chain(*expected), strict=True):
+        assert _gap(ours.logprobs, theirs.logprobs) <= GAP
 
 
 def _interrupt(engine):
@@ -393,8 +484,10 @@ def _interrupt(engine):
         signal.signal(signal.SIGALRM, before)
 
 
-def test_engines_follow_each_other_without_a_trace(engine, policy, publish, tmp_path):
-    """The last test of this file, since it closes the engine that the others share."""
+def test_engines_follow_each_other_without_a_trace(policy, publish, tmp_path):
+    """The last test of this file, since none of the others' engines may be there."""
+    engine = VllmEngine(_settings(), policy, tmp_path)
+    engine.sync(*publish())
     files = set(Path(tempfile.gettempdir()).glob("vllm_dist_*"))
     with pytest.raises(RolloutError, match="close the other vllm engine"):
         VllmEngine(_settings(), policy, tmp_path)
@@ -403,10 +496,11 @@ def test_engines_follow_each_other_without_a_trace(engine, policy, publish, tmp_
     for call in (lambda: engine.generate(_requests(), GREEDY), lambda: engine.sync(None, 1)):
         with pytest.raises(RolloutError, match="closed"):
             call()
-    policy.serving_base("nf4_dequantised", tmp_path / "broken")
-    (tmp_path / "broken" / "base" / "model.safetensors").unlink()
+    weights = Path(policy.settings.model) / "model.safetensors"
+    weights.rename(tmp_path / weights.name)
     with pytest.raises(RolloutError, match="could not start"):
-        VllmEngine(_settings(), policy, tmp_path / "broken")
+        VllmEngine(_settings(base="original"), policy, tmp_path)
+    (tmp_path / weights.name).rename(weights)
     torch.set_num_threads(2)
     trace = _trace()
     second = VllmEngine(_settings(kv_cache_mib=1, base="original"), policy, tmp_path)

@@ -103,12 +103,46 @@ class TestFormulas:
         assert away["checkpoints"] == 2 * 3072 * 3584 * 2
 
     def test_vllm_takes_its_share_in_both_phases(self):
-        planned = job(rollout={"gpu_memory": 0.5, "max_tokens": 2048})
-        choice = Choice(4096, 28, False, False, "vllm", 128)
-        for parts in (planned.training(choice, card=48 * GIB), planned.rollout(choice, 48 * GIB)):
+        planned = replace(job(rollout={"sleep": False, "max_tokens": 2048}), card=48 * GIB)
+        choice = Choice(4096, 28, False, False, "vllm", 128, 0.5)
+        for parts in (planned.training(choice), planned.rollout(choice)):
             assert parts["engine"] + parts["kv_cache"] == 24 * GIB
         # Its bf16 copy of the base alone.
         assert parts["engine"] > 2 * 7_615_616_512
+
+    def test_vllm_that_sleeps_leaves_the_card_to_training(self):
+        planned = replace(job(rollout={"eager": True, "max_tokens": 2048}), card=48 * GIB)
+        choice = Choice(4096, 28, False, False, "vllm", 128, 0.5)
+        graphs = replace(planned, recipe=job(rollout={"eager": False}).recipe)
+        bare = planned.training(replace(choice, engine="none"))
+        # Estimates: 0.3 GiB of buffers, and 0.6 GiB of CUDA graphs.
+        for each, kept in ((planned, 0.3), (graphs, 0.9)):
+            parts = each.training(choice)
+            assert parts["engine"] == pytest.approx(kept * GIB, abs=2)
+            assert total(parts) == total(bare) + parts["engine"]
+        rollout = planned.rollout(choice)
+        assert rollout["engine"] + rollout["kv_cache"] == 24 * GIB
+        # What torch counts, and where the weights are meanwhile.
+        plan = choose(job(rollout={"gpu_memory": 0.5, "engine": "vllm"}), 48 * GIB)
+        own = sum(plan.training[name] for name in ("base", "lora", "optimiser", "checkpoints",
+                                                   "activations", "head"))  # fmt: skip
+        assert plan.predicted_peak == own + 24 * GIB
+        assert planned.engine_weights == 2 * 7_615_616_512
+
+    def test_a_server_beside_the_trainer_needs_room_and_one_elsewhere_none(self):
+        own = replace(job(rollout={"engine": "vllm_server", "max_tokens": 2048}), card=48 * GIB)
+        choice = Choice(4096, 28, False, False, "vllm_server", 128, 0.5)
+        rollout = own.rollout(choice)
+        assert rollout["engine"] + rollout["kv_cache"] == 24 * GIB
+        inside = own.rollout(replace(choice, engine="vllm"))
+        # A process of its own has a CUDA context of its own, which is taken to be 0.6 GiB.
+        assert rollout["engine"] - inside["engine"] == int(0.6 * GIB)
+        rollout = {"engine": "vllm_server", "servers": "http://elsewhere"}
+        assert "engine" not in job(rollout=rollout).rollout(choice)
+
+    def test_the_plugin_has_the_trainers_nf4(self):
+        plugin = job(rollout={"base": "plugin"})
+        assert plugin.engine_weights == plugin.base(False)
 
     def test_the_longest_row_ends_at_the_context(self):
         assert job().longest_row == 3072
@@ -206,10 +240,34 @@ class TestChoosing:
     def test_what_the_recipe_says_stays(self):
         fixed = {"gradient_checkpointing": 5, "offload_checkpoints": True, "context": 4096}
         planned = job(policy=fixed, train={"micro_batch_tokens": 5000},
-                      rollout={"engine": "vllm", "batch_size": 3, "max_tokens": 2048})  # fmt: skip
+                      rollout={"engine": "vllm", "batch_size": 3, "max_tokens": 2048,
+                               "gpu_memory": 0.5})  # fmt: skip
         plan = choose(planned, 80 * GIB)
-        assert plan.choice == Choice(5000, 5, True, False, "vllm", 3)
+        assert plan.choice == Choice(5000, 5, True, False, "vllm", 3, 0.5)
         assert plan.chosen == frozenset()
+
+    def test_vllm_gets_what_the_trainer_leaves(self):
+        plan = choose(job(rollout={"engine": "vllm", "max_tokens": 2048}), 24 * GIB)
+        share = plan.choice.gpu_memory
+        assert share * 1000 == pytest.approx(round(share * 1000))
+        assert plan.settings["rollout.gpu_memory"] == share
+        # Rounded down to thousandths of the card, all of it is used.
+        assert 23.97 * GIB < total(plan.rollout) <= 24 * GIB
+
+    def test_vllm_gets_no_more_than_its_rows_can_fill(self):
+        plan = choose(job(rollout={"engine": "vllm", "max_tokens": 2048}), 80 * GIB)
+        # 128 rows of 3072 tokens; keys and values of a token in 28 layers with 4 heads of 128.
+        whole = 128 * 3072 * 2 * 28 * 4 * 128 * 2
+        assert whole - 0.001 * 80 * GIB < plan.rollout["kv_cache"] <= whole
+        few = choose(job(rollout={"engine": "vllm", "batch_size": 8}), 80 * GIB)
+        assert few.choice.gpu_memory < plan.choice.gpu_memory
+
+    def test_vllm_that_never_sleeps_leaves_room_for_training(self):
+        rollout = {"engine": "vllm", "max_tokens": 2048, "sleep": False}
+        plan = choose(job(rollout=rollout, train={"micro_batch_tokens": 4096}), 32 * GIB)
+        assert not plan.problems
+        assert 31.96 * GIB < total(plan.training) <= 32 * GIB
+        assert total(plan.rollout) < total(plan.training)
 
     def test_a_row_longer_than_the_budget_counts_as_it_is(self):
         planned = job(train={"micro_batch_tokens": 100})
@@ -254,12 +312,13 @@ class TestResolving:
         assert recipe.policy.gradient_checkpointing == plan.choice.gradient_checkpointing
         assert recipe.policy.offload_checkpoints is plan.choice.offload_checkpoints
         assert recipe.policy.offload_embedding is plan.choice.offload_embedding
-        assert 0 < plan.predicted_peak < total(plan.training)
+        assert recipe.rollout.gpu_memory == plan.choice.gpu_memory > 0.5
         # A recipe like any other: it can be written and read back.
         assert Recipe.from_tree(recipe.model_dump()) == recipe
 
     def test_the_engine_is_settled_only_where_vllm_has_no_room(self):
-        small, _ = resolve(Recipe.from_tree(self.AUTO), 24 * GIB, "cuda")
+        small, plan = resolve(Recipe.from_tree(self.AUTO), 22 * GIB, "cuda")
+        assert 0 < plan.predicted_peak < total(plan.training)
         large, _ = resolve(Recipe.from_tree(self.AUTO), 80 * GIB, "cuda")
         assert (small.rollout.engine, large.rollout.engine) == ("transformers", "auto")
 
@@ -273,12 +332,21 @@ class TestResolving:
 
     def test_memory_in_the_recipe_goes_before_what_is_free(self):
         tree = self.AUTO | {"train": {"micro_batch_tokens": "auto", "memory": "24GiB"}}
-        _, plan = resolve(Recipe.from_tree(tree), 80 * GIB, "cuda")
+        recipe, plan = resolve(Recipe.from_tree(tree), 79 * GIB, "cuda", card=80 * GIB)
         assert plan.limit == 24 * GIB
+        # vLLM takes its share of the whole card.
+        engine = plan.rollout["engine"] + plan.rollout["kv_cache"]
+        assert engine == int(recipe.rollout.gpu_memory * 80 * GIB)
         with pytest.raises(
             RecipeError, match=r"train\.memory: must be auto or a size such as 8GiB"
         ):
             Recipe.from_tree({"train": {"memory": "much"}})
+
+    def test_a_share_of_the_card_that_does_not_fit_is_left_to_the_engine(self):
+        tree = {"policy": {"model": QWEN_7B}, "rollout": {"engine": "vllm"}}
+        recipe, plan = resolve(Recipe.from_tree(tree), 12 * GIB, "cuda", card=12 * GIB)
+        assert plan.problems
+        assert recipe.rollout.gpu_memory == "auto"
 
     def test_what_does_not_fit_is_told_with_what_would(self):
         with pytest.raises(RecipeError) as error:
@@ -314,6 +382,19 @@ class TestCommand:
         assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
         for word in ("Qwen/Qwen2.5-Math-1.5B", "1,543.7M", "KV cache", "peak", "80 GiB"):
             assert word in done.stdout
+
+    @pytest.mark.parametrize(
+        ("card", "why"),
+        [("24GiB", "what the trainer leaves"), ("80GiB", "its KV cache can hold all rows")],
+    )
+    def test_vllms_share_comes_with_its_reason(self, card, why, capsys):
+        recipe = "recipes/paper/qwen2.5-math-7b/gft.yaml"
+        assert main(["plan", recipe, "--gpu", card, "rollout.engine=vllm"]) == 0
+        text = " ".join(capsys.readouterr().out.split())
+        assert "rollout.gpu_memory" in text
+        assert why in text
+        # 7,615.6M parameters in bf16.
+        assert "14.2 GiB wait in RAM" in text
 
     def test_json_holds_everything(self, capsys):
         assert main(["plan", "recipes/qwen_math_1p5b.yaml", "--gpu", "rtx4090", "--json"]) == 0

@@ -317,7 +317,8 @@ FIELDS = {
         "got 'gpro'. Did you mean grpo?"
     ),
     "rollout: {engine: vlm}\n": (
-        "x.yaml:1: rollout.engine: must be one of auto, transformers, vllm, or a dotted path, "
+        "x.yaml:1: rollout.engine: must be one of auto, transformers, unsloth, vllm, "
+        "vllm_server, or a dotted path, "
         "got 'vlm'. Did you mean vllm?"
     ),
     "seed: 1\noptim:\n": (

@@ -1,0 +1,121 @@
+"""Two processes that train one policy, as `accelerate launch` starts them, beside one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gft_lite.runlog import RunFolder, flatten
+
+FIELDS = [
+    "train.problems_per_step=6", "eval.samples=2", "eval.k=[1]", "data.holdout=8",
+    "monitor.every=1", "rollout.max_tokens=24", "policy.threads=1", "reward.workers=1",
+    "eval.sets.test.problems=24", "eval.sets.retention.problems=24",
+]  # fmt: skip
+# Four updates on one rollout ask for old log-probs; a micro-batch takes one group or so.
+METHODS = {
+    "gft": ["train.micro_batch_tokens=300", "optim.lr=1e-4"],
+    "grpo": ["method=grpo", "group={expert: 0, teacher: 0, self: 4}", "optim.lr=1e-4",
+             "train.updates_per_rollout=2", "objective.kl=0.1", "rollout.engine=vllm"],
+}  # fmt: skip
+LAUNCH = [
+    sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+    "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+    "--main_process_port", "0",
+]  # fmt: skip
+
+
+def run(command: list[str], out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    # accelerate's own way to several processes without GPUs wants MPI; torchrun, its way to
+    # several GPUs, starts them just as well.
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    arguments = ["-m", "gft_lite", "train", "recipes/lab.yaml", *FIELDS, *more, "--out", str(out)]
+    root = Path(__file__).parents[2]
+    return subprocess.run(command + arguments, cwd=root, env=environment, timeout=300,
+                          capture_output=True, text=True)  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def runs(request, tmp_path_factory):
+    """(one process's run, two processes' run, what the two printed)."""
+    folder = tmp_path_factory.mktemp(request.param)
+    more = [*METHODS[request.param], "train.steps=3", "checkpoint.every=2"]
+    alone = run([sys.executable], folder / "alone", *more)
+    assert alone.returncode == 0, alone.stderr
+    two = run(LAUNCH, folder / "two", *more)
+    assert two.returncode == 0, two.stderr
+    return RunFolder(folder / "alone"), RunFolder(folder / "two"), two
+
+
+def test_metrics_are_those_of_one_process(runs):
+    alone, two, _ = runs
+    assert len(two.metrics()) == len(alone.metrics()) == 3
+    for one, both in zip(alone.metrics(), two.metrics(), strict=True):
+        # What depends on time, on the engine, or on the cut, which two processes make finer.
+        for name in ("seconds", "peak_memory", "sync_gap", "micro_batch_tokens"):
+            del one[name], both[name]
+        assert both.pop("forwarded_tokens") >= one.pop("forwarded_tokens")
+        one, both = flatten(one), flatten(both)
+        words = {name for name, value in one.items() if isinstance(value, str)}
+        assert all(both.pop(name) == one.pop(name) for name in words)
+        assert both == pytest.approx(one, rel=1e-4, abs=1e-7)
+
+
+def test_groups_and_figures_are_those_of_one_process(runs):
+    alone, two, _ = runs
+
+    def texts(run: RunFolder) -> list[list[str]]:
+        return [[r["text"] for r in g["responses"]] for s in (1, 2, 3) for g in run.groups(s)]
+
+    assert texts(two) == texts(alone)
+    for name in ("base", "trained"):
+        one, both = alone.summary()[name], two.summary()[name]
+        assert both == pytest.approx(one, rel=1e-4, abs=1e-7)
+    base = [json.loads((r.path / "eval" / "base.json").read_text()) for r in (alone, two)]
+    assert base[0] == base[1]
+
+
+def test_the_adapter_is_that_of_one_process(runs):
+    alone, two, _ = runs
+    one, both = (load_file(r.adapter / "adapter_model.safetensors") for r in (alone, two))
+    assert one.keys() == both.keys()
+    # Adam divides by the gradient's size, so that where it is near 0 its rounding shows.
+    far = [torch.dist(both[n], one[n]) / one[n].norm() for n in one if one[n].any()]
+    assert max(far) < 1e-3
+
+
+def test_one_process_writes_and_talks(runs):
+    alone, two, done = runs
+    assert done.stdout.count("run: ") == done.stderr.count("run folder: ") == 1
+    files = [{str(p.relative_to(r.path)) for p in r.path.rglob("*")} for r in (alone, two)]
+    assert files[0] == files[1]
+
+
+def test_two_processes_resume_and_run_stages(tmp_path):
+    more = ["stages=[sft, {method: gft, reference: start}]", "train.steps=1"]
+    done = run(LAUNCH, tmp_path / "run", *more)
+    assert done.returncode == 0, done.stderr
+    folder = RunFolder(tmp_path / "run")
+    assert [m["stage"] for m in folder.metrics()] == [1, 2]
+    again = run(LAUNCH, tmp_path / "run", *more, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert folder.summary()["method"] == "sft > gft"
+
+
+def test_only_training_takes_several_processes():
+    done = subprocess.run([sys.executable, "-m", "gft_lite", "methods"], capture_output=True,
+                          text=True, env=os.environ | {"WORLD_SIZE": "2"})  # fmt: skip
+    assert done.returncode == 2 and "only train" in done.stderr
+
+
+def test_a_wrong_recipe_ends_both(tmp_path):
+    done = run(LAUNCH, tmp_path / "run", "data.source=nowhere.jsonl")
+    assert done.returncode != 0
+    assert "data.source" in done.stderr

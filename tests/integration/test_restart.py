@@ -1,0 +1,135 @@
+"""An engine that breaks down, tells how far it is, and sleeps: with engines as users write them."""
+
+from __future__ import annotations
+
+import sys
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from gft_lite.recipe import Recipe, RolloutSettings
+from gft_lite.rollout import Request, RolloutError, Sampling, restart
+from gft_lite.rollout.restart import EngineFailed, RestartingEngine
+from gft_lite.rollout.transformers import TransformersEngine
+from gft_lite.train import train
+
+REQUESTS = [Request((5, 6, 7), (1, 2, 3)), Request((8, 9, 10), (1, 4, 5)), Request((5, 6), ())]
+SAMPLING = Sampling(max_tokens=6)
+
+
+class Fragile(TransformersEngine):
+    """Breaks down at the batches that are numbered in `breaks`, and notes what it has sampled."""
+
+    def __init__(self, policy, breaks, sampled):
+        super().__init__(RolloutSettings(batch_size=2), policy, Path())
+        self.breaks, self.sampled = breaks, sampled
+
+    def _decode(self, samples, sampling):
+        keys = [(sample.prompt_ids, sample.seed) for sample in samples]
+        super()._decode(samples, sampling)
+        self.breaks[0] -= 1
+        if self.breaks[0] == 0:
+            self.breaks.pop(0)
+            raise EngineFailed("out of luck.")
+        self.sampled += keys
+
+
+def test_a_fresh_engine_is_asked_for_the_rest_alone(lab_policy):
+    expected = Fragile(lab_policy, [99], []).generate(REQUESTS, SAMPLING)
+    breaks, sampled, seen = [2, 99], [], []
+    said = StringIO()
+    engine = RestartingEngine(lambda: Fragile(lab_policy, breaks, sampled), Console(file=said))
+    found = engine.generate(REQUESTS, SAMPLING, lambda *each: seen.append(each))
+    assert found == expected
+    # The batch that broke is sampled again, the one before it is not.
+    assert len(sampled) == len(set(sampled)) == 6
+    assert len(seen) == 6
+    asked = [(r.prompt_ids, seed) for r in REQUESTS for seed in r.seeds]
+    answers = [completion for group in found for completion in group]
+    assert sorted(seen) == sorted((*key, c) for key, c in zip(asked, answers, strict=True))
+    assert "out of luck. Starting it again." in said.getvalue()
+
+
+def test_the_second_failure_of_a_call_stands(lab_policy):
+    breaks = [2, 1, 99]
+    engine = RestartingEngine(lambda: Fragile(lab_policy, breaks, []), Console(quiet=True))
+    with pytest.raises(EngineFailed):
+        engine.generate(REQUESTS, SAMPLING)
+
+
+def test_an_engine_that_tells_nothing_on_the_way_will_do(lab_policy):
+    class Silent(TransformersEngine):
+        def generate(self, requests, sampling, seen=None):
+            return super().generate(requests, sampling)
+
+    settings = RolloutSettings(batch_size=2)
+    expected = TransformersEngine(settings, lab_policy, Path()).generate(REQUESTS, SAMPLING)
+    engine = RestartingEngine(lambda: Silent(settings, lab_policy, Path()), Console(quiet=True))
+    assert engine.generate(REQUESTS, SAMPLING) == expected
+
+
+def test_a_terminal_shows_responses_and_tokens_per_second(lab_policy, monkeypatch):
+    monkeypatch.setattr(restart, "REFRESH", 0.0)
+    screen = StringIO()
+    console = Console(file=screen, force_terminal=True, width=100)
+    engine = RestartingEngine(lambda: Fragile(lab_policy, [99], []), console)
+    found = engine.generate(REQUESTS, SAMPLING)
+    tokens = sum(len(completion.token_ids) for group in found for completion in group)
+    assert f"sampling: 6 of 6 responses, {tokens} tokens, " in screen.getvalue()
+    assert "tokens/s" in screen.getvalue()
+    plain = StringIO()
+    engine = RestartingEngine(lambda: Fragile(lab_policy, [99], []), Console(file=plain))
+    engine.generate(REQUESTS, SAMPLING)
+    assert plain.getvalue() == ""
+
+
+class Sleeper(TransformersEngine):
+    """A user's engine that does nothing while asleep; it notes what it is told to do."""
+
+    name = "sleeper"
+    calls: list[str] = []  # noqa: RUF012
+
+    def _note(self, call):
+        if self.calls[-1:] == ["sleep"]:
+            raise RolloutError(f"{call} of an engine that is asleep")
+        self.calls.append(call)
+
+    def generate(self, *args):
+        self._note("generate")
+        return super().generate(*args)
+
+    def score(self, *args):
+        self._note("score")
+        return super().score(*args)
+
+    def sync(self, *args):
+        self._note("sync")
+        super().sync(*args)
+
+    def sleep(self):
+        self.calls.append("sleep")
+
+    def wake(self):
+        if self.calls[-1:] == ["sleep"]:
+            self.calls.append("wake")
+
+
+def test_the_engine_sleeps_while_the_trainer_trains(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sleeper", sys.modules[__name__])
+    Sleeper.calls.clear()
+    recipe = Recipe.load("recipes/lab.yaml", [
+        "rollout.engine=sleeper:Sleeper", "train.steps=2", "train.problems_per_step=2",
+        "data.problems=20", "data.holdout=2", "monitor.every=1", "monitor.problems=1",
+        "eval.samples=1", "eval.k=[1]", "eval.sets.test.problems=2",
+        "eval.sets.retention.problems=2",
+    ])  # fmt: skip
+    said = StringIO()
+    run = train(recipe, tmp_path / "run", console=Console(file=said, width=200))
+    assert run.summary()["steps"] == 2
+    assert "engine: sleeper, base the trainer's own, log-prob gap " in said.getvalue()
+    calls = Sleeper.calls[Sleeper.calls.index("sleep") :]
+    # The dry step; two steps; the trained policy on two sets. Each sync is probed right after.
+    nap = ["sleep", "wake", "sync", "score"]
+    assert calls == [*nap, *(["generate", *nap] * 2), "generate", "generate"]

@@ -1,0 +1,105 @@
+"""Policy back ends without a GPU: what is refused, and what their one forward must agree on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import get_args
+
+import pytest
+import torch
+from torch import nn
+from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from gft_lite.cli import main
+from gft_lite.policy import BACKENDS, load_policy
+from gft_lite.policy.unsloth import UnslothPolicy
+from gft_lite.recipe import PolicySettings, Recipe, RecipeError, RolloutSettings
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+
+
+def test_the_recipe_knows_the_table():
+    assert set(get_args(PolicySettings.model_fields["backend"].annotation)) == set(BACKENDS)
+
+
+@no_gpu
+def test_without_a_gpu_unsloth_is_refused_before_it_is_imported(tmp_path):
+    command = [sys.executable, "-X", "importtime", "-m", "gft_lite", "train", "recipes/lab.yaml",
+               "policy.backend=unsloth", "--out", str(tmp_path / "run")]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 2
+    rule = "policy.backend: must be transformers without a CUDA GPU, got unsloth"
+    assert rule in done.stderr
+    assert "unsloth_zoo" not in done.stderr and "bitsandbytes" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@no_gpu
+def test_not_on_the_cpu_of_a_machine_with_a_gpu_either():
+    with pytest.raises(RecipeError, match="must be transformers without a CUDA GPU"):
+        load_policy(PolicySettings(backend="unsloth", device="cpu"))
+
+
+def test_its_engine_needs_it():
+    with pytest.raises(RecipeError, match=r"with policy\.backend transformers"):
+        load_policy(PolicySettings(), 0, RolloutSettings(engine="unsloth"))
+
+
+def test_what_unsloth_does_its_own_way_is_told_at_once(capsys):
+    wrong = ["policy.quantization=int8", "policy.double_quantization=false",
+             "policy.attention=eager", "policy.gradient_checkpointing=1",
+             "policy.offload_embedding=true", "policy.layout=shared"]  # fmt: skip
+    assert main(["train", "recipes/lab.yaml", "policy.backend=unsloth", *wrong, "--dry-run"]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == len(wrong)
+    assert "policy.gradient_checkpointing: must be true or false with backend unsloth, got 1" in (
+        "".join(told)
+    )
+    Recipe.load("recipes/lab.yaml", ["policy.backend=unsloth"])
+
+
+class _TupleDecoder(nn.Module):
+    """A decoder that takes and gives its cache as tuples, as Unsloth's does."""
+
+    def __init__(self, plain):
+        super().__init__()
+        self.plain = plain
+
+    def forward(self, past_key_values=None, **inputs):
+        cache = DynamicCache()
+        for number, (keys, values) in enumerate(past_key_values or ()):
+            cache.update(keys, values, number)
+        out = self.plain(past_key_values=cache, **inputs)
+        layers = tuple((layer.keys, layer.values) for layer in cache.layers)
+        return BaseModelOutputWithPast(out.last_hidden_state, layers)
+
+
+def test_decoding_with_a_cache_of_tuples_is_decoding(lab_policy):
+    """Left-padded prompts, three tokens one by one, a row that leaves the batch."""
+    lab_policy.model.eval()
+    policy = UnslothPolicy(lab_policy.model, lab_policy.tokenizer, lab_policy.settings,
+                           lab_policy.dtype)  # fmt: skip
+    policy._decoder = _TupleDecoder(policy._decoder)
+    caches = [DynamicCache(config=policy.config) for _ in range(2)]
+    ids, mask = torch.tensor([[0, 20, 21], [22, 23, 24]]), torch.tensor([[0, 1, 1], [1, 1, 1]])
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    for step in range(3):
+        with torch.no_grad():
+            plain, ours = (
+                each.next_token_logits(ids, cache, attention_mask=mask, position_ids=positions)
+                for each, cache in zip((lab_policy, policy), caches, strict=True)
+            )
+        assert torch.equal(plain, ours)
+        ids, mask, positions = plain.argmax(-1)[:, None], _longer(mask), positions[:, -1:] + 1
+        if step == 1:
+            keep = torch.tensor([1])
+            ids, mask, positions = ids[keep], mask[keep], positions[keep]
+            for cache in caches:
+                cache.batch_select_indices(keep)
+
+
+def _longer(mask):
+    return torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
