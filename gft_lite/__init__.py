@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gft_lite.distill import distill
     from gft_lite.evaluate import evaluate
     from gft_lite.recipe import Recipe, RecipeError
     from gft_lite.runlog import RunFolder as Run
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Recipe", "RecipeError", "Run", "Suite", "Sweep", "SweepFolder", "__version__",
-    "evaluate", "sweep", "train",
+    "distill", "evaluate", "sweep", "train",
 ]  # fmt: skip
 
 _HOMES = {
@@ -50,6 +51,7 @@ def _function(name: str) -> property:
 
 
 class _Package(ModuleType):
+    distill = _function("distill")
     evaluate = _function("evaluate")
     train = _function("train")
     sweep = _function("sweep")

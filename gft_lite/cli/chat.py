@@ -1,0 +1,51 @@
+"""`gft-lite chat`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from gft_lite.cli.common import DONE, add_allow_code, refuse_foreign_models
+from gft_lite.recipe import PolicySettings
+
+
+def add(commands: Any) -> None:
+    """Tell argparse of the command."""
+    parser = commands.add_parser("chat", help="ask a run, an adapter or a model, for a quick look")
+    parser.add_argument("target", metavar="TARGET", help="lab, a hub id, or the folder of a "
+                        "model, an adapter or a run; RUN@step-N is a checkpoint")  # fmt: skip
+    parser.add_argument("--prompt", metavar="TEXT", help="answer this one, and leave")
+    parser.add_argument("--base", action="store_true", help="begin with the adapter off")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T",
+                        help="default: 0, the likeliest token each time")  # fmt: skip
+    parser.add_argument("--max-tokens", type=int, metavar="N",
+                        help="of an answer (default: as in the run, or 512)")  # fmt: skip
+    parser.add_argument("--style", choices=["plain", "chat"], help="of the prompt (default: as in "
+                        "the run, else chat where the model has a template)")  # fmt: skip
+    parser.add_argument("--quantization", choices=["nf4", "int8", "none"],
+                        help="of the base (default: the run's, or nf4)")  # fmt: skip
+    add_allow_code(parser)
+    parser.set_defaults(run=run, again="nothing is kept")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run it; returns the exit code."""
+    from gft_lite.targets import find_targets
+
+    asked = {"quantization": options.quantization} if options.quantization else {}
+    targets = find_targets([options.target], PolicySettings.model_validate(asked))
+    if not options.allow_code:
+        refuse_foreign_models(targets)
+    from rich.console import Console
+
+    from gft_lite.chat import Chat, answer_once, sampling_for, talk
+
+    sampling = sampling_for(targets, options.temperature, options.max_tokens)
+    console = Console(stderr=True)
+    with console.status(f"loading {options.target}"):
+        chat = Chat(targets[0], sampling, base=options.base, style=options.style)
+    if options.prompt is not None:
+        answer_once(chat, options.prompt)
+    else:
+        talk(chat, console)
+    return DONE

@@ -1,0 +1,38 @@
+"""`gft-lite groups`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from gft_lite.cli.common import DONE, add_allow_code, add_recipe, refuse_foreign_recipe
+from gft_lite.recipe import Recipe
+
+
+def add(commands: Any) -> None:
+    """Tell argparse of the command."""
+    words = "sample and score a recipe's groups once, for training without rollouts"
+    parser = commands.add_parser("groups", help=words)
+    add_recipe(parser)
+    parser.add_argument("--out", metavar="DIR",
+                        help="default: the recipe's group.offline, else groups/NAME")  # fmt: skip
+    parser.add_argument("--visits", type=int, default=1, metavar="N",
+                        help="draw at most N groups of each problem (default: 1)")  # fmt: skip
+    add_allow_code(parser)
+    parser.set_defaults(run=run, again="the same command continues")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run it; returns the exit code."""
+    recipe = Recipe.load(options.recipe, options.overrides)
+    refuse_foreign_recipe(options, recipe)
+    from rich.console import Console
+
+    from gft_lite.presample import presample
+    from gft_lite.runlog import results_table
+
+    groups = presample(recipe, options.out, visits=options.visits)
+    console = Console()
+    console.print(results_table(groups.by_source(), f"{len(groups)} groups, {groups.flat} flat"))
+    console.print(f"train from them: group.offline={groups.folder}", markup=False, soft_wrap=True)
+    return DONE

@@ -1,0 +1,48 @@
+"""`gft-lite lab`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from gft_lite.cli.common import DONE, FAILED
+
+
+def add(commands: Any) -> None:
+    """Tell argparse of the command."""
+    lab = commands.add_parser("lab", help="the built-in laboratory")
+    lab_commands = lab.add_subparsers(metavar="COMMAND", required=True)
+    compare = lab_commands.add_parser("compare", help="GFT, SFT and GRPO side by side")
+    compare.add_argument("overrides", nargs="*", metavar="key=value")
+    compare.add_argument("--methods", default="gft,sft,grpo", help="default: gft,sft,grpo")
+    compare.add_argument("--seeds", type=int, default=1, metavar="N", help="runs per method")
+    compare.add_argument("--out", metavar="DIR", default="runs/compare")
+    compare.set_defaults(run=_compare)
+    words = "the paper's findings, tested: about half an hour on two cores, once"
+    study = lab_commands.add_parser("study", help=words)
+    study.add_argument("overrides", nargs="*", metavar="key=value", help="changes every run")
+    study.add_argument("--seeds", type=int, default=2, metavar="N",
+                       help="runs of each setting on each of three bases (default: 2)")  # fmt: skip
+    study.add_argument("--jobs", type=int, default=2, metavar="N",
+                       help="runs at a time (default: 2)")  # fmt: skip
+    study.add_argument("--out", metavar="DIR", default="runs/study", help="default: runs/study")
+    study.add_argument("--report", metavar="FILE", default="examples/lab_study.md",
+                       help="default: examples/lab_study.md")  # fmt: skip
+    study.set_defaults(run=_study, again="the same command continues")
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from gft_lite.lab.compare import compare
+
+    compare(options.methods.split(","), options.seeds, options.out, options.overrides)
+    return DONE
+
+
+def _study(options: argparse.Namespace) -> int:
+    from gft_lite.lab.study import Design, study
+    from gft_lite.lab.study_page import write_page
+
+    design = Design(seeds=options.seeds)
+    results = study(options.out, design, jobs=options.jobs, overrides=options.overrides)
+    print(f"study: {write_page(results, options.report)}")
+    return FAILED if results.failed else DONE

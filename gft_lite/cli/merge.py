@@ -1,0 +1,41 @@
+"""`gft-lite merge`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from gft_lite.cli.common import DONE, add_allow_code, refuse_foreign_models
+from gft_lite.recipe import PolicySettings
+
+
+def add(commands: Any) -> None:
+    """Tell argparse of the command."""
+    words = "merge a trained adapter into its unquantised base, and compare before and after"
+    parser = commands.add_parser("merge", help=words)
+    parser.add_argument("target", metavar="RUN", help="a run, RUN@step-N, or an adapter's folder")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the merged model's folder")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"],
+                        help="default: bfloat16")  # fmt: skip
+    parser.add_argument("--limit", type=float, metavar="NATS",
+                        help="the largest mean change of a log-prob (default: 0.05)")  # fmt: skip
+    parser.add_argument("--device", default="cpu", choices=["auto", "cpu", "cuda"],
+                        help="default: cpu, which needs the memory of one such model")  # fmt: skip
+    add_allow_code(parser)
+    parser.set_defaults(run=run, again="nothing was written")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run it; returns the exit code."""
+    from gft_lite.targets import find_targets
+
+    if not options.allow_code:
+        refuse_foreign_models(find_targets([options.target], PolicySettings()))
+    from gft_lite.export import LIMIT, merge, next_commands
+
+    limit = LIMIT if options.limit is None else options.limit
+    merge(options.target, options.out, limit=limit, dtype=options.dtype, device=options.device)
+    print(f"model: {options.out}")
+    for command in next_commands(options.out, options.dtype):
+        print(f"  {command}")
+    return DONE

@@ -1,0 +1,42 @@
+"""`gft-lite report`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from gft_lite.cli.common import DONE, add_allow_code
+from gft_lite.recipe import Recipe
+
+
+def add(commands: Any) -> None:
+    """Tell argparse of the command."""
+    parser = commands.add_parser("report", help="runs and sweeps as one page to read and browse")
+    parser.add_argument("folders", nargs="+", metavar="RUN_OR_SWEEP", help="their folders")
+    parser.add_argument("--out", metavar="FILE", default="report.html",
+                        help="default: report.html")  # fmt: skip
+    parser.add_argument("--plots", metavar="DIR", help="every plot as SVG and PNG as well")
+    parser.add_argument("--groups", type=int, default=8, metavar="N",
+                        help="groups shown of each step shown (default: 8)")  # fmt: skip
+    parser.add_argument("--no-tokens", dest="tokens", action="store_false",
+                        help="load no model: groups without p of each token")  # fmt: skip
+    add_allow_code(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run it; returns the exit code."""
+    from gft_lite.report import write_report
+
+    if options.tokens and not options.allow_code:
+        from gft_lite.trust import refuse_foreign_code, remote_code
+
+        for file in (f for folder in options.folders for f in Path(folder).rglob("recipe.yaml")):
+            refuse_foreign_code(remote_code(Recipe.load(file).policy), [file])
+    page = write_report(
+        options.folders, options.out, plots=options.plots, tokens=options.tokens,
+        groups=options.groups,
+    )  # fmt: skip
+    print(f"report: {page}")
+    return DONE

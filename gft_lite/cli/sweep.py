@@ -1,0 +1,69 @@
+"""`gft-lite sweep`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from gft_lite.cli.common import DONE, FAILED, add_allow_code
+
+
+def add(commands: Any) -> None:
+    """Tell argparse of the command."""
+    parser = commands.add_parser("sweep", help="a run at every point of a grid, with several seeds")
+    parser.add_argument("recipe", help="a sweep file such as recipes/sweeps/tau.yaml, or a recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes every run")
+    parser.add_argument(
+        "--grid", action="append", default=[], metavar="FIELD=V1,V2",
+        help="objective.tau=0,0.5,1; group=6:2,4:4 is demonstrations:self; "
+        "optim.lr={log: [1e-4, 1e-2]} with --random; may be given several times",
+    )  # fmt: skip
+    parser.add_argument("--seeds", type=int, metavar="N", help="runs at each point (default: 1)")
+    parser.add_argument("--random", type=int, metavar="N", help="draw so many points of the grid")
+    parser.add_argument("--jobs", type=int, metavar="N",
+                        help="runs at a time (default: 1; with ray what fits)")  # fmt: skip
+    parser.add_argument("--launcher", default="local", metavar="NAME", help="local or ray")
+    parser.add_argument("--out", metavar="DIR", help="default: runs/sweeps/NAME")
+    parser.add_argument("--dry-run", action="store_true", help="print the sweep's runs and stop")
+    add_allow_code(parser)
+    parser.set_defaults(run=run, again="the same command continues")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run it; returns the exit code."""
+    from gft_lite.sweep_grid import Sweep, grid_override
+
+    overrides = [*(f"overrides.{text}" for text in options.overrides),
+                 *map(grid_override, options.grid)]  # fmt: skip
+    for field in ("seeds", "random"):
+        if getattr(options, field) is not None:
+            overrides.append(f"{field}={getattr(options, field)}")
+    plan = Sweep.load(options.recipe, overrides)
+    if options.dry_run:
+        print(plan.to_yaml(), end="")
+        for trial in plan.trials():
+            print(f"# {trial.name}")
+        return DONE
+    if not options.allow_code:
+        from gft_lite.trust import named_code, refuse_foreign_code
+
+        code = (line for trial in plan.trials() for line in named_code(trial.recipe))
+        recipes = plan.model_dump()["grid"].get("recipe", [])
+        refuse_foreign_code(code, [options.recipe, plan.recipe, *recipes])
+    from rich.console import Console
+
+    from gft_lite.sweep import sweep, table
+
+    folder = sweep(plan, options.out, jobs=options.jobs, launcher=options.launcher)
+    results = folder.results()
+    console = Console()
+    means = table(results)
+    console.print(means.title, style="bold", highlight=False)
+    console.print(means.rich(console.width))
+    failed = [trial for trial in results["trials"] if trial["state"] == "failed"]
+    for trial in failed:
+        log = folder.path / trial["folder"] / "log.txt"
+        console.print(f"failed: {trial['name']}: {trial['reason']} ({log})",
+                      markup=False, soft_wrap=True)  # fmt: skip
+    console.print(f"sweep: {folder.path}", markup=False, soft_wrap=True)
+    return FAILED if failed else DONE

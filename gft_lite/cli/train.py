@@ -1,0 +1,43 @@
+"""`gft-lite train`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from gft_lite.cli.common import DONE, add_allow_code, add_recipe, refuse_foreign_recipe
+from gft_lite.recipe import Recipe
+
+
+def add(commands: Any) -> None:
+    """Tell argparse of the command."""
+    parser = commands.add_parser("train", help="train as a recipe says")
+    add_recipe(parser)
+    parser.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/NAME)")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
+    add_allow_code(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run it; returns the exit code."""
+    recipe = Recipe.load(options.recipe, options.overrides)
+    if options.dry_run:
+        print(recipe.to_yaml(), end="")
+        return DONE
+    refuse_foreign_recipe(options, recipe)
+    from rich.console import Console
+
+    from gft_lite.runlog import Follower, results_table
+    from gft_lite.train import train
+
+    folder = train(recipe, options.out, resume=options.resume)
+    if isinstance(folder, Follower):
+        return DONE
+    summary = folder.summary()
+    console = Console()
+    figures = {"base": summary["base"], "trained": summary["trained"]}
+    console.print(results_table(figures, f"{recipe.name}: {recipe.method}"))
+    console.print(f"run: {folder.path}", markup=False, soft_wrap=True)
+    return DONE

@@ -1,0 +1,238 @@
+"""Distillation without a teacher: what is asked, kept, offered, counted and written."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import yaml
+
+from gft_lite.cli import main
+from gft_lite.distill import AnswerStore, Distillation, Graded, fragment, table
+from gft_lite.endpoint import EndpointError
+from gft_lite.recipe import Recipe, RecipeError
+from gft_lite.teachers import (
+    Answer,
+    Asking,
+    EndpointTeacher,
+    Pace,
+    Question,
+    _prompt,
+    _read,
+    find_teacher,
+)
+from gft_lite.types import Problem
+
+PROBLEM = Problem("p", "1+1=", "2")
+
+
+def question(key, prompt=()):
+    return Question(PROBLEM, prompt, 7, key)
+
+
+def graded(text, right=False, finish_reason="stop", tokens=(10, 100)):
+    return Graded(Answer(text, finish_reason, *tokens), float(right), "ok", right)
+
+
+def test_what_a_row_is_offered_and_what_is_counted():
+    """Two problems of five questions: the second has one answer, cut off and right."""
+    asking = Asking(samples=5, price_in=2, price_out=10)
+    work = Distillation(asking, [question(str(i)) for i in range(10)])
+    work.add({"0": graded("b"), "2": graded("a", right=True)})
+    work.add({"1": graded("b"), "3": graded(" \n"), "4": graded("ab", finish_reason="length")})
+    work.add({"7": graded("c", right=True, finish_reason="length", tokens=(0, 50))})
+    work.asked, work.asked_tokens = 3, 250
+    work.failures.update(["no answer", "no answer"])
+    texts = [[g.answer.text for g in work.offered(i)[0]] for i in (0, 1)]
+    assert texts == [["b", "a"], []]
+    summary = work.summary()
+    expected = {
+        "problems": 2, "wanted": 10, "asked": 3, "failed": 2, "reused": 5, "answered": 6,
+        "right": 2, "acceptance": 2 / 6, "problems_without_right_answer": 1, "offered": 2,
+        "duplicates": 1, "truncated": 2, "empty": 1, "prompt_tokens": 50,
+        "completion_tokens": 550, "cost": (50 * 2 + 550 * 10) / 1e6, "verdicts": {"ok": 6},
+    }  # fmt: skip
+    assert {name: summary[name] for name in expected} == expected
+    shown = dict(zip(*(column.cells for column in table(summary | _NAMES).columns), strict=True))
+    assert shown["right"] == "2 (33.3% of the answers)"
+    assert shown["cost"] == "$0.0056"
+
+
+_NAMES = {"file": "x.jsonl", "teacher": "t"}
+
+
+def test_nothing_answered_has_no_acceptance_and_no_price_no_cost():
+    summary = Distillation(Asking(samples=1), [question("0")]).summary()
+    assert (summary["acceptance"], summary["cost"], summary["answered"]) == (None, None, 0)
+    assert "cost" not in table(summary | _NAMES).columns[0].cells
+
+
+def test_a_kill_leaves_whole_answers(tmp_path):
+    path = tmp_path / "responses.jsonl"
+    whole = Answer("a\n\u2028é", "stop", 3, 4)
+    AnswerStore(path).keep(question("k1"), whole)
+    path.write_bytes(path.read_bytes() + b'{"key": "k2", "te')
+    store = AnswerStore(path)
+    store.keep(question("k3"), whole)
+    again = AnswerStore(path)
+    assert [again.get(question(k)) for k in ("k1", "k2", "k3")] == [whole, None, whole]
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        ({"samples": "0"}, "samples: must be greater than 0, got '0'"),
+        ({"samples": "x"}, "samples: must be a whole number, got 'x'"),
+        ({"top_p": "1.5"}, "top_p: must be less than or equal to 1, got '1.5'"),
+        ({"temperature": "0"}, "samples: must be 1 at temperature 0"),
+        ({"column": "a b"}, "column: "),
+        ({"price_in": "-1"}, "price_in: "),
+        ({"concurrency": "0", "limit": "0"}, "limit: "),
+    ],
+)
+def test_wrong_numbers_are_told_by_name(given, error):
+    with pytest.raises(RecipeError) as told:
+        Asking.from_tree(given)
+    assert error in str(told.value)
+    assert len(told.value.problems) == len(given)
+
+
+def test_numbers_of_the_command_line_are_numbers():
+    assert Asking.from_tree({"samples": "2", "top_p": "0.9"}) == Asking(samples=2, top_p=0.9)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (
+            {"choices": [{"message": {"content": "hi"}, "finish_reason": "stop"}],
+             "usage": {"prompt_tokens": 3, "completion_tokens": 2}},
+            Answer("hi", "stop", 3, 2),
+        ),
+        (
+            {"choices": [{"message": {"content": "hi"}, "finish_reason": "length"}]},
+            Answer("hi", "length", 0, 0),
+        ),
+        (
+            {"choices": [{"message": {"content": None}, "finish_reason": "content_filter"}],
+             "usage": None},
+            Answer("", "length", 0, 0),
+        ),
+        ({"choices": [{"message": {"content": "a\ud800b"}}]}, Answer("a?b", "stop", 0, 0)),
+        *((broken, None) for broken in ("<html>", {}, {"choices": []}, {"choices": [{}]}, None)),
+    ],
+)  # fmt: skip
+def test_what_endpoints_answer(answer, expected):
+    if expected is None:
+        with pytest.raises(EndpointError, match="no chat completion"):
+            _read(answer)
+    else:
+        assert _read(answer) == expected
+
+
+def test_requests_keep_their_distance():
+    pace = Pace(3000)
+    start = time.monotonic()
+    for _ in range(6):
+        pace.wait()
+    assert time.monotonic() - start >= 5 * 60 / 3000
+    start = time.monotonic()
+    time.sleep(0.05)
+    for _ in range(2):  # What was not used is not made up for.
+        pace.wait()
+    assert time.monotonic() - start >= 0.05 + 60 / 3000
+
+
+@pytest.mark.parametrize(
+    ("system", "asked", "turns"),
+    [
+        (None, None, ["Q {1}: 1+1="]),
+        ("Think.", None, ["Think.", "Q {1}: 1+1="]),
+        ("Think.", "Box it.", ["Box it.", "Q {1}: 1+1="]),
+        ("Think.", "", ["Q {1}: 1+1="]),
+    ],
+)
+def test_the_turns_of_a_chat(system, asked, turns):
+    prompt = {"style": "chat", "template": "Q {1}: {problem}", "system": system}
+    recipe = Recipe.from_tree({"data": {"prompt": prompt}})
+    teacher = object.__new__(EndpointTeacher)
+    teacher._prompt = _prompt(recipe, Asking(system=asked), "chat")
+    messages = teacher.prompt(PROBLEM)
+    assert [m["content"] for m in messages] == turns
+    assert [m["role"] for m in messages] == ["system", "user"][2 - len(turns) :]
+
+
+def test_the_fragment_keeps_what_columns_mean(tmp_path):
+    columns = {"problem": ["q", "o"], "answer": "a.b", "expert": "e", "teacher": ["t1", "teacher"]}
+    recipe = Recipe.from_tree({"data": {"source": "x/y", "split": "dev", "columns": columns}})
+    path = tmp_path / "x.yaml"
+    path.write_text(fragment(recipe, tmp_path / "out.jsonl", "teacher"))
+    data = Recipe.load(path).data
+    assert (data.source, data.shuffle) == (str(tmp_path / "out.jsonl"), False)
+    assert data.columns == recipe.data.columns
+    path.write_text(fragment(recipe, tmp_path / "out.jsonl", "qwen"))
+    assert Recipe.load(path).data.columns.teacher == ["t1", "teacher", "qwen"]
+    lab = yaml.safe_load(fragment(Recipe(), tmp_path / "o.jsonl", "teacher"))
+    assert lab["data"]["columns"]["expert"] == ["expert"]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "error"),
+    [
+        ("nowhere/at/all", "TARGET: must be lab, a hub id"),
+        ("https://me:pass@host.example/v1", "must not hold a token or a password"),
+        ("http://", "must be an address"),
+        ("http://[::1", "must be an address"),
+        ("http://host.example/v1", "must be https, or on this machine, to be sent the key"),
+        ("ftp://host.example/v1", "TARGET: must be lab, a hub id"),
+    ],
+)
+def test_teachers_that_can_not_be_asked(teacher, error, monkeypatch):
+    monkeypatch.setenv("GFT_LITE_TEACHER_KEY", "0123456789-of-the-teacher")
+    with pytest.raises(RecipeError) as told:
+        find_teacher(teacher, Recipe(), Asking(), print)
+    assert error in str(told.value)
+    assert "pass" not in str(told.value).replace("password", "")
+    assert "0123456789" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--out", "x.csv"], "--out: must be a .jsonl or .parquet file, got 'x.csv'"),
+        (["--out", "mine.jsonl"], "--out: must be a new file"),
+        (["--model", "x"], "model: must be left out for 'lab'"),
+        (["--samples", "0"], "samples: must be greater than 0"),
+        (["rollout.engine=nothing"], "rollout.engine"),
+        (["policy.model=no/such-model"], "policy.model: "),
+    ],
+)
+def test_the_command_tells_what_is_wrong(arguments, error, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("not to be touched\n")
+    assert main(["distill", "recipes/lab.yaml", "--teacher", "lab", *arguments]) == 2
+    assert error in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.jsonl"]
+    assert mine.read_text() == "not to be touched\n"
+
+
+def test_code_from_elsewhere_needs_leave(tmp_path, monkeypatch, capsys):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "x.yaml").write_text(json.dumps({"reward": {"functions": ["os:system"]}}))
+    assert main(["distill", "../x.yaml", "--teacher", "lab"]) == 2
+    assert "--allow-code" in capsys.readouterr().err
+
+
+def test_a_teacher_s_own_code_is_never_trusted(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text('{"r": 4}')
+    (tmp_path / "adapter/adapter_model.safetensors").touch()
+    trusting = {"policy": {"model": "a/b", "trust_remote_code": True, "dtype": "float32"}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(trusting))
+    for teacher, recipe in ((tmp_path, Recipe()), ("c/d", Recipe.from_tree(trusting))):
+        found = find_teacher(str(teacher), recipe, Asking(), print)._target.policy
+        assert not found.trust_remote_code
+        assert (found.model, found.dtype) == (("a/b" if teacher == tmp_path else "c/d"), "float32")
