@@ -219,7 +219,7 @@ class _Model:
         self.sampling = Sampling(rollout.temperature, rollout.top_p, rollout.top_k,
                                  rollout.max_tokens, tuple(rollout.stop))  # fmt: skip
         # Large enough to keep the engine busy, small enough to lose little when interrupted.
-        self.sampler = Sampler(engine, self.sampling, policy.context, 4 * rollout.batch_size)
+        self.sampler = Sampler(engine, self.sampling, policy.context, 4 * rollout.rows)
         self.room = self._room()
 
     def probe_row(self) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import math
 from collections.abc import Iterable, Iterator
@@ -22,7 +23,7 @@ AUTO = ("train.micro_batch_tokens", "policy.gradient_checkpointing",
         "policy.offload_checkpoints", "policy.offload_embedding", "rollout.engine",
         "rollout.batch_size", "rollout.gpu_memory")  # fmt: skip
 # What engines settle for themselves where the model can't be planned.
-OPTIONAL = {"rollout.engine", "rollout.gpu_memory"}
+OPTIONAL = {"rollout.engine", "rollout.batch_size", "rollout.gpu_memory"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +157,7 @@ def _shared(job: Job, limit: int, choice: Choice, *, training: bool = False) -> 
         taken = max(taken, sum(job.training(bare).values()))
     room = max(0, min(limit - taken, job.full_cache(choice.batch_size)))
     share = (sum(job.engine(bare).values()) + room) / job.card
-    return replace(choice, gpu_memory=min(math.floor(1000 * share) / 1000, 0.99))
+    return replace(choice, gpu_memory=min(math.floor(10_000 * share) / 10_000, 0.99))
 
 
 def _plan(job: Job, limit: int, choice: Choice) -> Plan:
@@ -236,6 +237,8 @@ def resolve(recipe: Recipe, free: int, device: Device, card: int = 0) -> tuple[R
     Raises: RecipeError when something is `auto` and nothing fits, or the model can't be planned.
     """
     limit = free if recipe.train.memory == "auto" else parse_size(recipe.train.memory)
+    if recipe.rollout.engine == "auto" and importlib.util.find_spec("vllm") is None:
+        recipe = _with(recipe, "rollout.engine", "transformers")
     undecided = [name for name in AUTO if _value(recipe, name) == "auto"]
     asked = set(undecided) - OPTIONAL
     try:
@@ -250,10 +253,7 @@ def resolve(recipe: Recipe, free: int, device: Device, card: int = 0) -> tuple[R
              f"a recipe whose {' and '.join(plan.problems)}. What would fit: "
              f"{what_would_fit(plan.job, limit)}."]
         )  # fmt: skip
-    # An engine that fits may still not be installed, and one that doesn't finds its own way.
-    settle = {"rollout.engine": plan.choice.engine == "transformers",
-              "rollout.gpu_memory": not plan.problems}  # fmt: skip
-    for name in plan.chosen:
-        if settle.get(name, True):
-            recipe = _with(recipe, name, plan.settings[name])
+    # What doesn't fit finds its own way, or says so itself.
+    for name in plan.chosen if not plan.problems else plan.chosen - OPTIONAL:
+        recipe = _with(recipe, name, plan.settings[name])
     return recipe, plan

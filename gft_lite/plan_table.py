@@ -50,7 +50,7 @@ def settings(plan: Plan) -> Table:
         for name, value in plan.settings.items()
     ]
     if plan.job.sleeps and plan.job.beside(plan.choice):
-        waiting = f"while training, {plan.job.engine_weights / GIB:.1f} GiB wait in RAM"
+        waiting = f"in training, {plan.job.engine_weights / GIB:.1f} GiB wait in RAM"
         rows.append(("rollout.sleep", "true", waiting))
     return Table("settings", ("field", "value", "why"), tuple(rows), labels=3)
 
@@ -72,8 +72,8 @@ def cards(plans: Sequence[Plan], sizes: Sequence[int]) -> Table:
 
 
 def _all_rows(plan: Plan) -> bool:
-    """Whether vLLM's KV cache can hold all rows; its share is rounded to thousandths."""
-    cache = plan.rollout.get("kv_cache", 0) + plan.job.card / 1000
+    """Whether vLLM's KV cache can hold all rows; its share is rounded down."""
+    cache = plan.rollout.get("kv_cache", 0) + plan.job.card / 10_000
     return cache >= plan.job.full_cache(plan.choice.batch_size)
 
 

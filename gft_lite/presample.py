@@ -71,7 +71,7 @@ def _fill(store: OfflineGroups, session: Session, turns: Sequence[Turn]) -> None
 def _chunks(session: Session, turns: Sequence[Turn]) -> Iterator[Sequence[Turn]]:
     """Large enough to keep the engine busy, small enough to lose little when interrupted."""
     recipe = session.recipe
-    size = max(1, 4 * recipe.rollout.batch_size // recipe.group.size)
+    size = max(1, 4 * recipe.rollout.rows // recipe.group.size)
     for start in range(0, len(turns), size):
         yield turns[start : start + size]
 

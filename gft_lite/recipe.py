@@ -318,6 +318,8 @@ class RolloutSettings(Settings):
     `base` is what vLLM serves: a copy with the trainer's own numbers, the model as published, or
     that, quantised by vLLM's `plugin` for bitsandbytes. `gpu_memory` is its share of the card;
     `auto` leaves it to the memory plan. It gives it back while the trainer trains (`sleep`).
+    `batch_size` is how many responses are sampled side by side; `auto` is what the plan finds to
+    fit, 128 where there is no plan.
     `eager` goes without CUDA graphs, which take memory and time at the start, for faster tokens.
     `servers` are the addresses of vLLM servers for engine `vllm_server`, which take requests in
     turn and read adapters under the same path; without any, one is started on this machine.
@@ -333,7 +335,7 @@ class RolloutSettings(Settings):
     top_k: NonNegativeInt = 0
     max_tokens: PositiveInt = 1024
     stop: Annotated[list[str], BeforeValidator(_as_list)] = []
-    batch_size: PositiveInt = 128
+    batch_size: Literal["auto"] | PositiveInt = 128
     resample: NonNegativeInt = 0  # How often flat groups are replaced by other problems'.
     base: Literal["nf4_dequantised", "original", "plugin"] = "nf4_dequantised"
     gpu_memory: Literal["auto"] | Annotated[float, Field(gt=0, lt=1)] = "auto"
@@ -341,6 +343,11 @@ class RolloutSettings(Settings):
     eager: bool = False
     sleep: bool = True
     probe_limit: PositiveFloat = 0.2
+
+    @property
+    def rows(self) -> int:
+        """How many responses are sampled side by side."""
+        return 128 if isinstance(self.batch_size, str) else self.batch_size
 
 
 class OptimSettings(Settings):

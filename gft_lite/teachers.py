@@ -368,7 +368,7 @@ class LocalTeacher:
             reason = f"the prompt fills the teacher's context of {self._context} tokens"
             yield [(q, reason) for q in questions if len(q.prompt) >= self._context]
         todo = iter(fitting)
-        while batch := list(islice(todo, 4 * rollout.batch_size)):
+        while batch := list(islice(todo, 4 * rollout.rows)):
             requests = [Request(tuple(q.prompt), (q.seed,)) for q in batch]
             events: list[tuple[Question, Answer | str]] = []
             for question, [c] in zip(batch, self._engine.generate(requests, sampling), strict=True):

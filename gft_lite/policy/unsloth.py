@@ -147,7 +147,7 @@ def _served(settings: PolicySettings, rollout: RolloutSettings | None) -> dict[s
         "fast_inference": True,
         "gpu_memory_utilization": share,
         "max_lora_rank": settings.lora.rank,
-        "max_num_seqs": rollout.batch_size,
+        "max_num_seqs": rollout.rows,
         "enforce_eager": rollout.eager,
         "training": False,  # Log-probs of the untempered distribution.
     }

@@ -47,7 +47,7 @@ class TransformersEngine:
 
     def __init__(self, settings: RolloutSettings, policy: Policy, scratch: Path) -> None:
         self._policy = policy
-        self._rows = settings.batch_size
+        self._rows = settings.rows
         self._serves_base = True
 
     def sync(self, adapter: Path | None, version: int) -> None:

@@ -68,7 +68,7 @@ class VllmServerEngine:
         self._dtype = policy.dtype
         self._eos_ids = sorted(policy.eos_ids)
         self._shapes = adapter_shapes(policy.model)
-        self._in_flight = settings.batch_size
+        self._in_flight = settings.rows
         self._limit = settings.probe_limit
         self._prefix = f"gft-lite-{secrets.token_hex(4)}"  # Others may use the same servers.
         self._numbers = itertools.count(1)

@@ -45,7 +45,7 @@ def engine_options(settings: RolloutSettings, policy: Policy) -> dict[str, Any]:
         "revision": policy.settings.revision,
         "trust_remote_code": policy.settings.trust_remote_code,
         "max_model_len": policy.context,
-        "max_num_seqs": settings.batch_size,
+        "max_num_seqs": settings.rows,
         "enable_lora": True,
         "max_loras": 1,
         "max_lora_rank": _served_rank(policy.settings.lora.rank),

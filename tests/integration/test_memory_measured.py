@@ -8,19 +8,18 @@ import re
 import shutil
 import subprocess
 import sys
-import weakref
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.gpu_check.meter import Meter
+from benchmarks.gpu_check.work import seen_by_plan
 from gft_lite.batching import Row
-from gft_lite.memory import Batch, Choice, Job
+from gft_lite.memory import Choice, Job
 from gft_lite.model_shape import SHIPPED, find_shape
 from gft_lite.policy import attention, load_policy, lora, qlora
 from gft_lite.recipe import PACKAGE, PolicySettings, Recipe
@@ -30,36 +29,6 @@ from gft_lite.rollout.transformers import TransformersEngine
 ROOT = Path(__file__).resolve().parents[2]
 
 
-class Meter(TorchDispatchMode):
-    """Bytes of the storages that operations made and that are still alive."""
-
-    def __init__(self, known):
-        super().__init__()
-        # Held, so that no other storage takes an address that is known.
-        self._held = [tensor.untyped_storage() for tensor in known]
-        self._seen = {storage._cdata for storage in self._held}
-        self.live = self.peak = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
-        self.peak = max(self.peak, self.live)
-        return out
-
-    def _count(self, storage):
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._seen:
-            self._seen.add(key)
-            self.live += size
-            weakref.finalize(storage, self._gone, key, size)
-
-    def _gone(self, key, size):
-        self._seen.discard(key)
-        self.live -= size
-
-
 def rows_of(groups, prompt, responses, length):
     """Groups of responses to prompts that differ."""
     return [
@@ -67,15 +36,6 @@ def rows_of(groups, prompt, responses, length):
         for group in range(groups)
         for _ in range(responses)
     ]
-
-
-def seen_by_formulas(micro_batch):
-    """What the formulas take of a real micro-batch."""
-    tokens = micro_batch.input_ids.numel()
-    keys = sum(s.prompt_end - s.prompt_start + s.end - s.start for s in micro_batch.segments)
-    tiles = {(s.prompt_end - s.prompt_start, s.end - s.start) for s in micro_batch.segments}
-    masks = sum(own * (prompt + own) for prompt, own in tiles if prompt)
-    return Batch(tokens, micro_batch.targets.numel(), keys or tokens, masks)
 
 
 def recomputing(layers):
@@ -134,7 +94,7 @@ def test_the_trunk_at_true_width(model, checkpointed, monkeypatch):
         hidden = policy._hidden(batch.to(policy.device))
         hidden.backward(torch.empty_like(hidden))
     job = Job(replace(find_shape(model), layers=3), Recipe(), "cuda")
-    choice, seen = recomputing(checkpointed), seen_by_formulas(batch)
+    choice, seen = recomputing(checkpointed), seen_by_plan(batch)
     moments = job.moments(choice, seen)
     trunk = max(sum(moments[name].values()) for name in ("norm", "layer"))
     copies = job.training(choice, seen)["lora"] - 4 * job.lora_parameters
@@ -199,7 +159,7 @@ def test_a_micro_batch_with_its_head(vocabulary, settings, method, rows, random_
         policy.backward(batch, loss_of(batch), reference_kl=method == "asft")
     job = Job(find_shape(folder), recipe, "cpu")
     choice = recomputing(recipe.policy.gradient_checkpointing)
-    training = job.training(choice, seen_by_formulas(batch))
+    training = job.training(choice, seen_by_plan(batch))
     beside = ("lora", "checkpoints", "activations", "head")
     masters, gradients = 4 * job.lora_parameters, 4 * job.lora_parameters
     predicted = sum(training[name] for name in beside) - masters + gradients
@@ -272,9 +232,7 @@ def train_a_micro_batch(folder):
         Path("/proc/self/clear_refs").write_text("5")  # The peak starts from here.
         resting = _of_status("VmRSS")
         policy.backward(batch, loss_of(batch))
-    moments = Job(find_shape(folder), recipe, "cpu").moments(
-        recomputing(0), seen_by_formulas(batch)
-    )
+    moments = Job(find_shape(folder), recipe, "cpu").moments(recomputing(0), seen_by_plan(batch))
     predicted = max(sum(parts.values()) for parts in moments.values())
     print(json.dumps({"predicted": predicted, "measured": _of_status("VmHWM") - resting}))
 

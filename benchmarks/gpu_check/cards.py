@@ -1,0 +1,107 @@
+"""What fits on a smaller card: the plan's largest micro-batch under a cap on torch's memory.
+
+The cap leaves out what the plan counts beside torch's own: the context, and an engine that keeps
+its memory while the trainer trains. Where the plan says that nothing fits, what takes least is
+tried all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks.gpu_check.meter import Peak
+from benchmarks.gpu_check.parts import Figures, Notes
+from benchmarks.gpu_check.scale import MODELS, Setup
+from benchmarks.gpu_check.work import free, held, random_policy
+from gft_lite.batching import Row
+from gft_lite.memory import GIB, Job
+from gft_lite.optim import make_optimizer, update
+from gft_lite.plan import Plan, choose
+from gft_lite.recipe import PACKAGE
+
+CARDS = {"laptop_8gb": 8, "rtx4070_12gb": 12, "rtx4080_16gb": 16, "rtx4090_24gb": 24}  # GiB
+
+
+def check(setup: Setup, notes: Notes) -> None:
+    """Note for each model on each card what the plan says and what happens."""
+    for model in MODELS:
+        for card in CARDS:
+            notes.case(f"{model} on {card}", fits, setup, model, card)
+            free()
+
+
+def fits(setup: Setup, model: str, card: str) -> Figures:
+    """Train the largest micro-batch that the plan allows on a card, under a cap of its size."""
+    limit = CARDS[card] * GIB
+    plan = planned(setup, model, card, limit)
+    budget, policy_settings = plan.choice.micro_batch_tokens, plan.job.recipe.policy
+    beside = sum(plan.training.get(name, 0) for name in ("context", "engine", "kv_cache"))
+    policy = random_policy(setup, policy_settings)
+    optimizer = make_optimizer(policy, plan.job.recipe.optim)
+    free()
+    with capped(setup, limit - beside), Peak(setup.device, held(policy)) as peak:
+        try:
+            done = update(policy, optimizer, plan.job.recipe, 0.5, largest(plan), budget)
+            fitted = done.token_budget == budget and done.skipped is None
+        except (MemoryError, torch.OutOfMemoryError):
+            fitted = False
+    needed = sum(plan.training.values())
+    return {
+        "plan_fits": not plan.problems,
+        "plan_problems": "; ".join(plan.problems),
+        "settings": plan.settings,
+        "cap_gib": (limit - beside) / GIB,
+        "predicted_gib": (needed - beside) / GIB,  # With the allocator's fragmentation.
+        "peak_gib": peak.gib,
+        "training_fits": fitted,
+        "right": fitted or needed > limit,
+    }
+
+
+def planned(setup: Setup, model: str, card: str, limit: int) -> Plan:
+    """The plan for a card's own recipe, whose policy has what the plan chose."""
+    file = PACKAGE.parent / "configs" / "hardware" / f"{card}.yaml"
+    sections = yaml.safe_load(file.read_text())
+    sections["train"] |= {"problems_per_step": 1}  # A group is more than any micro-batch takes.
+    recipe = setup.recipe(model, **sections)
+    plan = choose(Job(setup.shape(model), recipe, "cuda"), limit)
+    chosen = {
+        name.removeprefix("policy."): value
+        for name, value in plan.settings.items()
+        if name.startswith("policy.")
+    }
+    settled = recipe.model_copy(update={"policy": recipe.policy.model_copy(update=chosen)})
+    return choose(Job(plan.job.shape, settled, "cuda"), limit)
+
+
+def largest(plan: Plan) -> list[Row]:
+    """A prompt of full length with as many responses of full length as the micro-batch takes."""
+    job, budget = plan.job, plan.choice.micro_batch_tokens
+    prompt, longest = tuple(range(2, 2 + job.prompt)), job.longest_row - job.prompt
+    left = max(longest, budget - job.prompt)
+    lengths = [longest] * (left // longest) + [left % longest] * (left % longest > 0)
+    vocabulary = job.shape.vocabulary
+    return [
+        Row(prompt, tuple(2 + (i * 7 + n) % (vocabulary - 2) for i in range(length)),
+            (-1.0) ** n, 1 / left)
+        for n, length in enumerate(lengths)
+    ]  # fmt: skip
+
+
+@contextmanager
+def capped(setup: Setup, size: int) -> Iterator[None]:
+    """Let torch have no more than so many bytes of the card."""
+    if setup.device == "cpu":
+        yield
+        return
+    total: Any = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, size / total))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

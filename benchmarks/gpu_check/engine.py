@@ -1,0 +1,96 @@
+"""vLLM beside the trainer on one device: hot-loads that are probed, sleep, and tokens a second."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_check.compat import adapt_vllm
+from benchmarks.gpu_check.parts import Figures, Notes, Skip
+from benchmarks.gpu_check.scale import SMALL, Setup
+from benchmarks.gpu_check.work import make_groups, random_policy, timed
+from benchmarks.hot_loads import _measure
+from gft_lite.policy.lora import LoraPolicy
+from gft_lite.recipe import RolloutSettings
+from gft_lite.rollout import Request, Sampling
+
+SYNCS, TINY_SYNCS = 20, 4
+
+
+def check(setup: Setup, notes: Notes) -> None:
+    """Note what starting costs, hot-loads, sleep and generation."""
+    if importlib.util.find_spec("vllm") is None:
+        raise Skip("vllm is not installed")
+    from gft_lite.rollout.vllm import VllmEngine
+
+    notes.add("vllm", {"adapted": adapt_vllm()})
+    policy = random_policy(setup, setup.recipe(SMALL).policy)
+    settings = RolloutSettings(engine="vllm", gpu_memory=0.25, eager=True)
+    started: list[Any] = []
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["GFT_LITE_CACHE"] = folder  # Nobody has a use for a random base twice.
+
+        def start() -> Figures:
+            before, begin = _used_gib(), time.perf_counter()
+            started.append(VllmEngine(settings, policy, Path(folder)))
+            return {"seconds": time.perf_counter() - begin, "gib": _used_gib() - before}
+
+        if notes.case("start", start) is None:
+            return
+        [engine] = started
+        try:
+            notes.case("hot_loads", hot_loads, setup, policy, engine, Path(folder) / "adapters")
+            notes.case("sleep", sleep, setup, engine)
+            notes.case("generate", generate, setup, policy, engine)
+        finally:
+            engine.close()
+
+
+def hot_loads(setup: Setup, policy: LoraPolicy, engine: Any, adapters: Path) -> Figures:
+    """Adapters one after another, each probed: the score of a completion, a greedy answer."""
+    syncs = TINY_SYNCS if setup.tiny else SYNCS
+    return _measure(policy, engine, adapters, syncs, warm_up=syncs // 2)
+
+
+def sleep(setup: Setup, engine: Any) -> Figures:
+    """What sleep gives back, and whether the engine answers as before when it is awake again."""
+    request, greedy = Request(tuple(range(5, 25)), (0,)), Sampling(temperature=0, max_tokens=8)
+    before, awake = engine.generate([request], greedy), _used_gib()
+    _, down = timed(setup, engine.sleep)
+    asleep = _used_gib()
+    _, up = timed(setup, engine.wake)
+    return {
+        "gib_awake": awake,
+        "gib_asleep": asleep,
+        "gib_awake_again": _used_gib(),
+        "seconds_to_sleep": down,
+        "seconds_to_wake": up,
+        "right": engine.generate([request], greedy) == before,
+    }
+
+
+def generate(setup: Setup, policy: LoraPolicy, engine: Any) -> Figures:
+    """Tokens a second over the batch's prompts, eight samples each, none of them ending early."""
+    groups, length = make_groups(setup, policy.config.vocab_size), setup.sizes.response // 4
+    seeds = tuple(range(setup.sizes.members))
+    requests = [Request(tuple(group["prompt_ids"]), seeds) for group in groups]
+    sampling = Sampling(max_tokens=length)
+    engine.generate(requests[:1], Sampling(max_tokens=2))
+    done, seconds = timed(setup, lambda: engine.generate(requests, sampling))
+    tokens = sum(len(c.token_ids) for group in done for c in group)
+    return {"tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds}
+
+
+def _used_gib() -> float:
+    """What all processes hold of the device."""
+    if not torch.cuda.is_available():
+        return 0.0
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / 2**30
