@@ -344,6 +344,12 @@ class RolloutSettings(Settings):
     sleep: bool = True
     probe_limit: PositiveFloat = 0.2
 
+    @model_validator(mode="after")
+    def _servers_are_used(self) -> RolloutSettings:
+        if self.servers and self.engine != "vllm_server":
+            raise ValueError("servers: must be empty unless rollout.engine is vllm_server")
+        return self
+
     @property
     def rows(self) -> int:
         """How many responses are sampled side by side."""

@@ -1,4 +1,5 @@
-"""Whose code a recipe may run: the user's own, and anybody else's once the user has agreed."""
+"""Whose code a recipe may run, and whose servers it may use: the user's own, and anybody else's
+once the user has agreed."""
 
 from __future__ import annotations
 
@@ -27,18 +28,20 @@ def refuse_foreign_code(code: Iterable[str], files: Iterable[str | Path]) -> Non
     named = list(dict.fromkeys(code))
     foreign = sorted({file for path in files for file in _sources(path) if not _ours(file)})
     if named and foreign:
-        rule = "must be given to run code that a file outside the working directory may name"
+        rule = "must be given to run code or use servers that a file from elsewhere may name"
         got = f"got {', '.join(foreign)} with {', '.join(named)}"
-        raise RecipeError([f"--allow-code: {rule}, {got}. Read that code, then add --allow-code."])
+        raise RecipeError([f"--allow-code: {rule}, {got}. Look at it, then add --allow-code."])
 
 
 def named_code(settings: Recipe | Suite) -> Iterator[str]:
-    """`field: dotted path` of everything that would run and is not in our tables."""
+    """`field: dotted path` of everything that would run and is not in our tables, and servers."""
     named = [("rollout.engine", settings.rollout.engine, set(ENGINES))]
     named += [("reward.functions", f.name, set(REWARDS)) for f in settings.reward.functions]
     if isinstance(settings, Recipe):
         named.append(("method", settings.method, set(METHODS)))
     yield from (f"{field}: {name}" for field, name, table in named if name not in table)
+    servers = settings.rollout.servers
+    yield from (f"rollout.servers: {url}, which gets prompts and the key" for url in servers)
     yield from remote_code(settings.policy)
     if isinstance(settings, Recipe):
         for number in range(len(settings.stages)):

@@ -47,7 +47,7 @@ class RestartingEngine:
 
     def sync(self, adapter: Path | None, version: int) -> None:
         """Serve the adapter saved at `adapter` from now on; None serves the base."""
-        self._engine.sync(adapter, version)
+        self._repeated(lambda: self._engine.sync(adapter, version), lambda: None)
         self._served = None if adapter is None else (adapter, version)
 
     def generate(
@@ -69,12 +69,14 @@ class RestartingEngine:
                     for seed, completion in zip(request.seeds, completions, strict=True):
                         done[request.prompt_ids, seed] = completion
 
-            self._repeated(ask)
+            self._repeated(ask, self._serve_and_check)
         return [[done[request.prompt_ids, s] for s in request.seeds] for request in requests]
 
     def score(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> list[float]:
         """Log-probs [T] in nats of `token_ids` after the prompt, under what is served."""
-        return self._repeated(lambda: self._engine.score(prompt_ids, token_ids))
+        return self._repeated(
+            lambda: self._engine.score(prompt_ids, token_ids), self._serve_and_check
+        )
 
     def sleep(self) -> None:
         """Give the device's memory back until `wake`."""
@@ -82,23 +84,31 @@ class RestartingEngine:
 
     def wake(self) -> None:
         """Serve again what was served before."""
-        self._engine.wake()
+        # Not checked: the trainer has gone on meanwhile.
+        self._repeated(lambda: self._engine.wake(), self._serve)
 
     def close(self) -> None:
         """Give everything back; may be called twice."""
         self._engine.close()
 
-    def _repeated(self, call: Callable[[], T]) -> T:
+    def _repeated(self, call: Callable[[], T], restore: Callable[[], None]) -> T:
         try:
             return call()
         except EngineFailed as error:
             self._console.print(f"{error} Starting it again.", markup=False, soft_wrap=True)
         self._engine = self._start()
+        restore()
+        return call()
+
+    def _serve(self) -> None:
+        """Have the fresh engine serve what the one before did."""
         if self._served is not None:
             self._engine.sync(*self._served)
-            if self.check is not None:
-                self.check(self._engine)
-        return call()
+
+    def _serve_and_check(self) -> None:
+        self._serve()
+        if self._served is not None and self.check is not None:
+            self.check(self._engine)
 
 
 def _without(request: Request, done: Container[tuple[tuple[int, ...], int]]) -> Request:

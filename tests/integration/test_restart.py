@@ -59,6 +59,41 @@ def test_the_second_failure_of_a_call_stands(lab_policy):
         engine.generate(REQUESTS, SAMPLING)
 
 
+class Lost(TransformersEngine):
+    """Gone, as a server may be, when it is next told to do what `at` names; notes its syncs."""
+
+    def __init__(self, policy, at, synced):
+        super().__init__(RolloutSettings(), policy, Path())
+        self.at, self.synced = at, synced
+
+    def sync(self, adapter, version):
+        self._fail("sync")
+        self.synced.append(version)
+        super().sync(adapter, version)
+
+    def wake(self):
+        self._fail("wake")
+
+    def _fail(self, call):
+        if self.at == [call]:
+            self.at.clear()
+            raise EngineFailed("gone.")
+
+
+def test_an_engine_that_went_away_while_the_trainer_trained_is_started_again(lab_policy, tmp_path):
+    adapters = [lab_policy.save_adapter(tmp_path / f"v{n}") for n in (1, 2)]
+    at, synced, checked = [], [], []
+    engine = RestartingEngine(lambda: Lost(lab_policy, at, synced), Console(quiet=True))
+    engine.check = lambda fresh: checked.append(fresh) or 0.0
+    engine.sync(adapters[0], 1)
+    at.append("wake")
+    engine.wake()
+    at.append("sync")
+    engine.sync(adapters[1], 2)
+    # The trainer has gone on: what is served again after `wake` is not what it would check.
+    assert (synced, checked) == ([1, 1, 2], [])
+
+
 def test_an_engine_that_tells_nothing_on_the_way_will_do(lab_policy):
     class Silent(TransformersEngine):
         def generate(self, requests, sampling, seen=None):

@@ -75,6 +75,10 @@ FOREIGN = {
     "reward": ("reward: {functions: 'os:system'}\n", "reward.functions: os:system"),
     "method": ("method: evil:method\n", "method: evil:method"),
     "engine": ("rollout: {engine: evil.Engine}\n", "rollout.engine: evil.Engine"),
+    "servers": (
+        "rollout: {engine: vllm_server, servers: ['https://evil.example']}\n",
+        "rollout.servers: https://evil.example, which gets prompts and the key",
+    ),
     "model": (
         "policy: {model: a/b, trust_remote_code: true}\n",
         "policy.trust_remote_code: true, the code of a/b",
