@@ -22,6 +22,7 @@ from gft_lite.card import known_as, write_merged_card
 from gft_lite.groups import sample_seed
 from gft_lite.objective import k3
 from gft_lite.policy import Policy, evaluating, load_policy
+from gft_lite.policy.serving import savable
 from gft_lite.prompts import PromptFormat
 from gft_lite.recipe import PolicySettings, Prompt, Recipe, RecipeError, RolloutSettings
 from gft_lite.rollout import Request, Sampling
@@ -168,12 +169,9 @@ def _merge_into(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="All adapters are already merged")
         model = policy.model.merge_and_unload().to(policy.dtype)
-    ends, generation = sorted(policy.eos_ids), model.generation_config
-    generation.eos_token_id = ends if len(ends) > 1 else ends[0]
-    try:
-        generation.validate(strict=True)
-    except ValueError:
-        generation.do_sample = True  # Some are published with a temperature and without this.
+    ends = sorted(policy.eos_ids)
+    model.generation_config = savable(model.generation_config)
+    model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
     model.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
     return rows, scores, kept

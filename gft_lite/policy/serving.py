@@ -161,8 +161,19 @@ def _write_descriptions(policy: Policy, folder: Path) -> None:
     config = copy.deepcopy(policy.config)
     del config.quantization_config
     config.save_pretrained(folder)
-    policy.model.get_base_model().generation_config.save_pretrained(folder)
+    savable(policy.model.get_base_model().generation_config).save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
+
+
+def savable(generation: Any) -> Any:
+    """A copy of a GenerationConfig that transformers agrees to write: some are published with a
+    temperature and without `do_sample`."""
+    generation = copy.deepcopy(generation)
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        generation.do_sample = True
+    return generation
 
 
 def _weights(policy: Policy) -> dict[str, Weight]:

@@ -73,7 +73,9 @@ def test_versions_are_held_against_those_of_the_package_itself(tmp_path, monkeyp
     assert checks("versions")["rich"] == Check("rich", "ok", metadata.version("rich"))
     monkeypatch.syspath_prepend(tmp_path)
     found = checks("versions")
-    assert found["rich"] == Check("rich", "fail", "1.0, tested with >=14", "pip install 'rich>=14'")
+    assert found["rich"] == Check(
+        "rich", "fail", "1.0, tested with >=14.1", "pip install 'rich>=14.1'"
+    )
     assert found["unsloth"].state == "fail"
     assert found["torch"].state == "ok"  # 2.13.0+cpu is 2.13.0 as well.
 

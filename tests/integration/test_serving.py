@@ -50,6 +50,16 @@ def test_a_base_is_written_once_and_found_again(cache):
     assert cache.stat().st_mode & 0o777 == 0o700
 
 
+def test_a_temperature_without_sampling_is_written_as_transformers_takes_it():
+    policy = policy_of()
+    own = policy.model.get_base_model().generation_config
+    own.temperature = 0.6
+    written = Path(policy.serving_base(KIND).location) / "generation_config.json"
+    found = json.loads(written.read_text())
+    assert (found["temperature"], found["do_sample"]) == (0.6, True)
+    assert not own.do_sample
+
+
 def test_other_numbers_are_another_base(tmp_path):
     copy = tmp_path / "copy"
     policy = policy_of()
