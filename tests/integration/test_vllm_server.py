@@ -610,17 +610,20 @@ def test_vllm_understands_the_options_for_a_card_too(policy, monkeypatch):
     assert {"gpu_memory_utilization", "enable_sleep_mode", "enforce_eager"} <= options.keys()
 
 
-def test_training_ends_well(tmp_path):
+def test_training_with_a_server_of_the_users_own(server, tmp_path):
+    url, key = server
     training = [
         sys.executable, "-m", "gft_lite", "train", "recipes/lab.yaml", "--out", tmp_path / "run",
-        "rollout.engine=vllm_server", "rollout.kv_cache_mib=16", "train.steps=2",
+        "rollout.engine=vllm_server", f"rollout.servers=[{url}]", "policy.context=128",
+        "train.steps=2",
         "train.problems_per_step=2", "data.problems=20", "data.holdout=2", "monitor.every=1",
         "monitor.problems=1", "eval.samples=1", "eval.k=[1]", "eval.sets.test.problems=1",
         "eval.sets.retention.problems=1",
     ]  # fmt: skip
-    done = subprocess.run(training, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(training, capture_output=True, text=True, timeout=300,
+                          env=os.environ | {KEY: key})  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "engine: vllm_server" in done.stderr
+    assert "engine: vllm_server, base the servers'" in done.stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2
 
 
