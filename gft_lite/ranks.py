@@ -6,6 +6,7 @@ micro-batches; all else each does for itself, from the same numbers.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -89,7 +90,11 @@ def find_ranks(device: str) -> Ranks:
         return ALONE
     from accelerate import PartialState
 
+    first = not torch.distributed.is_initialized()
     state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=PATIENCE)
+    if first:
+        # Gloo's threads would abort a process that ends with them.
+        atexit.register(state.destroy_process_group)
     neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return Ranks(state.process_index, state.num_processes, state.local_process_index, neighbours)
 
