@@ -13,14 +13,13 @@ from huggingface_hub import ModelCardData
 
 from gft_lite import __version__
 from gft_lite.objective import METHODS
-from gft_lite.recipe import Recipe
+from gft_lite.recipe import HUB_ID, Recipe
 from gft_lite.recipe_file import Dumper
 from gft_lite.runlog import RunFolder, write_whole
 from gft_lite.sources import FORMATS
 from gft_lite.stages import stage_folder
 
 _PLACES = ("model", "adapter", "source")  # Fields that may hold a path.
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def write_card(run: RunFolder) -> None:
@@ -76,7 +75,7 @@ def _folder_name(path: str) -> str:
 
 def _on_hub(name: str) -> bool:
     local = Path(name).exists() or Path(name).suffix in FORMATS
-    return bool(_HUB_ID.fullmatch(name)) and not local
+    return bool(HUB_ID.fullmatch(name)) and not local
 
 
 def _shown(base: str) -> str:

@@ -29,7 +29,7 @@ from gft_lite.recipe import PolicySettings, Recipe, RecipeError
 from gft_lite.recipe_file import Dumper
 from gft_lite.responses import whole_lines
 from gft_lite.rewards.scorer import Scorer, open_scorer
-from gft_lite.runlog import alone_in, flush, write_whole
+from gft_lite.runlog import alone_in, whole, write_whole
 from gft_lite.teachers import Answer, Asking, Question, Teacher, find_teacher
 from gft_lite.types import Group, Problem, Response
 
@@ -331,11 +331,8 @@ def _write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         raise RecipeError(
             [f"--out: must be .jsonl for what parquet can't hold, got {str(path)!r} ({error})."]
         ) from error
-    partial = path.with_name(f"{path.name}.tmp")
-    pyarrow.parquet.write_table(table, partial)
-    flush(partial)
-    partial.rename(path)
-    flush(path.parent)
+    with whole(path) as partial:
+        pyarrow.parquet.write_table(table, partial)
 
 
 def fragment(recipe: Recipe, path: Path, column: str) -> str:

@@ -24,7 +24,7 @@ from gft_lite.prompts import PromptFormat
 from gft_lite.recipe import EvalSettings, RecipeError
 from gft_lite.responses import ResponseCache, Sampler
 from gft_lite.rewards.scorer import Scorer, open_scorer
-from gft_lite.rollout import RolloutEngine, RolloutError, Sampling, find_engine, start_engine
+from gft_lite.rollout import RolloutEngine, Sampling, find_engine, start_engine
 from gft_lite.rollout.probe import Probe, sync
 from gft_lite.runlog import RunFolder
 from gft_lite.suites import Suite, find_file, load_benchmark
@@ -134,10 +134,7 @@ def evaluate(
 def _check_before_loading(suite: Suite, data_dir: Path | None) -> None:
     """What can be wrong without a model is told before one is loaded."""
     find_file(data_dir, "any")
-    try:
-        find_engine(suite.rollout.engine)
-    except RolloutError as error:
-        raise RecipeError([str(error)]) from error
+    find_engine(suite.rollout.engine)
 
 
 def _default_folder(suite: Suite, targets: Sequence[Target]) -> Path:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 
 from gft_lite.recipe import Recipe
-from gft_lite.runlog import RunFolder
+from gft_lite.runlog import RunFolder, whole
 
 BASE_EVALUATION, KL_SET = "eval/base.json", "kl_set.json"
 
@@ -35,8 +35,5 @@ def inherit(run: RunFolder, recipe: Recipe, donor: RunFolder, files: Sequence[st
     """Begin a run with files of another, so that it does not compute them again."""
     run.create(recipe.to_yaml())
     for name in files:
-        target = run.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{target.name}.tmp")
-        shutil.copy2(donor.path / name, partial)  # With the time of the evaluation.
-        partial.rename(target)
+        with whole(run.path / name) as partial:
+            shutil.copy2(donor.path / name, partial)  # With the time of the evaluation.

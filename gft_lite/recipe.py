@@ -67,6 +67,7 @@ def _matching(pattern: str, rule: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # Of a model, an adapter or a data set.
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 

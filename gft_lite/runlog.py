@@ -159,9 +159,16 @@ def _response(response: Response, advantage: float) -> dict[str, Any]:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file, complete or not at all."""
+    with whole(path) as partial:
+        partial.write_text(text)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write what is to be at `path`: it comes there, and onto the disk, when complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text(text)
+    yield partial
     flush(partial)
     partial.rename(path)
     flush(path.parent)

@@ -28,7 +28,7 @@ from gft_lite.prompts import PromptFormat
 from gft_lite.ranks import ALONE, Ranks, SharedEngine
 from gft_lite.recipe import DataSettings, Recipe, RecipeError
 from gft_lite.rewards.scorer import Scorer, open_scorer
-from gft_lite.rollout import RolloutEngine, RolloutError, Sampling, find_engine, start_engine
+from gft_lite.rollout import RolloutEngine, Sampling, find_engine, start_engine
 from gft_lite.rollout.probe import Probe, sync
 from gft_lite.runlog import Follower, RunFolder, Trackers, alone_in
 from gft_lite.types import Group, Problem
@@ -337,10 +337,7 @@ def _users_own(recipe: Recipe) -> Scorer:
         find_method(recipe.method)
     except ValueError as error:
         raise RecipeError([f"method: {error}, got {recipe.method!r}."]) from error
-    try:
-        find_engine(recipe.rollout.engine)
-    except RolloutError as error:
-        raise RecipeError([str(error)]) from error
+    find_engine(recipe.rollout.engine)
     return open_scorer(recipe.reward, conversational=recipe.data.prompt.style == "chat")
 
 

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gft_lite.recipe import DataSettings, RecipeError
+from gft_lite.recipe import HUB_ID, DataSettings, RecipeError
 
 FORMATS = (".jsonl", ".json", ".parquet", ".csv")
 _FORMAT_LIST = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
 _SPLITS = {"train", "test", "validation", "valid", "val", "dev"}
 # A name without an owner may be one of the readers of datasets, of which `pandas` unpickles.
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 class Unusable(Exception):
@@ -52,7 +51,7 @@ def open_source(settings: DataSettings, field: str = "data") -> list[Rows]:
     if path.exists():
         return [_read(path, field)]
     looks_local = path.suffix.lower() in (*FORMATS, ".txt", ".gz", ".zip", ".zst")
-    if looks_local or not _HUB_ID.fullmatch(source):
+    if looks_local or not HUB_ID.fullmatch(source):
         advice = "" if looks_local or "/" in source else " Hub data sets are written owner/name."
         raise RecipeError([f"{field}.source: no such file or folder, got {source!r}.{advice}"])
     return [_hub(settings, field)]

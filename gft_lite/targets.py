@@ -13,11 +13,10 @@ from typing import Any
 
 from gft_lite import checkpoint
 from gft_lite.policy import Policy
-from gft_lite.recipe import PACKAGE, PolicySettings, Recipe, RecipeError
+from gft_lite.recipe import HUB_ID, PACKAGE, PolicySettings, Recipe, RecipeError
 from gft_lite.recipe_file import merge
 from gft_lite.runlog import RunFolder
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _WEIGHTS = "adapter_model.safetensors"
 # What an adapter_config.json says about where it was made, not about what it computes.
 _ORIGIN = ("base_model_name_or_path", "revision", "inference_mode", "peft_version",
@@ -65,7 +64,7 @@ def _resolve(text: str, policy: PolicySettings) -> Iterator[Target]:
         settings = _over(Recipe.load(path / "recipe.yaml").policy, policy)
         for suffix, adapter in _adapters(path, which, text):
             yield _with_adapter(name.rstrip("/") + suffix, settings, adapter, path)
-    elif which or not (path.is_dir() or name == "lab" or _HUB_ID.fullmatch(name)):
+    elif which or not (path.is_dir() or name == "lab" or HUB_ID.fullmatch(name)):
         kinds = "lab, a hub id, or the folder of a model, an adapter or a run"
         raise RecipeError([f"TARGET: must be {kinds}, got {text!r}."])
     elif (path / "adapter_config.json").is_file():

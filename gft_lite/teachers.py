@@ -28,7 +28,7 @@ from gft_lite.policy import load_policy
 from gft_lite.prompts import PromptFormat
 from gft_lite.recipe import PolicySettings, Prompt, Recipe, RecipeError, Settings, Share
 from gft_lite.recipe_errors import explain
-from gft_lite.rollout import Request, RolloutError, Sampling, find_engine, start_engine
+from gft_lite.rollout import Request, Sampling, find_engine, start_engine
 from gft_lite.rollout.probe import sync
 from gft_lite.secret import find_secret
 from gft_lite.targets import base_identity, find_targets, identity
@@ -324,10 +324,7 @@ class LocalTeacher:
         targets = find_targets([teacher], PolicySettings.model_validate(settings))
         if len(targets) > 1:
             raise RecipeError([f"teacher: must be one model, got {len(targets)} at {teacher!r}."])
-        try:
-            find_engine(recipe.rollout.engine)
-        except RolloutError as error:
-            raise RecipeError([str(error)]) from error
+        find_engine(recipe.rollout.engine)
         self._recipe, self._asking, [self._target] = recipe, asking, targets
         self.name = self._target.label
 

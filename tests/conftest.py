@@ -32,6 +32,17 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """OpenMP threads that spin for each other's cores can slow tiny models a hundredfold."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def lab_policy():
     """A fresh NF4 policy on the lab base, in fp32."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gft_lite.recipe import PolicySettings, RecipeError
+from gft_lite.recipe import HUB_ID, PolicySettings, RecipeError
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -74,7 +73,7 @@ def refuse_other_base(config: Any, adapter: str, settings: PolicySettings) -> No
     """An adapter, by its configuration, of another base of the same shape would load. A folder
     may be any base."""
     named = str(getattr(config, "base_model_name_or_path", None))
-    on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", named) and not Path(named).exists()
+    on_hub = HUB_ID.fullmatch(named) and not Path(named).exists()
     if on_hub and named != settings.model and not Path(settings.model).exists():
         raise RecipeError(
             [f"policy.adapter: must be an adapter of {settings.model}, got {adapter!r} of {named}. "

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from gft_lite.dotted import load_dotted
+from gft_lite.recipe_errors import RecipeError
 from gft_lite.types import FinishReason
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ class RolloutEngine(Protocol):
 def find_engine(name: str) -> EngineEntry:
     """The engine of that name, or the user's own at a dotted path.
 
-    Raises: RolloutError if what it needs is not installed.
+    Raises: RecipeError if what it needs is not installed.
     """
     if name == "auto":
         import torch
@@ -123,10 +124,10 @@ def find_engine(name: str) -> EngineEntry:
         name = "vllm" if gpu and importlib.util.find_spec("vllm") else "transformers"
     entry = ENGINES.get(name) or EngineEntry(name)
     if entry.needs and importlib.util.find_spec(entry.needs) is None:
-        raise RolloutError(
-            f"rollout.engine: {entry.needs} is not installed. "
-            f'pip install "gft-lite[{entry.needs}]", or set rollout.engine=transformers.'
-        )
+        raise RecipeError(
+            [f"rollout.engine: {entry.needs} is not installed. "
+             f'pip install "gft-lite[{entry.needs}]", or set rollout.engine=transformers.']
+        )  # fmt: skip
     return entry
 
 

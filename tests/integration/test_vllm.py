@@ -26,9 +26,12 @@ from gft_lite.rollout.restart import RestartingEngine
 from gft_lite.rollout.vllm import VllmEngine
 from gft_lite.rollout.vllm_shared import sampling_jobs
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason='needs vllm: pip install "gft-lite[vllm]"'
-)
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None, reason='needs vllm: pip install "gft-lite[vllm]"'
+    ),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 CONTEXT = 96
 EOS = 1
@@ -38,15 +41,6 @@ GREEDY = Sampling(temperature=0, max_tokens=12)
 PREFIX = tuple(2 + (7 * i) % 90 for i in range(64))
 PROMPTS = ((*PREFIX, 5, 6), (*PREFIX, 40))
 COMPLETION = (9, 33, 71, 4, 50, 12, 28, 66)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """OpenMP threads that spin for each other's cores can slow tiny models a hundredfold."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -39,21 +39,13 @@ pytestmark = [
         importlib.util.find_spec("vllm") is None, reason='needs vllm: pip install "gft-lite[vllm]"'
     ),
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc"),
+    pytest.mark.usefixtures("one_thread"),
 ]
 
 GAP = 1e-4  # In nats; fp32 on both sides.
 GREEDY = Sampling(temperature=0, max_tokens=8)
 WARM = Sampling(temperature=0.7, max_tokens=8)
 LOOPBACK = {"0100007F", "00000000000000000000000001000000"}  # As /proc/net/tcp writes them.
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """OpenMP threads that spin for each other's cores can slow tiny models a hundredfold."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
