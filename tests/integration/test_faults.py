@@ -23,7 +23,7 @@ from rich.console import Console
 from gft_lite import checkpoint
 from gft_lite.optim import make_optimizer
 from gft_lite.recipe import OptimSettings, Recipe, RecipeError
-from gft_lite.runlog import RunFolder, alone_in
+from gft_lite.runlog import RunFolder, alone_in, whole, write_whole
 from gft_lite.train import train
 
 SMALL = [
@@ -214,3 +214,14 @@ def test_a_clock_that_jumps_changes_nothing(plain, tmp_path, monkeypatch):
     elapsed = time.perf_counter() - begun
     assert weights(run) == weights(plain)
     assert all(0 <= seconds <= elapsed for seconds in run.summary()["seconds"].values())
+
+
+def test_half_a_file_takes_no_whole_one_s_place(tmp_path):
+    file = tmp_path / "eval" / "base.json"
+    write_whole(file, "old")
+    with pytest.raises(OSError, match="disk"), whole(file) as partial:
+        partial.write_text("ne")
+        raise OSError("disk full")
+    assert file.read_text() == "old"
+    write_whole(file, "new")
+    assert [f.read_text() for f in file.parent.iterdir()] == ["new"]
