@@ -46,6 +46,7 @@ lint: env-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: env-test
 	$(BIN)/python -m benchmarks.step

@@ -48,11 +48,12 @@ from benchmarks.recorded import (
     read_groups,
     warm_up,
 )
-from gft_lite.batching import Row
-from gft_lite.objective import token_weights
-from gft_lite.optim import make_optimizer, portion, update
-from gft_lite.policy import load_policy
-from gft_lite.recipe import Recipe
+from gft_lite.objective.reduction import token_weights
+from gft_lite.policy.batching import Row
+from gft_lite.policy.registry import load_policy
+from gft_lite.recipe.schema import Recipe
+from gft_lite.training.learner import portion, update
+from gft_lite.training.optim import make_optimizer
 
 PROMPTS = (150, 1024)
 MICRO_BATCH_TOKENS = 4096

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.record import record
-from gft_lite.rewards import RewardFunction
+from gft_lite.rewards.base import RewardFunction
 from gft_lite.rewards.scorer import Scorer
 from gft_lite.types import Group, Problem, Response
 

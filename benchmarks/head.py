@@ -26,9 +26,10 @@ from torch import Tensor
 from benchmarks.record import PeakMemory, fresh_processes, record
 from benchmarks.recorded import Shape, make_model
 from benchmarks.trl_peer import use_torch_kernels
-from gft_lite.policy import TokenScores, load_policy
+from gft_lite.policy.base import TokenScores
 from gft_lite.policy.lora import LoraPolicy
-from gft_lite.recipe import PolicySettings
+from gft_lite.policy.registry import load_policy
+from gft_lite.recipe.sections import PolicySettings
 
 HIDDEN = 256
 SIZES = {151_936: 384, 1000: 8192}  # vocabulary: tokens

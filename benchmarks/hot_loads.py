@@ -18,11 +18,13 @@ import numpy as np
 import torch
 
 from benchmarks.record import record
-from gft_lite.batching import Row
-from gft_lite.policy import Policy, load_policy
-from gft_lite.recipe import PolicySettings, RolloutSettings
-from gft_lite.rollout import Request, RolloutEngine, Sampling, start_engine
-from gft_lite.rollout.probe import Probe, sync
+from gft_lite.policy.base import Policy
+from gft_lite.policy.batching import Row
+from gft_lite.policy.registry import load_policy
+from gft_lite.recipe.sections import PolicySettings, RolloutSettings
+from gft_lite.rollout.base import Request, RolloutEngine, Sampling
+from gft_lite.rollout.registry import start_engine
+from gft_lite.rollout.sync_check import Probe, sync
 
 SYNCS, WARM_UP = 200, 50
 SETTINGS = RolloutSettings(engine="vllm")

@@ -26,8 +26,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gft_lite.objective import group_advantages
-from gft_lite.policy import model_location
+from gft_lite.objective.advantages import group_advantages
+from gft_lite.policy.registry import model_location
 
 EOS = 1  # of the lab's tokenizer
 RANK = 16

@@ -20,10 +20,11 @@ import torch
 
 from benchmarks.record import RESULTS, record
 from benchmarks.recorded import Forwarded, Shape, make_model
-from gft_lite.batching import Row
-from gft_lite.optim import gradient
-from gft_lite.policy import Policy, load_policy
-from gft_lite.recipe import Recipe
+from gft_lite.policy.base import Policy
+from gft_lite.policy.batching import Row
+from gft_lite.policy.registry import load_policy
+from gft_lite.recipe.schema import Recipe
+from gft_lite.training.learner import gradient
 
 LAYOUTS = ("shared", "padded")
 MICRO_BATCH_TOKENS = 4096

@@ -19,13 +19,13 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks.record import peak_rss_mib, record
-from gft_lite.batching import MicroBatch, Row, cut
-from gft_lite.objective import gft_loss
-from gft_lite.policy import Policy
-from gft_lite.recipe import Recipe
-from gft_lite.rollout import Request, Sampling
-from gft_lite.session import Session, open_session
-from gft_lite.train import train_step
+from gft_lite.objective.losses import gft_loss
+from gft_lite.policy.base import Policy
+from gft_lite.policy.batching import MicroBatch, Row, cut
+from gft_lite.recipe.schema import Recipe
+from gft_lite.rollout.base import Request, Sampling
+from gft_lite.training.loop import train_step
+from gft_lite.training.session import Session, open_session
 
 TOKENS = 24
 

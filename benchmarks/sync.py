@@ -36,10 +36,11 @@ from rich.table import Table
 
 from benchmarks.record import fresh_processes, record
 from benchmarks.recorded import Shape, lora, make_model, plain_model
-from gft_lite.policy import load_policy
-from gft_lite.recipe import PACKAGE, PolicySettings, RolloutSettings
-from gft_lite.rollout.probe import sync
-from gft_lite.rollout.vllm import VllmEngine
+from gft_lite.policy.registry import load_policy
+from gft_lite.recipe.sections import PolicySettings, RolloutSettings
+from gft_lite.rollout.sync_check import sync
+from gft_lite.rollout.vllm_engine import VllmEngine
+from gft_lite.utils.paths import PACKAGE
 
 # 79M parameters: the width of a real small model, fewer layers.
 SHAPE = Shape(hidden=1024, layers=4, ffn=2816, vocab=32768)

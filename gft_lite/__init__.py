@@ -1,60 +1,47 @@
-"""Group Fine-Tuning on one GPU.
+"""Group Fine-Tuning (GFT, arXiv 2604.14258) of language models on one GPU: the public API.
 
-The names below are imported on first use, so that `import gft_lite` costs nothing.
+The names are imported on first use (PEP 562), so that `import gft_lite` imports neither torch nor
+transformers. Nothing inside the package imports this module's names.
 """
 
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from gft_lite.distill import distill
-    from gft_lite.evaluate import evaluate
-    from gft_lite.recipe import Recipe, RecipeError
-    from gft_lite.runlog import RunFolder as Run
-    from gft_lite.suites import Suite
-    from gft_lite.sweep import Sweep, SweepFolder, sweep
-    from gft_lite.train import train
+from gft_lite.version import __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from gft_lite.distillation.pipeline import distill
+    from gft_lite.evaluation.evaluator import evaluate
+    from gft_lite.evaluation.suites import Suite
+    from gft_lite.experiments.sweep_config import Sweep
+    from gft_lite.experiments.sweep_runner import SweepFolder, sweep
+    from gft_lite.recipe import Recipe, RecipeError
+    from gft_lite.runs.folder import RunFolder as Run
+    from gft_lite.training.run import train
+
 __all__ = [
     "Recipe", "RecipeError", "Run", "Suite", "Sweep", "SweepFolder", "__version__",
     "distill", "evaluate", "sweep", "train",
 ]  # fmt: skip
 
-_HOMES = {
-    "Recipe": ("gft_lite.recipe", "Recipe"),
-    "RecipeError": ("gft_lite.recipe", "RecipeError"),
-    "Run": ("gft_lite.runlog", "RunFolder"),
-    "Suite": ("gft_lite.suites", "Suite"),
-    "Sweep": ("gft_lite.sweep_grid", "Sweep"),
-    "SweepFolder": ("gft_lite.sweep", "SweepFolder"),
+_MODULES = {
+    "Recipe": "gft_lite.recipe.schema:Recipe",
+    "RecipeError": "gft_lite.utils.errors:RecipeError",
+    "Run": "gft_lite.runs.folder:RunFolder",
+    "Suite": "gft_lite.evaluation.suites:Suite",
+    "Sweep": "gft_lite.experiments.sweep_config:Sweep",
+    "SweepFolder": "gft_lite.experiments.sweep_runner:SweepFolder",
+    "distill": "gft_lite.distillation.pipeline:distill",
+    "evaluate": "gft_lite.evaluation.evaluator:evaluate",
+    "sweep": "gft_lite.experiments.sweep_runner:sweep",
+    "train": "gft_lite.training.run:train",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'gft_lite' has no attribute {name!r}")
-    module, attribute = _HOMES[name]
+    module, attribute = _MODULES[name].split(":")
     return getattr(importlib.import_module(module), attribute)
-
-
-def _function(name: str) -> property:
-    """`gft_lite.NAME` is the function, although importing its module would put that there."""
-    return property(
-        lambda _: getattr(importlib.import_module(f"gft_lite.{name}"), name),
-        lambda _, module: None,
-    )
-
-
-class _Package(ModuleType):
-    distill = _function("distill")
-    evaluate = _function("evaluate")
-    train = _function("train")
-    sweep = _function("sweep")
-
-
-sys.modules[__name__].__class__ = _Package

@@ -46,8 +46,8 @@ def one_thread():
 @pytest.fixture
 def lab_policy():
     """A fresh NF4 policy on the lab base, in fp32."""
-    from gft_lite.policy import load_policy
-    from gft_lite.recipe import PolicySettings
+    from gft_lite.policy.registry import load_policy
+    from gft_lite.recipe.sections import PolicySettings
 
     policy = load_policy(PolicySettings(gradient_checkpointing=False))
     policy.model.train()

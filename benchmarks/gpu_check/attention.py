@@ -20,8 +20,8 @@ from benchmarks.gpu_check.meter import Peak
 from benchmarks.gpu_check.parts import Figures, Notes
 from benchmarks.gpu_check.scale import LARGE, MIDDLE, SMALL, Setup
 from benchmarks.gpu_check.work import compared, free, make_groups, random_policy, timed
-from gft_lite.batching import Segment, cut
 from gft_lite.policy.attention import SegmentAttention
+from gft_lite.policy.batching import Segment, cut
 
 # Query heads, heads of keys and values, and a window: the models', one without groups, one with.
 HEADS = {

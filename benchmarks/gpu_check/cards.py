@@ -18,11 +18,13 @@ from benchmarks.gpu_check.meter import Peak
 from benchmarks.gpu_check.parts import Figures, Notes
 from benchmarks.gpu_check.scale import MODELS, Setup
 from benchmarks.gpu_check.work import free, held, random_policy
-from gft_lite.batching import Row
-from gft_lite.memory import GIB, Job
-from gft_lite.optim import make_optimizer, update
-from gft_lite.plan import Plan, choose
-from gft_lite.recipe import PACKAGE
+from gft_lite.planning.memory import Job
+from gft_lite.planning.planner import Plan, choose
+from gft_lite.policy.batching import Row
+from gft_lite.training.learner import update
+from gft_lite.training.optim import make_optimizer
+from gft_lite.utils.memory import GIB
+from gft_lite.utils.paths import PACKAGE
 
 CARDS = {"laptop_8gb": 8, "rtx4070_12gb": 12, "rtx4080_16gb": 16, "rtx4090_24gb": 24}  # GiB
 

@@ -17,8 +17,8 @@ from benchmarks.gpu_check.scale import SMALL, Setup
 from benchmarks.gpu_check.work import make_groups, random_policy, timed
 from benchmarks.hot_loads import _measure
 from gft_lite.policy.lora import LoraPolicy
-from gft_lite.recipe import RolloutSettings
-from gft_lite.rollout import Request, Sampling
+from gft_lite.recipe.sections import RolloutSettings
+from gft_lite.rollout.base import Request, Sampling
 
 SYNCS, TINY_SYNCS = 20, 4
 
@@ -27,7 +27,7 @@ def check(setup: Setup, notes: Notes) -> None:
     """Note what starting costs, hot-loads, sleep and generation."""
     if importlib.util.find_spec("vllm") is None:
         raise Skip("vllm is not installed")
-    from gft_lite.rollout.vllm import VllmEngine
+    from gft_lite.rollout.vllm_engine import VllmEngine
 
     notes.add("vllm", {"adapted": adapt_vllm()})
     policy = random_policy(setup, setup.recipe(SMALL).policy)

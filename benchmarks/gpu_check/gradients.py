@@ -15,9 +15,9 @@ from benchmarks.against_trl import rows
 from benchmarks.gpu_check.parts import Figures, Notes
 from benchmarks.gpu_check.scale import SMALL, Setup
 from benchmarks.gpu_check.work import compared, free, make_groups, random_policy, with_settings
-from gft_lite.optim import gradient
 from gft_lite.policy.lora import LoraPolicy
-from gft_lite.recipe import Recipe
+from gft_lite.recipe.schema import Recipe
+from gft_lite.training.learner import gradient
 
 GROUPS = 1
 PLAIN: dict[str, Any] = {"layout": "padded", "fused_head": False}

@@ -25,10 +25,11 @@ from benchmarks.gpu_check.parts import Figures, Notes, Skip
 from benchmarks.gpu_check.scale import SMALL, Setup
 from benchmarks.gpu_check.work import compared, free, held, make_groups, random_policy, timed
 from benchmarks.recorded import Group, gradient
-from gft_lite.batching import Row
-from gft_lite.optim import make_optimizer, portion, update
-from gft_lite.policy import model_location
+from gft_lite.policy.batching import Row
 from gft_lite.policy.lora import LoraPolicy
+from gft_lite.policy.registry import model_location
+from gft_lite.training.learner import portion, update
+from gft_lite.training.optim import make_optimizer
 
 SIDES = {"trl": trl_peer.SHIPPED, "trl_tuned": trl_peer.TUNED}
 

@@ -6,8 +6,9 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gft_lite.model_shape import SHIPPED, ModelShape
-from gft_lite.recipe import PACKAGE, Recipe
+from gft_lite.planning.model_shape import SHIPPED, ModelShape
+from gft_lite.recipe.schema import Recipe
+from gft_lite.utils.paths import PACKAGE
 
 SMALL, MIDDLE, LARGE = MODELS = (
     "Qwen/Qwen2.5-Math-1.5B", "Qwen/Qwen2.5-Math-7B", "meta-llama/Llama-3.1-8B",

@@ -23,10 +23,11 @@ from benchmarks.gpu_check.work import (
     timed,
     with_settings,
 )
-from gft_lite.memory import Choice, Job
-from gft_lite.optim import make_optimizer, portion, update
+from gft_lite.planning.memory import Choice, Job
 from gft_lite.policy.lora import LoraPolicy
-from gft_lite.recipe import Recipe
+from gft_lite.recipe.schema import Recipe
+from gft_lite.training.learner import portion, update
+from gft_lite.training.optim import make_optimizer
 
 FLAT = 2  # of five groups
 PLAIN = {"policy": {"layout": "padded", "fused_head": False}, "optim": {"name": "adamw"},

@@ -18,19 +18,13 @@ from benchmarks.gpu_check.compat import adapt_attention
 from benchmarks.gpu_check.parts import Figures
 from benchmarks.gpu_check.scale import Setup
 from benchmarks.recorded import EOS, Group, Shape
-from gft_lite.batching import MicroBatch
-from gft_lite.memory import Batch, Job
-from gft_lite.model_shape import ModelShape
-from gft_lite.policy import model_location
+from gft_lite.planning.memory import Batch, Job
+from gft_lite.planning.model_shape import ModelShape
+from gft_lite.policy.batching import MicroBatch
 from gft_lite.policy.lora import LoraPolicy
-from gft_lite.policy.qlora import (
-    _adapt,
-    _checkpoint_layers,
-    _dtype,
-    _keep_on_cpu,
-    _quantization,
-)
-from gft_lite.recipe import PolicySettings
+from gft_lite.policy.qlora import _adapt, _checkpoint_layers, _dtype, _keep_on_cpu, _quantization
+from gft_lite.policy.registry import model_location
+from gft_lite.recipe.sections import PolicySettings
 
 T = TypeVar("T")
 

@@ -1,86 +1,15 @@
-"""The command line: a file for each command. Heavy rooms are entered only by the one that runs."""
+"""The command line: a file for each command, each with `add` (its arguments) and `run`.
 
-from __future__ import annotations
+A command imports torch and the packages above `recipe` inside `run`, so that `gft-lite --help`
+and a recipe error take no time. May import every package.
 
-import argparse
-import os
-import sys
-from collections.abc import Sequence
+Adding a command:
+1. Write `cli/NAME.py` with `add(commands)` and `run(options) -> int`.
+2. Name it in `COMMANDS` of `cli/entry_point.py`.
+3. Test it in `tests/e2e` through `gft_lite.cli.main`.
+"""
 
-from gft_lite import __version__
-from gft_lite.cli import (
-    chat,
-    distill,
-    doctor,
-    evaluate,
-    groups,
-    lab,
-    merge,
-    methods,
-    plan,
-    report,
-    sweep,
-    train,
-)
 from gft_lite.cli.common import DONE, FAILED, INTERRUPTED, WRONG_INPUT
-from gft_lite.recipe import RecipeError
-from gft_lite.rewards import RewardError
-from gft_lite.secret import redact
+from gft_lite.cli.entry_point import main
 
 __all__ = ["DONE", "FAILED", "INTERRUPTED", "WRONG_INPUT", "main"]
-
-COMMANDS = (
-    train,
-    evaluate,
-    plan,
-    sweep,
-    report,
-    distill,
-    groups,
-    merge,
-    chat,
-    doctor,
-    methods,
-    lab,
-)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns 0 done, 2 the user's input is wrong, 1 we failed, 130 interrupted."""
-    options, rest = _parser().parse_known_args(arguments)
-    # argparse takes positionals in one block only; overrides may stand after flags too.
-    stray = [word for word in rest if word.startswith("-") or "=" not in word]
-    if stray:
-        _parser().error(f"unrecognized arguments: {' '.join(stray)}")
-    if hasattr(options, "overrides"):
-        options.overrides += rest
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and options.run is not train.run:
-        _parser().error("only train runs in several processes")
-    # Traceback or not is the choice of who debugs, not of who types a recipe.
-    debug = bool(os.environ.get("GFT_LITE_DEBUG"))
-    try:
-        return options.run(options)
-    except (RecipeError, RewardError) as error:  # The latter while the user's function ran.
-        print(redact(str(error)), file=sys.stderr)
-        return WRONG_INPUT
-    except KeyboardInterrupt:
-        again = getattr(options, "again", "continue with --resume")
-        print(f"interrupted; {again}", file=sys.stderr)
-        return INTERRUPTED
-    except Exception as error:
-        if debug:
-            raise
-        print(redact(f"{type(error).__name__}: {error}"), file=sys.stderr)
-        print("GFT_LITE_DEBUG=1 shows where.", file=sys.stderr)
-        return FAILED
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="gft-lite", description="Group Fine-Tuning of language models on one GPU."
-    )
-    parser.add_argument("--version", action="version", version=f"gft-lite {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        command.add(commands)
-    return parser

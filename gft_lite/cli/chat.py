@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from gft_lite.cli.common import DONE, add_allow_code, refuse_foreign_models
-from gft_lite.recipe import PolicySettings
+from gft_lite.recipe.sections import PolicySettings
 
 
 def add(commands: Any) -> None:
@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run it; returns the exit code."""
-    from gft_lite.targets import find_targets
+    from gft_lite.evaluation.targets import find_targets
 
     asked = {"quantization": options.quantization} if options.quantization else {}
     targets = find_targets([options.target], PolicySettings.model_validate(asked))
@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
         refuse_foreign_models(targets)
     from rich.console import Console
 
-    from gft_lite.chat import Chat, answer_once, sampling_for, talk
+    from gft_lite.tools.chat import Chat, answer_once, sampling_for, talk
 
     sampling = sampling_for(targets, options.temperature, options.max_tokens)
     console = Console(stderr=True)

@@ -6,10 +6,11 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from gft_lite.recipe import Recipe
+from gft_lite.recipe.schema import Recipe
 
 if TYPE_CHECKING:
-    from gft_lite.targets import Target
+    from gft_lite.evaluation.targets import Target
+
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -31,14 +32,14 @@ def add_allow_code(parser: argparse.ArgumentParser) -> None:
 def refuse_foreign_recipe(options: argparse.Namespace, recipe: Recipe) -> None:
     """Without --allow-code no recipe from elsewhere may name code."""
     if not options.allow_code:
-        from gft_lite.trust import named_code, refuse_foreign_code
+        from gft_lite.cli.trust import named_code, refuse_foreign_code
 
         refuse_foreign_code(named_code(recipe), [options.recipe])
 
 
 def refuse_foreign_models(targets: Sequence[Target]) -> None:
     """Without --allow-code no run from elsewhere may name a model whose code is trusted."""
-    from gft_lite.trust import refuse_foreign_code, remote_code
+    from gft_lite.cli.trust import refuse_foreign_code, remote_code
 
     for target in targets:
         if target.run:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from gft_lite.cli.common import DONE, FAILED, add_allow_code, add_recipe, refuse_foreign_recipe
-from gft_lite.recipe import Recipe
-from gft_lite.secret import redact
+from gft_lite.recipe.schema import Recipe
+from gft_lite.utils.secrets import redact
 
 
 def add(commands: Any) -> None:
@@ -53,8 +53,9 @@ def run(options: argparse.Namespace) -> int:
     refuse_foreign_recipe(options, recipe)
     from rich.console import Console
 
-    from gft_lite.distill import beside, distill, table
-    from gft_lite.teachers import Asking
+    from gft_lite.distillation.console import table
+    from gft_lite.distillation.pipeline import beside, distill
+    from gft_lite.distillation.teachers import Asking
 
     summary = distill(recipe, options.teacher, options.out, Asking.from_tree(asked))
     Console().print(table(summary))

@@ -19,7 +19,7 @@ def run(_: argparse.Namespace) -> int:
     """Run it; returns the exit code."""
     from rich.console import Console
 
-    from gft_lite.doctor import examine, healthy, table
+    from gft_lite.tools.doctor import examine, healthy, table
 
     console = Console()
     with console.status("doctor") as status:

@@ -45,19 +45,19 @@ def run(options: argparse.Namespace) -> int:
         value = getattr(options, flag.replace("-", "_"))
         if value is not None:
             overrides.append(f"{key}=[{value}]" if flag == "k" else f"{key}={value}")
-    from gft_lite.suites import Suite
+    from gft_lite.evaluation.suites import Suite
 
     suite = Suite.load(options.suite, overrides)
     if not options.allow_code:
-        from gft_lite.targets import find_targets
-        from gft_lite.trust import named_code, refuse_foreign_code
+        from gft_lite.cli.trust import named_code, refuse_foreign_code
+        from gft_lite.evaluation.targets import find_targets
 
         refuse_foreign_code(named_code(suite), filter(os.path.isfile, [options.suite]))
         refuse_foreign_models(find_targets(targets, suite.policy))
     from rich.console import Console
 
-    from gft_lite.evaluate import evaluate
-    from gft_lite.tables import tables
+    from gft_lite.evaluation.evaluator import evaluate
+    from gft_lite.evaluation.tables import tables
 
     results = evaluate(
         suite, targets, options.out, data_dir=options.data_dir, regrade=options.regrade

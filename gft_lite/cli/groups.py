@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from gft_lite.cli.common import DONE, add_allow_code, add_recipe, refuse_foreign_recipe
-from gft_lite.recipe import Recipe
+from gft_lite.recipe.schema import Recipe
 
 
 def add(commands: Any) -> None:
@@ -28,8 +28,8 @@ def run(options: argparse.Namespace) -> int:
     refuse_foreign_recipe(options, recipe)
     from rich.console import Console
 
-    from gft_lite.presample import presample
-    from gft_lite.runlog import results_table
+    from gft_lite.training.presample import presample
+    from gft_lite.utils.tables import results_table
 
     groups = presample(recipe, options.out, visits=options.visits)
     console = Console()

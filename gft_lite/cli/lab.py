@@ -32,15 +32,15 @@ def add(commands: Any) -> None:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from gft_lite.lab.compare import compare
+    from gft_lite.experiments.compare_methods import compare
 
     compare(options.methods.split(","), options.seeds, options.out, options.overrides)
     return DONE
 
 
 def _study(options: argparse.Namespace) -> int:
-    from gft_lite.lab.study import Design, study
-    from gft_lite.lab.study_page import write_page
+    from gft_lite.experiments.lab_study import Design, study
+    from gft_lite.experiments.study_page import write_page
 
     design = Design(seeds=options.seeds)
     results = study(options.out, design, jobs=options.jobs, overrides=options.overrides)

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from gft_lite.cli.common import DONE, add_allow_code, refuse_foreign_models
-from gft_lite.recipe import PolicySettings
+from gft_lite.recipe.sections import PolicySettings
 
 
 def add(commands: Any) -> None:
@@ -27,11 +27,11 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run it; returns the exit code."""
-    from gft_lite.targets import find_targets
+    from gft_lite.evaluation.targets import find_targets
 
     if not options.allow_code:
         refuse_foreign_models(find_targets([options.target], PolicySettings()))
-    from gft_lite.export import LIMIT, merge, next_commands
+    from gft_lite.tools.merge import LIMIT, merge, next_commands
 
     limit = LIMIT if options.limit is None else options.limit
     merge(options.target, options.out, limit=limit, dtype=options.dtype, device=options.device)

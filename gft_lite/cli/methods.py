@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from gft_lite.cli.common import DONE
-from gft_lite.recipe import Recipe
+from gft_lite.recipe.schema import Recipe
 
 
 def add(commands: Any) -> None:
@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from gft_lite.objective import METHODS
+    from gft_lite.objective.methods import METHODS
 
     table = Table("method", "E", "T", "S", "loss of a token", "needs", "reduction", "lr",
                   "arXiv", box=None, padding=(0, 1, 0, 0))  # fmt: skip

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from gft_lite.cli.common import DONE, add_recipe
-from gft_lite.recipe import Recipe
+from gft_lite.recipe.schema import Recipe
 
 
 def add(commands: Any) -> None:
@@ -22,7 +22,7 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run it; returns the exit code."""
     recipe = Recipe.load(options.recipe, options.overrides)
-    from gft_lite.plan import CARDS, plan_for, what_would_fit
+    from gft_lite.planning.planner import CARDS, plan_for, what_would_fit
 
     plan, on_cards = plan_for(recipe, options.gpu)
     if options.json:
@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
         return DONE
     from rich.console import Console
 
-    from gft_lite import plan_table
+    from gft_lite.planning import tables as plan_table
 
     console = Console()
     console.print(plan_table.headline(plan.job), highlight=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gft_lite.cli.common import DONE, add_allow_code
-from gft_lite.recipe import Recipe
+from gft_lite.recipe.schema import Recipe
 
 
 def add(commands: Any) -> None:
@@ -27,10 +27,10 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run it; returns the exit code."""
-    from gft_lite.report import write_report
+    from gft_lite.report.page import write_report
 
     if options.tokens and not options.allow_code:
-        from gft_lite.trust import refuse_foreign_code, remote_code
+        from gft_lite.cli.trust import refuse_foreign_code, remote_code
 
         for file in (f for folder in options.folders for f in Path(folder).rglob("recipe.yaml")):
             refuse_foreign_code(remote_code(Recipe.load(file).policy), [file])

@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run it; returns the exit code."""
-    from gft_lite.sweep_grid import Sweep, grid_override
+    from gft_lite.experiments.sweep_config import Sweep, grid_override
 
     overrides = [*(f"overrides.{text}" for text in options.overrides),
                  *map(grid_override, options.grid)]  # fmt: skip
@@ -45,14 +45,14 @@ def run(options: argparse.Namespace) -> int:
             print(f"# {trial.name}")
         return DONE
     if not options.allow_code:
-        from gft_lite.trust import named_code, refuse_foreign_code
+        from gft_lite.cli.trust import named_code, refuse_foreign_code
 
         code = (line for trial in plan.trials() for line in named_code(trial.recipe))
         recipes = plan.model_dump()["grid"].get("recipe", [])
         refuse_foreign_code(code, [options.recipe, plan.recipe, *recipes])
     from rich.console import Console
 
-    from gft_lite.sweep import sweep, table
+    from gft_lite.experiments.sweep_runner import sweep, table
 
     folder = sweep(plan, options.out, jobs=options.jobs, launcher=options.launcher)
     results = folder.results()

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from gft_lite.cli.common import DONE, add_allow_code, add_recipe, refuse_foreign_recipe
-from gft_lite.recipe import Recipe
+from gft_lite.recipe.schema import Recipe
 
 
 def add(commands: Any) -> None:
@@ -29,8 +29,9 @@ def run(options: argparse.Namespace) -> int:
     refuse_foreign_recipe(options, recipe)
     from rich.console import Console
 
-    from gft_lite.runlog import Follower, results_table
-    from gft_lite.train import train
+    from gft_lite.runs.folder import Follower
+    from gft_lite.training.run import train
+    from gft_lite.utils.tables import results_table
 
     folder = train(recipe, options.out, resume=options.resume)
     if isinstance(folder, Follower):

@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from gft_lite.batching import Segment
+from gft_lite.policy.batching import Segment
 
 NAME = "gft_lite_segments"
 # Segments that are computed side by side may differ in length by this factor.

@@ -14,18 +14,14 @@ from peft import set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gft_lite.batching import Layout, MicroBatch, Row, cut
-from gft_lite.memory import LOGIT_CHUNK_BYTES
-from gft_lite.policy import (
-    Divergence,
-    ServedBase,
-    TokenScores,
-    attention,
-    evaluating,
-    serving,
-)
-from gft_lite.policy.intact import fitting_weights
-from gft_lite.recipe import PolicySettings, RecipeError
+from gft_lite.policy import attention
+from gft_lite.policy import serving_base as serving
+from gft_lite.policy.base import Divergence, ServedBase, TokenScores, evaluating
+from gft_lite.policy.batching import Layout, MicroBatch, Row, cut
+from gft_lite.policy.weight_checks import fitting_weights
+from gft_lite.recipe.sections import PolicySettings
+from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.memory import LOGIT_CHUNK_BYTES
 
 TRAINED, REFERENCE = "default", "reference"
 

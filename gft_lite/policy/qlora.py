@@ -15,8 +15,9 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from gft_lite.policy import model_location
-from gft_lite.policy.intact import (
+from gft_lite.policy.lora import REFERENCE, TRAINED, LoraPolicy
+from gft_lite.policy.registry import model_location
+from gft_lite.policy.weight_checks import (
     adapter_folder,
     fitting_weights,
     refuse_holes,
@@ -24,8 +25,8 @@ from gft_lite.policy.intact import (
     refuse_pickle,
     refuse_unknown_heads,
 )
-from gft_lite.policy.lora import REFERENCE, TRAINED, LoraPolicy
-from gft_lite.recipe import PolicySettings, RecipeError, RolloutSettings
+from gft_lite.recipe.sections import PolicySettings, RolloutSettings
+from gft_lite.utils.errors import RecipeError
 
 
 def load(

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from gft_lite.objective import find_method
-from gft_lite.passk import mean_pass_at_k
-from gft_lite.report.folders import Run, Series, Sweep
+from gft_lite.objective.methods import find_method
+from gft_lite.report.loading import Run, Series, Sweep
+from gft_lite.utils.statistics import mean_pass_at_k
 
 Metrics = Mapping[str, Any]
 Values = dict[str, float | None]

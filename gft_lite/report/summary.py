@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gft_lite.objective import find_method
-from gft_lite.passk import bootstrap_interval, paired_interval, pass_at_k
+from gft_lite.objective.methods import find_method
 from gft_lite.report.curves import sample_count
-from gft_lite.report.folders import Run
-from gft_lite.runlog import flatten
+from gft_lite.report.loading import Run
+from gft_lite.utils.statistics import bootstrap_interval, paired_interval, pass_at_k
+from gft_lite.utils.tables import flatten
 
 PHASES = ("rollout", "reward", "train", "sync", "eval")
 

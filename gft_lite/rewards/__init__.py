@@ -1,109 +1,14 @@
-"""Reward rules: how a response's text becomes a number and a verdict."""
+"""Reward rules: from a response's text to a number and a verdict, graded in worker processes.
 
-from __future__ import annotations
+May import `types` and `utils`.
 
-import difflib
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+Adding a rule:
+1. Write `rewards/NAME_rule.py` with `make(**parameters) -> Rule` (see `base.py`).
+2. Name it in `REWARDS` (`registry.py`) with where it runs and whether it needs an answer.
+3. Test it on golden pairs in `tests/unit`.
+"""
 
-from gft_lite.dotted import load_dotted
+from gft_lite.rewards.base import Grade, RewardError, Rule
+from gft_lite.rewards.registry import REWARDS
 
-
-class RewardError(ValueError):
-    """A reward function that cannot be found, built or trusted; the text names it."""
-
-
-class Grade(NamedTuple):
-    """What one rule says of one text: its score and how the score came about (VERDICTS)."""
-
-    score: float
-    verdict: str = "ok"
-
-
-#: From harmless to grave; a response scored by several rules keeps the gravest.
-VERDICTS = ("ok", "no_answer", "unparsed", "timeout", "error")
-
-#: A built-in rule: (text, gold answer, the row's `answer_type` or None) to a grade.
-Rule = Callable[[str, str | None, str | None], Grade]
-
-
-@dataclass(frozen=True, slots=True)
-class RewardFunction:
-    """One reward of a recipe: a name in REWARDS or a dotted path, and its share of the sum."""
-
-    name: str
-    weight: float = 1.0
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class RewardEntry:
-    """One line of REWARDS: where the rule is made, where it runs, what it needs."""
-
-    make: str
-    in_worker: bool
-    needs_answer: bool
-    doc: str
-
-
-_HERE = "gft_lite.rewards"
-
-REWARDS: dict[str, RewardEntry] = {
-    "math": RewardEntry(
-        f"{_HERE}.math:make", True, True,
-        "1 if the stated final answer equals the gold answer mathematically (choice rows too)",
-    ),
-    "choice": RewardEntry(
-        f"{_HERE}.choice:make", True, True,
-        "1 if the one chosen letter A-E, or the answer's text, is the gold one",
-    ),
-    "exact": RewardEntry(
-        f"{_HERE}.exact:make", False, True,
-        "1 if what follows the last `marker` is the gold answer, character by character",
-    ),
-    "format": RewardEntry(
-        f"{_HERE}.format:make", True, False,
-        r"1 if the response matches `pattern` (default: exactly one closed \boxed{})",
-    ),
-}  # fmt: skip
-
-
-def load_function(path: str) -> Callable[..., Any]:
-    """The user's function at "pkg.mod:name" or "pkg.mod.name".
-
-    Raises: RewardError naming the path and what is missing.
-    """
-    if not re.fullmatch(r"[\w.]+[.:]\w+", path):
-        raise RewardError(_unknown(path))
-    try:
-        function = load_dotted(path)
-    except ValueError as error:
-        raise RewardError(f"reward {path!r}: {error}") from error
-    if not callable(function):
-        raise RewardError(f"reward {path!r}: must be a function, got a {type(function).__name__}.")
-    return function
-
-
-def make_rule(function: RewardFunction) -> Rule:
-    """Build a built-in rule; cheap, so recipes can be checked with it.
-
-    Raises: RewardError for a name outside REWARDS or parameters the rule does not take.
-    """
-    entry = REWARDS.get(function.name)
-    if entry is None:
-        raise RewardError(_unknown(function.name))
-    try:
-        return load_function(entry.make)(**function.parameters)
-    except TypeError as error:
-        raise RewardError(
-            f"reward {function.name!r}: parameters must fit the rule, "
-            f"got {dict(function.parameters)} ({error}). Remove or rename them."
-        ) from error
-
-
-def _unknown(name: str) -> str:
-    close = difflib.get_close_matches(name, REWARDS, n=1)
-    hint = f"Did you mean {close[0]!r}?" if close else "Write it as pkg.module:function."
-    return f"reward: must be one of {', '.join(REWARDS)} or a dotted path, got {name!r}. {hint}"
+__all__ = ["REWARDS", "Grade", "RewardError", "Rule"]

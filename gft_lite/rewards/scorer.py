@@ -11,23 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from gft_lite.rewards import (
-    REWARDS,
-    VERDICTS,
-    Grade,
-    RewardError,
-    RewardFunction,
-    Rule,
-    load_function,
-    make_rule,
-)
-from gft_lite.rewards.workers import WorkerPool
+from gft_lite.rewards.base import VERDICTS, Grade, RewardError, RewardFunction, Rule
+from gft_lite.rewards.registry import REWARDS, load_function, make_rule
+from gft_lite.rewards.worker_pool import WorkerPool
 from gft_lite.types import Group, Response
-
-if TYPE_CHECKING:
-    from gft_lite.recipe import RewardSettings
 
 _CACHED_GRADES = 200_000
 _RESERVED = ("prompts", "completions", "completion_ids")
@@ -182,22 +171,6 @@ class Scorer:
             "completions": completions,
             "completion_ids": [list(response.token_ids) for _, response in rows],
         }
-
-
-def open_scorer(settings: RewardSettings, *, conversational: bool) -> Scorer:
-    """The scorer that a recipe or a suite asks for. Raises: RecipeError for what isn't there."""
-    from gft_lite.recipe_errors import RecipeError  # The scorer itself needs no recipes.
-
-    functions = [RewardFunction(f.name, f.weight, f.parameters) for f in settings.functions]
-    try:
-        return Scorer(
-            functions,
-            workers=settings.workers,
-            timeout=settings.timeout,
-            conversational=conversational,
-        )
-    except RewardError as error:
-        raise RecipeError([str(error)]) from error
 
 
 def _check(functions: Sequence[RewardFunction], workers: int, timeout: float) -> None:

@@ -17,10 +17,14 @@ import sys
 from pathlib import Path
 
 from gft_lite.cli import main
-from gft_lite.runlog import alone_in
+from gft_lite.utils.files import alone_in
 
-PRELOADED = ("gft_lite.evaluate", "gft_lite.policy.qlora", "gft_lite.rollout.transformers",
-             "transformers.models.llama.modeling_llama")  # fmt: skip
+PRELOADED = (
+    "gft_lite.evaluation.evaluator",
+    "gft_lite.policy.qlora",
+    "gft_lite.rollout.transformers_engine",
+    "transformers.models.llama.modeling_llama",
+)
 AT_A_TIME = 2
 FULL = 600_000  # Bytes: an adapter of the lab fits, its optimiser state does not.
 
@@ -72,7 +76,7 @@ def arm(moment, folder):
     the first one) with `matching` in their arguments count.
     """
     now = {"step": 0, "calls": 0}
-    training = importlib.import_module("gft_lite.train")
+    training = importlib.import_module("gft_lite.training.loop")
     train_step = training.train_step
 
     def counting(session, step):

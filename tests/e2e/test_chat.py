@@ -17,14 +17,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from gft_lite.chat import Chat, show
 from gft_lite.cli import main
+from gft_lite.data.prompts import PromptFormat
+from gft_lite.evaluation.targets import find_targets
 from gft_lite.lab import BASE
-from gft_lite.policy import load_policy
-from gft_lite.prompts import PromptFormat
-from gft_lite.recipe import PolicySettings, Prompt, Recipe, RolloutSettings
-from gft_lite.rollout import Request, Sampling, start_engine
-from gft_lite.targets import find_targets
+from gft_lite.policy.registry import load_policy
+from gft_lite.recipe.schema import Recipe
+from gft_lite.recipe.sections import PolicySettings, Prompt, RolloutSettings
+from gft_lite.rollout.base import Request, Sampling
+from gft_lite.rollout.registry import start_engine
+from gft_lite.tools.chat import Chat, show
 
 PROBLEM, OTHER = "432*141-223-434=", "040-321-110+042="
 TOKENS = 24

@@ -18,8 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gft_lite import checkpoint
-from gft_lite.runlog import RunFolder
+from gft_lite.runs import checkpoint
+from gft_lite.runs.folder import RunFolder
 
 SMALL = [
     "train.steps=3", "train.problems_per_step=2", "train.micro_batch_tokens=200",
@@ -30,7 +30,7 @@ SMALL = [
 STAGES = ["stages=[sft, gft]", "train.steps=2"]
 VLLM = ["rollout.engine=vllm", "train.steps=2"]
 
-DECODE = "gft_lite.rollout.transformers:TransformersEngine._append"
+DECODE = "gft_lite.rollout.transformers_engine:TransformersEngine._append"
 RENAME = "pathlib:Path.rename"
 
 
@@ -41,24 +41,25 @@ def at(function, step=None, call=1, act="kill", **more):
 
 # The moment, and the last step that a checkpoint has then.
 KILLED = {
-    "base evaluation": (at("gft_lite.evaluate:measure", 0, call=2), 0),
+    "base evaluation": (at("gft_lite.evaluation.evaluator:measure", 0, call=2), 0),
     "base evaluation written": (at(RENAME, 0, matching="base.json.tmp"), 0),
     "rollout": (at(DECODE, 2, call=5), 1),
     "reward": (at("gft_lite.rewards.scorer:Scorer._combine", 2, call=3), 1),
-    "groups half written": (at("gft_lite.runlog:RunFolder._write_groups", 2, act="tear",
+    "groups half written": (at("gft_lite.runs.folder:RunFolder._write_groups", 2, act="tear",
                                after=True), 1),
     "backward": (at("gft_lite.policy.lora:LoraPolicy.backward", 2, call=2), 1),
     "optimiser step": (at("torch.optim:AdamW.step", 2, after=True), 1),
     "adapter half written": (at("gft_lite.policy.lora:LoraPolicy.save_adapter", 2,
                                 matching="adapters/v2", act="tear", after=True), 1),
-    "sync": (at("gft_lite.rollout.transformers:TransformersEngine.sync", 2), 1),
-    "log half written": (at("gft_lite.runlog:RunFolder.append_metrics", 2, act="tear",
+    "sync": (at("gft_lite.rollout.transformers_engine:TransformersEngine.sync", 2), 1),
+    "log half written": (at("gft_lite.runs.folder:RunFolder.append_metrics", 2, act="tear",
                             after=True), 1),
-    "log written": (at("gft_lite.runlog:RunFolder.append_metrics", 2, after=True), 1),
-    "checkpoint half written": (at("gft_lite.checkpoint:save_file", 2, act="tear", after=True), 1),
-    "checkpoint not yet named": (at("gft_lite.checkpoint:_seal", 2, after=True), 1),
+    "log written": (at("gft_lite.runs.folder:RunFolder.append_metrics", 2, after=True), 1),
+    "checkpoint half written": (at("gft_lite.runs.checkpoint:save_file", 2, act="tear",
+                                   after=True), 1),
+    "checkpoint not yet named": (at("gft_lite.runs.checkpoint:_seal", 2, after=True), 1),
     "checkpoint before goes": (at("shutil:rmtree", 2, matching="step-000001"), 2),
-    "last evaluation": (at("gft_lite.evaluate:measure", 3, call=2), 3),
+    "last evaluation": (at("gft_lite.evaluation.evaluator:measure", 3, call=2), 3),
     "final adapter": (at(RENAME, 3, matching="{folder}/adapter.tmp"), 3),
     "summary": (at(RENAME, 3, matching="summary.json.tmp"), 3),
 }  # fmt: skip
@@ -67,18 +68,23 @@ SIGNALLED = {
     "one SIGINT": (at(DECODE, 2, call=5, act="interrupt"), 130, 2, 2),
     "one SIGTERM": (at(DECODE, 2, call=5, act="terminate"), 130, 2, 2),
     "SIGINT in the last step": (at(DECODE, 3, call=5, act="interrupt"), 130, 3, 3),
-    "SIGINT after a step": (at("gft_lite.runlog:Screen.step", 1, act="interrupt"), 130, 1, 1),
+    "SIGINT after a step": (at("gft_lite.runs.console:Screen.step", 1, act="interrupt"), 130, 1, 1),
     "two SIGINT": ({**at(DECODE, 2), "acts": {"5": "interrupt", "7": "interrupt"}}, 130, 1, 1),
-    "SIGINT in an evaluation": (at("gft_lite.evaluate:measure", 0, act="interrupt"), 130, 0, 0),
+    "SIGINT in an evaluation": (
+        at("gft_lite.evaluation.evaluator:measure", 0, act="interrupt"),
+        130,
+        0,
+        0,
+    ),
 }
 # In the first stage's evaluation of the base, then before the second stage, as it begins, and
 # when all are put together.
 STAGED = {
-    "between stages": at("gft_lite.stages:inherit"),
+    "between stages": at("gft_lite.training.stages:inherit"),
     "second stage begins": at(RENAME, matching="2-gft/recipe.yaml.tmp"),
-    "stages put together": at("gft_lite.runlog:RunFolder.write_json", matching="sft > gft"),
+    "stages put together": at("gft_lite.runs.folder:RunFolder.write_json", matching="sft > gft"),
 }
-FULL = at("gft_lite.session:Session.save", 2, act="full")
+FULL = at("gft_lite.training.session:Session.save", 2, act="full")
 BROKEN = at("vllm.v1.engine.llm_engine:LLMEngine.step", 2, call=4, act="fail")
 KEEP_ONE = "checkpoint.keep=1"  # So that the removal of the one before can be disturbed.
 
@@ -111,7 +117,7 @@ def jobs(folder):
         yield job(name, (False, moment), resumed, overrides=STAGES)
     if importlib.util.find_spec("vllm"):
         yield job("vllm", (False, None), overrides=VLLM)
-        killed = at("gft_lite.rollout.vllm:VllmEngine.sync", 2)
+        killed = at("gft_lite.rollout.vllm_engine:VllmEngine.sync", 2)
         yield job("vllm killed", (False, killed), resumed, overrides=VLLM)
         yield job("vllm broken", (False, BROKEN), overrides=VLLM)
 

@@ -16,8 +16,8 @@ from importlib.util import find_spec
 import pytest
 from huggingface_hub import constants
 
-from gft_lite import doctor
-from gft_lite.doctor import Check
+from gft_lite.tools import doctor
+from gft_lite.tools.doctor import Check
 
 
 def run_doctor(**environment: str) -> subprocess.CompletedProcess[str]:

@@ -14,12 +14,15 @@ import time
 import pytest
 from rich.console import Console
 
-from gft_lite.evaluate import evaluate as evaluate_targets
-from gft_lite.policy import load_policy
-from gft_lite.recipe import PACKAGE, Lora, PolicySettings, Recipe, RecipeError
-from gft_lite.suites import Suite
-from gft_lite.targets import content_hash, find_targets, share_base
-from gft_lite.train import train
+from gft_lite.evaluation.evaluator import evaluate as evaluate_targets
+from gft_lite.evaluation.suites import Suite
+from gft_lite.evaluation.targets import content_hash, find_targets, share_base
+from gft_lite.policy.registry import load_policy
+from gft_lite.recipe.schema import Recipe
+from gft_lite.recipe.sections import Lora, PolicySettings
+from gft_lite.training.run import train
+from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.paths import PACKAGE
 
 QUIET = Console(quiet=True)
 BENCHMARKS = ["test", "retention"]

@@ -13,10 +13,11 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from gft_lite import Recipe, RecipeError, train
+from gft_lite import Recipe, RecipeError
 from gft_lite.cli import main
-from gft_lite.offline import OfflineGroups
-from gft_lite.presample import presample
+from gft_lite.training import loop as train
+from gft_lite.training.offline_groups import OfflineGroups
+from gft_lite.training.presample import presample
 
 # A user's own engine, which writes down every seed that it has sampled by.
 ENGINE = """

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gft_lite.runlog import RunFolder, flatten
+from gft_lite.runs.folder import RunFolder
+from gft_lite.utils.tables import flatten
 
 FIELDS = [
     "train.problems_per_step=6", "eval.samples=2", "eval.k=[1]", "data.holdout=8",

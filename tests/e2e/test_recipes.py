@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from gft_lite import lab
-from gft_lite.recipe import Recipe
-from gft_lite.train import train
+from gft_lite.recipe.schema import Recipe
+from gft_lite.training.run import train
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "recipes"

@@ -9,15 +9,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from gft_lite.cli import DONE, WRONG_INPUT, main
-from gft_lite.policy import load_policy
-from gft_lite.prompts import PromptFormat
-from gft_lite.recipe import Recipe
-from gft_lite.report import write_report
-from gft_lite.runlog import RunFolder
-from gft_lite.sweep import sweep
-from gft_lite.sweep_grid import Sweep
-from gft_lite.train import train
+from gft_lite.cli import main
+from gft_lite.cli.common import DONE, WRONG_INPUT
+from gft_lite.data.prompts import PromptFormat
+from gft_lite.experiments.sweep_config import Sweep
+from gft_lite.experiments.sweep_runner import sweep
+from gft_lite.policy.registry import load_policy
+from gft_lite.recipe.schema import Recipe
+from gft_lite.report.page import write_report
+from gft_lite.runs.folder import RunFolder
+from gft_lite.training.run import train
 from gft_lite.types import Group, Problem, Response
 
 QUIET = Console(quiet=True)

@@ -12,9 +12,10 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from gft_lite.recipe import Recipe, RecipeError
-from gft_lite.runlog import RunFolder
-from gft_lite.train import train
+from gft_lite.recipe.schema import Recipe
+from gft_lite.runs.folder import RunFolder
+from gft_lite.training.run import train
+from gft_lite.utils.errors import RecipeError
 
 QUIET = Console(quiet=True)
 SMALL = [

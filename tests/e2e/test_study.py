@@ -9,9 +9,10 @@ import pytest
 from rich.console import Console
 
 from gft_lite import lab
-from gft_lite.lab.study import FINAL_SETS, TUNE_SET, Design, study
-from gft_lite.lab.study_page import write_page
-from gft_lite.recipe import Recipe, RecipeError
+from gft_lite.experiments.lab_study import FINAL_SETS, TUNE_SET, Design, study
+from gft_lite.experiments.study_page import write_page
+from gft_lite.recipe.schema import Recipe
+from gft_lite.utils.errors import RecipeError
 
 SMALL = ["train.steps=1", "train.problems_per_step=2", "data.problems=40"]
 DESIGN = Design(

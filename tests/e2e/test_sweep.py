@@ -13,12 +13,13 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from gft_lite import Sweep, sweep
+from gft_lite import Sweep
 from gft_lite.cli import main
-from gft_lite.recipe import RecipeError
-from gft_lite.sweep import SweepFolder
-from gft_lite.sweep_grid import grid_override
-from gft_lite.train import train
+from gft_lite.experiments import sweep_runner as sweep
+from gft_lite.experiments.sweep_config import grid_override
+from gft_lite.experiments.sweep_runner import SweepFolder
+from gft_lite.training.run import train
+from gft_lite.utils.errors import RecipeError
 
 SMALL = [
     "train.steps=2", "train.problems_per_step=3", "data.problems=40", "data.holdout=4",

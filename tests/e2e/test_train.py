@@ -17,12 +17,15 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from gft_lite.cli import main
-from gft_lite.objective import METHODS
-from gft_lite.recipe import Recipe, RecipeError
-from gft_lite.runlog import RunFolder
-from gft_lite.session import open_session
-from gft_lite.train import TrainError, _rows, train
+from gft_lite.objective.methods import METHODS
+from gft_lite.recipe.schema import Recipe
+from gft_lite.runs.folder import RunFolder
+from gft_lite.training.learner import _rows
+from gft_lite.training.loop import TrainError
+from gft_lite.training.run import train
+from gft_lite.training.session import open_session
 from gft_lite.types import Group, Response
+from gft_lite.utils.errors import RecipeError
 
 SMALL = [
     "train.steps=2", "train.problems_per_step=3", "data.problems=40", "data.holdout=4",
@@ -336,8 +339,8 @@ class TestDottedPaths:
     @pytest.fixture
     def own(self, tmp_path, monkeypatch):
         (tmp_path / "mine.py").write_text(
-            "from gft_lite.objective import Method, sft_loss\n"
-            "from gft_lite.rollout.transformers import TransformersEngine\n"
+            "from gft_lite.objective.losses import Method, sft_loss\n"
+            "from gft_lite.rollout.transformers_engine import TransformersEngine\n"
             "method = Method(lambda l, a: sft_loss(l, a) * 2, ('expert', 'self'), 'mine')\n"
             "def short(completions, **columns):\n"
             "    assert len(columns['skill']) == len(completions)\n"
@@ -365,7 +368,10 @@ class TestDottedPaths:
         ("override", "text"),
         [
             ("method=mine:absent", "method: must be a name in mine"),
-            ("method=mine:short", "method: must be a gft_lite.objective.Method, got a function"),
+            (
+                "method=mine:short",
+                "method: must be a gft_lite.objective.methods.Method, got a function",
+            ),
             ("method=nowhere.at:all", "method: module must be importable"),
             ("reward.functions=[mine.absent]", "reward 'mine.absent': must be a name in mine"),
             ("reward.functions=[{name: exact, parameters: {mark: x}}]", "parameters must fit"),
@@ -376,7 +382,7 @@ class TestDottedPaths:
             train(small(override), own / "run", console=QUIET)
 
 
-@pytest.mark.parametrize("before", ["", "import gft_lite.train, gft_lite.cli\n"])
+@pytest.mark.parametrize("before", ["", "import gft_lite.training.loop, gft_lite.cli\n"])
 def test_the_readmes_import_gives_the_functions(before):
     code = (
         f"{before}from gft_lite import Recipe, evaluate, sweep, train\n"

@@ -7,12 +7,14 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from gft_lite import Recipe, lab, train
-from gft_lite.batching import Row, cut
-from gft_lite.objective import METHODS
-from gft_lite.policy import BACKENDS, load_policy
-from gft_lite.recipe import PolicySettings, RolloutSettings
-from gft_lite.rollout import Request, Sampling, start_engine
+from gft_lite import Recipe, lab
+from gft_lite.objective.methods import METHODS
+from gft_lite.policy.batching import Row, cut
+from gft_lite.policy.registry import BACKENDS, load_policy
+from gft_lite.recipe.sections import PolicySettings, RolloutSettings
+from gft_lite.rollout.base import Request, Sampling
+from gft_lite.rollout.registry import start_engine
+from gft_lite.training import loop as train
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA GPU to compare the back ends on", allow_module_level=True)

@@ -38,11 +38,14 @@ import torch
 from safetensors.torch import load_file
 
 from gft_lite import lab
-from gft_lite.batching import Row
-from gft_lite.objective import METHODS, group_advantages, token_weights
-from gft_lite.optim import portion, update
-from gft_lite.policy import load_policy
-from gft_lite.recipe import PolicySettings, Recipe
+from gft_lite.objective.advantages import group_advantages
+from gft_lite.objective.methods import METHODS
+from gft_lite.objective.reduction import token_weights
+from gft_lite.policy.batching import Row
+from gft_lite.policy.registry import load_policy
+from gft_lite.recipe.schema import Recipe
+from gft_lite.recipe.sections import PolicySettings
+from gft_lite.training.learner import portion, update
 
 K, MAX_TOKENS, LR, KL = 4, 32, 0.05, 0.2
 REWARDS = [[1.0, 0.0, 0.0, 0.5], [0.0, 1.0, 1.0, 0.2]]

@@ -13,9 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gft_lite.cli import main
-from gft_lite.data import load_problems
-from gft_lite.policy import load_policy
-from gft_lite.recipe import PACKAGE, DataSettings, PolicySettings, Recipe, RecipeError
+from gft_lite.data.problems import load_problems
+from gft_lite.policy.registry import load_policy
+from gft_lite.recipe.schema import Recipe
+from gft_lite.recipe.sections import DataSettings, PolicySettings
+from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.paths import PACKAGE
 
 BASE = PACKAGE / "lab" / "base"
 WEIGHTS = "adapter_model.safetensors"

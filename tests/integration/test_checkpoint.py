@@ -6,10 +6,11 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from gft_lite import checkpoint
-from gft_lite.optim import make_optimizer
-from gft_lite.policy import load_policy
-from gft_lite.recipe import OptimSettings, PolicySettings, RecipeError
+from gft_lite.policy.registry import load_policy
+from gft_lite.recipe.sections import OptimSettings, PolicySettings
+from gft_lite.runs import checkpoint
+from gft_lite.training.optim import make_optimizer
+from gft_lite.utils.errors import RecipeError
 
 
 def one_step(policy, optimizer, seed):

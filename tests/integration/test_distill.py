@@ -19,15 +19,18 @@ from importlib.util import find_spec
 import pytest
 from rich.console import Console
 
-from gft_lite import distill, lab
+from gft_lite import lab
 from gft_lite.cli import main
-from gft_lite.data import load_problems
-from gft_lite.endpoint import Endpoint, EndpointError
-from gft_lite.policy import load_policy
-from gft_lite.prompts import PromptFormat
-from gft_lite.recipe import PolicySettings, Recipe, RecipeError
-from gft_lite.runlog import RunFolder
-from gft_lite.teachers import Asking, TeacherError
+from gft_lite.data.problems import load_problems
+from gft_lite.data.prompts import PromptFormat
+from gft_lite.distillation import pipeline as distill
+from gft_lite.distillation.teachers import Asking, TeacherError
+from gft_lite.policy.registry import load_policy
+from gft_lite.recipe.schema import Recipe
+from gft_lite.recipe.sections import PolicySettings
+from gft_lite.runs.folder import RunFolder
+from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.openai_client import Endpoint, EndpointError
 
 KEY = "GFT_LITE_TEACHER_KEY"
 TOKEN = "0123456789-of-the-server"

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from gft_lite import lab
-from gft_lite.batching import Row, cut
-from gft_lite.drift import divergence
-from gft_lite.recipe import RolloutSettings
-from gft_lite.rollout import Request, Sampling, start_engine
+from gft_lite.policy.batching import Row, cut
+from gft_lite.policy.kl import divergence
+from gft_lite.recipe.sections import RolloutSettings
+from gft_lite.rollout.base import Request, Sampling
+from gft_lite.rollout.registry import start_engine
 
 
 def draw(policy, adapter):

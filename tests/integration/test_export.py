@@ -14,12 +14,13 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from gft_lite import Recipe, RecipeError, train
-from gft_lite.card import write_card
+from gft_lite import Recipe, RecipeError
 from gft_lite.cli import main
-from gft_lite.export import ExportError, merge
 from gft_lite.lab import BASE
-from gft_lite.runlog import RunFolder
+from gft_lite.runs.folder import RunFolder
+from gft_lite.runs.model_card import write_card
+from gft_lite.tools.merge import ExportError, merge
+from gft_lite.training import loop as train
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["train.problems_per_step=4", "optim.lr=1e-2", "optim.warmup=0", "data.problems=32",
@@ -106,9 +107,10 @@ def test_plain_transformers_reads_it_as_peft_reads_the_adapter(run, merged):
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm")
 def test_vllm_serves_it(run, merged, tmp_path):
-    from gft_lite.policy import load_policy
-    from gft_lite.recipe import PolicySettings, RolloutSettings
-    from gft_lite.rollout import Request, Sampling, start_engine
+    from gft_lite.policy.registry import load_policy
+    from gft_lite.recipe.sections import PolicySettings, RolloutSettings
+    from gft_lite.rollout.base import Request, Sampling
+    from gft_lite.rollout.registry import start_engine
 
     settings = PolicySettings(
         model=str(merged), quantization="none", dtype="float32", device="cpu", context=128

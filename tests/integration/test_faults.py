@@ -20,11 +20,14 @@ from contextlib import contextmanager
 import pytest
 from rich.console import Console
 
-from gft_lite import checkpoint
-from gft_lite.optim import make_optimizer
-from gft_lite.recipe import OptimSettings, Recipe, RecipeError
-from gft_lite.runlog import RunFolder, alone_in, whole, write_whole
-from gft_lite.train import train
+from gft_lite.recipe.schema import Recipe
+from gft_lite.recipe.sections import OptimSettings
+from gft_lite.runs import checkpoint
+from gft_lite.runs.folder import RunFolder
+from gft_lite.training.optim import make_optimizer
+from gft_lite.training.run import train
+from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.files import alone_in, whole, write_whole
 
 SMALL = [
     "train.steps=2", "train.problems_per_step=2", "data.problems=20", "data.holdout=2",
@@ -158,7 +161,7 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_has_died(tmp_path):
     run = RunFolder(tmp_path / "run")
     run.create(small().to_yaml())
     code = (
-        "import sys; from pathlib import Path; from gft_lite.runlog import alone_in\n"
+        "import sys; from pathlib import Path; from gft_lite.runs.folder import alone_in\n"
         "with alone_in(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     )
     first = subprocess.Popen([sys.executable, "-c", code, str(run.path)],

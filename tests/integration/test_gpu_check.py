@@ -226,7 +226,7 @@ def test_the_random_model_is_the_one_that_would_load(model, tmp_path):
 
     from benchmarks.against_trl import rows
     from benchmarks.gpu_check.work import _shake, make_groups, random_policy
-    from gft_lite.policy import load_policy, model_location
+    from gft_lite.policy.registry import load_policy, model_location
 
     recipe = TINY.recipe(model)
     made = random_policy(TINY, recipe.policy)
@@ -244,7 +244,7 @@ def test_the_random_model_is_the_one_that_would_load(model, tmp_path):
 
 def test_the_dense_mask_by_hand():
     from benchmarks.gpu_check.attention import dense_mask
-    from gft_lite.batching import Segment
+    from gft_lite.policy.batching import Segment
 
     # A prompt of two tokens, then responses of two and one, each after that prompt alone.
     segments = (Segment(0, 0, 0, 2), Segment(0, 2, 2, 4), Segment(0, 2, 4, 5))
@@ -258,7 +258,7 @@ def test_the_dense_mask_by_hand():
 
 def test_flops_by_hand():
     from benchmarks.gpu_check.work import flops
-    from gft_lite.batching import Row, cut
+    from gft_lite.policy.batching import Row, cut
 
     shape = Setup("cpu", tiny=True).shape(SMALL)
     # Two layers: query and output 128 x 128, key and value 128 x 64, three of 128 x 256.

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from gft_lite import groups
-from gft_lite.data import load_problems
-from gft_lite.prompts import PromptFormat
-from gft_lite.recipe import DataSettings, GroupSettings, RolloutSettings
-from gft_lite.rollout import Sampling, start_engine
+from gft_lite.data.problems import load_problems
+from gft_lite.data.prompts import PromptFormat
+from gft_lite.recipe.sections import DataSettings, GroupSettings, RolloutSettings
+from gft_lite.rollout.base import Sampling
+from gft_lite.rollout.registry import start_engine
+from gft_lite.training import groups
 
 
 @pytest.fixture

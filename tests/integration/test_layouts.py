@@ -9,11 +9,15 @@ import torch
 import transformers
 
 from gft_lite import lab
-from gft_lite.batching import Row, cut
-from gft_lite.objective import METHODS, group_advantages, token_weights
-from gft_lite.optim import gradient, portion
-from gft_lite.policy import load_policy
-from gft_lite.recipe import PolicySettings, Recipe, RecipeError
+from gft_lite.objective.advantages import group_advantages
+from gft_lite.objective.methods import METHODS
+from gft_lite.objective.reduction import token_weights
+from gft_lite.policy.batching import Row, cut
+from gft_lite.policy.registry import load_policy
+from gft_lite.recipe.schema import Recipe
+from gft_lite.recipe.sections import PolicySettings
+from gft_lite.training.learner import gradient, portion
+from gft_lite.utils.errors import RecipeError
 
 SHAPE = {
     "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -18,13 +18,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.gpu_check.meter import Meter
 from benchmarks.gpu_check.work import seen_by_plan
-from gft_lite.batching import Row
-from gft_lite.memory import Choice, Job
-from gft_lite.model_shape import SHIPPED, find_shape
-from gft_lite.policy import attention, load_policy, lora, qlora
-from gft_lite.recipe import PACKAGE, PolicySettings, Recipe
-from gft_lite.rollout import Request, Sampling
-from gft_lite.rollout.transformers import TransformersEngine
+from gft_lite.planning.memory import Choice, Job
+from gft_lite.planning.model_shape import SHIPPED, find_shape
+from gft_lite.policy import attention, lora, qlora
+from gft_lite.policy.batching import Row
+from gft_lite.policy.registry import load_policy
+from gft_lite.recipe.schema import Recipe
+from gft_lite.recipe.sections import PolicySettings
+from gft_lite.rollout.base import Request, Sampling
+from gft_lite.rollout.transformers_engine import TransformersEngine
+from gft_lite.utils.paths import PACKAGE
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -11,10 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gft_lite import lab
-from gft_lite.batching import Row, cut
-from gft_lite.objective import METHODS, token_weights
-from gft_lite.policy import load_policy, lora
-from gft_lite.recipe import PolicySettings, RecipeError
+from gft_lite.objective.methods import METHODS
+from gft_lite.objective.reduction import token_weights
+from gft_lite.policy import lora
+from gft_lite.policy.batching import Row, cut
+from gft_lite.policy.registry import load_policy
+from gft_lite.recipe.sections import PolicySettings
+from gft_lite.utils.errors import RecipeError
 
 
 def rows(policy, count=8):

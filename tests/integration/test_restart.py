@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from gft_lite.recipe import Recipe, RolloutSettings
-from gft_lite.rollout import Request, RolloutError, Sampling, restart
-from gft_lite.rollout.restart import EngineFailed, RestartingEngine
-from gft_lite.rollout.transformers import TransformersEngine
-from gft_lite.train import train
+from gft_lite.recipe.schema import Recipe
+from gft_lite.recipe.sections import RolloutSettings
+from gft_lite.rollout import restarting_engine as restart
+from gft_lite.rollout.base import Request, RolloutError, Sampling
+from gft_lite.rollout.restarting_engine import EngineFailed, RestartingEngine
+from gft_lite.rollout.transformers_engine import TransformersEngine
+from gft_lite.training.run import train
 
 REQUESTS = [Request((5, 6, 7), (1, 2, 3)), Request((8, 9, 10), (1, 4, 5)), Request((5, 6), ())]
 SAMPLING = Sampling(max_tokens=6)

@@ -16,10 +16,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from gft_lite import lab
-from gft_lite.policy import load_policy, serving
-from gft_lite.prompts import PromptFormat
-from gft_lite.recipe import PolicySettings, Prompt, RecipeError, RolloutSettings
-from gft_lite.rollout import RolloutError, vllm_shared
+from gft_lite.data.prompts import PromptFormat
+from gft_lite.policy import serving_base as serving
+from gft_lite.policy.registry import load_policy
+from gft_lite.recipe.sections import PolicySettings, Prompt, RolloutSettings
+from gft_lite.rollout import vllm_common as vllm_shared
+from gft_lite.rollout.base import RolloutError
+from gft_lite.utils.errors import RecipeError
 
 KIND = "nf4_dequantised"
 
@@ -207,7 +210,7 @@ needs_plugin = pytest.mark.skipif(
 
 @needs_plugin
 def test_the_trainers_numbers_are_nearest_then_the_plugins_then_the_published(tmp_path):
-    from gft_lite.rollout.vllm import VllmEngine
+    from gft_lite.rollout.vllm_engine import VllmEngine
 
     policy = policy_of(dtype="bfloat16")
     policy.model.train()

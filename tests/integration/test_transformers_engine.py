@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from gft_lite import lab
-from gft_lite.batching import Row, cut
-from gft_lite.recipe import RolloutSettings
-from gft_lite.rollout import Request, RolloutError, Sampling, start_engine
-from gft_lite.rollout.probe import Probe, sync
-from gft_lite.rollout.transformers import draw
+from gft_lite.policy.batching import Row, cut
+from gft_lite.recipe.sections import RolloutSettings
+from gft_lite.rollout.base import Request, RolloutError, Sampling
+from gft_lite.rollout.registry import start_engine
+from gft_lite.rollout.sync_check import Probe, sync
+from gft_lite.rollout.transformers_engine import draw
 
 
 @pytest.fixture

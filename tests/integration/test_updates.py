@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from gft_lite import lab
-from gft_lite.batching import Row
-from gft_lite.objective import METHODS, token_weights
-from gft_lite.optim import portion, update
-from gft_lite.recipe import Recipe
+from gft_lite.objective.methods import METHODS
+from gft_lite.objective.reduction import token_weights
+from gft_lite.policy.batching import Row
+from gft_lite.recipe.schema import Recipe
+from gft_lite.training.learner import portion, update
 
 BUDGET = 8192
 

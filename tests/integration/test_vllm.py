@@ -19,12 +19,12 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from gft_lite.policy import load_policy
-from gft_lite.recipe import PolicySettings, RolloutSettings
-from gft_lite.rollout import Request, RolloutError, Sampling
-from gft_lite.rollout.restart import RestartingEngine
-from gft_lite.rollout.vllm import VllmEngine
-from gft_lite.rollout.vllm_shared import sampling_jobs
+from gft_lite.policy.registry import load_policy
+from gft_lite.recipe.sections import PolicySettings, RolloutSettings
+from gft_lite.rollout.base import Request, RolloutError, Sampling
+from gft_lite.rollout.restarting_engine import RestartingEngine
+from gft_lite.rollout.vllm_common import sampling_jobs
+from gft_lite.rollout.vllm_engine import VllmEngine
 
 pytestmark = [
     pytest.mark.skipif(

@@ -24,15 +24,17 @@ import pytest
 import torch
 from rich.console import Console
 
-from gft_lite.endpoint import Endpoint
-from gft_lite.policy import load_policy
-from gft_lite.recipe import PolicySettings, RolloutSettings
-from gft_lite.rollout import Request, RolloutError, Sampling, leash, vllm_server
-from gft_lite.rollout.own_server import command
-from gft_lite.rollout.restart import EngineFailed, RestartingEngine
-from gft_lite.rollout.transformers import TransformersEngine
-from gft_lite.rollout.vllm_server import KEY, VllmServerEngine
-from gft_lite.rollout.vllm_shared import RANKS, engine_options
+from gft_lite.policy.registry import load_policy
+from gft_lite.recipe.sections import PolicySettings, RolloutSettings
+from gft_lite.rollout import child_supervisor as leash
+from gft_lite.rollout import vllm_server_engine as vllm_server
+from gft_lite.rollout.base import Request, RolloutError, Sampling
+from gft_lite.rollout.restarting_engine import EngineFailed, RestartingEngine
+from gft_lite.rollout.transformers_engine import TransformersEngine
+from gft_lite.rollout.vllm_common import RANKS, engine_options
+from gft_lite.rollout.vllm_launcher import command
+from gft_lite.rollout.vllm_server_engine import KEY, VllmServerEngine
+from gft_lite.utils.openai_client import Endpoint
 
 pytestmark = [
     pytest.mark.skipif(

@@ -17,8 +17,8 @@ import trl
 from datasets import Dataset
 from safetensors.torch import save_file
 
-from gft_lite.policy import load_policy
-from gft_lite.recipe import PolicySettings
+from gft_lite.policy.registry import load_policy
+from gft_lite.recipe.sections import PolicySettings
 
 
 class Recorder(transformers.TrainerCallback):

@@ -14,9 +14,11 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from gft_lite.cli import main
-from gft_lite.policy import BACKENDS, load_policy
-from gft_lite.policy.unsloth import UnslothPolicy
-from gft_lite.recipe import PolicySettings, Recipe, RecipeError, RolloutSettings
+from gft_lite.policy.registry import BACKENDS, load_policy
+from gft_lite.policy.unsloth_policy import UnslothPolicy
+from gft_lite.recipe.schema import Recipe
+from gft_lite.recipe.sections import PolicySettings, RolloutSettings
+from gft_lite.utils.errors import RecipeError
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 

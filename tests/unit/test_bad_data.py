@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_data import GOOD, answers, jsonl, load
 
 from gft_lite.cli import main
-from gft_lite.recipe import RecipeError
+from gft_lite.utils.errors import RecipeError
 
 CHOICE = {"problem": "1+1=", "answer": 1, "choices": ["1", "2"]}
 

@@ -11,9 +11,9 @@ import yaml
 from test_recipe import _broken_recipes, _leaves
 
 from gft_lite.cli import main
-from gft_lite.recipe import Recipe
-from gft_lite.suites import Suite
-from gft_lite.sweep_grid import Sweep
+from gft_lite.evaluation.suites import Suite
+from gft_lite.experiments.sweep_config import Sweep
+from gft_lite.recipe.schema import Recipe
 
 LINES, COLUMNS = 24, 200
 

@@ -16,10 +16,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from gft_lite.data import load_problems, problems_of_step, split_holdout
-from gft_lite.prompts import PromptFormat
-from gft_lite.recipe import Columns, DataSettings, Recipe, RecipeError, read_tree
+from gft_lite.data.problems import load_problems, problems_of_step, split_holdout
+from gft_lite.data.prompts import PromptFormat
+from gft_lite.recipe.loader import read_tree
+from gft_lite.recipe.schema import Recipe
+from gft_lite.recipe.sections import Columns, DataSettings
 from gft_lite.types import Problem
+from gft_lite.utils.errors import RecipeError
 
 ROOT = Path(__file__).resolve().parents[2]
 GSM8K = ROOT.parent / "shared" / "data" / "bench" / "gsm8k_train.jsonl"
@@ -168,8 +171,8 @@ def test_a_hub_data_set_is_asked_for_as_the_recipe_says(monkeypatch):
 def test_a_hub_that_cannot_be_reached_is_a_recipe_error(tmp_path):
     code = (
         "from types import SimpleNamespace as N\n"
-        "from gft_lite.data import load_problems\n"
-        "from gft_lite.recipe import DataSettings, RecipeError\n"
+        "from gft_lite.data.problems import load_problems\n"
+        "from gft_lite.recipe.schema import DataSettings, RecipeError\n"
         "try: load_problems(DataSettings(source='no-such-org/no-such-set'), N())\n"
         "except RecipeError as error: print(error)\n"
     )

@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from gft_lite.endpoint import Endpoint, EndpointError, key_from
+from gft_lite.utils.openai_client import Endpoint, EndpointError, key_from
 
 KEY = "a-key-of-twenty-letters"
 ANSWERS = {

@@ -7,10 +7,12 @@ import io
 
 import pytest
 
-from gft_lite.figures import average, compare, distinct, measure
-from gft_lite.passk import average_interval, bootstrap_interval
-from gft_lite.tables import Examples, Table, tables, to_csv
+from gft_lite.evaluation.examples import Examples
+from gft_lite.evaluation.metrics import average, compare, distinct, measure
+from gft_lite.evaluation.tables import tables, to_csv
 from gft_lite.types import Group, Problem, Response
+from gft_lite.utils.statistics import average_interval, bootstrap_interval
+from gft_lite.utils.tables import Table
 
 
 def graded(text, right, *, tokens=2, finish="stop", verdict="ok"):

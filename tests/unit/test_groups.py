@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gft_lite import groups
-from gft_lite.recipe import GroupSettings
+from gft_lite.recipe.sections import GroupSettings
+from gft_lite.training import groups
 from gft_lite.types import Group, Problem, Response
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from gft_lite.memory import Job, parse_size
-from gft_lite.model_shape import find_shape
-from gft_lite.plan import choose
-from gft_lite.recipe import Recipe
+from gft_lite.planning.memory import Job, parse_size
+from gft_lite.planning.model_shape import find_shape
+from gft_lite.planning.planner import choose
+from gft_lite.recipe.schema import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 FRAGMENTS = ROOT / "configs" / "hardware"

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from gft_lite.lab import BASE, rows
-from gft_lite.lab.task import CARELESS_ERROR, EXPERT, SIZES, TEACHERS
+from gft_lite.lab import BASE
+from gft_lite.lab.task import CARELESS_ERROR, EXPERT, SIZES, TEACHERS, rows
 
 CHAINS = ("train", "tune", "test")
 

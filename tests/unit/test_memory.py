@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 
 from gft_lite.cli import main
-from gft_lite.memory import GIB, Batch, Choice, Job, free_ram, parse_size
-from gft_lite.model_shape import ModelShape, find_shape
-from gft_lite.plan import CARDS, choose, resolve, what_would_fit, with_auto
-from gft_lite.recipe import Recipe, RecipeError
+from gft_lite.planning.memory import Batch, Choice, Job, parse_size
+from gft_lite.planning.model_shape import ModelShape, find_shape
+from gft_lite.planning.planner import CARDS, choose, resolve, what_would_fit, with_auto
+from gft_lite.recipe.schema import Recipe
+from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.memory import GIB, free_ram
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = [

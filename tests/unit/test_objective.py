@@ -14,22 +14,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gft_lite.objective import (
-    METHODS,
+from gft_lite.objective.advantages import group_advantages
+from gft_lite.objective.losses import (
     asft_loss,
     clipped_loss,
     dft_loss,
     gft_loss,
     gft_no_dcr_loss,
     gft_no_gal_loss,
-    group_advantages,
     k3,
     psft_loss,
-    rectify,
     sft_loss,
-    token_weights,
 )
-from gft_lite.recipe import ObjectiveSettings, Recipe
+from gft_lite.objective.methods import METHODS
+from gft_lite.objective.rectification import rectify
+from gft_lite.objective.reduction import token_weights
+from gft_lite.recipe.schema import Recipe
+from gft_lite.recipe.sections import ObjectiveSettings
 
 F64 = torch.float64
 
@@ -563,6 +564,6 @@ def test_the_gradient_is_the_same_for_every_cut_into_micro_batches(name, reducti
 
 
 def test_the_table_costs_no_torch():
-    code = "import sys, gft_lite.objective; print('torch' in sys.modules)"
+    code = "import sys, gft_lite.objective.losses; print('torch' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "False"

@@ -6,8 +6,9 @@ import math
 
 import pytest
 
-from gft_lite.optim import Update, combined, learning_rate
-from gft_lite.recipe import OptimSettings
+from gft_lite.recipe.sections import OptimSettings
+from gft_lite.training.learner import Update, combined
+from gft_lite.training.optim import learning_rate
 
 
 def rates(**settings):

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gft_lite.passk import bootstrap_interval, mean_pass_at_k, paired_interval, pass_at_k
+from gft_lite.utils.statistics import bootstrap_interval, mean_pass_at_k, paired_interval, pass_at_k
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_quantiles_lie_between_the_resampled_means():
     draws = random.Random(4)
     means = sorted(draws.choices([1.0], k=1)[0] for _ in range(3))
     assert bootstrap_interval([1.0], resamples=3, seed=4) == (means[0], means[2])
-    from gft_lite.passk import _quantile
+    from gft_lite.utils.statistics import _quantile
 
     assert [_quantile([0.0, 10.0, 40.0], q) for q in (0, 0.25, 0.5, 0.75, 1)] == [0, 5, 10, 25, 40]
     assert _quantile([7.0], 0.3) == 7.0
@@ -179,6 +179,9 @@ def test_impossible_intervals(arguments: dict, text: str):
 
 
 def test_the_standard_library_suffices():
-    code = "import sys, gft_lite.passk; print({'numpy', 'torch', 'scipy'} & set(sys.modules))"
+    code = (
+        "import sys, gft_lite.utils.statistics; "
+        "print({'numpy', 'torch', 'scipy'} & set(sys.modules))"
+    )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "set()"

@@ -9,8 +9,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from gft_lite.prompts import PromptFormat
-from gft_lite.recipe import Prompt, RecipeError
+from gft_lite.data.prompts import PromptFormat
+from gft_lite.recipe.sections import Prompt
+from gft_lite.utils.errors import RecipeError
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
@@ -202,7 +203,7 @@ def test_the_labs_tokenizer_reads_its_own_rows():
 
 def test_importing_is_light():
     code = (
-        "import sys, gft_lite.data, gft_lite.prompts;"
+        "import sys, gft_lite.data.problems, gft_lite.data.prompts;"
         "print({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

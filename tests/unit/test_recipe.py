@@ -17,9 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from gft_lite.objective import METHODS
-from gft_lite.recipe import Recipe, RecipeError, find_recipe, read_tree
-from gft_lite.recipe_file import merge
+from gft_lite.objective.methods import METHODS
+from gft_lite.recipe.loader import find_recipe, merge, read_tree
+from gft_lite.recipe.schema import Recipe
+from gft_lite.utils.errors import RecipeError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -182,7 +183,7 @@ def test_a_users_recipe_extends_a_shipped_one_and_a_wheel_has_them_inside(monkey
 
     package = tmp_path / "site" / "gft_lite"
     write("site/gft_lite/shipped/recipes/inside.yaml", "seed: 78\n")
-    monkeypatch.setattr("gft_lite.recipe_file.PACKAGE", package)
+    monkeypatch.setattr("gft_lite.utils.paths.PACKAGE", package)
     assert Recipe.load("recipes/inside.yaml").seed == 78
 
 
@@ -810,7 +811,7 @@ def test_odd_yaml_is_a_recipe_or_a_recipe_error(parts: list[str]):
 def test_nothing_heavy_is_imported_and_an_error_answers_within_a_second():
     write("x.yaml", "method: gft\nreward: {functions: math}\nobjective: {tao: 1}\n")
     code = (
-        "import sys\nfrom gft_lite.recipe import Recipe, RecipeError\n"
+        "import sys\nfrom gft_lite.recipe.schema import Recipe, RecipeError\n"
         "try: Recipe.load('x.yaml')\nexcept RecipeError as error: print(error)\n"
         "Recipe.load('recipes/lab.yaml')\n"
         "heavy = {'torch', 'transformers', 'numpy', 'datasets', 'peft', 'vllm', 'math_verify'}\n"

@@ -7,15 +7,16 @@ import sys
 
 import pytest
 
-from gft_lite.recipe import Recipe, RecipeError
-from gft_lite.report import write_report
-from gft_lite.report.browser import coefficients, moments, token_texts
+from gft_lite.recipe.schema import Recipe
 from gft_lite.report.curves import Curve, Plot, pass_at_k_plots, step_plots, sweep_plot
-from gft_lite.report.folders import Series, all_series, read_folders
+from gft_lite.report.group_browser import coefficients, moments, token_texts
+from gft_lite.report.loading import Series, all_series, read_folders
+from gft_lite.report.page import write_report
 from gft_lite.report.plots import inline_svg
 from gft_lite.report.summary import cost_of, facts_of, scores_of, seconds_of
-from gft_lite.runlog import RunFolder
+from gft_lite.runs.folder import RunFolder
 from gft_lite.types import Group, Problem, Response
+from gft_lite.utils.errors import RecipeError
 
 
 def step(number, **changed):
@@ -308,7 +309,7 @@ def test_steps_shown_are_those_whose_policy_is_there_and_the_last(tmp_path):
 def test_tokens_are_their_own_part_of_the_text():
     from transformers import AutoTokenizer
 
-    from gft_lite.recipe import PACKAGE
+    from gft_lite.utils.paths import PACKAGE
 
     tokenizer = AutoTokenizer.from_pretrained(PACKAGE / "lab" / "base")
     ids = [*tokenizer.encode("a 3世\n", add_special_tokens=False), tokenizer.eos_token_id]

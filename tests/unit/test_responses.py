@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from gft_lite.responses import ResponseCache, Sampler, response_key
-from gft_lite.rollout import Request, Sampling
+from gft_lite.evaluation.response_cache import ResponseCache, Sampler, response_key
+from gft_lite.rollout.base import Request, Sampling
 from gft_lite.types import Problem, Response
 
 BASE = ("model", (1, 2), Sampling(0.5, max_tokens=8), 7)

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from gft_lite.rewards import Grade, RewardError, RewardFunction, make_rule
+from gft_lite.rewards.base import Grade, RewardError, RewardFunction
 from gft_lite.rewards.extract import boxes, last_number, stated_answer
-from gft_lite.rewards.math import compare, make, too_costly
+from gft_lite.rewards.math_rule import compare, make, too_costly
+from gft_lite.rewards.registry import make_rule
 
 math = make()
 choice = make_rule(RewardFunction("choice"))

@@ -14,7 +14,8 @@ import time
 
 import pytest
 
-from gft_lite.rewards import REWARDS, RewardError, RewardFunction, load_function, make_rule
+from gft_lite.rewards.base import RewardError, RewardFunction
+from gft_lite.rewards.registry import REWARDS, load_function, make_rule
 from gft_lite.rewards.scorer import Scorer
 from gft_lite.types import Group, Problem, Response
 
@@ -196,7 +197,7 @@ def _running(pid: int) -> bool:
 
 
 def test_a_rule_that_cannot_start_in_the_worker_is_reported():
-    from gft_lite.rewards.workers import WorkerPool
+    from gft_lite.rewards.worker_pool import WorkerPool
 
     pool = WorkerPool([("format", {"pattern": "("})], workers=1, timeout=1.0)
     with pytest.raises(RewardError, match="must start"):
@@ -350,9 +351,9 @@ def test_every_rule_of_the_table_can_be_made_and_graded(name):
 
 def test_importing_the_table_is_light():
     code = (
-        "import sys, gft_lite.rewards, gft_lite.rewards.scorer, gft_lite.rewards.worker\n"
+        "import sys, gft_lite.rewards, gft_lite.rewards.scorer, gft_lite.rewards.worker_process\n"
         "from gft_lite.rewards import RewardFunction, make_rule\n"
-        "[make_rule(RewardFunction(name)) for name in gft_lite.rewards.REWARDS]\n"
+        "[make_rule(RewardFunction(name)) for name in gft_lite.rewards.registry.REWARDS]\n"
         "heavy = ['torch', 'sympy', 'math_verify', 'numpy', 'pydantic', 'transformers']\n"
         "print([name for name in heavy if name in sys.modules])"
     )

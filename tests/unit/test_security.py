@@ -11,12 +11,14 @@ import pytest
 import yaml
 
 from gft_lite.cli import main
-from gft_lite.objective import METHODS
-from gft_lite.recipe import Recipe, RecipeError
-from gft_lite.rewards import REWARDS, RewardFunction
+from gft_lite.objective.methods import METHODS
+from gft_lite.recipe.schema import Recipe
+from gft_lite.rewards.base import RewardFunction
+from gft_lite.rewards.registry import REWARDS
 from gft_lite.rewards.scorer import Scorer
-from gft_lite.secret import find_secret, redact
 from gft_lite.types import Group, Problem, Response
+from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.secrets import find_secret, redact
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["train.steps=1", "train.problems_per_step=1", "eval.samples=1", "eval.k=[1]",
@@ -121,7 +123,7 @@ def test_with_allow_code_it_runs(here, capsys):
 
 
 def test_ones_own_code_and_foreign_recipes_without_code_need_no_flag(here):
-    from gft_lite.trust import named_code, refuse_foreign_code
+    from gft_lite.cli.trust import named_code, refuse_foreign_code
 
     own = write(here / "sub" / "other.yaml", "reward: {functions: 'other:reward'}\n")
     plain = write(here.parent / "downloads" / "x.yaml", "extends: recipes/lab.yaml\nseed: 5\n")

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from gft_lite.cli import main
-from gft_lite.lab.study import Design, Results, _Work, best_rate, setting_name
-from gft_lite.lab.study_page import READING, write_page
-from gft_lite.lab.study_rules import FINDINGS, RULE, Finding, compare, judge
-from gft_lite.recipe import Recipe
+from gft_lite.experiments.lab_study import Design, Results, _Work, best_rate, setting_name
+from gft_lite.experiments.paper_findings import FINDINGS, RULE, Finding, compare, judge
+from gft_lite.experiments.study_page import READING, write_page
+from gft_lite.recipe.schema import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from gft_lite.recipe import RecipeError
-from gft_lite.suites import Suite, find_file, load_benchmark, shipped
+from gft_lite.evaluation.suites import Suite, find_file, load_benchmark, shipped
+from gft_lite.utils.errors import RecipeError
 
 PAPER = ["AMC23", "College Math", "Gaokao 2023 EN", "MATH-500", "Minerva", "TabMWP",
          "OlympiadBench", "MMLU-STEM", "SAT Math", "MAWPS", "SVAMP"]  # fmt: skip

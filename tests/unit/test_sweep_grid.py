@@ -8,12 +8,14 @@ import sys
 
 import pytest
 
-from gft_lite.inherit import base_inputs
-from gft_lite.passk import t_interval
-from gft_lite.recipe import Recipe, RecipeError
-from gft_lite.runlog import RunFolder, write_whole
-from gft_lite.sweep import _begin, _by_settings, _Job, _next, table
-from gft_lite.sweep_grid import Sweep, grid_override
+from gft_lite.experiments.sweep_config import Sweep, grid_override
+from gft_lite.experiments.sweep_runner import _begin, _by_settings, _Job, _next, table
+from gft_lite.recipe.schema import Recipe
+from gft_lite.runs.base_cache import base_inputs
+from gft_lite.runs.folder import RunFolder
+from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.files import write_whole
+from gft_lite.utils.statistics import t_interval
 
 
 def plan(*overrides, grid=(), recipe="recipes/lab.yaml"):

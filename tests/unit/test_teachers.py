@@ -9,20 +9,16 @@ import pytest
 import yaml
 
 from gft_lite.cli import main
-from gft_lite.distill import AnswerStore, Distillation, Graded, fragment, table
-from gft_lite.endpoint import EndpointError
-from gft_lite.recipe import Recipe, RecipeError
-from gft_lite.teachers import (
-    Answer,
-    Asking,
-    EndpointTeacher,
-    Pace,
-    Question,
-    _prompt,
-    _read,
-    find_teacher,
-)
+from gft_lite.distillation.answer_store import AnswerStore
+from gft_lite.distillation.console import table
+from gft_lite.distillation.endpoint_teacher import EndpointTeacher, Pace, _read
+from gft_lite.distillation.pipeline import find_teacher, fragment
+from gft_lite.distillation.progress import Distillation, Graded
+from gft_lite.distillation.teachers import Answer, Asking, Question, _prompt
+from gft_lite.recipe.schema import Recipe
 from gft_lite.types import Problem
+from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.openai_client import EndpointError
 
 PROBLEM = Problem("p", "1+1=", "2")
 

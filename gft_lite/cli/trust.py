@@ -1,0 +1,69 @@
+"""Whose code a recipe may run, and whose servers it may use: the user's own, and anybody else's
+once the user has agreed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gft_lite.objective.methods import METHODS
+from gft_lite.recipe.loader import COMMAND_LINE, find_recipe, gather
+from gft_lite.recipe.schema import Recipe
+from gft_lite.recipe.sections import PolicySettings
+from gft_lite.rewards.registry import REWARDS
+from gft_lite.rollout.registry import ENGINES
+from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.paths import PACKAGE
+
+if TYPE_CHECKING:
+    from gft_lite.evaluation.suites import Suite
+
+
+_SHIPPED = (PACKAGE.parent / "recipes", PACKAGE.parent / "configs", PACKAGE / "shipped")
+
+
+def refuse_foreign_code(code: Iterable[str], files: Iterable[str | Path]) -> None:
+    """Refuse `code`, named by `files`, if anything of them was written by somebody else.
+
+    That is what lies outside the working directory and is not shipped, as a file or as a base
+    that it extends. Raises: RecipeError with all the code that would run.
+    """
+    named = list(dict.fromkeys(code))
+    foreign = sorted({file for path in files for file in _sources(path) if not _ours(file)})
+    if named and foreign:
+        rule = "must be given to run code or use servers that a file from elsewhere may name"
+        got = f"got {', '.join(foreign)} with {', '.join(named)}"
+        raise RecipeError([f"--allow-code: {rule}, {got}. Look at it, then add --allow-code."])
+
+
+def named_code(settings: Recipe | Suite) -> Iterator[str]:
+    """`field: dotted path` of everything that would run and is not in our tables, and servers."""
+    named = [("rollout.engine", settings.rollout.engine, set(ENGINES))]
+    named += [("reward.functions", f.name, set(REWARDS)) for f in settings.reward.functions]
+    if isinstance(settings, Recipe):
+        named.append(("method", settings.method, set(METHODS)))
+    yield from (f"{field}: {name}" for field, name, table in named if name not in table)
+    servers = settings.rollout.servers
+    yield from (f"rollout.servers: {url}, which gets prompts and the key" for url in servers)
+    yield from remote_code(settings.policy)
+    if isinstance(settings, Recipe):
+        for number in range(len(settings.stages)):
+            yield from named_code(settings.stage(number))
+
+
+def remote_code(policy: PolicySettings) -> Iterator[str]:
+    """The code that comes with a model, where the settings trust it."""
+    if policy.trust_remote_code:
+        yield f"policy.trust_remote_code: true, the code of {policy.model}"
+
+
+def _sources(path: str | Path) -> set[str]:
+    """The files that a file's values were written in: itself and what it extends."""
+    places = gather(find_recipe(path))[1]
+    return {place.file for place in places.values()} - {COMMAND_LINE}
+
+
+def _ours(file: str) -> bool:
+    found = Path(file).resolve()
+    return any(found.is_relative_to(root.resolve()) for root in (Path.cwd(), *_SHIPPED))

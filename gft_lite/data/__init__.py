@@ -1,0 +1,6 @@
+"""Data sets to problems, text to tokens.
+
+May import `recipe` and the foundation.
+"""
+
+__all__: list[str] = []

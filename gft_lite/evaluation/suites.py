@@ -1,0 +1,191 @@
+"""Suites: named benchmarks, and the protocol they are asked and graded by; one YAML each."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+
+from gft_lite.data.problems import Loaded, load_problems
+from gft_lite.data.prompts import PromptFormat
+from gft_lite.data.sources import FORMATS
+from gft_lite.recipe.base import Settings, read_settings
+from gft_lite.recipe.loader import find_recipe
+from gft_lite.recipe.sections import (
+    Columns,
+    DataSettings,
+    PolicySettings,
+    Prompt,
+    RewardSettings,
+    RolloutSettings,
+)
+from gft_lite.utils.errors import RecipeError, nearest
+from gft_lite.utils.paths import PACKAGE
+
+_FOLDER = Path("configs") / "suites"
+_DEFINITIONS = "benchmarks"  # The file that the shipped suites extend, no suite itself.
+# What `--data-dir` holds; a row's own `answer_type` comes before its benchmark's.
+_NORMALISED = Columns(problem="problem", answer="answer", id="id")
+
+
+class Benchmark(DataSettings):
+    """One benchmark: where its rows are, how they are asked, what kind of answer they have.
+
+    `prompt`, left out, is the suite's. `unverified` says what of a hub id nobody has checked.
+    """
+
+    source: str
+    split: str = "test"
+    title: str | None = None
+    answer_type: Literal["math", "choice"] = "math"
+    license: str | None = None
+    unverified: str | None = None
+
+
+class SuiteRollout(RolloutSettings):
+    """As in training, with the paper's temperature and length."""
+
+    temperature: NonNegativeFloat = 0.5
+    max_tokens: PositiveInt = 4096
+
+
+class Suite(Settings):
+    """Benchmarks and the protocol: `samples` responses a problem, accuracy their mean.
+
+    `k` of pass@k is by default every power of two up to `samples`. `limit` takes so many
+    problems of each benchmark, drawn by its `seed`; `drift` problems of each measure the KL.
+    """
+
+    name: str = "suite"
+    benchmarks: list[str] = Field(default_factory=list)
+    definitions: Annotated[dict[str, Benchmark], Field(min_length=1)]
+    prompt: Prompt = Prompt()
+    samples: PositiveInt = 16
+    k: list[PositiveInt] = Field(default_factory=list)
+    limit: PositiveInt | None = None
+    drift: NonNegativeInt = 64
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    micro_batch_tokens: PositiveInt = 8192
+    policy: PolicySettings = PolicySettings()
+    rollout: SuiteRollout = SuiteRollout()
+    reward: RewardSettings = Field(default_factory=RewardSettings)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Suite:
+        rules = [
+            f"{where}: must have letters, digits, `_`, `-` and `.`, to name a file, not {name!r}"
+            for where, name in [
+                ("name", self.name),
+                *(("definitions", d) for d in self.definitions),
+            ]
+            if not re.fullmatch(r"\w[\w.-]*", name)
+        ]
+        for name in self.benchmarks:
+            if name not in self.definitions:
+                close = nearest(name, self.definitions)
+                hint = f" (did you mean {close}?)" if close else ""
+                rules.append(f"benchmarks: must be among definitions, which lack {name}{hint}")
+        if self.k and max(self.k) > self.samples:
+            rules.append(f"k: must be at most samples, which is {self.samples}")
+        if self.samples > 1 and self.rollout.temperature == 0:
+            rules.append("samples: must be 1 at temperature 0, where all are the same")
+        if rules:
+            raise ValueError("\n".join(rules))
+        return self
+
+    @property
+    def names(self) -> list[str]:
+        """The benchmarks in order, by default all that are defined."""
+        return self.benchmarks or list(self.definitions)
+
+    @property
+    def ks(self) -> list[int]:
+        """Every k of pass@k, 1 among them."""
+        return sorted({1, *(self.k or (2**i for i in range(self.samples.bit_length())))})
+
+    def title(self, name: str) -> str:
+        """A benchmark's name in tables."""
+        return self.definitions[name].title or name
+
+    def prompt_of(self, name: str) -> Prompt:
+        """How a benchmark is asked: its own prompt, else the suite's."""
+        own = self.definitions[name]
+        return own.prompt if "prompt" in own.model_fields_set else self.prompt
+
+    @classmethod
+    def load(cls, name: str, overrides: Sequence[str] = ()) -> Suite:
+        """A shipped suite by name or a user's file, with `key=value` overrides.
+
+        Raises: RecipeError with every error found.
+        """
+        return read_settings(cls, _find(name), overrides)[0]
+
+
+def shipped() -> dict[str, Path]:
+    """The suites that come with the package, by name."""
+    files = [f for root in (PACKAGE.parent, PACKAGE / "shipped") for f in root.glob(f"{_FOLDER}/*")]
+    return {f.stem: f for f in sorted(files) if f.suffix == ".yaml" and f.stem != _DEFINITIONS}
+
+
+def _find(name: str) -> Path:
+    known = shipped()
+    if name in known and not os.path.isfile(name):
+        return known[name]
+    if os.path.isfile(name) or Path(name).suffix:
+        return find_recipe(name)
+    close = nearest(name, known)
+    hint = f" Did you mean {close}?" if close else ""
+    rule = f"must be {', '.join(known)} or a file"
+    raise RecipeError([f"--suite: {rule}, got {name!r}.{hint}"])
+
+
+def load_benchmark(
+    suite: Suite, name: str, format: PromptFormat, context: int, data_dir: Path | None
+) -> Loaded:
+    """A benchmark's problems, from `data_dir` where that has them; `answer_type` in each.
+
+    Half of the model's context at most is kept free for the response; longer prompts are left
+    out and counted. Raises: RecipeError if there are no rows.
+    """
+    benchmark = suite.definitions[name]
+    field = f"definitions.{name}"
+    settings: DataSettings = benchmark
+    file = find_file(data_dir, name)
+    if file is not None:
+        local = {"source": str(file), "file": None, "revision": None, "columns": _NORMALISED}
+        settings, field = benchmark.model_copy(update=local), f"--data-dir {file.name}"
+    if suite.limit:
+        least = min(suite.limit, benchmark.problems or suite.limit)
+        settings = settings.model_copy(update={"problems": least})
+    reserve = min(suite.rollout.max_tokens, context // 2) + 1
+    try:
+        loaded = load_problems(settings, format, context=context, reserve=reserve, field=field)
+    except RecipeError as error:
+        hints = [] if file is not None else [_hint(benchmark, name)]
+        raise RecipeError([*error.problems, *filter(None, hints)]) from None
+    kind = {"answer_type": benchmark.answer_type}
+    problems = (replace(p, columns={**kind, **p.columns}) for p in loaded.problems)
+    return replace(loaded, problems=tuple(problems))
+
+
+def find_file(data_dir: Path | None, name: str) -> Path | None:
+    """The file of `data_dir` that holds a benchmark. Raises: RecipeError if it is no folder."""
+    if data_dir is None:
+        return None
+    if not data_dir.is_dir():
+        raise RecipeError([f"--data-dir: must be a folder with NAME.jsonl, got {str(data_dir)!r}."])
+    files = (data_dir / f"{name}{suffix}" for suffix in FORMATS)
+    return next((file for file in files if file.is_file()), None)
+
+
+def _hint(benchmark: Benchmark, name: str) -> str:
+    """What a user can do about a benchmark that doesn't load."""
+    if benchmark.source == "lab":
+        return ""
+    doubt = f"{benchmark.unverified} could not be checked by us; " if benchmark.unverified else ""
+    return f"definitions.{name}: {doubt}{name}.jsonl in --data-dir DIR takes the hub's place."

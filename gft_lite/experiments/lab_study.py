@@ -1,0 +1,309 @@
+"""The paper's questions on the laboratory: rates tuned, every setting run on several bases."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from gft_lite.experiments.sweep_config import Sweep
+from gft_lite.experiments.sweep_runner import sweep
+from gft_lite.recipe.loader import Dumper, find_recipe
+from gft_lite.recipe.schema import Recipe
+from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.files import write_whole
+
+Figures = Mapping[str, float]
+Runs = dict[tuple[str, int], Figures]  # by base and seed: runs that share both are a pair
+
+FOLDER = "recipes/study"
+TUNE_SET = {"source": "lab", "split": "tune", "problems": 64}
+FINAL_SETS = {
+    "test": {"source": "lab", "split": "test", "problems": 100},
+    "retention": {"source": "lab", "split": "retention", "problems": 60},
+}
+
+
+@dataclass(frozen=True)
+class Design:
+    """What the study runs; methods are recipes of `recipes/study`.
+
+    `rates` is the grid of every method; one whose best rate is the lowest or the highest also
+    tries the one in `beyond` at that end. `bases` are pretraining seeds, 0 the shipped base.
+    Tuning has the seed 0, the runs that count have `seeds` others. `ratios` and `taus` are
+    those that the main runs of GFT, with 4:4 and 0.7, don't have.
+    """
+
+    methods: tuple[str, ...] = (
+        "sft", "sft_few", "sft_mix", "dft", "asft", "psft", "grpo",
+        "gft", "gft_no_gal", "gft_no_dcr", "gft_no_mix",
+    )  # fmt: skip
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    beyond: tuple[float, float] = (5e-4, 8e-3)
+    bases: tuple[int, ...] = (0, 1, 2)
+    seeds: int = 2
+    stages: tuple[tuple[str, str], ...] = (("sft", "grpo"), ("gft", "grpo"))
+    ratios: tuple[str, ...] = ("8:0", "6:2", "2:6", "0:8")
+    taus: tuple[float, ...] = (0, 0.3, 1)
+    tune_eval: Mapping[str, Any] = field(
+        default_factory=lambda: {"samples": 4, "k": [1], "sets": {"tune": TUNE_SET}}
+    )
+    eval: Mapping[str, Any] = field(
+        default_factory=lambda: {"samples": 16, "k": [1, 4, 16], "sets": FINAL_SETS}
+    )
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the study found.
+
+    `tuning` has the mean pass@1 on the tune split by method and rate, `rates` the chosen ones,
+    `runs` the figures of every setting, such as `gft` or `tau 0.3`, and of `base`; `sources`
+    what a run of each method was given, `costs` CPU and wall seconds by part, `failed` the runs
+    that failed.
+    """
+
+    design: Design
+    recipe: Recipe
+    tuning: dict[str, dict[float, float]]
+    rates: dict[str, float]
+    runs: dict[str, Runs]
+    sources: dict[str, dict[str, int]]
+    costs: dict[str, dict[str, float]]
+    failed: list[str]
+
+
+def study(
+    out: str | Path, design: Design | None = None, *, jobs: int = 2,
+    overrides: Sequence[str] = (), console: Console | None = None,
+) -> Results:  # fmt: skip
+    """Run what is not done yet, and return what was found.
+
+    Raises: RecipeError for wrong overrides or another study's folder; KeyboardInterrupt once
+    all runs stopped.
+    """
+    design = design or Design()
+    recipe = _check(design, jobs, overrides)
+    work = _Work(Path(out), design, jobs, overrides, console or Console(stderr=True))
+    with work.measured("bases"):
+        work.make_bases()
+    tuning = work.tune()
+    rates = {method: best_rate(scores) for method, scores in tuning.items()}
+    tuned = {method: work.write_tuned(method, rate) for method, rate in rates.items()}
+    work.part("main", list(tuned.values()))
+    if design.stages:
+        work.part("stages", [work.write_staged(tuned, *pair) for pair in design.stages])
+    if design.ratios:
+        # A problem has three teachers: they repeat, or self samples would shift the ratio.
+        work.part("ratio", [tuned["gft"]], {"group": list(design.ratios)},
+                  {"group": {"shortfall": "repeat"}})  # fmt: skip
+    if design.taus:
+        work.part("tau", [tuned["gft"]], {"objective.tau": list(design.taus)})
+    for name in ("ratio 4:4", "tau 0.7"):
+        if "gft" in work.runs:
+            work.runs[name] = work.runs["gft"]
+    return Results(
+        design, recipe, tuning, rates, work.runs, work.sources, work.costs(), work.failed
+    )
+
+
+def _check(design: Design, jobs: int, overrides: Sequence[str]) -> Recipe:
+    """The first method's recipe; what is wrong is told before bases are made."""
+    problems = [
+        f"--{name}: must be at least 1, got {value}."
+        for name, value in (("jobs", jobs), ("seeds", design.seeds)) if value < 1
+    ]  # fmt: skip
+    if problems:
+        raise RecipeError(problems)
+    return Recipe.load(_shipped(design.methods[0]), overrides)
+
+
+def _shipped(method: str) -> Path:
+    return find_recipe(f"{FOLDER}/{method}.yaml")
+
+
+def best_rate(scores: Mapping[float, float]) -> float:
+    """The rate with the best score, the lower one of equals."""
+    return max(sorted(scores), key=lambda rate: scores[rate])
+
+
+@dataclass
+class _Work:
+    """A study while it runs: its folder, and what has been found by now."""
+
+    out: Path
+    design: Design
+    jobs: int
+    overrides: Sequence[str]
+    console: Console
+    runs: dict[str, Runs] = field(default_factory=dict)
+    sources: dict[str, dict[str, int]] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
+
+    def tune(self) -> dict[str, dict[float, float]]:
+        """The mean pass@1 over the bases on the tune split, by method and rate."""
+        design = self.design
+        scores: dict[str, dict[float, float]] = {method: {} for method in design.methods}
+        self._try("tune", design.methods, design.rates, scores)
+        ends = (min(design.rates), max(design.rates))
+        for end, further in zip(ends, design.beyond, strict=True):
+            at_end = [method for method in design.methods if best_rate(scores[method]) == end]
+            if at_end and further not in design.rates:
+                self._try(f"tune-{further:g}", at_end, [further], scores)
+        return scores
+
+    def _try(
+        self, name: str, methods: Sequence[str], rates: Sequence[float],
+        scores: dict[str, dict[float, float]],
+    ) -> None:  # fmt: skip
+        """Add the scores of some rates."""
+        files = [_shipped(method) for method in methods]
+        overrides = {"seed": 0, "eval": dict(self.design.tune_eval)}
+        trials = self._sweep(name, files, {"optim.lr": list(rates)}, overrides, seeds=1)
+        found: dict[tuple[str, float], list[float]] = {}
+        for trial in trials:
+            at = trial["settings"]["recipe"], trial["settings"]["optim.lr"]
+            found.setdefault(at, []).append(trial["summary"]["trained"]["pass@1"])
+        for (method, rate), values in found.items():
+            if len(values) == len(self.design.bases):  # A rate that failed anywhere is none.
+                scores[method][rate] = fmean(values)
+
+    def part(
+        self, name: str, files: Sequence[Path], grid: Mapping[str, Any] | None = None,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        """Run settings on every base with every seed, and note their figures."""
+        common = {"seed": 1, "eval": dict(self.design.eval), **(overrides or {})}
+        for trial in self._sweep(name, files, grid or {}, common, self.design.seeds):
+            summary, settings = trial["summary"], trial["settings"]
+            at = str(settings["policy.model"]), trial["seed"]
+            self.runs.setdefault(setting_name(settings), {})[at] = summary["trained"]
+            self.runs.setdefault("base", {})[at] = summary["base"]
+            if name == "main":
+                self.sources[settings["recipe"]] = summary["sources"]
+
+    def _sweep(
+        self, name: str, files: Sequence[Path], grid: Mapping[str, Any],
+        overrides: Mapping[str, Any], seeds: int,
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """The finished trials of a sweep, whose file stays in the folder."""
+        tree = {
+            "name": name,
+            "recipe": str(files[0].resolve()),
+            "overrides": {"name": "study", **overrides},
+            "grid": {
+                "recipe": [str(file.resolve()) for file in files],
+                "policy.model": [self._base(seed) for seed in self.design.bases],
+                **grid,
+            },
+            "seeds": seeds,
+        }
+        file = self._write(f"{name}.yaml", tree)
+        plan = Sweep.load(file, [f"overrides.{text}" for text in self.overrides])
+        with self.measured(name):
+            folder = sweep(plan, self.out / name, jobs=self.jobs, console=self.console)
+        trials = folder.results()["trials"]
+        self.failed += [f"{name}/{t['name']}: {t['reason']}" for t in trials if not t["summary"]]
+        return [trial for trial in trials if trial["summary"]]
+
+    # --- files -------------------------------------------------------------------------------
+
+    def write_tuned(self, method: str, rate: float) -> Path:
+        """A method's recipe with its own rate."""
+        tree = {"extends": [str(_shipped(method).resolve())], "optim": {"lr": rate}}
+        return self._write(f"recipes/{method}.yaml", tree)
+
+    def write_staged(self, tuned: Mapping[str, Path], first: str, second: str) -> Path:
+        """Two methods after each other, each at its own rate, in the steps of one."""
+        recipe = Recipe.load(tuned[first], self.overrides)
+        steps = recipe.train.steps // 2
+        stages = [
+            {"method": first, "overrides": {"optim": {"lr": recipe.optim.lr}, "train": {
+                "steps": steps, "problems_per_step": recipe.train.problems_per_step}}},
+            {"method": second, "overrides": {"train": {"steps": recipe.train.steps - steps}}},
+        ]  # fmt: skip
+        tree = {"extends": [str(tuned[second].resolve())], "stages": stages}
+        return self._write(f"recipes/{first}_then_{second}.yaml", tree)
+
+    def _write(self, name: str, tree: Mapping[str, Any]) -> Path:
+        file = self.out / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, yaml.dump(tree, Dumper=Dumper, sort_keys=False))
+        return file
+
+    # --- bases -------------------------------------------------------------------------------
+
+    def _base(self, seed: int) -> str:
+        return "lab" if seed == 0 else str(self.out / "bases" / str(seed))
+
+    def make_bases(self) -> None:
+        """Pretrain the bases that are not there yet."""
+        missing = [s for s in self.design.bases if s and not Path(self._base(s)).exists()]
+        with ThreadPoolExecutor(self.jobs) as pool:
+            list(pool.map(self._pretrain, missing))
+
+    def _pretrain(self, seed: int) -> None:
+        self.console.print(f"pretraining the base of seed {seed}")
+        final = Path(self._base(seed))
+        half_done = final.with_suffix(".new")
+        command = [sys.executable, "-P", "-m", "gft_lite.lab.pretrain",
+                   "--seed", str(seed), "--out", str(half_done)]  # fmt: skip
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL,
+                       env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+        half_done.rename(final)
+
+    # --- costs -------------------------------------------------------------------------------
+
+    @contextmanager
+    def measured(self, part: str) -> Iterator[None]:
+        """Note the seconds that a part's processes take, however it ends."""
+        began, before = time.perf_counter(), _cpu_seconds()
+        try:
+            yield
+        finally:
+            cpu, wall = _cpu_seconds() - before, time.perf_counter() - began
+            if cpu:  # Otherwise all was done already.
+                self.out.mkdir(parents=True, exist_ok=True)
+                with self._costs_file.open("a") as file:
+                    file.write(json.dumps({"part": part, "cpu": cpu, "wall": wall}) + "\n")
+
+    @property
+    def _costs_file(self) -> Path:
+        return self.out / "costs.jsonl"
+
+    def costs(self) -> dict[str, dict[str, float]]:
+        """CPU and wall seconds by part, of all the times that the study was started."""
+        total: dict[str, dict[str, float]] = {}
+        for line in map(json.loads, self._costs_file.read_text().splitlines()):
+            part = total.setdefault(line["part"], {"cpu": 0.0, "wall": 0.0})
+            part["cpu"] += line["cpu"]
+            part["wall"] += line["wall"]
+        return total
+
+
+def setting_name(settings: Mapping[str, Any]) -> str:
+    """What a trial's setting is called in `Results.runs`."""
+    if "group" in settings:
+        return f"ratio {settings['group']}"
+    if "objective.tau" in settings:
+        return f"tau {settings['objective.tau']:g}"
+    return settings["recipe"].replace("_then_", " > ")
+
+
+def _cpu_seconds() -> float:
+    """Of all children that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

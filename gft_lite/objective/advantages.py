@@ -1,0 +1,45 @@
+"""TODO: gft_lite/objective/advantages.py"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+Std = Literal["sample", "population", "none"]
+
+
+def group_advantages(
+    rewards: Tensor | Sequence[float], *, std: Std = "sample", eps: float = 1e-6
+) -> Tensor:
+    """Rewards normalised within their group (Eq. 4): `(R_k - mean) / (std + eps)`.
+
+    The whole group counts, whatever the sources. `std="none"` only centres (Dr. GRPO).
+    A flat group gives exact zeros; a group of one gives its reward (mean 0, std 1), as the
+    authors' code does.
+
+    Shapes: rewards [..., K] -> advantages [..., K].
+    Raises: ValueError for an empty group, a NaN or infinite reward, or an unknown std.
+    """
+    import torch  # A list of rewards is welcome, so a tensor may have to be made.
+
+    if std not in ("sample", "population", "none"):
+        raise ValueError(f"std: must be sample, population or none, got {std!r}")
+    exact = isinstance(rewards, torch.Tensor) and rewards.is_floating_point()
+    values = torch.as_tensor(rewards, dtype=None if exact else torch.get_default_dtype())
+    if values.ndim == 0 or values.shape[-1] == 0:
+        raise ValueError("rewards: must hold at least one reward of a group, got none")
+    if not bool(values.isfinite().all()):
+        raise ValueError(f"rewards: must be finite, got {values.tolist()}")
+    if values.shape[-1] == 1:
+        return values.clone()
+    centred = values - values.mean(-1, keepdim=True)
+    if std != "none":
+        spread = values.std(-1, keepdim=True, correction=1 if std == "sample" else 0)
+        centred = centred / (spread + eps)
+    # Rounding of the mean would leave a flat group a tiny reward difference to learn from.
+    flat = values.amax(-1, keepdim=True) == values.amin(-1, keepdim=True)
+    return centred.masked_fill(flat, 0.0)

@@ -1,0 +1,138 @@
+"""The shape of a model, from its config.json: what the memory plan knows of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.paths import PACKAGE
+
+SHIPPED = "configs/models/shapes"
+# Dense decoders with a gated MLP: the formulas were measured on these.
+KNOWN_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+_REQUIRED = (
+    "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """Sizes of a dense decoder; `mlp` is the width between gate and down projection."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    mlp: int
+    vocabulary: int
+    tied: bool
+    context: int
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], name: str = "config.json") -> ModelShape:
+        """The shape in a config.json. Raises: RecipeError for what the formulas don't cover."""
+        kind = config.get("model_type")
+        if kind not in KNOWN_TYPES:
+            raise _unplannable(f"a model of type {', '.join(KNOWN_TYPES)}", f"{kind!r} in {name}")
+        missing = [key for key in _REQUIRED if not isinstance(config.get(key), int)]
+        if missing:
+            raise _unplannable("a config.json with its sizes", f"{name} without {missing}")
+        heads = config["num_attention_heads"]
+        return cls(
+            hidden=config["hidden_size"],
+            layers=config["num_hidden_layers"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_size=config.get("head_dim") or config["hidden_size"] // heads,
+            mlp=config["intermediate_size"],
+            vocabulary=config["vocab_size"],
+            tied=bool(config.get("tie_word_embeddings", False)),
+            context=config.get("max_position_embeddings") or 1 << 30,
+            qkv_bias=config.get("attention_bias", kind == "qwen2"),
+            qk_norm=kind == "qwen3",
+        )
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of each linear of a layer: what is quantised and adapted."""
+        query, key = self.heads * self.head_size, self.kv_heads * self.head_size
+        return {
+            "q_proj": (self.hidden, query),
+            "k_proj": (self.hidden, key),
+            "v_proj": (self.hidden, key),
+            "o_proj": (query, self.hidden),
+            "gate_proj": (self.hidden, self.mlp),
+            "up_proj": (self.hidden, self.mlp),
+            "down_proj": (self.mlp, self.hidden),
+        }
+
+    @property
+    def linear_parameters(self) -> int:
+        """Parameters in the linears of all layers."""
+        return self.layers * sum(i * o for i, o in self.linears.values())
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Parameters of the input embedding."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def plain_parameters(self) -> int:
+        """Parameters that are never quantised: embeddings, output head, norms and biases."""
+        embeddings = self.embedding_parameters * (1 if self.tied else 2)
+        layer = 2 * self.hidden + 2 * self.head_size * self.qk_norm
+        layer += self.qkv_bias * (self.heads + 2 * self.kv_heads) * self.head_size
+        return embeddings + self.layers * layer + self.hidden
+
+
+def find_shape(model: str) -> ModelShape:
+    """The shape of a recipe's `policy.model`: `lab`, a folder, a config.json, or a hub id whose
+    shape is shipped or already in the hub's cache.
+
+    Raises: RecipeError for a model that is none of these, or that the formulas don't cover.
+    """
+    path = PACKAGE / "lab" / "base" if model == "lab" else Path(model)
+    roots = (PACKAGE.parent, PACKAGE / "shipped")
+    shipped = [root / SHIPPED / f"{model}.json" for root in roots]
+    for file in (path / "config.json", path, *shipped):
+        if file.is_file():
+            return ModelShape.from_config(_read(file), str(file))
+    from huggingface_hub import try_to_load_from_cache  # Slower than all the rest.
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(model, "config.json")
+    except HFValidationError:
+        cached = None
+    if isinstance(cached, str):
+        return ModelShape.from_config(_read(Path(cached)), model)
+    ids = [f.relative_to(root / SHIPPED).with_suffix("").as_posix()
+           for root in roots for f in sorted((root / SHIPPED).rglob("*.json"))]  # fmt: skip
+    raise RecipeError(
+        [f"policy.model: must be lab, a folder with a config.json, or one of {', '.join(ids)} to "
+         f"be planned, got {model!r}. Give the path of its config.json."]
+    )  # fmt: skip
+
+
+def _read(file: Path) -> Mapping[str, Any]:
+    try:
+        config = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise _unplannable("a readable config.json", f"{file} ({error})") from None
+    if not isinstance(config, Mapping):
+        raise _unplannable("a config.json with an object", str(file))
+    return config
+
+
+def _unplannable(rule: str, got: str) -> RecipeError:
+    return RecipeError(
+        [f"policy.model: must be {rule} to be planned, got {got}. "
+         "Set what is auto in policy and train yourself."]
+    )  # fmt: skip

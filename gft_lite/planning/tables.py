@@ -1,0 +1,113 @@
+"""The memory plan in words and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gft_lite.planning.memory import GPUS, Job
+from gft_lite.planning.planner import Plan
+from gft_lite.utils.memory import GIB
+from gft_lite.utils.tables import Table
+
+_NAMES = {
+    "base": "base", "lora": "LoRA", "optimiser": "optimiser", "checkpoints": "checkpoints",
+    "activations": "activations", "head": "output head", "kv_cache": "KV cache",
+    "engine": "engine", "context": "CUDA context", "fragmentation": "fragmentation",
+}  # fmt: skip
+
+
+def headline(job: Job) -> str:
+    """What is planned: the model, and the rows that it has to hold."""
+    shape = job.shape
+    parameters = shape.linear_parameters + shape.plain_parameters
+    return (
+        f"{job.recipe.policy.model}: {parameters / 1e6:,.1f}M parameters in {shape.layers} layers, "
+        f"adapter of {job.lora_parameters / 1e6:.1f}M, rows of up to {job.longest_row:,} tokens"
+    )
+
+
+def components(plan: Plan, gpu: str | None) -> Table:
+    """GiB by component in training and in rollouts; `gpu` is the card's name or size."""
+
+    def line(name: str, *sizes: int) -> tuple[str, ...]:
+        return (name, *(f"{size / GIB:.2f}" if size else "-" for size in sizes))
+
+    phases = (plan.training, plan.rollout)
+    rows = [
+        line(title, *(phase.get(name, 0) for phase in phases))
+        for name, title in _NAMES.items()
+        if any(phase.get(name) for phase in phases)
+    ]
+    rows.append(line("peak", *(sum(phase.values()) for phase in phases)))
+    name = gpu if gpu and gpu.lower() in GPUS else "a card"
+    title = f"GiB at the peak, on {name} with {plan.limit / GIB:.4g}"
+    return Table(title, ("", "training", "rollout"), tuple(rows))
+
+
+def settings(plan: Plan) -> Table:
+    """Each setting that memory depends on, and why it is what it is."""
+    rows = [
+        (name, _written(value), _reason(plan, name) if name in plan.chosen else "the recipe's")
+        for name, value in plan.settings.items()
+    ]
+    if plan.job.sleeps and plan.job.beside(plan.choice):
+        waiting = f"in training, {plan.job.engine_weights / GIB:.1f} GiB wait in RAM"
+        rows.append(("rollout.sleep", "true", waiting))
+    return Table("settings", ("field", "value", "why"), tuple(rows), labels=3)
+
+
+def cards(plans: Sequence[Plan], sizes: Sequence[int]) -> Table:
+    """What the plan chooses on each card when the recipe leaves everything to it."""
+    rows = []
+    for plan, size in zip(plans, sizes, strict=True):
+        c = plan.choice
+        away = ["checkpoints"] * c.offload_checkpoints + ["embedding"] * c.offload_embedding
+        fits = (f"{c.micro_batch_tokens:,}", f"{c.gradient_checkpointing}/"
+                f"{plan.job.shape.layers}", ", ".join(away) or "-", c.engine,
+                str(c.batch_size))  # fmt: skip
+        row = ("no", *("-" * 5)) if plan.problems else ("yes", *fits)
+        rows.append((f"{size} GiB", *row, f"{plan.peak / GIB:.1f}"))
+    header = ("card", "fits", "tokens", "redone", "offloaded", "engine", "rows", "GiB")
+    title = "what would fit if the recipe left it to the plan (redone: layers recomputed)"
+    return Table(title, header, tuple(rows), labels=2)
+
+
+def _all_rows(plan: Plan) -> bool:
+    """Whether vLLM's KV cache can hold all rows; its share is rounded down."""
+    cache = plan.rollout.get("kv_cache", 0) + plan.job.card / 10_000
+    return cache >= plan.job.full_cache(plan.choice.batch_size)
+
+
+def _written(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _reason(plan: Plan, name: str) -> str:
+    """Why the plan chose this value."""
+    if plan.problems:
+        return "nothing fits; this takes least"
+    c, job = plan.choice, plan.job
+    layers = job.shape.layers
+    reasons = {
+        "train.micro_batch_tokens": "the longest row, at least; more where that costs less time",
+        "policy.gradient_checkpointing": (
+            f"as few of {layers} layers recomputed as fit" if c.gradient_checkpointing
+            else "all activations fit"
+        ),
+        "policy.offload_checkpoints": (
+            "recomputing every layer is not enough" if c.offload_checkpoints else "not needed"
+        ),
+        "policy.offload_embedding": (
+            "its room is needed" if c.offload_embedding
+            else "it is the output head as well" if job.shape.tied else "not needed"
+        ),
+        "rollout.engine": (
+            "the faster one, and it fits" if c.engine == "vllm"
+            else "no second copy of the base"
+        ),
+        "rollout.batch_size": "the most rows that fit",
+        "rollout.gpu_memory": (
+            "its KV cache can hold all rows" if _all_rows(plan) else "what the trainer leaves"
+        ),
+    }  # fmt: skip
+    return reasons[name]

@@ -1,0 +1,123 @@
+"""TODO: gft_lite/policy/base.py"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import torch
+    from torch import Tensor, nn
+
+    from gft_lite.policy.batching import Layout, MicroBatch, Row
+    from gft_lite.recipe.sections import PolicySettings
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """Log-probs of the response tokens and the entropy of each distribution; [T], nats.
+
+    `reference_kl`, on request, is the exact KL(reference || policy) over the vocabulary.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+    reference_kl: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Policy against reference at the response tokens; all [T], nats.
+
+    `forward` is the exact KL(reference || policy) over the vocabulary, `reverse` the exact
+    KL(policy || reference).
+    """
+
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    forward: Tensor
+    reverse: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ServedBase:
+    """The model that an engine should load, a folder or a hub id, and in words which that is."""
+
+    location: str
+    about: str
+
+
+class Policy(Protocol):
+    """What the loops and the rollout engines know of a policy."""
+
+    model: Any  # a peft.PeftModel
+    tokenizer: Any
+    settings: PolicySettings
+    config: Any
+    device: torch.device
+    dtype: torch.dtype
+    context: int
+    eos_ids: frozenset[int]
+    pad_id: int
+    layout: Layout
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters by name: the fp32 LoRA masters."""
+
+    def base(self) -> AbstractContextManager[None]:
+        """The base alone, for the length of a `with`."""
+
+    def reference(self) -> AbstractContextManager[None]:
+        """The frozen reference: the base, or the adapter that training started from."""
+
+    def save_adapter(self, folder: Path) -> Path:
+        """Write the adapter as a plain PEFT adapter; the folder appears only when complete."""
+
+    def load_adapter(self, folder: Path) -> None:
+        """Read the weights that `save_adapter` wrote into the adapter, in place."""
+
+    def batches(self, rows: Sequence[Row], token_budget: int) -> list[MicroBatch]:
+        """Rows as micro-batches in the policy's layout."""
+
+    def token_scores(self, batch: MicroBatch, *, reference_kl: bool = False) -> TokenScores:
+        """Log-probs and, on request, KL to the reference, with gradient when grad mode is on,
+        and entropy of the response tokens."""
+
+    def backward(
+        self,
+        batch: MicroBatch,
+        loss: Callable[[TokenScores, slice], Tensor],
+        *,
+        reference_kl: bool = False,
+    ) -> tuple[float, TokenScores]:
+        """Add the gradient of a loss to the adapter's; returns the loss and the scores.
+
+        `loss` is called for slices of the micro-batch's tokens: it takes their scores and the
+        slice and returns what they add to the loss, a scalar; the log-prob of a token (and, on
+        request, its KL to the reference) counts in that token's share alone.
+        """
+
+    def divergence(self, batch: MicroBatch) -> Divergence:
+        """How far the policy is from the reference, exactly, by swapping the adapter."""
+
+    def next_token_logits(self, input_ids: Tensor, cache: Any, **kwargs: Tensor) -> Tensor:
+        """fp32 logits [B, V] of the token after `input_ids` [B, S], continuing `cache`."""
+
+    def serving_base(self, kind: str) -> ServedBase:
+        """What an engine should load to serve this policy's base; `kind` is `rollout.base`."""
+
+
+@contextmanager
+def evaluating(policy: Policy) -> Iterator[None]:
+    """The policy's model in eval mode, without dropout, for the length of a `with`."""
+    training = policy.model.training
+    policy.model.eval()
+    try:
+        yield
+    finally:
+        policy.model.train(training)

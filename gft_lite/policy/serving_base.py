@@ -1,0 +1,226 @@
+"""The policy's base for a rollout engine, which has none of the trainer's quantisation.
+
+It is written once and kept in the user's cache, under a hash of the trainer's own numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+import fcntl
+import filecmp
+import hashlib
+import json
+import os
+import shutil
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gft_lite.policy.base import Policy, ServedBase
+from gft_lite.policy.registry import model_location
+from gft_lite.utils.errors import RecipeError
+
+KEPT = 3  # An 8B model's copy has 16 GB.
+SHARD = 1 << 30  # Bytes of weights that are in RAM at a time.
+
+# A parameter, and the module that knows how it is quantised, if it is.
+Weight = tuple[nn.Module | None, Any]
+
+
+def serving_base(policy: Policy, kind: str) -> ServedBase:
+    """The model that an engine should load.
+
+    "nf4_dequantised" has the very numbers that the trainer computes with; "original" is the
+    model as published, and "plugin" too, which vLLM quantises as the trainer did.
+    Raises: RecipeError when the cache can't be written.
+    """
+    if kind != "nf4_dequantised" or policy.settings.quantization == "none":
+        about = "original" if policy.settings.quantization == "none" else kind
+        return ServedBase(model_location(policy.settings.model), about)
+    bases = cache_folder() / "bases"
+    try:
+        bases.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # One process writes; the others wait for it, and find it there.
+        with _locked(bases, fcntl.LOCK_EX):
+            folder, how = _kept(policy, bases)
+            removed = _forget_old(bases, folder)
+            _use(policy, folder)
+    except OSError as error:
+        raise RecipeError(
+            [f"GFT_LITE_CACHE: must be a folder with room for the engine's copy of the base, got "
+             f"{str(bases.parent)!r} ({error}). Make room, or set it to a folder elsewhere."]
+        ) from error  # fmt: skip
+    gone = f"; {', '.join(removed)} removed, {KEPT} are kept" if removed else ""
+    return ServedBase(str(folder), f"nf4_dequantised ({folder}, {how}{gone})")
+
+
+def cache_folder() -> Path:
+    """Where gft-lite keeps what it can make again."""
+    if own := os.environ.get("GFT_LITE_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gft-lite"
+
+
+# --- the cache ---------------------------------------------------------------------------------
+
+
+def _kept(policy: Policy, bases: Path) -> tuple[Path, str]:
+    """The folder of the policy's base, written unless it is there, and which of both it was."""
+    started = time.perf_counter()
+    weights = _weights(policy)
+    partial = bases / "partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    _write_descriptions(policy, partial)
+    folder = bases / _digest(weights, policy.dtype, partial)
+    if _whole(folder, weights, partial):
+        shutil.rmtree(partial)
+        return folder, "reused"
+    _write_weights(weights, policy.dtype, partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    return folder, f"written in {time.perf_counter() - started:.1f} s"
+
+
+def _digest(weights: Mapping[str, Weight], dtype: torch.dtype, descriptions: Path) -> str:
+    """A hash of all that is served: the numbers as the trainer has them, and what describes
+    them. Another file, quantisation or version of bitsandbytes shows in the numbers."""
+    digest = hashlib.sha256(str(dtype).encode())
+    for file in sorted(descriptions.iterdir()):
+        digest.update(f"\0{file.name}\0".encode() + file.read_bytes())
+    for name, weight in weights.items():
+        for tensor in (weight[1].data, *_scales(*weight).values()):
+            digest.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+            flat = tensor.detach().cpu().contiguous().flatten()
+            digest.update(memoryview(flat.view(torch.uint8).numpy()))
+    return digest.hexdigest()[:16]
+
+
+def _whole(folder: Path, weights: Mapping[str, Weight], descriptions: Path) -> bool:
+    """Whether a kept base has every file and every tensor, none of them cut."""
+    found = {}
+    try:
+        same = all(filecmp.cmp(f, folder / f.name, False) for f in descriptions.iterdir())
+        for file in folder.glob("*.safetensors"):
+            with safe_open(file, "pt") as opened:  # Fails for a file that is cut.
+                for name in opened.keys():  # noqa: SIM118
+                    found[name] = tuple(opened.get_slice(name).get_shape())
+    except (OSError, SafetensorError):
+        return False
+    return same and found == {name: _shape(*weight) for name, weight in weights.items()}
+
+
+def _forget_old(bases: Path, new: Path) -> list[str]:
+    """Remove all but the bases used last; those that a process serves from stay."""
+    others = [folder for folder in bases.iterdir() if folder != new]
+    others.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
+    removed = []
+    for old in others[KEPT - 1 :]:
+        try:
+            with _locked(old, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                shutil.rmtree(old)
+                removed.append(old.name)
+        except BlockingIOError:
+            continue
+    return removed
+
+
+def _use(policy: Policy, folder: Path) -> None:
+    """Keep the folder from being removed for as long as the policy lives."""
+    os.utime(folder)
+    descriptor = os.open(folder, os.O_RDONLY)
+    weakref.finalize(policy, os.close, descriptor)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+
+
+@contextmanager
+def _locked(folder: Path, how: int) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, how)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+# --- the weights -------------------------------------------------------------------------------
+
+
+def _write_descriptions(policy: Policy, folder: Path) -> None:
+    """Configuration and tokenizer of a model without quantisation."""
+    config = copy.deepcopy(policy.config)
+    del config.quantization_config
+    config.save_pretrained(folder)
+    savable(policy.model.get_base_model().generation_config).save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+
+
+def savable(generation: Any) -> Any:
+    """A copy of a GenerationConfig that transformers agrees to write: some are published with a
+    temperature and without `do_sample`."""
+    generation = copy.deepcopy(generation)
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        generation.do_sample = True
+    return generation
+
+
+def _weights(policy: Policy) -> dict[str, Weight]:
+    """The base's parameters under their original names."""
+    base = policy.model.get_base_model()
+    modules = dict(base.named_modules())
+    found: dict[str, Weight] = {}
+    for name, weight in base.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        if ".lora_" not in name:
+            module = modules[owner] if leaf == "weight" else None
+            found[name.replace(".base_layer", "")] = module, weight
+    return found
+
+
+def _write_weights(weights: Mapping[str, Weight], dtype: torch.dtype, folder: Path) -> None:
+    """Write them without quantisation, in files that fit into RAM one at a time."""
+    sizes = {n: torch.empty(_shape(*w), dtype=dtype, device="meta") for n, w in weights.items()}
+    split = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD)
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: _plain(*weights[name]).to("cpu", dtype).contiguous() for name in names}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _plain(module: nn.Module | None, weight: Any) -> Tensor:
+    """A weight as the module's forward uses it, without quantisation."""
+    if isinstance(module, Linear4bit):
+        return dequantize_4bit(weight.data, weight.quant_state)
+    if isinstance(module, Linear8bitLt):
+        return int8_vectorwise_dequant(weight.data, _scales(module, weight)["scales"])
+    return weight.detach()
+
+
+def _scales(module: nn.Module | None, weight: Any) -> dict[str, Tensor]:
+    """What a quantised weight is made of beside its codes."""
+    if isinstance(module, Linear4bit):
+        return weight.quant_state.as_dict(packed=True)
+    if isinstance(module, Linear8bitLt):
+        # bitsandbytes moves the scales to the module's state at the first forward.
+        scales: Any = weight.SCB if weight.SCB is not None else module.state.SCB
+        return {"scales": scales}
+    return {}
+
+
+def _shape(module: nn.Module | None, weight: Any) -> tuple[int, ...]:
+    return tuple(weight.quant_state.shape if isinstance(module, Linear4bit) else weight.shape)

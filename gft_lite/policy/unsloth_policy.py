@@ -1,0 +1,189 @@
+"""Unsloth behind the same policy: its kernels for the base and LoRA and, where the recipe says
+so, vLLM on the very weights that the trainer has."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftConfig
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from gft_lite.policy.batching import Layout
+from gft_lite.policy.lora import REFERENCE, TRAINED, LoraPolicy
+from gft_lite.policy.registry import model_location
+from gft_lite.policy.weight_checks import (
+    adapter_folder,
+    refuse_other_base,
+    refuse_pickle,
+    refuse_unknown_heads,
+)
+from gft_lite.recipe.sections import PolicySettings, RolloutSettings
+from gft_lite.utils.errors import RecipeError, shown
+
+
+class UnslothPolicy(LoraPolicy):
+    """Unsloth's forward knows packed rows by their positions and, where it has its own kernels
+    for a model, takes the cache as tuples."""
+
+    _tuples = False
+
+    def _choose_layout(self) -> Layout:
+        wanted = self.settings.layout
+        if wanted != "padded" and self._can("packed"):
+            return "packed"
+        if wanted == "packed":
+            raise RecipeError(
+                [f"policy.layout: must be one that {self.config.model_type} can do with backend "
+                 "unsloth, got 'packed'. Use auto."]
+            )  # fmt: skip
+        return "padded"
+
+    def next_token_logits(self, input_ids: Tensor, cache: Any, **kwargs: Tensor) -> Tensor:
+        """fp32 logits [B, V] of the token after `input_ids` [B, S], continuing `cache`."""
+        past = None  # What comes back then tells which kind of cache it is.
+        if cache.get_seq_length():
+            past = tuple((x.keys, x.values) for x in cache.layers) if self._tuples else cache
+        with self._compute():
+            out = self._decoder(input_ids=input_ids, past_key_values=past, use_cache=True, **kwargs)
+            found = out.past_key_values
+            self._tuples = not isinstance(found, Cache)
+            cache.layers = [_layer(*x) for x in found] if self._tuples else found.layers
+            return self._head(out.last_hidden_state[:, -1]).float()
+
+
+def _layer(keys: Tensor, values: Tensor) -> DynamicLayer:
+    layer = DynamicLayer()
+    layer.lazy_initialization(keys, values)
+    layer.keys, layer.values = keys, values
+    return layer
+
+
+def load(
+    settings: PolicySettings, seed: int = 0, rollout: RolloutSettings | None = None
+) -> UnslothPolicy:
+    """Load base, tokenizer and adapter and, for rollout.engine unsloth, vLLM below them.
+
+    Raises: RecipeError when a name or rank is wrong, or when Unsloth can't load it.
+    """
+    # Else it fetches a file from the hub to be counted.
+    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+    where = model_location(settings.model)
+    refuse_pickle(Path(where), "*.safetensors", "policy.model")
+    device = "cuda" if settings.device == "auto" else settings.device
+    try:
+        adapter = adapter_folder(settings.adapter) if settings.adapter else None
+        with torch.random.fork_rng():
+            base = _base(where, settings, device, seed, rollout)
+            model = _adapt(base, adapter, settings, seed)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            where, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
+    except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
+        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        raise RecipeError(
+            [f"policy.backend: unsloth must be able to load {settings.model!r} and the adapter "
+             f"{shown(settings.adapter)}, got {reason}. Or leave policy.backend out."]
+        ) from error  # fmt: skip
+    dtype = base.get_input_embeddings().weight.dtype
+    # Unsloth moves its checkpoints to RAM itself.
+    own = settings.model_copy(update={"offload_checkpoints": False})
+    policy = UnslothPolicy(model, tokenizer, own, dtype)
+    if adapter:
+        policy.load_adapter(adapter)
+        if settings.reference == "adapter":
+            model.load_adapter(adapter, adapter_name=REFERENCE)
+    return policy
+
+
+def _base(
+    where: str, settings: PolicySettings, device: str, seed: int, rollout: RolloutSettings | None
+) -> Any:
+    """The base as Unsloth loads it, with the generation settings of its files."""
+    from unsloth import FastLanguageModel
+
+    common = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    config = transformers.AutoConfig.from_pretrained(where, **common)
+    refuse_unknown_heads(config)
+    limit = config.max_position_embeddings
+    served = _served(settings, rollout)
+    if served:
+        from gft_lite.policy.vllm_process import starting
+    with starting() if served else nullcontext():
+        base, _ = FastLanguageModel.from_pretrained(
+            model_name=where,
+            use_exact_model_name=True,  # Not the model that Unsloth has quantised its own way.
+            max_seq_length=min(settings.context or limit, limit),  # It cuts what is longer.
+            dtype=None if settings.dtype == "auto" else getattr(torch, settings.dtype),
+            load_in_4bit=settings.quantization == "nf4",
+            device_map={"": device},
+            use_gradient_checkpointing=_checkpointing(settings),
+            offload_embedding=False,
+            fix_tokenizer=False,
+            use_safetensors=True,
+            random_state=seed,
+            **served,
+            **common,
+        )
+    if served:
+        # A model made of vLLM's weights knows none of the EOS tokens that are listed there.
+        with suppress(OSError):
+            listed: Any = transformers.GenerationConfig
+            base.generation_config = listed.from_pretrained(where, **common)
+    return base
+
+
+def _served(settings: PolicySettings, rollout: RolloutSettings | None) -> dict[str, Any]:
+    """Unsloth's arguments for a vLLM that shares the weights; none where it is not wanted."""
+    if rollout is None or rollout.engine != "unsloth":
+        return {}
+    share = 0.5 if rollout.gpu_memory == "auto" else rollout.gpu_memory  # Unsloth's default.
+    return {
+        "fast_inference": True,
+        "gpu_memory_utilization": share,
+        "max_lora_rank": settings.lora.rank,
+        "max_num_seqs": rollout.rows,
+        "enforce_eager": rollout.eager,
+        "training": False,  # Log-probs of the untempered distribution.
+    }
+
+
+def _adapt(base: Any, adapter: Path | None, settings: PolicySettings, seed: int) -> Any:
+    """Put a fresh adapter on the base, of the shape of the one to start from if there is one."""
+    from unsloth import FastLanguageModel
+
+    lora = settings.lora
+    shape: Any = PeftConfig.from_pretrained(str(adapter)) if adapter else None
+    if shape:
+        refuse_other_base(shape, settings.adapter or "", settings)
+    if shape and shape.r != lora.rank:
+        raise RecipeError(
+            [f"policy.lora.rank: must be {shape.r}, the rank of {settings.adapter}, "
+             f"got {lora.rank}"]
+        )  # fmt: skip
+    targets = shape.target_modules if shape else lora.target_modules
+    model = FastLanguageModel.get_peft_model(
+        base,
+        r=lora.rank,
+        lora_alpha=shape.lora_alpha if shape else lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets if isinstance(targets, str) else sorted(targets),
+        use_gradient_checkpointing=_checkpointing(settings),
+        random_state=seed,
+    )
+    for name, parameter in model.named_parameters():
+        if f".{TRAINED}." in name:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def _checkpointing(settings: PolicySettings) -> bool | str:
+    """Unsloth's own checkpoints wait in RAM."""
+    if settings.offload_checkpoints and settings.gradient_checkpointing:
+        return "unsloth"
+    return bool(settings.gradient_checkpointing)

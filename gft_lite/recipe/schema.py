@@ -1,0 +1,191 @@
+"""The recipe: one typed schema, `extends:`, `key=value` overrides, and errors one can act on.
+
+Nothing heavy is imported here, so that `--help`, `--dry-run` and a recipe error answer at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+from gft_lite.objective.methods import METHODS
+from gft_lite.recipe.base import Settings, matching, named_in, read_settings
+from gft_lite.recipe.loader import Dumper, find_recipe, merge
+from gft_lite.recipe.sections import (
+    BudgetSettings,
+    CheckpointSettings,
+    EvalSettings,
+    GroupSettings,
+    LogSettings,
+    LoopSettings,
+    MonitorSettings,
+    ObjectiveSettings,
+    OptimSettings,
+    PolicySettings,
+    Prompt,
+    RewardSettings,
+    RolloutSettings,
+    Stage,
+    TrainingData,
+    stage_shorthand,
+)
+from gft_lite.recipe.validation_errors import Places, explain
+from gft_lite.rewards.registry import REWARDS
+from gft_lite.utils.errors import RecipeError
+
+
+class Recipe(Settings):
+    """A whole experiment. `Recipe.load` reads one from YAML."""
+
+    name: Annotated[
+        str, matching(r"\w[\w.-]*", "must be letters, digits, `_`, `-` and `.`, to name a folder")
+    ] = "run"
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    method: Annotated[str, named_in(METHODS)] = "gft"
+    policy: PolicySettings = PolicySettings()
+    data: TrainingData = TrainingData()
+    group: GroupSettings = GroupSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
+    reward: RewardSettings = Field(default_factory=RewardSettings)
+    rollout: RolloutSettings = RolloutSettings()
+    optim: OptimSettings = OptimSettings()
+    train: LoopSettings = LoopSettings()
+    budget: BudgetSettings = BudgetSettings()
+    stages: list[Annotated[Stage, BeforeValidator(stage_shorthand)]] = []
+    monitor: MonitorSettings = MonitorSettings()
+    eval: EvalSettings = EvalSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    log: LogSettings = LogSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, tree: Any) -> Any:
+        """Lay the method's defaults under the recipe, and its prompt under the eval sets."""
+        if not isinstance(tree, Mapping):
+            return tree
+        known = METHODS.get(str(tree.get("method", "gft")))
+        tree = merge(known.defaults, tree) if known else tree
+        data, evaluation = tree.get("data"), tree.get("eval")
+        sets = evaluation.get("sets") if isinstance(evaluation, Mapping) else None
+        if not (isinstance(data, Mapping) and "prompt" in data and isinstance(sets, Mapping)):
+            return tree
+        try:
+            Prompt.model_validate(data["prompt"])
+        except ValidationError:  # Told once, where it was written, and not for every set.
+            return tree
+        prompted = {
+            name: {"prompt": data["prompt"], **each} if isinstance(each, Mapping) else each
+            for name, each in sets.items()
+        }
+        return merge(tree, {"eval": {"sets": prompted}})
+
+    @model_validator(mode="after")
+    def _group_fits_method(self) -> Recipe:
+        method = METHODS.get(self.method)
+        if method is None:  # The user's own, whose sources only the user knows.
+            return self
+        why = f"with method {self.method}, which trains on {' and '.join(method.sources)} rows"
+        unused = {"expert", "teacher", "self"} - set(method.sources)
+        rules = [f"group.{s}: must be 0 {why}" for s in sorted(unused) if getattr(self.group, s)]
+        if "self" in unused and self.group.shortfall == "self":
+            rules.append(f"group.shortfall: must be repeat or drop {why}")
+        if rules:
+            raise ValueError("\n".join(rules))
+        return self
+
+    @model_validator(mode="after")
+    def _offline_groups_fit(self) -> Recipe:
+        if self.group.offline is None:
+            return self
+        why = "with group.offline, whose groups are sampled before training"
+        method, rules = METHODS.get(self.method), []
+        if self.rollout.resample:
+            rules.append(f"rollout.resample: must be 0 {why}")
+        if self.stages:
+            rules.append(f"stages: must be empty {why}, by another policy than a stage's")
+        if method and "self" in method.sources and "old_logprobs" in method.needs:
+            rule = f"must not compare with the policy that sampled, as {self.method} does,"
+            rules.append(f"method: {rule} {why}")
+        if rules:
+            raise ValueError("\n".join(rules))
+        return self
+
+    @model_validator(mode="after")
+    def _rewards_have_answers(self) -> Recipe:
+        names = [f.name for f in self.reward.functions]
+        needy = [name for name in names if name in REWARDS and REWARDS[name].needs_answer]
+        sets = {"data": self.data, **{f"eval.sets.{n}": data for n, data in self.eval.sets.items()}}
+        why = f"must name a column, as reward {', '.join(needy)} compares with it"
+        rules = [f"{field}.columns.answer: {why}" for field, data in sets.items()
+                 if needy and data.columns.answer is None]  # fmt: skip
+        if rules:
+            raise ValueError("\n".join(rules))
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+        """Read a recipe file, what it extends, and `key=value` overrides.
+
+        Raises: RecipeError with every error found.
+        """
+        recipe, places = read_settings(cls, find_recipe(path), overrides)
+        problems = []
+        for number, stage in enumerate(recipe.stages):
+            below = ("stages", number, "overrides")
+            try:
+                cls.model_validate(recipe._stage_tree(stage))
+            except ValidationError as error:
+                inside = {at[3:]: place for at, place in places.items() if at[:3] == below}
+                problems += [f"{t} (stage {number + 1})" for t in explain(error, cls, inside)]
+        if problems:
+            raise RecipeError(problems)
+        return recipe
+
+    def stage(self, number: int) -> Recipe:
+        """The recipe of a stage (from 0), an ordinary one."""
+        return Recipe.from_tree(self._stage_tree(self.stages[number]))
+
+    def _stage_tree(self, stage: Stage) -> dict[str, Any]:
+        tree = self.model_dump(exclude={"stages"})
+        if stage.method != self.method:
+            # These were the other method's; this one brings its own.
+            del tree["group"], tree["objective"], tree["optim"]["lr"]
+            del tree["train"]["updates_per_rollout"]
+        return merge(merge(tree, {"method": stage.method}), stage.overrides)
+
+    def with_needed_engine(self) -> Recipe:
+        """The recipe with the engine that it has a use for: with offline groups only evaluation
+        samples, for which the trainer's own model will do."""
+        if self.group.offline is None:
+            return self
+        rollout = self.rollout.model_copy(update={"engine": "transformers"})
+        return self.model_copy(update={"rollout": rollout})
+
+    @property
+    def steps(self) -> int | None:
+        """How many steps the run takes; None where a budget of tokens decides."""
+        per_step, budget = self.train.problems_per_step, self.budget
+        if budget.tokens:
+            return None
+        if budget.trajectories:
+            per_step *= self.group.size
+        amount = budget.problems or budget.trajectories
+        return math.ceil(amount / per_step) if amount else self.train.steps
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any], places: Places | None = None) -> Recipe:
+        """Check a nested dict against the schema. Raises: RecipeError with every error found."""
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            raise RecipeError(explain(error, cls, places or {})) from None
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default written out, as YAML that `load` reads back."""
+        tree = self.model_dump()
+        return yaml.dump(tree, Dumper=Dumper, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,384 @@
+"""The sections of a recipe, each field with its rule and default."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from gft_lite.objective.methods import METHODS
+from gft_lite.recipe.base import Fraction, Settings, Share, matching, named_in
+from gft_lite.rewards.registry import REWARDS
+from gft_lite.utils.errors import shown
+
+# What `rollout.engine` accepts beside a dotted path; `rollout.registry.ENGINES` has the classes.
+ENGINE_NAMES = ("auto", "transformers", "vllm", "vllm_server", "unsloth")
+
+
+class Lora(Settings):
+    """The adapter. Source: LoRA, arXiv 2106.09685."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveInt = 32
+    dropout: Fraction = 0.0
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+
+
+class PolicySettings(Settings):
+    """The model that is trained: a frozen, quantised base and an adapter.
+
+    `gradient_checkpointing` may be a number: that many layers, from the first. Checkpoints and
+    the input embedding can wait in the CPU's memory; with fewer layers than all, what the others
+    keep goes along. `auto` leaves it to the memory plan.
+    `layout` is how rows share a micro-batch: `shared` sends a prompt through the model once for
+    all its responses, `packed` rows one after another, `padded` rows side by side; `auto` takes
+    the first of them that the model can do. `fused_head` takes log-probs and their gradient in
+    one pass. With backend `unsloth` attention and recomputation are Unsloth's own.
+    """
+
+    backend: Literal["transformers", "unsloth"] = "transformers"
+    model: str = "lab"
+    revision: str | None = None
+    adapter: str | None = None
+    reference: Literal["base", "adapter"] = "base"
+    quantization: Literal["nf4", "int8", "none"] = "nf4"
+    double_quantization: bool = True
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    device: Annotated[
+        str, matching(r"auto|cpu|cuda(:\d+)?", "must be auto, cpu, cuda or cuda:N")
+    ] = "auto"
+    context: Annotated[int, Field(ge=8)] | None = None
+    threads: PositiveInt | None = None  # CPU threads of torch
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    gradient_checkpointing: Literal["auto"] | bool | NonNegativeInt = True
+    offload_checkpoints: Literal["auto"] | bool = False
+    offload_embedding: Literal["auto"] | bool = False
+    layout: Literal["auto", "shared", "packed", "padded"] = "auto"
+    fused_head: bool = True
+    trust_remote_code: bool = False
+    lora: Lora = Lora()
+
+    @model_validator(mode="after")
+    def _reference_needs_adapter(self) -> PolicySettings:
+        if self.reference == "adapter" and self.adapter is None:
+            raise ValueError("reference: needs policy.adapter, the adapter to start from")
+        return self
+
+    @model_validator(mode="after")
+    def _backend_can(self) -> PolicySettings:
+        if self.backend == "transformers":
+            return self
+        can: dict[str, list[Any]] = {
+            "quantization": ["nf4", "none"],
+            "double_quantization": [True],
+            "attention": ["sdpa"],
+            "gradient_checkpointing": [True, False],
+            "offload_checkpoints": [True, False],
+            "offload_embedding": [False],
+            "layout": ["auto", "packed", "padded"],
+        }
+        # By their texts: 1 equals True, and is a number of layers.
+        rules = [f"{name}: must be {' or '.join(map(shown, values))} with backend {self.backend}"
+                 for name, values in can.items()
+                 if shown(getattr(self, name)) not in map(shown, values)]  # fmt: skip
+        if rules:
+            raise ValueError("\n".join(rules))
+        return self
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class Columns(Settings):
+    """Which column of the data set holds what; solutions may be spread over several columns.
+
+    `a.b` is field `b` of a nested column `a`. Several columns of a problem are written one below
+    the other, a list in one of them as options without letters. `choices` are written under the
+    problem as (A), (B), ...; an answer that is the number of a choice, from 0, becomes its letter.
+    `answer: null` says that there are no answers.
+    `answer_from` takes the last box of that column (boxed) or what follows `####` (hash).
+    `clean: gsm8k` drops `<<48/2=24>>` from demonstrations and boxes their `#### 24` line.
+    """
+
+    problem: str | list[str] = "problem"
+    choices: str | None = None
+    answer: str | None = "answer"
+    answer_from: Literal["plain", "boxed", "hash"] = "plain"
+    expert: Annotated[list[str], BeforeValidator(_as_list)] = []
+    teacher: Annotated[list[str], BeforeValidator(_as_list)] = []
+    id: str | None = None
+    clean: Literal["gsm8k"] | None = None
+
+
+class Prompt(Settings):
+    """How a problem becomes a prompt: plain text, or a user turn of the chat template."""
+
+    style: Literal["plain", "chat"] = "plain"
+    template: str = "{problem}"
+    system: str | None = None
+
+    @model_validator(mode="after")
+    def _template_has_problem(self) -> Prompt:
+        if "{problem}" not in self.template:
+            raise ValueError("template: must contain {problem}")
+        if self.system is not None and self.style == "plain":
+            raise ValueError("system: needs prompt.style: chat")
+        return self
+
+
+class DataSettings(Settings):
+    """Rows to problems: the built-in `lab`, a JSONL/parquet/CSV file, or a hub data set id.
+
+    `file` is one file of a hub data set, for those that don't say which is which split.
+    """
+
+    source: str = "lab"
+    file: str | None = None
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    columns: Columns = Columns()
+    prompt: Prompt = Prompt()
+    max_prompt_tokens: PositiveInt | None = None
+    problems: PositiveInt | None = None
+    shuffle: bool = True
+    seed: int = 0
+
+
+class TrainingData(DataSettings):
+    """The training data and how many problems of it are held out for monitoring."""
+
+    holdout: NonNegativeInt = 64
+
+
+class GroupSettings(Settings):
+    """How many of the K responses of a group come from each source.
+
+    `offline` is a folder that `gft-lite groups` filled: training takes its groups, whose self
+    responses were sampled before it, by the base or `policy.adapter`, and samples none.
+    """
+
+    expert: NonNegativeInt = 1
+    teacher: NonNegativeInt = 3
+    self: NonNegativeInt = 4
+    shortfall: Literal["self", "repeat", "drop"] = "self"
+    offline: str | None = None
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> GroupSettings:
+        if self.size == 0:
+            raise ValueError("self: must be at least 1 when expert and teacher are 0")
+        return self
+
+    @property
+    def size(self) -> int:
+        """K, the number of responses of a group."""
+        return self.expert + self.teacher + self.self
+
+
+class ObjectiveSettings(Settings):
+    """The loss; a method reads the fields that it has a use for.
+
+    `kl` weighs the k3 estimate of KL(policy || reference) in any method's per-token loss (TRL's
+    `beta`, without the correction by rho that TRL may apply); `lam` is asft's own.
+    `mask_truncated` leaves out rows that the length limit cut off, and what they would add to
+    the reduction's denominator.
+    """
+
+    tau: NonNegativeFloat = 0.7
+    std: Literal["sample", "population", "none"] = "sample"
+    eps: PositiveFloat = 1e-6
+    reduction: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+    clip_low: Fraction = 0.2
+    clip_high: NonNegativeFloat = 0.2
+    lam: NonNegativeFloat = 0.1
+    kl: NonNegativeFloat = 0.0
+    mask_truncated: bool = False
+
+
+class RewardFunction(Settings):
+    """One reward function and its weight in the sum."""
+
+    name: Annotated[str, named_in(REWARDS)]
+    weight: float = 1.0
+    parameters: dict[str, Any] = {}
+
+
+def _reward_shorthand(value: Any) -> Any:
+    items = [value] if isinstance(value, (str, dict)) else value
+    if not isinstance(items, list):
+        return items
+    return [{"name": item} if isinstance(item, str) else item for item in items]
+
+
+class RewardSettings(Settings):
+    """The reward rule: a weighted sum of functions, graded in worker processes."""
+
+    functions: Annotated[
+        list[RewardFunction], BeforeValidator(_reward_shorthand), Field(min_length=1)
+    ] = Field(default_factory=lambda: [RewardFunction(name="math")])
+    workers: PositiveInt = 2
+    timeout: PositiveFloat = 3.0
+
+
+class RolloutSettings(Settings):
+    """Who samples the self responses, and how.
+
+    `base` is what vLLM serves: a copy with the trainer's own numbers, the model as published, or
+    that, quantised by vLLM's `plugin` for bitsandbytes. `gpu_memory` is its share of the card;
+    `auto` leaves it to the memory plan. It gives it back while the trainer trains (`sleep`).
+    `batch_size` is how many responses are sampled side by side; `auto` is what the plan finds to
+    fit, 128 where there is no plan.
+    `eager` goes without CUDA graphs, which take memory and time at the start, for faster tokens.
+    `servers` are the addresses of vLLM servers for engine `vllm_server`, which take requests in
+    turn and read adapters under the same path; without any, one is started on this machine.
+    """
+
+    engine: Annotated[str, named_in(ENGINE_NAMES)] = "auto"
+    servers: Annotated[
+        list[Annotated[str, matching(r"https?://\S+", "must be an http(s) address")]],
+        BeforeValidator(_as_list),
+    ] = []
+    temperature: NonNegativeFloat = 1.0
+    top_p: Share = 1.0
+    top_k: NonNegativeInt = 0
+    max_tokens: PositiveInt = 1024
+    stop: Annotated[list[str], BeforeValidator(_as_list)] = []
+    batch_size: Literal["auto"] | PositiveInt = 128
+    resample: NonNegativeInt = 0  # How often flat groups are replaced by other problems'.
+    base: Literal["nf4_dequantised", "original", "plugin"] = "nf4_dequantised"
+    gpu_memory: Literal["auto"] | Annotated[float, Field(gt=0, lt=1)] = "auto"
+    kv_cache_mib: PositiveInt | None = None
+    eager: bool = False
+    sleep: bool = True
+    probe_limit: PositiveFloat = 0.2
+
+    @model_validator(mode="after")
+    def _servers_are_used(self) -> RolloutSettings:
+        if self.servers and self.engine != "vllm_server":
+            raise ValueError("servers: must be empty unless rollout.engine is vllm_server")
+        return self
+
+    @property
+    def rows(self) -> int:
+        """How many responses are sampled side by side."""
+        return 128 if isinstance(self.batch_size, str) else self.batch_size
+
+
+class OptimSettings(Settings):
+    """The optimiser, its schedule, and what it does about gradients that are no numbers."""
+
+    name: Literal["auto", "adamw", "paged_adamw_8bit"] = "auto"
+    lr: PositiveFloat = 1e-4
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    warmup: Fraction = 0.05
+    weight_decay: NonNegativeFloat = 0.0
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    clip_norm: PositiveFloat = 1.0
+    max_bad_steps: PositiveInt = 3
+
+
+class LoopSettings(Settings):
+    """How long and in which portions: one step is one rollout of `problems_per_step` groups.
+
+    `drop_zero_advantage` leaves out rows that add nothing to the gradient, before the forward.
+    `memory` is what the memory plan may fill; `auto` is what the device has free.
+    """
+
+    steps: PositiveInt = 100
+    problems_per_step: PositiveInt = 16
+    updates_per_rollout: PositiveInt = 1
+    micro_batch_tokens: Literal["auto"] | PositiveInt = 8192
+    memory: Annotated[
+        str, matching(r"auto|\d+(\.\d+)? ?[GM]i?B", "must be auto or a size such as 8GiB")
+    ] = "auto"
+    drop_zero_advantage: bool = True
+
+    @model_validator(mode="after")
+    def _updates_fit(self) -> LoopSettings:
+        if self.updates_per_rollout > self.problems_per_step:
+            rule = f"must be at most train.problems_per_step, which is {self.problems_per_step}"
+            raise ValueError(f"updates_per_rollout: {rule}")
+        return self
+
+
+class BudgetSettings(Settings):
+    """What may be spent, in place of `train.steps`, so that methods compare at equal cost.
+
+    `problems` counts visits of a problem, `trajectories` responses, `tokens` the tokens of
+    all responses of the groups; the step in which the amount is reached is the last.
+    """
+
+    problems: PositiveInt | None = None
+    trajectories: PositiveInt | None = None
+    tokens: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _one_at_most(self) -> BudgetSettings:
+        given = [name for name, amount in self if amount is not None]
+        if len(given) > 1:
+            raise ValueError(f"must name one of problems, trajectories and tokens, not {given}")
+        return self
+
+
+class Stage(Settings):
+    """One stage of a staged run: a method, what differs from the recipe, and the reference.
+
+    `start` takes the policy at the start of the stage as the reference of its KL.
+    """
+
+    method: Annotated[str, named_in(METHODS)]
+    reference: Literal["base", "start"] = "base"
+    overrides: dict[str, Any] = {}
+
+
+def stage_shorthand(value: Any) -> Any:
+    """A stage may be written as the mere name of its method."""
+    return {"method": value} if isinstance(value, str) else value
+
+
+class MonitorSettings(Settings):
+    """KL to the reference every n steps (0: never), on fixed held-out prompts."""
+
+    every: NonNegativeInt = 10
+    problems: PositiveInt = 16
+
+
+class EvalSettings(Settings):
+    """Base and trained policy on named sets, the first of which is the headline."""
+
+    sets: dict[str, DataSettings] = {}
+    samples: PositiveInt = 8
+    k: list[PositiveInt] = [1, 8]
+    temperature: NonNegativeFloat = 0.5
+    top_p: Share = 1.0
+    max_tokens: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _enough_samples(self) -> EvalSettings:
+        if self.k and max(self.k) > self.samples:
+            raise ValueError(f"k: must be at most eval.samples, which is {self.samples}")
+        return self
+
+
+class CheckpointSettings(Settings):
+    """A checkpoint every n steps; the newest `keep` stay on the disk."""
+
+    every: PositiveInt = 25
+    keep: PositiveInt = 2
+
+
+class LogSettings(Settings):
+    """What is written beside metrics.jsonl."""
+
+    groups: bool = True
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []

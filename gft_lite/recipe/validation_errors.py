@@ -1,0 +1,219 @@
+"""Recipe errors: one line each, with the place, the field, the rule, the value and a way out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from gft_lite.utils.errors import dotted, nearest, shown
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value was written."""
+
+    file: str
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return self.file if self.line is None else f"{self.file}:{self.line}"
+
+
+At = tuple[str | int, ...]
+Places = dict[At, Place]
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """One error of a recipe, in parts."""
+
+    at: At
+    rule: str
+    got: str
+    advice: str = ""
+
+    def place(self, places: Places) -> Place | None:
+        """Where the value was written, or the section that lacks it."""
+        above = (self.at[:i] for i in range(len(self.at), -1, -1))
+        return next((places[at] for at in above if at in places), None)
+
+    def text(self, places: Places) -> str:
+        place = self.place(places)
+        where = f"{place}: " if place else ""
+        advice = f" {self.advice}" if self.advice else ""
+        return f"{where}{dotted(self.at) or 'recipe'}: {self.rule}, got {self.got}.{advice}"
+
+
+def explain(
+    error: ValidationError, schema: type[BaseModel], places: Places, *, cross_fields: bool = True
+) -> list[str]:
+    """One line for each error of a tree checked against `schema`, in the order of the files."""
+    problems: list[_Problem] = []
+    branches: dict[At, list[_Problem]] = {}
+    for e in error.errors(include_url=False):
+        at, kind, union = _follow(schema, e["loc"])
+        section = _section(kind)
+        if e["type"] == "extra_forbidden":
+            problems.append(_unknown(schema, (*at, e["loc"][-1]), section, e["input"]))
+        elif e["type"] == "value_error" and section:
+            problems += _cross_fields(at, section, e) if cross_fields else []
+        elif union is None:
+            problems.append(_one_field(at, kind, e))
+        else:
+            branches.setdefault(union, []).append(_one_field(at, kind, e))
+    for at, found in branches.items():
+        problems += _one_of_union(at, found)
+
+    def order(problem: _Problem) -> tuple[str, int]:
+        place = problem.place(places)
+        return (place.file, place.line or 0) if place else ("", 0)
+
+    return [problem.text(places) for problem in sorted(problems, key=order)]
+
+
+# pydantic's error types in the words of a recipe; for the others, its own text will do.
+_RULES = {
+    "string_type": "must be text",
+    "list_type": "must be a list",
+    "tuple_type": "must be a list",
+    "dict_type": "must be a section of fields",
+    "model_type": "must be a section of fields",
+    "invalid_key": "must have text as keys",
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_parsing_size": "must be a smaller number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+}
+
+
+def _one_field(at: At, kind: Any, e: Any) -> _Problem:
+    if e["type"] == "missing":
+        return _Problem(at, "is required", "nothing")
+    got = e["input"]
+    rule = _RULES.get(e["type"]) or re.sub(r"^\w+ should", "must", e["msg"])
+    rule = rule.removeprefix("Value error, ").partition(" after validation")[0]
+    known = e["ctx"]["known"] if e["type"] == "unknown_name" else _literals(kind)
+    name = nearest(got, known) if isinstance(got, str | None) else None
+    advice = f"Did you mean {name}?" if name else ""
+    if e["type"] == "string_type" and not name and isinstance(got, int | float | dict):
+        advice = "Put it in quotes."
+    elif e["type"] == "model_type" and got is None:
+        advice = "Write its fields under it, or leave it out."
+    return _Problem(at, rule, shown(got), advice)
+
+
+def _one_of_union(at: At, found: list[_Problem]) -> list[_Problem]:
+    """The errors of a union's branches as one, or those inside of the branch that fits."""
+    deeper = [problem for problem in found if len(problem.at) > len(at)]
+    rules = [found[0].rule, *(problem.rule.removeprefix("must be ") for problem in found[1:])]
+    return deeper or [_Problem(at, " or ".join(rules), found[0].got, found[0].advice)]
+
+
+def _cross_fields(at: At, section: type[BaseModel], e: Any) -> list[_Problem]:
+    """What a section's own check says: each line is a rule, after `field: ` or for all of it."""
+    problems = []
+    for line in str(e["ctx"]["error"]).splitlines():
+        field, _, rule = line.partition(": ")
+        names = tuple(field.split("."))
+        if rule and _follow(section, names)[0] == names:
+            got = shown(_value_below(section, e["input"], names))
+            problems.append(_Problem((*at, *names), rule, got))
+        else:
+            problems.append(_Problem(at, line, shown(e["input"])))
+    return problems
+
+
+def _value_below(schema: Any, value: Any, names: tuple[str, ...]) -> Any:
+    """The value of a field below a section's raw input, as written or by default."""
+    for name in names:
+        section = _section(schema)
+        field = section.model_fields.get(name) if section else None
+        default = field.get_default(call_default_factory=True) if field else None
+        written = value if isinstance(value, Mapping) else dict(value)
+        value, schema = written.get(name, default), _child(schema, name)
+    return value
+
+
+def _unknown(schema: type[BaseModel], at: At, section: Any, got: Any) -> _Problem:
+    """An unknown field and what the user may have meant by it."""
+    name, above = str(at[-1]), at[:-1]
+    here = [*section.model_fields, *(() if above else ("extends",))]
+    everywhere = _all_fields(schema)
+    elsewhere = [field for field in everywhere if field.rpartition(".")[2] == name.lower()]
+    close = nearest(name, here, 0.75) or (nearest(name, here, 0.6) if not elsewhere else None)
+    advice = ""
+    if name in everywhere:
+        parent, _, child = name.rpartition(".")
+        advice = f"Write {child} under {parent}."
+    elif close or elsewhere:
+        meant = [dotted((*above, close))] if close else elsewhere[:3]
+        advice = f"Did you mean {' or '.join(meant)}?"
+    return _Problem(at, "unknown field", shown(got), advice)
+
+
+# --- the schema's types ----------------------------------------------------------------------
+
+
+def _follow(schema: Any, loc: At) -> tuple[At, Any, At | None]:
+    """The user's path in pydantic's `loc`, its type, and the union whose branches `loc` names."""
+    at: At = ()
+    union = None
+    for part in loc:
+        child = _child(schema, part)
+        if child is not None:
+            at, schema = (*at, part), child
+        elif union is None:
+            union = at
+    return at, schema, union
+
+
+def _child(annotation: Any, part: str | int) -> Any:
+    """The type of a field, of an item or of a named section; None if there is no such part."""
+    for kind in members(annotation):
+        if get_origin(kind) in (list, tuple) and isinstance(part, int):
+            return get_args(kind)[0]
+        if get_origin(kind) is dict:
+            return get_args(kind)[1]
+        if (section := _section(kind)) and part in section.model_fields:
+            return section.model_fields[str(part)].annotation
+    return None
+
+
+def members(annotation: Any) -> list[Any]:
+    """The members of a union, or the type itself, without what annotates them."""
+    if get_origin(annotation) is Annotated:
+        return members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [kind for member in get_args(annotation) for kind in members(member)]
+    return [annotation]
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The section that an annotation allows, if it allows one."""
+    kinds = (k for k in members(annotation) if isinstance(k, type) and issubclass(k, BaseModel))
+    return next(kinds, None)
+
+
+def _literals(annotation: Any) -> list[str]:
+    """The names that an annotation allows."""
+    kinds = [kind for kind in members(annotation) if get_origin(kind) is Literal]
+    return [name for kind in kinds for name in get_args(kind)]
+
+
+def _all_fields(schema: type[BaseModel], above: At = ()) -> list[str]:
+    """The dotted path of every field, but for those inside of lists and named sections."""
+    paths = []
+    for name, field in schema.model_fields.items():
+        section = _section(field.annotation)
+        paths.append(dotted((*above, name)))
+        paths += _all_fields(section, (*above, name)) if section else []
+    return paths

@@ -1,0 +1,82 @@
+# ruff: noqa: RUF001 - the full-width characters are what models write
+"""The multiple-choice reward: one chosen letter, or an answer that is a word or a phrase."""
+
+from __future__ import annotations
+
+import re
+
+from gft_lite.rewards.base import Grade, Rule
+from gft_lite.rewards.extract import boxed_answer, stated_answer
+from gft_lite.rewards.latex import text_key, unwrap_text
+
+LETTERS = "A-E"
+#: Bounded: a free run before the letter would make a search over `((((...` quadratic.
+_MARK = r"[*_\s$({\[（]{0,6}"
+MAX_CHARS = 1200
+_LETTER = rf"(?:\\text(?:bf|rm|it)?\s*\{{)?{_MARK}([{LETTERS}])(?![A-Za-z])"
+#: In a box the letter leads: `B`, `(B)`, `B. 12`, `(B) 12`.
+_BOXED = re.compile(rf"{_MARK}([{LETTERS}{LETTERS.lower()}])(?=$|[\s).:,}}\]*$~\\）、&/])")
+_PHRASES = (
+    re.compile(
+        r"(?i:answers?|choices?|options?)\**\s*(?:(?i:is|are|to choose is|would be)\b|[:=：])"
+        rf"(?:\s*(?::|(?i:therefore|thus|simply|clearly|option|choice|either|letter)\b))*\s*{_LETTER}"
+    ),
+    re.compile(rf"(?i:\bI\s+(?:would\s+)?(?:choose|pick|select))\s+(?:(?i:option)\s+)?{_LETTER}"),
+    re.compile(rf"(?:答案|选项|选择|故选|应选|选)\s*(?:应?[是为选]|[:：])*\s*{_LETTER}"),
+    re.compile(
+        rf"\b(?i:options?|choices?|answers?)\s+{_LETTER}[)}}*$.\s]{{0,6}}"
+        r"(?:is|are)\s+(?:the\s+)?(?:correct|right|true|best)"
+    ),
+    re.compile(
+        rf"(?<![A-Za-z])([{LETTERS}])[)}}*$.]{{0,6}}\s+is\s+(?:the\s+)?(?:correct|right|best)\b"
+    ),
+)
+#: A response that begins with its letter: `B. 12`, `(B) 12`, `B`.
+_LEADING = re.compile(
+    rf"\s*(?:[*_$]*[(（]([{LETTERS}])[)）]|[*_$]*([{LETTERS}])[*_$]*(?:[.):：]|\s*$))"
+)
+_ALONE = re.compile(rf"[\s*_$(]*([{LETTERS}])[\s*_$).]*")
+#: A second letter joined to the first by a comma or a word takes the answer back.
+_HEDGE = re.compile(
+    rf"[)}}\]*$）]*(?:\s*(?:,|/|、|&|\bor\b|\band\b|或|和))+\s*"
+    rf"(?:(?i:maybe|perhaps|possibly|option|choice)\s+)*{_LETTER}(?=$|[\s).,:;!?}}\]*$）。、])"
+)
+
+
+def make() -> Rule:
+    """A rule for letters A-E and, where the gold answer is no letter, for normalised text."""
+    return grade
+
+
+def grade(text: str, answer: str | None, answer_type: str | None = None) -> Grade:
+    """1 if the text settles on the gold letter (or text), 0 if on another, several or none."""
+    if answer is None:
+        return Grade(0.0, "error")
+    gold = unwrap_text(answer).strip(" ().$")
+    if not re.fullmatch(f"[{LETTERS}]", gold):
+        stated = stated_answer(text)
+        if stated is None:
+            return Grade(0.0, "no_answer")
+        return Grade(float(text_key(stated[:MAX_CHARS]) == text_key(answer)))
+    chosen = chosen_letter(text)
+    return Grade(float(chosen == gold)) if chosen else Grade(0.0, "no_answer")
+
+
+def chosen_letter(text: str) -> str | None:
+    """The one letter that the last box, else the last phrase, else the start commits to."""
+    boxed = boxed_answer(text)
+    if boxed is not None:
+        content = unwrap_text(boxed[:MAX_CHARS])
+        match = _BOXED.match(content)
+        if match:
+            hedged = _HEDGE.match(content, match.end(1))
+            return None if hedged else match[1].upper()
+    last: re.Match[str] | None = None
+    for pattern in _PHRASES:
+        for match in pattern.finditer(text):
+            if last is None or match.start(1) >= last.start(1):
+                last = match
+    if last is None:
+        alone = _LEADING.match(text) or _ALONE.fullmatch(text.rstrip().rpartition("\n")[2])
+        return next(filter(None, alone.groups())) if alone else None
+    return None if _HEDGE.match(text, last.end(1)) else last[1]

@@ -1,0 +1,23 @@
+"""The exact-string reward: what follows the last marker is the gold answer, or it is not."""
+
+from __future__ import annotations
+
+from gft_lite.rewards.base import Grade, RewardError, Rule
+
+
+def make(marker: str = "####") -> Rule:
+    """A rule comparing the text after the last `marker`, stripped, with the answer by `==`."""
+    if not isinstance(marker, str) or not marker:
+        raise RewardError(
+            f"reward 'exact': marker must be a non-empty string, got {marker!r}. Use e.g. '####'."
+        )
+
+    def grade(text: str, answer: str | None, answer_type: str | None = None) -> Grade:
+        if answer is None:
+            return Grade(0.0, "error")
+        _, found, stated = text.rpartition(marker)
+        if not found:
+            return Grade(0.0, "no_answer")
+        return Grade(float(stated.strip() == answer))
+
+    return grade

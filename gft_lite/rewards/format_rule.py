@@ -1,0 +1,33 @@
+"""The format reward: the response has the required shape, whatever its answer."""
+
+from __future__ import annotations
+
+import re
+
+from gft_lite.rewards.base import Grade, RewardError, Rule
+from gft_lite.rewards.extract import boxes
+
+
+def make(pattern: str | None = None) -> Rule:
+    r"""A rule for a full match of `pattern` with DOTALL; without one, exactly one closed \boxed{}.
+
+    Raises: RewardError if the pattern is not a regular expression.
+    """
+    if pattern is None:
+        return _one_box
+    try:
+        compiled = re.compile(pattern, re.DOTALL)
+    except (re.error, TypeError) as error:
+        raise RewardError(
+            f"reward 'format': pattern must be a regular expression, got {pattern!r} ({error}). "
+            "Fix it, or leave it out."
+        ) from error
+
+    def grade(text: str, answer: str | None = None, answer_type: str | None = None) -> Grade:
+        return Grade(float(compiled.fullmatch(text) is not None))
+
+    return grade
+
+
+def _one_box(text: str, answer: str | None = None, answer_type: str | None = None) -> Grade:
+    return Grade(float(len(boxes(text)) == 1))

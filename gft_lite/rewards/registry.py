@@ -1,0 +1,83 @@
+"""TODO: gft_lite/rewards/registry.py"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from gft_lite.rewards.base import RewardError, RewardFunction, Rule
+from gft_lite.utils.imports import load_dotted
+
+
+@dataclass(frozen=True, slots=True)
+class RewardEntry:
+    """One line of REWARDS: where the rule is made, where it runs, what it needs."""
+
+    make: str
+    in_worker: bool
+    needs_answer: bool
+    doc: str
+
+
+_HERE = "gft_lite.rewards"
+
+REWARDS: dict[str, RewardEntry] = {
+    "math": RewardEntry(
+        f"{_HERE}.math:make", True, True,
+        "1 if the stated final answer equals the gold answer mathematically (choice rows too)",
+    ),
+    "choice": RewardEntry(
+        f"{_HERE}.choice:make", True, True,
+        "1 if the one chosen letter A-E, or the answer's text, is the gold one",
+    ),
+    "exact": RewardEntry(
+        f"{_HERE}.exact:make", False, True,
+        "1 if what follows the last `marker` is the gold answer, character by character",
+    ),
+    "format": RewardEntry(
+        f"{_HERE}.format:make", True, False,
+        r"1 if the response matches `pattern` (default: exactly one closed \boxed{})",
+    ),
+}  # fmt: skip
+
+
+def load_function(path: str) -> Callable[..., Any]:
+    """The user's function at "pkg.mod:name" or "pkg.mod.name".
+
+    Raises: RewardError naming the path and what is missing.
+    """
+    if not re.fullmatch(r"[\w.]+[.:]\w+", path):
+        raise RewardError(_unknown(path))
+    try:
+        function = load_dotted(path)
+    except ValueError as error:
+        raise RewardError(f"reward {path!r}: {error}") from error
+    if not callable(function):
+        raise RewardError(f"reward {path!r}: must be a function, got a {type(function).__name__}.")
+    return function
+
+
+def make_rule(function: RewardFunction) -> Rule:
+    """Build a built-in rule; cheap, so recipes can be checked with it.
+
+    Raises: RewardError for a name outside REWARDS or parameters the rule does not take.
+    """
+    entry = REWARDS.get(function.name)
+    if entry is None:
+        raise RewardError(_unknown(function.name))
+    try:
+        return load_function(entry.make)(**function.parameters)
+    except TypeError as error:
+        raise RewardError(
+            f"reward {function.name!r}: parameters must fit the rule, "
+            f"got {dict(function.parameters)} ({error}). Remove or rename them."
+        ) from error
+
+
+def _unknown(name: str) -> str:
+    close = difflib.get_close_matches(name, REWARDS, n=1)
+    hint = f"Did you mean {close[0]!r}?" if close else "Write it as pkg.module:function."
+    return f"reward: must be one of {', '.join(REWARDS)} or a dotted path, got {name!r}. {hint}"

@@ -1,0 +1,36 @@
+"""Rollouts with the vLLM that Unsloth has started on the trainer's own weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gft_lite.rollout.base import RolloutError
+from gft_lite.rollout.vllm_engine import VllmEngine
+
+if TYPE_CHECKING:
+    from gft_lite.policy.base import Policy
+    from gft_lite.recipe.sections import RolloutSettings
+
+
+class UnslothEngine(VllmEngine):
+    """Serves the very weights of the policy, so that only adapters are loaded; never sleeps,
+    since the trainer needs them meanwhile."""
+
+    name = "unsloth"
+
+    def _start(self, settings: RolloutSettings, policy: Policy, scratch: Path) -> Any:
+        self._sleeps, self._model = False, policy.model
+        self.base = "the trainer's own"
+        engine = getattr(policy.model, "vllm_engine", None)
+        if engine is None:
+            raise RolloutError(
+                "rollout.engine: unsloth must have the vllm that policy.backend unsloth starts, "
+                "once, with the policy. Continue the run with --resume, or set "
+                "rollout.engine=vllm."
+            )
+        return engine
+
+    def close(self) -> None:
+        """Take no more requests; the memory is the policy's."""
+        self._llm = self._lora = self._model.vllm_engine = None

@@ -1,0 +1,293 @@
+"""`gft-lite doctor`: what works on this machine, found by trying it, and what to do about the
+rest."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+from urllib.parse import urlsplit
+
+from packaging.requirements import Requirement
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from gft_lite.policy.base import Policy
+    from gft_lite.policy.batching import Row
+
+
+GIB = 1 << 30
+DISK_WANTED, DISK_NEEDED = 20 * GIB, 1 * GIB  # A 7B base in bf16 is 15 GiB.
+MEMORY_WANTED, MEMORY_NEEDED = 8 * GIB, 2 * GIB
+HUB_SECONDS = 3.0
+# Without them, another way is taken or there is less to choose from.
+OPTIONAL = ("vllm", "unsloth")
+_COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of the doctor: `fail` is what training can't do without."""
+
+    name: str
+    state: Literal["ok", "warn", "fail"]
+    found: str
+    advice: str = ""
+
+
+def examine(tell: Callable[[str], None] = lambda _: None) -> list[Check]:
+    """Every check in order; `tell` hears what is tried next."""
+    found: list[Check] = []
+    for name, check in CHECKS.items():
+        tell(name)
+        try:
+            found += check()
+        # Whatever a broken installation raises is what the user came to hear.
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            advice = "Repair what stands above this line, else reinstall gft-lite in a new venv."
+            found.append(Check(name, "fail", reason, advice))
+    return found
+
+
+def healthy(checks: Sequence[Check]) -> bool:
+    """Whether everything that training needs works."""
+    return all(check.state != "fail" for check in checks)
+
+
+def table(checks: Sequence[Check]) -> Table:
+    """The checks for a terminal."""
+    shown = Table("check", "", "found", "what to do", box=None, padding=(0, 2, 0, 0))
+    for check in checks:
+        state = f"[{_COLOURS[check.state]}]{check.state}[/]"
+        texts = (text.replace("[", r"\[") for text in (check.found, check.advice))
+        shown.add_row(check.name, state, *texts)
+    return shown
+
+
+# --- versions --------------------------------------------------------------------------------
+
+
+def versions() -> Iterator[Check]:
+    """Python and the packages against the versions that gft-lite was tested with."""
+    python = ".".join(map(str, sys.version_info[:3]))
+    about = metadata.metadata("gft-lite")
+    wanted = Requirement(f"python{about['Requires-Python']}")
+    yield _version(wanted, python, f"Make a venv with Python {wanted.specifier}.")
+    asked = [Requirement(text) for text in metadata.requires("gft-lite") or []]
+    for requirement in asked:
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            yield _version(requirement, _installed(requirement.name), _pip(requirement))
+    for requirement in asked:
+        if requirement.name in OPTIONAL and requirement.marker:
+            if version := _installed(requirement.name):
+                yield _version(requirement, version, _pip(requirement))
+            else:
+                advice = f"If you want it: pip install 'gft-lite[{requirement.name}]'."
+                yield Check(requirement.name, "warn", "not installed", advice)
+
+
+def _version(wanted: Requirement, found: str | None, advice: str) -> Check:
+    if found is None:
+        return Check(wanted.name, "fail", "not installed", advice)
+    if wanted.specifier.contains(found, prereleases=True):
+        return Check(wanted.name, "ok", found)
+    return Check(wanted.name, "fail", f"{found}, tested with {wanted.specifier}", advice)
+
+
+def _installed(name: str) -> str | None:
+    for distribution in (name, f"{name}-cpu"):  # vLLM without CUDA has a name of its own.
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _pip(requirement: Requirement) -> str:
+    return f"pip install '{requirement.name}{requirement.specifier}'"
+
+
+# --- the machine -----------------------------------------------------------------------------
+
+
+def gpu() -> Iterator[Check]:
+    """The graphics card and its free memory."""
+    import torch
+
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        name = f"{torch.cuda.get_device_name()}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
+        found = f"{name}, CUDA {torch.version.cuda}"
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            yield Check("gpu", "ok", found)
+        else:
+            advice = "Set policy.dtype=float16: this card has no bfloat16."
+            yield Check("gpu", "warn", found, advice)
+    elif shutil.which("nvidia-smi"):
+        found = f"none that torch {torch.__version__} can use"
+        advice = "See whether nvidia-smi runs; update the driver, or install torch with CUDA."
+        yield Check("gpu", "fail", found, advice)
+    else:
+        advice = "A CPU trains the lab and other tiny models only."
+        yield Check("gpu", "warn", "none", advice)
+
+
+def memory() -> Iterator[Check]:
+    """RAM that a run may take."""
+    from gft_lite.utils.memory import free_ram
+
+    advice = "Close what else runs, or see `gft-lite plan RECIPE`."
+    yield _enough("memory", free_ram(), MEMORY_NEEDED, MEMORY_WANTED, "free", advice)
+
+
+def disk() -> Iterator[Check]:
+    """Room for runs, and for models and data of the hub."""
+    from huggingface_hub import constants
+
+    for name, place, advice in (
+        ("disk: runs", Path.cwd(), "Make room, or train elsewhere with --out DIR."),
+        ("disk: hub", Path(constants.HF_HUB_CACHE), "Make room, or set HF_HOME to another disk."),
+    ):
+        there = next(folder for folder in (place, *place.parents) if folder.exists())
+        free = shutil.disk_usage(there).free
+        yield _enough(name, free, DISK_NEEDED, DISK_WANTED, f"free at {place}", advice)
+        if not os.access(there, os.W_OK):
+            yield Check(name, "fail", f"{there} can't be written to", advice)
+
+
+def _enough(name: str, amount: int, needed: int, wanted: int, what: str, advice: str) -> Check:
+    found = f"{amount / GIB:.1f} GiB {what}"
+    if amount < needed:
+        return Check(name, "fail", found, advice)
+    return Check(name, "ok", found) if amount >= wanted else Check(name, "warn", found, advice)
+
+
+def hub() -> Iterator[Check]:
+    """Whether models and data can be fetched; local folders need no hub."""
+    import httpx
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.utils import get_session
+
+    host = urlsplit(constants.ENDPOINT).hostname  # The rest of the address may hold a password.
+    if constants.HF_HUB_OFFLINE:
+        yield Check("hub", "warn", "HF_HUB_OFFLINE is set", "Unset it to fetch models and data.")
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+        advice = "Fine for what is on the disk; else see your network, proxy or HF_ENDPOINT."
+        yield Check("hub", "warn", f"no answer from {host} ({type(error).__name__})", advice)
+        return
+    token = "a token is set" if get_token() else "no token, which gated models such as Llama need"
+    yield Check("hub", "ok", f"{host} answers; {token}")
+
+
+# --- training --------------------------------------------------------------------------------
+
+
+def training() -> Iterator[Check]:
+    """One real optimiser step on the lab's base in NF4, and one real hot-load of its adapter."""
+    from gft_lite.policy.registry import load_policy
+    from gft_lite.recipe.sections import PolicySettings
+    from gft_lite.rollout.base import RolloutError
+
+    policy = load_policy(PolicySettings(gradient_checkpointing=False))
+    row = _lab_row(policy)
+    started = time.perf_counter()
+    before, after, base_moved = _step(policy, row)
+    seconds = time.perf_counter() - started
+    found = f"log p of an answer {before:.2f} to {after:.2f} nats in {seconds:.1f} s"
+    if after > before and not base_moved:
+        yield Check("4-bit step", "ok", found)
+    else:
+        advice = "Reinstall bitsandbytes; a step must raise log p and leave the base alone."
+        yield Check("4-bit step", "fail", found + ", base moved" * base_moved, advice)
+    engine = "vllm" if importlib.util.find_spec("vllm") else "transformers"
+    try:
+        started = time.perf_counter()
+        gap, noise = _hot_load(policy, row, engine)
+    except (RolloutError, ImportError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        advice = "Set rollout.engine=transformers meanwhile, or reinstall vllm."
+        yield Check(f"hot-load: {engine}", "fail", reason, advice)
+    else:
+        seconds = time.perf_counter() - started
+        found = (
+            f"new adapter served: log-prob gap {gap:.1g} nats, base {noise:.1g}, {seconds:.0f} s"
+        )
+        yield Check(f"hot-load: {engine}", "ok", found)
+
+
+def _lab_row(policy: Policy) -> Row:
+    """A problem of the lab with its expert's answer."""
+    from gft_lite import lab
+    from gft_lite.data.prompts import PromptFormat
+    from gft_lite.policy.batching import Row
+    from gft_lite.recipe.sections import Prompt
+
+    [row] = lab.rows("train", limit=1)
+    format = PromptFormat(policy.tokenizer, Prompt())
+    return Row(format.prompt_ids(row["problem"]), format.response_ids(row["expert"][0])[0])
+
+
+def _step(policy: Policy, row: Row) -> tuple[float, float, bool]:
+    """log p of the row before and after one step towards it, and whether the base has moved."""
+    import torch
+
+    from gft_lite.recipe.sections import OptimSettings
+    from gft_lite.training.optim import make_optimizer
+
+    [batch] = policy.batches([row], 1)
+
+    @torch.no_grad()
+    def log_p() -> torch.Tensor:
+        return policy.token_scores(batch).logprobs.sum()
+
+    before = log_p().item()
+    with policy.base():
+        base = log_p()
+    optimizer = make_optimizer(policy, OptimSettings())
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3
+    policy.backward(batch, lambda scores, _: -scores.logprobs.sum())
+    optimizer.step()
+    with policy.base():
+        base_moved = not torch.equal(base, log_p())
+    return before, log_p().item(), base_moved
+
+
+def _hot_load(policy: Policy, row: Row, engine: str) -> tuple[float, float]:
+    """The log-prob gaps between trainer and engine with the new adapter, and with the base."""
+    from gft_lite.recipe.sections import RolloutSettings
+    from gft_lite.rollout.registry import start_engine
+    from gft_lite.rollout.sync_check import Probe, sync
+
+    settings = RolloutSettings(engine=engine, kv_cache_mib=64, batch_size=4, eager=True)
+    with tempfile.TemporaryDirectory(prefix="gft-lite-doctor-") as scratch:
+        serving = start_engine(settings, policy, Path(scratch))
+        try:
+            probe = Probe(policy, row, settings.probe_limit)
+            noise = probe.calibrate(serving)
+            sync(serving, policy, Path(scratch) / "adapters", 1)
+            return probe.check(serving), noise
+        finally:
+            serving.close()
+
+
+CHECKS: dict[str, Callable[[], Iterator[Check]]] = {
+    "versions": versions,
+    "gpu": gpu,
+    "memory": memory,
+    "disk": disk,
+    "hub": hub,
+    "training": training,
+}

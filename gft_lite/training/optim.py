@@ -1,0 +1,48 @@
+"""TODO: gft_lite/training/optim.py"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from gft_lite.policy.base import Policy
+from gft_lite.recipe.sections import OptimSettings
+from gft_lite.utils.errors import RecipeError
+
+
+def make_optimizer(policy: Policy, settings: OptimSettings) -> torch.optim.Optimizer:
+    """AdamW over the adapter; paged 8-bit (arXiv 2305.14314) by default where there is CUDA.
+
+    Raises: RecipeError for a paged optimiser without CUDA.
+    """
+    on_gpu = policy.device.type == "cuda"
+    paged = settings.name == "paged_adamw_8bit" or (settings.name == "auto" and on_gpu)
+    if paged and not on_gpu:
+        raise RecipeError(
+            ["optim.name: must be auto or adamw without CUDA, got 'paged_adamw_8bit'."]
+        )
+    arguments: dict[str, Any] = {
+        "lr": 0.0,
+        "betas": settings.betas,
+        "weight_decay": settings.weight_decay,
+    }
+    parameters = list(policy.parameters().values())
+    if paged:
+        from bitsandbytes.optim import PagedAdamW8bit
+
+        return PagedAdamW8bit(parameters, **arguments)
+    return torch.optim.AdamW(parameters, **arguments)
+
+
+def learning_rate(share: float, settings: OptimSettings) -> float:
+    """The rate when `share` of the budget, 0 to 1, is spent: a linear warm-up to `lr`, then
+    constant, or cosine or linear down to 0."""
+    if share < settings.warmup:
+        return settings.lr * share / settings.warmup
+    if settings.schedule == "constant":
+        return settings.lr
+    done = min((share - settings.warmup) / (1 - settings.warmup), 1.0)
+    left = 1 - done if settings.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return settings.lr * left

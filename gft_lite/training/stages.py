@@ -1,0 +1,88 @@
+"""Staged training: ordinary runs, each of which continues from the adapter of the one before."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from gft_lite.recipe.schema import Recipe
+from gft_lite.runs.base_cache import BASE_EVALUATION, base_inputs, inherit
+from gft_lite.runs.folder import RunFolder, stage_folder
+from gft_lite.utils.distributed import Ranks
+
+Train = Callable[..., RunFolder]
+
+
+def train_stages(
+    recipe: Recipe, run: RunFolder, ranks: Ranks, train: Train, console: Console
+) -> RunFolder:
+    """Run the stages that are not finished yet, with a fresh optimiser each.
+
+    Every stage is a run of its own under `stages/`; the whole has the last one's adapter, the
+    metrics of all, and a summary from the first base to the last policy.
+    """
+    run.create(recipe.to_yaml())
+    stages: list[RunFolder] = []
+    for number, stage in enumerate(recipe.stages):
+        settings = recipe.stage(number)
+        before = stages[-1] if stages else None
+        if before:
+            settings = _from_adapter(settings, before.adapter.resolve(), stage.reference)
+        here = stage_folder(recipe, run, number)
+        if not ranks.of_main((here.path / "summary.json").exists):
+            console.print(f"stage {number + 1} of {len(recipe.stages)}: {stage.method}")
+            if ranks.main and before and not here.path.exists() and _same_base(recipe, number):
+                inherit(here, settings, before, [BASE_EVALUATION])
+            begun = ranks.of_main((here.path / "recipe.yaml").exists)
+            train(settings, here.path, resume=begun, console=console)
+        stages.append(here)
+    if ranks.main:
+        _conclude(recipe, run, stages)
+    ranks.wait()
+    return run
+
+
+def _from_adapter(recipe: Recipe, adapter: Path, reference: str) -> Recipe:
+    tree = recipe.model_dump()
+    tree["policy"] |= {
+        "adapter": str(adapter),
+        "reference": "adapter" if reference == "start" else "base",
+    }
+    return Recipe.from_tree(tree)
+
+
+def _same_base(recipe: Recipe, number: int) -> bool:
+    """Whether a stage would ask the base what the stage before it has asked."""
+    return base_inputs(recipe.stage(number)) == base_inputs(recipe.stage(number - 1))
+
+
+def _conclude(recipe: Recipe, run: RunFolder, stages: list[RunFolder]) -> None:
+    summaries = [stage.summary() for stage in stages]
+    shutil.copytree(stages[-1].adapter, run.adapter, dirs_exist_ok=True)
+    lines = [
+        json.dumps({"stage": number, **metrics}) + "\n"
+        for number, stage in enumerate(stages, start=1)
+        for metrics in stage.metrics()
+    ]
+    (run.path / "metrics.jsonl").write_text("".join(lines))
+    added = ("trajectories", "rollout_tokens", "trained_tokens", "steps", "updates",
+             "skipped_steps")  # fmt: skip
+    phases = summaries[0]["seconds"]
+    run.write_json(
+        "summary.json",
+        {
+            "name": recipe.name,
+            "method": " > ".join(summary["method"] for summary in summaries),
+            "seed": recipe.seed,
+            "base": summaries[0]["base"],
+            "trained": summaries[-1]["trained"],
+            "stages": [{"method": s["method"], **s["trained"]} for s in summaries],
+            "seconds": {p: sum(s["seconds"][p] for s in summaries) for p in phases},
+            "problems": summaries[-1]["problems"],
+            **{name: sum(s[name] for s in summaries) for name in added},
+        },
+    )

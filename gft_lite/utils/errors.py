@@ -1,0 +1,49 @@
+"""The error types that reach the user, and helpers for their texts."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
+MAX_SHOWN = 20  # Errors printed; as many as fit a screen.
+
+
+class UserError(Exception):
+    """The user's input is wrong (exit code 2); `problems` holds one text for each error."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        more = len(self.problems) - MAX_SHOWN
+        shown = self.problems[:MAX_SHOWN] + ([f"... and {more} more errors."] if more > 0 else [])
+        super().__init__("\n".join(shown))
+
+
+class RecipeError(UserError):
+    """A value of the recipe is wrong."""
+
+
+def nearest(name: object, known: Iterable[str], cutoff: float = 0.5) -> str | None:
+    """The known name most like `name`, if any is."""
+    by_lower = {k.lower(): k for k in known}
+    close = difflib.get_close_matches(str(name).lower(), by_lower, n=1, cutoff=cutoff)
+    return by_lower[close[0]] if close else None
+
+
+def dotted(at: Sequence[str | int]) -> str:
+    """A path as the command line writes it."""
+    return ".".join(map(str, at))
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it, on one short line."""
+    if isinstance(value, BaseModel | Mapping):
+        return "a section"
+    plain = {None: "null", True: "true", False: "false"}
+    try:
+        text = plain[value] if value is None or isinstance(value, bool) else repr(value)
+    except ValueError:  # Python writes no integers of more than 4300 digits.
+        text = "a very long number"
+    return text if len(text) <= 60 else text[:57] + "..."

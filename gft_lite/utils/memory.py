@@ -1,0 +1,45 @@
+"""Memory of this process and of the device, in bytes."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+GIB = 1 << 30
+LOGIT_CHUNK_BYTES = 64 << 20  # The head's logits of a few tokens at a time, in fp32.
+
+
+def free_ram() -> int:
+    """Bytes of RAM that this process may still take."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+    free = int(found[1]) * 1024 if found else os.sysconf("SC_PHYS_PAGES") * 4096
+    # A container may have less than its machine.
+    limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+        free = min(free, int(text) - int(used.read_text()))
+    return free
+
+
+def process_memory(kind: Literal["VmRSS", "VmHWM"]) -> int:
+    """Bytes of this process in RAM, now or at most so far; 0 where there is no /proc."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith(kind)]
+    return found[0] if found else 0
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory in bytes that torch held on the GPU since it was last asked, or that the
+    process held ever where there is no GPU."""
+    if device.type != "cuda":
+        return process_memory("VmHWM")
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
