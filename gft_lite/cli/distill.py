@@ -55,9 +55,9 @@ def run(options: argparse.Namespace) -> int:
 
     from gft_lite.distillation.console import table
     from gft_lite.distillation.pipeline import beside, distill
-    from gft_lite.distillation.teachers import Asking
+    from gft_lite.distillation.teachers import TeacherSettings
 
-    summary = distill(recipe, options.teacher, options.out, Asking.from_tree(asked))
+    summary = distill(recipe, options.teacher, options.out, TeacherSettings.from_tree(asked))
     Console().print(table(summary))
     for reason, count in summary["failures"].items():
         print(f"failed: {count:,} times: {redact(reason)}")

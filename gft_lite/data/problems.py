@@ -14,12 +14,12 @@ from typing import Any
 
 from gft_lite.data.prompts import PromptFormat
 from gft_lite.data.sources import Rows, Unusable, open_source
-from gft_lite.recipe.sections import Columns, DataSettings
+from gft_lite.recipe.sections import ColumnsSettings, DataSettings
 from gft_lite.rewards.extract import boxed_answer
 from gft_lite.types import Problem
 from gft_lite.utils.errors import RecipeError, nearest
 
-LAB_COLUMNS = Columns(expert=["expert"], teacher=["teacher"], id="id")
+LAB_COLUMNS = ColumnsSettings(expert=["expert"], teacher=["teacher"], id="id")
 MAX_EXAMPLES = 3
 MAX_COLUMNS = 40  # that an error lists
 # Rows of a table all have the same columns, yet a nested column may be null in the first few.
@@ -47,10 +47,10 @@ class Loaded:
         return f"{line}, skipped {_counts(self.skipped)}" if self.skipped else line
 
 
-def columns_of(settings: DataSettings) -> Columns:
+def columns_of(settings: DataSettings) -> ColumnsSettings:
     """Which columns mean what; the lab's need not be named."""
     lab = settings.source == "lab"
-    return LAB_COLUMNS if lab and settings.columns == Columns() else settings.columns
+    return LAB_COLUMNS if lab and settings.columns == ColumnsSettings() else settings.columns
 
 
 def load_problems(
@@ -142,7 +142,7 @@ def _permutation(n: int, seed: int, epoch: int) -> tuple[int, ...]:
 # --- rows ------------------------------------------------------------------------------------
 
 
-def _check_columns(parts: Sequence[Rows], columns: Columns, field: str) -> None:
+def _check_columns(parts: Sequence[Rows], columns: ColumnsSettings, field: str) -> None:
     """A column that no row has is a slip in the recipe, not a bad row."""
     unseen = {
         name: f"{field}.columns.{use}"
@@ -201,7 +201,7 @@ def _cell(row: Mapping[str, Any], name: str) -> Any:
 def _problem(
     row: Any,
     number: int,
-    columns: Columns,
+    columns: ColumnsSettings,
     format: PromptFormat,
     limit: int | None,
     taken: set[str],
@@ -229,13 +229,13 @@ def _problem(
     return Problem(name, text, answer, ids, experts, teachers, dict(row))
 
 
-def _id(row: Mapping[str, Any], columns: Columns) -> str:
+def _id(row: Mapping[str, Any], columns: ColumnsSettings) -> str:
     """The row's own name, empty if it has none."""
     given = None if columns.id is None else _cell(row, columns.id)
     return "" if given in (None, _MISSING) else _written(given, str(columns.id))
 
 
-def _options(row: Mapping[str, Any], columns: Columns) -> list[str]:
+def _options(row: Mapping[str, Any], columns: ColumnsSettings) -> list[str]:
     """The choices that a problem leaves, none if it leaves none."""
     if columns.choices is None:
         return []
@@ -245,7 +245,7 @@ def _options(row: Mapping[str, Any], columns: Columns) -> list[str]:
     return [_written(option, columns.choices) for option in offered or []]
 
 
-def _question(row: Mapping[str, Any], columns: Columns, options: Sequence[str]) -> str:
+def _question(row: Mapping[str, Any], columns: ColumnsSettings, options: Sequence[str]) -> str:
     """The problem's columns one below the other, and the choices it leaves."""
     parts = [(name, _need(row, name)) for name in _as_names(columns.problem)]
     if isinstance(columns.problem, list):
@@ -282,7 +282,7 @@ def _written(value: Any, name: str) -> str:
     return _text(str(value) if number else value, name)
 
 
-def _answer(row: Mapping[str, Any], columns: Columns, options: Sequence[str]) -> str | None:
+def _answer(row: Mapping[str, Any], columns: ColumnsSettings, options: Sequence[str]) -> str | None:
     """The gold answer as text, None where the data have none.
 
     Raises: Unusable if there isn't exactly one.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from gft_lite.recipe.sections import Prompt
+from gft_lite.recipe.sections import PromptSettings
 from gft_lite.types import FinishReason
 from gft_lite.utils.errors import RecipeError
 
@@ -25,7 +25,7 @@ class PromptFormat:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, field: str = "data.prompt"
+        self, tokenizer: PreTrainedTokenizerBase, prompt: PromptSettings, field: str = "data.prompt"
     ) -> None:
         self.tokenizer = tokenizer
         self.prompt = prompt

@@ -7,7 +7,7 @@ import threading
 from dataclasses import asdict
 from pathlib import Path
 
-from gft_lite.distillation.teachers import Answer, Question
+from gft_lite.distillation.teachers import TeacherRequest, TeacherResponse
 from gft_lite.utils.files import whole_lines
 
 
@@ -17,17 +17,17 @@ class AnswerStore:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
-        self._known: dict[str, Answer] = {}
+        self._known: dict[str, TeacherResponse] = {}
         for line in whole_lines(path):
             entry = json.loads(line)
             key = entry.pop("key")
-            self._known[key] = Answer(**entry)
+            self._known[key] = TeacherResponse(**entry)
 
-    def get(self, question: Question) -> Answer | None:
+    def get(self, question: TeacherRequest) -> TeacherResponse | None:
         """The answer that was kept, if there is one."""
         return self._known.get(question.key)
 
-    def keep(self, question: Question, answer: Answer) -> None:
+    def keep(self, question: TeacherRequest, answer: TeacherResponse) -> None:
         """Append an answer; it survives whatever ends the process afterwards."""
         line = json.dumps({"key": question.key, **asdict(answer)}) + "\n"
         with self._lock, self.path.open("a") as file:

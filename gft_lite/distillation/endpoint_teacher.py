@@ -12,13 +12,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from gft_lite.distillation.teachers import (
-    Answer,
-    Asking,
     Events,
     Keep,
-    Question,
     Say,
     TeacherError,
+    TeacherRequest,
+    TeacherResponse,
+    TeacherSettings,
     prompt_text,
 )
 from gft_lite.recipe.schema import Recipe
@@ -43,7 +43,7 @@ class EndpointTeacher:
     """A model behind the chat route of an OpenAI-compatible server; its key is in the
     environment."""
 
-    def __init__(self, url: str, recipe: Recipe, asking: Asking, say: Say) -> None:
+    def __init__(self, url: str, recipe: Recipe, asking: TeacherSettings, say: Say) -> None:
         """Find the model. Raises: RecipeError for an address, key or model that won't do."""
         self._asking, self._say = asking, say
         self._prompt = prompt_text(recipe, asking, "chat")
@@ -65,7 +65,7 @@ class EndpointTeacher:
         text = self._prompt.template.replace("{problem}", problem.text)
         return [*first, {"role": "user", "content": text}]
 
-    def answers(self, questions: Sequence[Question], keep: Keep, proven: bool) -> Events:
+    def answers(self, questions: Sequence[TeacherRequest], keep: Keep, proven: bool) -> Events:
         """Ask with `concurrency` requests in flight.
 
         Raises: RecipeError if the first are refused, TeacherError if too many fail in a row.
@@ -74,7 +74,7 @@ class EndpointTeacher:
         most = self._asking.concurrency
         todo = iter(questions)
         answered, failures = False, 0
-        running: dict[Future[Answer | EndpointError], Question] = {}
+        running: dict[Future[TeacherResponse | EndpointError], TeacherRequest] = {}
         # When we are interrupted, its end waits for what is in flight, and that is kept.
         with ThreadPoolExecutor(most) as pool:
             while True:
@@ -86,19 +86,22 @@ class EndpointTeacher:
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 events = [(running.pop(future), future.result()) for future in done]
                 for _, said in events:
-                    if isinstance(said, Answer):
+                    if isinstance(said, TeacherResponse):
                         answered, failures = True, 0
                     elif said.status in (401, 403, 404) and not answered:
                         raise _unusable(said)
                     # What is wrong with one question need not be with all.
                     elif said.passing or not (answered or proven):
                         failures += 1
-                yield [(q, said if isinstance(said, Answer) else str(said)) for q, said in events]
+                yield [
+                    (q, said if isinstance(said, TeacherResponse) else str(said))
+                    for q, said in events
+                ]
                 if failures >= max(MOST_FAILURES, most):
                     reason = f"failed {failures} times in a row: {events[-1][1]}"
                     raise TeacherError(f"teacher: must answer, but {reason}")
 
-    def _answer(self, question: Question, keep: Keep) -> Answer | EndpointError:
+    def _answer(self, question: TeacherRequest, keep: Keep) -> TeacherResponse | EndpointError:
         try:
             answer = _read(self._ask(question))
         except EndpointError as error:
@@ -106,7 +109,7 @@ class EndpointTeacher:
         keep(question, answer)
         return answer
 
-    def _ask(self, question: Question) -> Any:
+    def _ask(self, question: TeacherRequest) -> Any:
         """The endpoint's answer; a parameter that it refuses by name is not sent again."""
         while True:
             refused = set(self._refused)
@@ -122,7 +125,7 @@ class EndpointTeacher:
                     self._refused |= names
                     self._say(f"the endpoint takes no {' and no '.join(sorted(names))}: {said}")
 
-    def _body(self, question: Question, refused: set[str]) -> dict[str, Any]:
+    def _body(self, question: TeacherRequest, refused: set[str]) -> dict[str, Any]:
         asking = self._asking
         body = {
             "model": self.name,
@@ -179,7 +182,7 @@ def _unusable(error: EndpointError) -> RecipeError:
     return RecipeError([f"teacher: must answer, but {error}{advice}"])
 
 
-def _read(answer: Any) -> Answer:
+def _read(answer: Any) -> TeacherResponse:
     """An answer of the chat route. Raises: EndpointError for what is none."""
     try:
         [choice, *_] = answer["choices"]
@@ -191,7 +194,7 @@ def _read(answer: Any) -> Answer:
         raise EndpointError(f"answered no chat completion: {answer!r:.200}", 200) from error
     # A half of a surrogate pair can be neither tokenised nor written.
     text = str(text).encode(errors="replace").decode()
-    return Answer(text, "length" if unfinished else "stop", *tokens)
+    return TeacherResponse(text, "length" if unfinished else "stop", *tokens)
 
 
 class Pace:

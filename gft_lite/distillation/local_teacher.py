@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from gft_lite.data.prompts import PromptFormat
-from gft_lite.distillation.teachers import Answer, Asking, Events, Keep, Question, prompt_text
+from gft_lite.distillation.teachers import (
+    Events,
+    Keep,
+    TeacherRequest,
+    TeacherResponse,
+    TeacherSettings,
+    prompt_text,
+)
 from gft_lite.evaluation.targets import base_identity, find_targets, identity
 from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.schema import Recipe
@@ -27,7 +34,7 @@ from gft_lite.utils.errors import RecipeError
 class LocalTeacher:
     """A model that the recipe's rollout engine serves."""
 
-    def __init__(self, teacher: str, recipe: Recipe, asking: Asking) -> None:
+    def __init__(self, teacher: str, recipe: Recipe, asking: TeacherSettings) -> None:
         """Find the model. Raises: RecipeError for a target that isn't there."""
         # What the policy's model needs to load is not asked of another one.
         how = {"quantization", "double_quantization", "dtype", "device", "threads", "attention"}
@@ -67,7 +74,7 @@ class LocalTeacher:
         """The token ids of the prompt, by the model's own chat template if it has one."""
         return self._format.prompt_ids(problem.text)
 
-    def answers(self, questions: Sequence[Question], keep: Keep, proven: bool) -> Events:
+    def answers(self, questions: Sequence[TeacherRequest], keep: Keep, proven: bool) -> Events:
         """Ask in batches large enough to keep the engine busy."""
         asking, rollout = self._asking, self._recipe.rollout
         most = asking.max_tokens or rollout.max_tokens
@@ -79,10 +86,12 @@ class LocalTeacher:
         todo = iter(fitting)
         while batch := list(islice(todo, 4 * rollout.rows)):
             requests = [Request(tuple(q.prompt), (q.seed,)) for q in batch]
-            events: list[tuple[Question, Answer | str]] = []
+            events: list[tuple[TeacherRequest, TeacherResponse | str]] = []
             for question, [c] in zip(batch, self._engine.generate(requests, sampling), strict=True):
                 text = self._format.text(c.token_ids)
-                answer = Answer(text, c.finish_reason, len(question.prompt), len(c.token_ids))
+                answer = TeacherResponse(
+                    text, c.finish_reason, len(question.prompt), len(c.token_ids)
+                )
                 keep(question, answer)
                 events.append((question, answer))
             yield events

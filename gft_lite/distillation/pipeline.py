@@ -20,7 +20,13 @@ from gft_lite.distillation.console import DistillConsole
 from gft_lite.distillation.endpoint_teacher import EndpointTeacher
 from gft_lite.distillation.local_teacher import LocalTeacher
 from gft_lite.distillation.progress import Distillation, Graded
-from gft_lite.distillation.teachers import Answer, Asking, Question, Say, Teacher
+from gft_lite.distillation.teachers import (
+    Say,
+    Teacher,
+    TeacherRequest,
+    TeacherResponse,
+    TeacherSettings,
+)
 from gft_lite.evaluation.metrics import correct
 from gft_lite.evaluation.sets import open_scorer
 from gft_lite.policy.registry import model_location
@@ -41,7 +47,7 @@ def distill(
     recipe: Recipe,
     teacher: str,
     out: str | Path | None = None,
-    asking: Asking | None = None,
+    asking: TeacherSettings | None = None,
     *,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -52,7 +58,7 @@ def distill(
     `out` are not asked for again. Raises: RecipeError for what the user can put right.
     """
     console = console or Console(stderr=True)
-    asking = asking or Asking()
+    asking = asking or TeacherSettings()
 
     def say(text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)
@@ -119,8 +125,8 @@ def _output(recipe: Recipe, teacher: str, out: str | Path | None) -> Path:
 
 
 def _questions(
-    recipe: Recipe, teacher: Teacher, who: str, asking: Asking, problems: Sequence[Problem]
-) -> list[Question]:
+    recipe: Recipe, teacher: Teacher, who: str, asking: TeacherSettings, problems: Sequence[Problem]
+) -> list[TeacherRequest]:
     """All there is to ask, problem by problem, under keys that say who is asked what and how."""
     most = asking.max_tokens or recipe.rollout.max_tokens
     how = [asking.temperature, asking.top_p, most]
@@ -131,7 +137,7 @@ def _questions(
             seed = sample_seed(recipe.seed, "teacher", problem.id, number)
             text = json.dumps([who, prompt, how, seed])
             key = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-            questions.append(Question(problem, prompt, seed, key))
+            questions.append(TeacherRequest(problem, prompt, seed, key))
     return questions
 
 
@@ -151,7 +157,7 @@ def _ask_all(
             work.add(_grade(scorer, format, kept[start : start + CHUNK]))
             screen.show()
         for events in arriving:
-            answered = [(q, answer) for q, answer in events if isinstance(answer, Answer)]
+            answered = [(q, answer) for q, answer in events if isinstance(answer, TeacherResponse)]
             work.asked += len(events)
             work.asked_tokens += sum(answer.completion_tokens for _, answer in answered)
             work.failures.update(reason for _, reason in events if isinstance(reason, str))
@@ -160,7 +166,7 @@ def _ask_all(
 
 
 def _grade(
-    scorer: Scorer, format: PromptFormat, answers: Sequence[tuple[Question, Answer]]
+    scorer: Scorer, format: PromptFormat, answers: Sequence[tuple[TeacherRequest, TeacherResponse]]
 ) -> dict[str, Graded]:
     """The answers under their keys, graded as demonstrations are in training."""
     groups = [
@@ -236,7 +242,7 @@ def fragment(recipe: Recipe, path: Path, column: str) -> str:
     return f"# The rows are in the order of training: shuffled already.\n{text}"
 
 
-def find_teacher(teacher: str, recipe: Recipe, asking: Asking, say: Say) -> Teacher:
+def find_teacher(teacher: str, recipe: Recipe, asking: TeacherSettings, say: Say) -> Teacher:
     """The endpoint at an address, or the model on this machine.
 
     Raises: RecipeError for one that isn't there or doesn't let us in.

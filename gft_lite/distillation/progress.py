@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gft_lite.distillation.teachers import Answer, Asking, Question
+from gft_lite.distillation.teachers import TeacherRequest, TeacherResponse, TeacherSettings
 
 
 @dataclass(frozen=True, slots=True)
 class Graded:
     """An answer and what the reward rule says of it."""
 
-    answer: Answer
+    answer: TeacherResponse
     reward: float
     verdict: str
     right: bool
@@ -25,8 +25,8 @@ class Graded:
 class Distillation:
     """The answers so far, and what went wrong in this call."""
 
-    asking: Asking
-    questions: Sequence[Question]
+    asking: TeacherSettings
+    questions: Sequence[TeacherRequest]
     graded: dict[str, Graded] = field(default_factory=dict)
     failures: Counter[str] = field(default_factory=Counter)
     asked: int = 0

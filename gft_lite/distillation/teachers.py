@@ -19,13 +19,13 @@ from pydantic import (
 
 from gft_lite.recipe.base import Settings, Share
 from gft_lite.recipe.schema import Recipe
-from gft_lite.recipe.sections import Prompt
+from gft_lite.recipe.sections import PromptSettings
 from gft_lite.recipe.validation_errors import explain
 from gft_lite.types import FinishReason, Problem
 from gft_lite.utils.errors import RecipeError
 
 
-class Asking(Settings):
+class TeacherSettings(Settings):
     """How a teacher is asked: `samples` answers to each problem, of the first `limit` problems.
 
     `max_tokens` and `system` are the recipe's where they are not given; prices are dollars per
@@ -46,13 +46,13 @@ class Asking(Settings):
     column: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")] = "teacher"
 
     @model_validator(mode="after")
-    def _samples_differ(self) -> Asking:
+    def _samples_differ(self) -> TeacherSettings:
         if self.samples > 1 and self.temperature == 0:
             raise ValueError("samples: must be 1 at temperature 0, where all are the same")
         return self
 
     @classmethod
-    def from_tree(cls, tree: Mapping[str, Any]) -> Asking:
+    def from_tree(cls, tree: Mapping[str, Any]) -> TeacherSettings:
         """Check what the user gave. Raises: RecipeError with every error found."""
         try:
             return cls.model_validate(tree)
@@ -61,7 +61,7 @@ class Asking(Settings):
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class TeacherRequest:
     """One of the answers that a problem is to get; `prompt` is messages or token ids."""
 
     problem: Problem
@@ -71,7 +71,7 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class TeacherResponse:
     """What a teacher said; `finish_reason` is "length" for all that is no whole answer."""
 
     text: str
@@ -80,9 +80,9 @@ class Answer:
     completion_tokens: int
 
 
-Keep = Callable[[Question, Answer], None]
+Keep = Callable[[TeacherRequest, TeacherResponse], None]
 Say = Callable[[str], None]
-Events = Generator[list[tuple[Question, Answer | str]], None, None]
+Events = Generator[list[tuple[TeacherRequest, TeacherResponse | str]], None, None]
 
 
 class TeacherError(RuntimeError):
@@ -100,18 +100,20 @@ class Teacher(Protocol):
     def prompt(self, problem: Problem) -> Sequence[Any]:
         """How a problem is put to this teacher, as JSON."""
 
-    def answers(self, questions: Sequence[Question], keep: Keep, proven: bool) -> Events:
+    def answers(self, questions: Sequence[TeacherRequest], keep: Keep, proven: bool) -> Events:
         """Ask; answers are kept as they come, then told, and so is why there is none.
 
         `proven` says that such a question has been answered before.
         """
 
 
-def prompt_text(recipe: Recipe, asking: Asking, style: str) -> Prompt:
+def prompt_text(recipe: Recipe, asking: TeacherSettings, style: str) -> PromptSettings:
     """The recipe's prompt in the teacher's style."""
     own = recipe.data.prompt
     # An empty one is none.
     system = (own.system if asking.system is None else asking.system) or None
     if style == "plain" and system is not None:
         raise RecipeError(["system: must be empty for a teacher without a chat template."])
-    return Prompt.model_validate({"style": style, "template": own.template, "system": system})
+    return PromptSettings.model_validate(
+        {"style": style, "template": own.template, "system": system}
+    )

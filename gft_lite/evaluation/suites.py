@@ -17,10 +17,10 @@ from gft_lite.data.sources import FORMATS
 from gft_lite.recipe.base import Settings, read_settings
 from gft_lite.recipe.loader import find_recipe
 from gft_lite.recipe.sections import (
-    Columns,
+    ColumnsSettings,
     DataSettings,
     PolicySettings,
-    Prompt,
+    PromptSettings,
     RewardSettings,
     RolloutSettings,
 )
@@ -30,7 +30,7 @@ from gft_lite.utils.paths import PACKAGE
 _FOLDER = Path("configs") / "suites"
 _DEFINITIONS = "benchmarks"  # The file that the shipped suites extend, no suite itself.
 # What `--data-dir` holds; a row's own `answer_type` comes before its benchmark's.
-_NORMALISED = Columns(problem="problem", answer="answer", id="id")
+_NORMALISED = ColumnsSettings(problem="problem", answer="answer", id="id")
 
 
 class Benchmark(DataSettings):
@@ -64,7 +64,7 @@ class Suite(Settings):
     name: str = "suite"
     benchmarks: list[str] = Field(default_factory=list)
     definitions: Annotated[dict[str, Benchmark], Field(min_length=1)]
-    prompt: Prompt = Prompt()
+    prompt: PromptSettings = PromptSettings()
     samples: PositiveInt = 16
     k: list[PositiveInt] = Field(default_factory=list)
     limit: PositiveInt | None = None
@@ -112,7 +112,7 @@ class Suite(Settings):
         """A benchmark's name in tables."""
         return self.definitions[name].title or name
 
-    def prompt_of(self, name: str) -> Prompt:
+    def prompt_of(self, name: str) -> PromptSettings:
         """How a benchmark is asked: its own prompt, else the suite's."""
         own = self.definitions[name]
         return own.prompt if "prompt" in own.model_fields_set else self.prompt

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gft_lite.policy import attention
-from gft_lite.policy import serving_base as serving
 from gft_lite.policy.base import Divergence, ServedBase, TokenScores, evaluating
 from gft_lite.policy.batching import Layout, MicroBatch, Row, cut
 from gft_lite.policy.weight_checks import fitting_weights

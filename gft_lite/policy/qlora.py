@@ -19,8 +19,8 @@ from gft_lite.policy.lora import REFERENCE, TRAINED, LoraPolicy
 from gft_lite.policy.registry import model_location
 from gft_lite.policy.weight_checks import (
     adapter_folder,
+    check_missing_weights,
     fitting_weights,
-    refuse_holes,
     refuse_other_base,
     refuse_pickle,
     refuse_unknown_heads,
@@ -70,7 +70,7 @@ def load(
     if not tokenizer.encode("1", add_special_tokens=False):
         rule = "must have a tokenizer with a vocabulary, such as tokenizer.json"
         raise RecipeError([f"policy.model: {rule}, got {settings.model!r} without."])
-    refuse_holes(base, report, settings.model)
+    check_missing_weights(base, report, settings.model)
     refuse_unknown_heads(base.config)
     for module in base.modules():
         if isinstance(module, Linear4bit):

@@ -31,7 +31,7 @@ def refuse_pickle(folder: Path, weights: str, field: str) -> None:
         )  # fmt: skip
 
 
-def refuse_holes(base: Any, report: dict[str, Any], model: str) -> None:
+def check_missing_weights(base: Any, report: dict[str, Any], model: str) -> None:
     """transformers fills weights that are missing with random numbers, and takes 4-bit ones of
     any size."""
     sized = [

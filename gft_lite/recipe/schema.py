@@ -22,16 +22,16 @@ from gft_lite.recipe.sections import (
     EvalSettings,
     GroupSettings,
     LogSettings,
-    LoopSettings,
     MonitorSettings,
     ObjectiveSettings,
     OptimSettings,
     PolicySettings,
-    Prompt,
+    PromptSettings,
     RewardSettings,
     RolloutSettings,
-    Stage,
-    TrainingData,
+    StageSettings,
+    TrainingDataSettings,
+    TrainSettings,
     stage_shorthand,
 )
 from gft_lite.recipe.validation_errors import Places, explain
@@ -48,15 +48,15 @@ class Recipe(Settings):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     method: Annotated[str, named_in(METHODS)] = "gft"
     policy: PolicySettings = PolicySettings()
-    data: TrainingData = TrainingData()
+    data: TrainingDataSettings = TrainingDataSettings()
     group: GroupSettings = GroupSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
     reward: RewardSettings = Field(default_factory=RewardSettings)
     rollout: RolloutSettings = RolloutSettings()
     optim: OptimSettings = OptimSettings()
-    train: LoopSettings = LoopSettings()
+    train: TrainSettings = TrainSettings()
     budget: BudgetSettings = BudgetSettings()
-    stages: list[Annotated[Stage, BeforeValidator(stage_shorthand)]] = []
+    stages: list[Annotated[StageSettings, BeforeValidator(stage_shorthand)]] = []
     monitor: MonitorSettings = MonitorSettings()
     eval: EvalSettings = EvalSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
@@ -75,7 +75,7 @@ class Recipe(Settings):
         if not (isinstance(data, Mapping) and "prompt" in data and isinstance(sets, Mapping)):
             return tree
         try:
-            Prompt.model_validate(data["prompt"])
+            PromptSettings.model_validate(data["prompt"])
         except ValidationError:  # Told once, where it was written, and not for every set.
             return tree
         prompted = {
@@ -150,7 +150,7 @@ class Recipe(Settings):
         """The recipe of a stage (from 0), an ordinary one."""
         return Recipe.from_tree(self._stage_tree(self.stages[number]))
 
-    def _stage_tree(self, stage: Stage) -> dict[str, Any]:
+    def _stage_tree(self, stage: StageSettings) -> dict[str, Any]:
         tree = self.model_dump(exclude={"stages"})
         if stage.method != self.method:
             # These were the other method's; this one brings its own.

@@ -23,7 +23,7 @@ from gft_lite.utils.errors import shown
 ENGINE_NAMES = ("auto", "transformers", "vllm", "vllm_server", "unsloth")
 
 
-class Lora(Settings):
+class LoraSettings(Settings):
     """The adapter. Source: LoRA, arXiv 2106.09685."""
 
     rank: PositiveInt = 16
@@ -64,7 +64,7 @@ class PolicySettings(Settings):
     layout: Literal["auto", "shared", "packed", "padded"] = "auto"
     fused_head: bool = True
     trust_remote_code: bool = False
-    lora: Lora = Lora()
+    lora: LoraSettings = LoraSettings()
 
     @model_validator(mode="after")
     def _reference_needs_adapter(self) -> PolicySettings:
@@ -98,7 +98,7 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-class Columns(Settings):
+class ColumnsSettings(Settings):
     """Which column of the data set holds what; solutions may be spread over several columns.
 
     `a.b` is field `b` of a nested column `a`. Several columns of a problem are written one below
@@ -119,7 +119,7 @@ class Columns(Settings):
     clean: Literal["gsm8k"] | None = None
 
 
-class Prompt(Settings):
+class PromptSettings(Settings):
     """How a problem becomes a prompt: plain text, or a user turn of the chat template."""
 
     style: Literal["plain", "chat"] = "plain"
@@ -127,7 +127,7 @@ class Prompt(Settings):
     system: str | None = None
 
     @model_validator(mode="after")
-    def _template_has_problem(self) -> Prompt:
+    def _template_has_problem(self) -> PromptSettings:
         if "{problem}" not in self.template:
             raise ValueError("template: must contain {problem}")
         if self.system is not None and self.style == "plain":
@@ -146,15 +146,15 @@ class DataSettings(Settings):
     config: str | None = None
     split: str = "train"
     revision: str | None = None
-    columns: Columns = Columns()
-    prompt: Prompt = Prompt()
+    columns: ColumnsSettings = ColumnsSettings()
+    prompt: PromptSettings = PromptSettings()
     max_prompt_tokens: PositiveInt | None = None
     problems: PositiveInt | None = None
     shuffle: bool = True
     seed: int = 0
 
 
-class TrainingData(DataSettings):
+class TrainingDataSettings(DataSettings):
     """The training data and how many problems of it are held out for monitoring."""
 
     holdout: NonNegativeInt = 64
@@ -205,7 +205,7 @@ class ObjectiveSettings(Settings):
     mask_truncated: bool = False
 
 
-class RewardFunction(Settings):
+class RewardFunctionSettings(Settings):
     """One reward function and its weight in the sum."""
 
     name: Annotated[str, named_in(REWARDS)]
@@ -224,8 +224,8 @@ class RewardSettings(Settings):
     """The reward rule: a weighted sum of functions, graded in worker processes."""
 
     functions: Annotated[
-        list[RewardFunction], BeforeValidator(_reward_shorthand), Field(min_length=1)
-    ] = Field(default_factory=lambda: [RewardFunction(name="math")])
+        list[RewardFunctionSettings], BeforeValidator(_reward_shorthand), Field(min_length=1)
+    ] = Field(default_factory=lambda: [RewardFunctionSettings(name="math")])
     workers: PositiveInt = 2
     timeout: PositiveFloat = 3.0
 
@@ -287,7 +287,7 @@ class OptimSettings(Settings):
     max_bad_steps: PositiveInt = 3
 
 
-class LoopSettings(Settings):
+class TrainSettings(Settings):
     """How long and in which portions: one step is one rollout of `problems_per_step` groups.
 
     `drop_zero_advantage` leaves out rows that add nothing to the gradient, before the forward.
@@ -304,7 +304,7 @@ class LoopSettings(Settings):
     drop_zero_advantage: bool = True
 
     @model_validator(mode="after")
-    def _updates_fit(self) -> LoopSettings:
+    def _updates_fit(self) -> TrainSettings:
         if self.updates_per_rollout > self.problems_per_step:
             rule = f"must be at most train.problems_per_step, which is {self.problems_per_step}"
             raise ValueError(f"updates_per_rollout: {rule}")
@@ -330,7 +330,7 @@ class BudgetSettings(Settings):
         return self
 
 
-class Stage(Settings):
+class StageSettings(Settings):
     """One stage of a staged run: a method, what differs from the recipe, and the reference.
 
     `start` takes the policy at the start of the stage as the reference of its KL.

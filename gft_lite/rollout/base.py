@@ -43,11 +43,11 @@ class Completion:
     finish_reason: FinishReason
 
 
-Seen = Callable[[tuple[int, ...], int, Completion], None]
+OnCompletion = Callable[[tuple[int, ...], int, Completion], None]
 
 
-def ignore(prompt_ids: tuple[int, ...], seed: int, completion: Completion) -> None:
-    """For whom it is enough to have all completions at the end."""
+def noop(prompt_ids: tuple[int, ...], seed: int, completion: Completion) -> None:
+    """The default: no callback per completion."""
 
 
 class RolloutError(RuntimeError):
@@ -67,11 +67,11 @@ class RolloutEngine(Protocol):
         """Serve the adapter saved at `adapter` from now on; None serves the base."""
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, seen: Seen = ignore
+        self, requests: Sequence[Request], sampling: Sampling, on_completion: OnCompletion = noop
     ) -> list[list[Completion]]:
         """One list of completions per request, in the order of its seeds.
 
-        `seen` hears of each with its prompt and seed once it is there, in any order.
+        `on_completion` is called with the prompt, seed and completion of each, in any order.
         """
 
     def score(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> list[float]:

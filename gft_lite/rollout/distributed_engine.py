@@ -6,21 +6,25 @@ from collections.abc import Callable, Sequence
 
 from rich.console import Console
 
-from gft_lite.rollout.base import Completion, Request, RolloutEngine, Sampling, Seen, ignore
+from gft_lite.rollout.base import Completion, OnCompletion, Request, RolloutEngine, Sampling, noop
 from gft_lite.rollout.restarting_engine import RestartingEngine
-from gft_lite.utils.distributed import Ranks
+from gft_lite.utils.distributed import Distributed
 
 
-class SharedEngine(RestartingEngine):
+class DistributedEngine(RestartingEngine):
     """The engines of all processes as one: requests are dealt out, completions come to all."""
 
-    def __init__(self, start: Callable[[], RolloutEngine], console: Console, ranks: Ranks) -> None:
+    def __init__(
+        self, start: Callable[[], RolloutEngine], console: Console, distributed: Distributed
+    ) -> None:
         super().__init__(start, console)
-        self._ranks = ranks
+        self._distributed = distributed
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, seen: Seen = ignore
+        self, requests: Sequence[Request], sampling: Sampling, on_completion: OnCompletion = noop
     ) -> list[list[Completion]]:
         """One list of completions per request, in the order of its seeds."""
-        mine = self._ranks.share(requests)
-        return self._ranks.together(super().generate(mine, sampling, seen) if mine else [])
+        mine = self._distributed.shard(requests)
+        return self._distributed.all_gather(
+            super().generate(mine, sampling, on_completion) if mine else []
+        )

@@ -12,12 +12,12 @@ from rich.console import Console
 
 from gft_lite.rollout.base import (
     Completion,
+    OnCompletion,
     Request,
     RolloutEngine,
     RolloutError,
     Sampling,
-    Seen,
-    ignore,
+    noop,
 )
 
 T = TypeVar("T")
@@ -51,7 +51,7 @@ class RestartingEngine:
         self._served = None if adapter is None else (adapter, version)
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, seen: Seen = ignore
+        self, requests: Sequence[Request], sampling: Sampling, on_completion: OnCompletion = noop
     ) -> list[list[Completion]]:
         """One list of completions per request, in the order of its seeds."""
         done: dict[tuple[tuple[int, ...], int], Completion] = {}
@@ -60,7 +60,7 @@ class RestartingEngine:
             def note(prompt_ids: tuple[int, ...], seed: int, completion: Completion) -> None:
                 done[prompt_ids, seed] = completion
                 show(completion)
-                seen(prompt_ids, seed, completion)
+                on_completion(prompt_ids, seed, completion)
 
             def ask() -> None:
                 missing = [_without(request, done) for request in requests]

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from gft_lite.policy.base import Policy, evaluating
 from gft_lite.policy.batching import Row
 from gft_lite.recipe.sections import RolloutSettings
-from gft_lite.rollout.base import Completion, Request, RolloutError, Sampling, Seen, ignore
+from gft_lite.rollout.base import Completion, OnCompletion, Request, RolloutError, Sampling, noop
 from gft_lite.types import FinishReason
 
 
@@ -55,7 +55,7 @@ class TransformersEngine:
         self._serves_base = adapter is None
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, seen: Seen = ignore
+        self, requests: Sequence[Request], sampling: Sampling, on_completion: OnCompletion = noop
     ) -> list[list[Completion]]:
         """Sample each request once per seed. Raises: RolloutError for a prompt without room."""
         samples = [
@@ -69,7 +69,7 @@ class TransformersEngine:
                 batch = flat[start : start + self._rows]
                 self._decode(batch, sampling)
                 for sample in batch:
-                    seen(sample.prompt_ids, sample.seed, sample.completion())
+                    on_completion(sample.prompt_ids, sample.seed, sample.completion())
         return [[sample.completion() for sample in group] for group in samples]
 
     def score(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> list[float]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gft_lite.policy.vllm_process import engine_environment, vllm_in_charge
-from gft_lite.rollout.base import Completion, Request, RolloutError, Sampling, Seen, ignore
+from gft_lite.rollout.base import Completion, OnCompletion, Request, RolloutError, Sampling, noop
 from gft_lite.rollout.restarting_engine import EngineFailed
 from gft_lite.rollout.vllm_common import (
     Job,
@@ -109,7 +109,7 @@ class VllmEngine:
         return request
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, seen: Seen = ignore
+        self, requests: Sequence[Request], sampling: Sampling, on_completion: OnCompletion = noop
     ) -> list[list[Completion]]:
         """Sample each request once per seed.
 
@@ -121,7 +121,7 @@ class VllmEngine:
 
         def note(number: int, output: Any) -> None:
             done[number] = _completion(output)
-            seen(*asked[number], done[number])
+            on_completion(*asked[number], done[number])
 
         self._run(jobs, note, detokenize=bool(sampling.stop))
         numbers = itertools.count()

@@ -13,7 +13,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gft_lite.rollout.base import Completion, Request, RolloutError, Sampling, Seen, ignore
+from gft_lite.rollout.base import Completion, OnCompletion, Request, RolloutError, Sampling, noop
 from gft_lite.rollout.restarting_engine import EngineFailed
 from gft_lite.rollout.vllm_common import (
     Job,
@@ -195,7 +195,7 @@ class VllmServerEngine:
                 server.endpoint.post("unload_lora_adapter", body, timeout=LISTING, max_retries=0)
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, seen: Seen = ignore
+        self, requests: Sequence[Request], sampling: Sampling, on_completion: OnCompletion = noop
     ) -> list[list[Completion]]:
         """Sample each request once per seed.
 
@@ -212,7 +212,7 @@ class VllmServerEngine:
             dealt = zip(itertools.count(), turns, jobs)
             for number, choice in pool.imap_unordered(self._dealt, dealt):
                 done[number] = _completion(choice)
-                seen(*asked[number], done[number])
+                on_completion(*asked[number], done[number])
         numbers = itertools.count()
         return [[done[next(numbers)] for _ in request.seeds] for request in requests]
 

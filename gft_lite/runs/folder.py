@@ -12,7 +12,7 @@ from typing import Any
 
 from gft_lite.recipe.schema import Recipe
 from gft_lite.types import Group, Response
-from gft_lite.utils.distributed import Ranks
+from gft_lite.utils.distributed import Distributed
 from gft_lite.utils.errors import RecipeError
 from gft_lite.utils.files import LOCK, alone_in, complete_lines, flush, write_whole
 from gft_lite.utils.tables import need_pandas
@@ -135,13 +135,15 @@ def _response(response: Response, advantage: float) -> dict[str, Any]:
     return {**kept, "advantage": advantage}
 
 
-def find_folder(recipe: Recipe, out: str | Path | None, *, resume: bool, ranks: Ranks) -> RunFolder:
+def find_folder(
+    recipe: Recipe, out: str | Path | None, *, resume: bool, distributed: Distributed
+) -> RunFolder:
     """The run's folder, not made yet; `runs/NAME`, numbered, by default.
 
     Raises: RecipeError if `out` holds another run, or none that this recipe can resume.
     """
-    path = ranks.of_main(lambda: _find_path(recipe, out, resume))
-    return RunFolder(path) if ranks.main else Follower(path, ranks.index)
+    path = distributed.broadcast_from_main(lambda: _find_path(recipe, out, resume))
+    return RunFolder(path) if distributed.is_main else Follower(path, distributed.rank)
 
 
 def _find_path(recipe: Recipe, out: str | Path | None, resume: bool) -> Path:

@@ -18,7 +18,7 @@ from gft_lite.evaluation.targets import Target
 from gft_lite.policy.base import evaluating
 from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.schema import Recipe
-from gft_lite.recipe.sections import Prompt
+from gft_lite.recipe.sections import PromptSettings
 from gft_lite.rollout.base import Sampling
 from gft_lite.rollout.sampling import sample_seed
 from gft_lite.rollout.transformers_engine import draw
@@ -44,7 +44,7 @@ class Chat:
             torch.set_num_threads(target.policy.threads)
         self.policy = load_policy(target.policy)
         usual = prompt_of(target, self.policy.tokenizer)
-        prompt = Prompt.model_validate({"style": style}) if style else usual
+        prompt = PromptSettings.model_validate({"style": style}) if style else usual
         self.format = PromptFormat(self.policy.tokenizer, prompt, "prompt")
         self.policy.eos_ids |= set(self.format.stop_ids)
         self.sampling = sampling

@@ -232,10 +232,10 @@ def _lab_row(policy: Policy) -> Row:
     from gft_lite import lab
     from gft_lite.data.prompts import PromptFormat
     from gft_lite.policy.batching import Row
-    from gft_lite.recipe.sections import Prompt
+    from gft_lite.recipe.sections import PromptSettings
 
     [row] = lab.rows("train", limit=1)
-    format = PromptFormat(policy.tokenizer, Prompt())
+    format = PromptFormat(policy.tokenizer, PromptSettings())
     return Row(format.prompt_ids(row["problem"]), format.response_ids(row["expert"][0])[0])
 
 

@@ -25,7 +25,7 @@ from gft_lite.policy.batching import Row
 from gft_lite.policy.registry import load_policy
 from gft_lite.policy.serving_base import savable
 from gft_lite.recipe.schema import Recipe
-from gft_lite.recipe.sections import PolicySettings, Prompt, RolloutSettings
+from gft_lite.recipe.sections import PolicySettings, PromptSettings, RolloutSettings
 from gft_lite.rollout.base import Request, Sampling
 from gft_lite.rollout.sampling import sample_seed
 from gft_lite.rollout.transformers_engine import TransformersEngine
@@ -204,13 +204,13 @@ def _merge_layers(model: Any) -> float:
     return dot / math.sqrt(squares[0] * squares[1]) if squares[1] else 0.0
 
 
-def prompt_of(target: Target, tokenizer: Any) -> Prompt:
+def prompt_of(target: Target, tokenizer: Any) -> PromptSettings:
     """How prompts are written: as in the run, else as a chat where the model knows how."""
     if target.run is not None:
         return Recipe.load(target.run / "recipe.yaml").data.prompt
     # The lab's base has a template, but was pretrained without.
     chats = tokenizer.chat_template and target.policy.model != "lab"
-    return Prompt(style="chat" if chats else "plain")
+    return PromptSettings(style="chat" if chats else "plain")
 
 
 def _rows(policy: Policy, format: PromptFormat, target: Target) -> list[Row]:

@@ -20,7 +20,7 @@ from gft_lite.recipe.schema import Recipe
 from gft_lite.training.optim import learning_rate
 from gft_lite.training.session import Session
 from gft_lite.types import Group
-from gft_lite.utils.distributed import ALONE, Ranks
+from gft_lite.utils.distributed import SINGLE_PROCESS, Distributed
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,11 @@ class Update:
 
 
 def portion(
-    policy: Policy, recipe: Recipe, rows: Sequence[Row], token_budget: int, ranks: Ranks = ALONE
+    policy: Policy,
+    recipe: Recipe,
+    rows: Sequence[Row],
+    token_budget: int,
+    distributed: Distributed = SINGLE_PROCESS,
 ) -> list[Row]:
     """The rows that an update has to train on, prepared while the policy is the old one.
 
@@ -57,26 +61,26 @@ def portion(
         rows = [row for row in rows if row.advantage]
     rows = [row for row in rows if row.response_ids]
     if "old_logprobs" in method.needs and recipe.train.updates_per_rollout > 1:
-        rows = _with_old_logprobs(policy, rows, token_budget, ranks)
+        rows = _with_old_logprobs(policy, rows, token_budget, distributed)
     return rows
 
 
 @torch.no_grad()
 def _with_old_logprobs(
-    policy: Policy, rows: Sequence[Row], token_budget: int, ranks: Ranks
+    policy: Policy, rows: Sequence[Row], token_budget: int, distributed: Distributed
 ) -> list[Row]:
     old: dict[int, Tensor] = {}
-    for batch in ranks.share(policy.batches(rows, token_budget)):
+    for batch in distributed.shard(policy.batches(rows, token_budget)):
         logprobs = policy.token_scores(batch).logprobs.cpu()
         for i in batch.row.unique().tolist():
             old[i] = logprobs[batch.row == i]
-    everyones = {i: found for part in ranks.together([old]) for i, found in part.items()}
+    everyones = {i: found for part in distributed.all_gather([old]) for i, found in part.items()}
     return [replace(row, old_logprobs=everyones[i]) for i, row in enumerate(rows)]
 
 
 def update(
     policy: Policy, optimizer: torch.optim.Optimizer, recipe: Recipe, share: float,
-    rows: Sequence[Row], token_budget: int, ranks: Ranks = ALONE,
+    rows: Sequence[Row], token_budget: int, distributed: Distributed = SINGLE_PROCESS,
 ) -> Update:  # fmt: skip
     """One optimiser step over rows in micro-batches, with one denominator.
 
@@ -85,7 +89,7 @@ def update(
     lr = learning_rate(share, recipe.optim)
     if not (recipe.objective.kl or any(row.advantage for row in rows)) or not rows:
         return Update(lr, token_budget, skipped="flat")
-    done = gradient(policy, recipe, rows, token_budget, ranks)
+    done = gradient(policy, recipe, rows, token_budget, distributed)
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters().values(), recipe.optim.clip_norm)
     finite = math.isfinite(done.loss) and bool(norm.isfinite())
     if finite:
@@ -98,7 +102,11 @@ def update(
 
 
 def gradient(
-    policy: Policy, recipe: Recipe, rows: Sequence[Row], token_budget: int, ranks: Ranks = ALONE
+    policy: Policy,
+    recipe: Recipe,
+    rows: Sequence[Row],
+    token_budget: int,
+    distributed: Distributed = SINGLE_PROCESS,
 ) -> Update:
     """The gradient of all rows, in micro-batches half as large when memory runs out.
 
@@ -107,9 +115,9 @@ def gradient(
     """
     while True:
         policy.model.zero_grad(set_to_none=True)
-        batches = _batches(policy, rows, token_budget, ranks.count)
-        sums = _sums(policy, recipe, ranks.share(batches))
-        if not ranks.any(sums is None):
+        batches = _batches(policy, rows, token_budget, distributed.world_size)
+        sums = _sums(policy, recipe, distributed.shard(batches))
+        if not distributed.any(sums is None):
             break
         gc.collect()
         if policy.device.type == "cuda":
@@ -121,7 +129,7 @@ def gradient(
             )
         # No smaller than what was cut already: a budget may be far above what there is to cut.
         token_budget = min(token_budget, max(b.input_ids.numel() for b in batches)) // 2
-    loss, entropy, rectified = _added_up(policy, sums or [], ranks)
+    loss, entropy, rectified = _added_up(policy, sums or [], distributed)
     return Update(
         lr=0.0,
         token_budget=token_budget,
@@ -145,17 +153,19 @@ def _batches(
 
 
 def _added_up(
-    policy: Policy, sums: Sequence[tuple[float, float, float]], ranks: Ranks
+    policy: Policy, sums: Sequence[tuple[float, float, float]], distributed: Distributed
 ) -> list[float]:
     """The sums of all micro-batches, with the gradients of all in place of this process's own."""
     totals = torch.tensor(sums or [(0.0, 0.0, 0.0)], dtype=torch.float64).sum(0)
-    if ranks.count > 1:
+    if distributed.world_size > 1:
         totals = totals.to(policy.device)
-        ranks.add_up([totals])
+        distributed.all_reduce_sum_([totals])
         for parameter in policy.parameters().values():
             if parameter.grad is None:  # This process had no micro-batch.
                 parameter.grad = torch.zeros_like(parameter)
-        ranks.add_up([p.grad for p in policy.parameters().values() if p.grad is not None])
+        distributed.all_reduce_sum_(
+            [p.grad for p in policy.parameters().values() if p.grad is not None]
+        )
     return totals.tolist()
 
 
@@ -233,7 +243,7 @@ def _update(
     count = recipe.train.updates_per_rollout
     parts = _split(list(zip(groups, advantages, strict=True)), count)
     portions = [
-        portion(policy, recipe, _rows(session, part), session.token_budget, session.ranks)
+        portion(policy, recipe, _rows(session, part), session.token_budget, session.distributed)
         for part in parts
     ]
     tokens = sum(len(response.token_ids) for group in groups for response in group)
@@ -242,7 +252,9 @@ def _update(
         middle = (i + 0.5) / len(portions)
         share = session.spent(step - 1 + middle, middle * tokens)
         budget = session.token_budget
-        done.append(update(policy, session.optimizer, recipe, share, rows, budget, session.ranks))
+        done.append(
+            update(policy, session.optimizer, recipe, share, rows, budget, session.distributed)
+        )
         _lower_budget(session, done[-1].token_budget)
     session.tokens += tokens
     return combined(done)
@@ -274,7 +286,7 @@ def _dry_step(session: Session) -> None:
     rows = [rows[i] for i in largest.row.unique().tolist()]
     # Each process by itself, since each has a GPU of its own to try.
     budget = gradient(policy, recipe, rows, session.token_budget).token_budget
-    _lower_budget(session, min(session.ranks.together([budget])))
+    _lower_budget(session, min(session.distributed.all_gather([budget])))
     policy.model.zero_grad(set_to_none=True)
 
 

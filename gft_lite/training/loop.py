@@ -34,7 +34,7 @@ def _train_steps(session: Session, step: int, screen: Screen) -> None:
             session.run.append_metrics(metrics)
             session.trackers.log(metrics, step)
             screen.step(metrics)
-            done, stop = session.spent(step) >= 1, session.ranks.any(bool(interrupt.asked))
+            done, stop = session.spent(step) >= 1, session.distributed.any(bool(interrupt.asked))
             if done or stop or step % session.recipe.checkpoint.every == 0:
                 session.save(step)
     if stop:

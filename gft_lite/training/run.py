@@ -22,7 +22,7 @@ from gft_lite.training.learner import _dry_step
 from gft_lite.training.loop import _train_steps
 from gft_lite.training.session import Session, open_session
 from gft_lite.training.stages import train_stages
-from gft_lite.utils.distributed import find_ranks
+from gft_lite.utils.distributed import init_distributed
 from gft_lite.utils.memory import GIB
 
 
@@ -34,25 +34,25 @@ def train(
 
     Raises: RecipeError when the recipe or `out` is wrong, TrainError when training failed.
     """
-    ranks = find_ranks(recipe.policy.device)
-    console = (console or Console(stderr=True)) if ranks.main else Console(quiet=True)
+    distributed = init_distributed(recipe.policy.device)
+    console = (console or Console(stderr=True)) if distributed.is_main else Console(quiet=True)
     if recipe.stages:
-        folder = find_folder(recipe, out, resume=resume, ranks=ranks)
+        folder = find_folder(recipe, out, resume=resume, distributed=distributed)
         with folder.alone():
-            train_stages(recipe, folder, ranks, train, console)
-            if ranks.main:
+            train_stages(recipe, folder, distributed, train, console)
+            if distributed.is_main:
                 write_card(folder)
             return folder
     started = time.perf_counter()
     with ExitStack() as stack:
         session = open_session(
-            recipe, out, resume=resume, ranks=ranks, console=console, stack=stack
+            recipe, out, resume=resume, distributed=distributed, console=console, stack=stack
         )
         clock = Clock()
         with clock("eval"):
             console.print(f"evaluating the base on {', '.join(session.eval_sets) or 'nothing'}")
             file = session.run.path / "eval" / "base.json"
-            base = ranks.cached(file, session.evaluate)
+            base = distributed.cached(file, session.evaluate)
         first = session.restore() if resume else 0
         session.engine.sleep()
         _dry_step(session)
@@ -64,16 +64,16 @@ def train(
             trained = session.evaluate()
         session.engine.close()
         session.run.write_json("eval/trained.json", trained)
-        if ranks.main:
+        if distributed.is_main:
             session.policy.save_adapter(session.run.adapter)
         seconds = {"total": time.perf_counter() - started, "eval": clock.seconds["eval"]}
         _tell_memory(session)
         session.run.write_json("summary.json", _summary(session, base, trained, seconds))
-        if ranks.main:
+        if distributed.is_main:
             write_card(session.run)
     # The last adapter that the engine was fed, of use to nobody else.
     shutil.rmtree(session.run.scratch, ignore_errors=True)
-    ranks.wait()
+    distributed.barrier()
     return session.run
 
 

@@ -26,7 +26,7 @@ from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import DataSettings
 from gft_lite.rewards.scorer import Scorer
 from gft_lite.rollout.base import RolloutEngine, Sampling
-from gft_lite.rollout.distributed_engine import SharedEngine
+from gft_lite.rollout.distributed_engine import DistributedEngine
 from gft_lite.rollout.registry import find_engine, start_engine
 from gft_lite.rollout.sampling import sample, sample_seed
 from gft_lite.rollout.sync_check import Probe, sync
@@ -37,7 +37,7 @@ from gft_lite.training.groups import compose
 from gft_lite.training.offline_groups import OfflineGroups, open_offline
 from gft_lite.training.optim import make_optimizer
 from gft_lite.types import Group, Problem
-from gft_lite.utils.distributed import ALONE, Ranks
+from gft_lite.utils.distributed import SINGLE_PROCESS, Distributed
 from gft_lite.utils.errors import RecipeError
 from gft_lite.utils.memory import GIB, free_ram, process_memory
 
@@ -54,7 +54,7 @@ class Session:
 
     recipe: Recipe
     run: RunFolder
-    ranks: Ranks
+    distributed: Distributed
     console: Console
     policy: Policy
     format: PromptFormat
@@ -108,7 +108,7 @@ class Session:
 
     def score(self, groups: Sequence[Group]) -> list[Group]:
         """The groups with rewards, graded by all processes."""
-        return self.ranks.together(self.scorer.score(self.ranks.share(groups)))
+        return self.distributed.all_gather(self.scorer.score(self.distributed.shard(groups)))
 
     def token_weights(self, lengths: Sequence[int]) -> list[float]:
         """The weight of each token of each row of one update."""
@@ -121,7 +121,7 @@ class Session:
 
     def save(self, step: int) -> None:
         """Write a checkpoint."""
-        if not self.ranks.main:
+        if not self.distributed.is_main:
             return
         keep = self.recipe.checkpoint.keep
         checkpoint.save(
@@ -135,30 +135,34 @@ class Session:
 
     def restore(self) -> int:
         """Go back to the newest whole checkpoint; returns its step, 0 if there is none yet."""
-        saved = self.ranks.of_main(lambda: checkpoint.newest_whole(self.run.checkpoints, self.say))
+        saved = self.distributed.broadcast_from_main(
+            lambda: checkpoint.newest_whole(self.run.checkpoints, self.say)
+        )
         step = 0
         if saved:
             step, counters = checkpoint.restore(saved, self.policy, self.optimizer)
             self.bad_steps = counters["bad_steps"]
         self.run.forget_after(step)
-        self.tokens = self.ranks.of_main(lambda: sum(m["tokens"] for m in self.run.metrics()))
+        self.tokens = self.distributed.broadcast_from_main(
+            lambda: sum(m["tokens"] for m in self.run.metrics())
+        )
         return step
 
 
 def open_session(
     recipe: Recipe, out: str | Path | None, *, resume: bool, console: Console,
-    stack: ExitStack, ranks: Ranks = ALONE,
+    stack: ExitStack, distributed: Distributed = SINGLE_PROCESS,
 ) -> Session:  # fmt: skip
     """Put a run together; what must be closed is left to `stack`.
 
     Raises: RecipeError for what only shows when data and model meet.
     """
-    run = find_folder(recipe, out, resume=resume, ranks=ranks)
+    run = find_folder(recipe, out, resume=resume, distributed=distributed)
     asked, offline = recipe, open_offline(recipe)
     recipe = asked.with_needed_engine()
     scorer = stack.enter_context(_users_own(recipe))
-    recipe, plan = ranks.of_main(lambda: _planned(recipe, ranks, console))
-    recipe = _own_part(recipe, ranks)
+    recipe, plan = distributed.broadcast_from_main(lambda: _planned(recipe, distributed, console))
+    recipe = _own_part(recipe, distributed)
     resting = process_memory("VmRSS")
     if recipe.policy.threads:
         torch.set_num_threads(recipe.policy.threads)
@@ -176,19 +180,19 @@ def open_session(
     run.create(asked.to_yaml())
     if offline:
         limit = recipe.rollout.probe_limit
-        offline.begin(asked, run if ranks.main else None, policy, problems, limit)
+        offline.begin(asked, run if distributed.is_main else None, policy, problems, limit)
         told = f"group.offline: {offline.describe(recipe, problems)}"
         console.print(told, markup=False, soft_wrap=True)
     console.print(f"run folder: {run.path}")
     console.print(f"layout of micro-batches: {policy.layout}")
     start = partial(start_engine, recipe.rollout, policy, run.scratch)
-    engine = SharedEngine(start, console, ranks)
+    engine = DistributedEngine(start, console, distributed)
     stack.callback(engine.close)
-    names = recipe.log.trackers if ranks.main else []
+    names = recipe.log.trackers if distributed.is_main else []
     trackers = Trackers(names, recipe.name, run.path, recipe.model_dump(mode="json"))
     stack.callback(trackers.close)
     monitored = (held_out or problems)[: recipe.monitor.problems]
-    kl_rows = _kl_rows(recipe, run, ranks, engine, format, monitored)
+    kl_rows = _kl_rows(recipe, run, distributed, engine, format, monitored)
     probe = Probe(policy, kl_rows[0], recipe.rollout.probe_limit)
     gap = f"log-prob gap {probe.calibrate(engine):.2g} nats"
     console.print(f"engine: {engine.name}, base {engine.base}, {gap}", soft_wrap=True)
@@ -196,7 +200,7 @@ def open_session(
     return Session(
         recipe=recipe,
         run=run,
-        ranks=ranks,
+        distributed=distributed,
         console=console,
         policy=policy,
         format=format,
@@ -215,23 +219,33 @@ def open_session(
     )
 
 
-def _own_part(recipe: Recipe, ranks: Ranks) -> Recipe:
+def _own_part(recipe: Recipe, distributed: Distributed) -> Recipe:
     """The recipe with the GPU and the servers of this one of several processes."""
     policy, rollout = recipe.policy, recipe.rollout
-    if ranks.count > 1 and policy.device in ("auto", "cuda") and torch.cuda.is_available():
-        policy = policy.model_copy(update={"device": f"cuda:{ranks.local}"})
+    if (
+        distributed.world_size > 1
+        and policy.device in ("auto", "cuda")
+        and torch.cuda.is_available()
+    ):
+        policy = policy.model_copy(update={"device": f"cuda:{distributed.local_rank}"})
     # Each loads adapters of its own: servers that several share would swap them all the time.
-    if servers := ranks.share(rollout.servers):
+    if servers := distributed.shard(rollout.servers):
         rollout = rollout.model_copy(update={"servers": servers})
     return recipe.model_copy(update={"policy": policy, "rollout": rollout})
 
 
-def _planned(recipe: Recipe, ranks: Ranks, console: Console) -> tuple[Recipe, Plan | None]:
+def _planned(
+    recipe: Recipe, distributed: Distributed, console: Console
+) -> tuple[Recipe, Plan | None]:
     """The recipe with every `auto` of the memory plan settled by what this device has free."""
     where = recipe.policy.device
     on_gpu = where != "cpu" and torch.cuda.is_available()
     device = "cuda" if where == "auto" else where
-    free, card = torch.cuda.mem_get_info(device) if on_gpu else (free_ram() // ranks.neighbours, 0)
+    free, card = (
+        torch.cuda.mem_get_info(device)
+        if on_gpu
+        else (free_ram() // distributed.local_world_size, 0)
+    )
     settled, plan = resolve(recipe, free, "cuda" if on_gpu else "cpu", card)
     if plan:
         for name in sorted(plan.chosen):
@@ -292,7 +306,7 @@ def _users_own(recipe: Recipe) -> Scorer:
 def _kl_rows(
     recipe: Recipe,
     run: RunFolder,
-    ranks: Ranks,
+    distributed: Distributed,
     engine: RolloutEngine,
     format: PromptFormat,
     problems: Sequence[Problem],
@@ -309,5 +323,5 @@ def _kl_rows(
         answers = sample(engine, format, problems, counts, sampling, (recipe.seed, "kl"))
         return [(p.prompt_ids, r.token_ids) for p, [r] in zip(problems, answers, strict=True)]
 
-    pairs = ranks.cached(run.path / "kl_set.json", draw)
+    pairs = distributed.cached(run.path / "kl_set.json", draw)
     return [Row(tuple(prompt), tuple(response)) for prompt, response in pairs]

@@ -12,13 +12,13 @@ from rich.console import Console
 from gft_lite.recipe.schema import Recipe
 from gft_lite.runs.base_cache import BASE_EVALUATION, base_inputs, inherit
 from gft_lite.runs.folder import RunFolder, stage_folder
-from gft_lite.utils.distributed import Ranks
+from gft_lite.utils.distributed import Distributed
 
 Train = Callable[..., RunFolder]
 
 
 def train_stages(
-    recipe: Recipe, run: RunFolder, ranks: Ranks, train: Train, console: Console
+    recipe: Recipe, run: RunFolder, distributed: Distributed, train: Train, console: Console
 ) -> RunFolder:
     """Run the stages that are not finished yet, with a fresh optimiser each.
 
@@ -33,16 +33,21 @@ def train_stages(
         if before:
             settings = _from_adapter(settings, before.adapter.resolve(), stage.reference)
         here = stage_folder(recipe, run, number)
-        if not ranks.of_main((here.path / "summary.json").exists):
+        if not distributed.broadcast_from_main((here.path / "summary.json").exists):
             console.print(f"stage {number + 1} of {len(recipe.stages)}: {stage.method}")
-            if ranks.main and before and not here.path.exists() and _same_base(recipe, number):
+            if (
+                distributed.is_main
+                and before
+                and not here.path.exists()
+                and _same_base(recipe, number)
+            ):
                 inherit(here, settings, before, [BASE_EVALUATION])
-            begun = ranks.of_main((here.path / "recipe.yaml").exists)
+            begun = distributed.broadcast_from_main((here.path / "recipe.yaml").exists)
             train(settings, here.path, resume=begun, console=console)
         stages.append(here)
-    if ranks.main:
+    if distributed.is_main:
         _conclude(recipe, run, stages)
-    ranks.wait()
+    distributed.barrier()
     return run
 
 

@@ -1,7 +1,7 @@
-"""The processes that train one policy together, each on its own GPU: `accelerate launch`.
+"""The processes that train one policy together, each on its own GPU (`accelerate launch`).
 
-All of them run the same loop. Dealt out are requests to the rollout engines, groups to grade and
-micro-batches; all else each does for itself, from the same numbers.
+All processes run the same loop. Requests to the rollout engines, groups to grade and micro-batches
+are sharded; everything else each process computes for itself from the same numbers.
 """
 
 from __future__ import annotations
@@ -19,58 +19,59 @@ import torch
 from gft_lite.utils.files import cached
 
 T = TypeVar("T")
-PATIENCE = timedelta(hours=6)  # How long the others wait for the slowest; torch's own is minutes.
+# How long a process waits for the slowest; torch's default of minutes is too short for a rollout.
+TIMEOUT = timedelta(hours=6)
 
 
 @dataclass(frozen=True, slots=True)
-class Ranks:
-    """Which of `count` processes this one is, and which of `neighbours` on its own machine."""
+class Distributed:
+    """The rank of this process among `world_size`, and among those on the same machine."""
 
-    index: int = 0
-    count: int = 1
-    local: int = 0
-    neighbours: int = 1
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
 
     @property
-    def main(self) -> bool:
-        """Whether it is the one that writes the run's files and talks to the user."""
-        return self.index == 0
+    def is_main(self) -> bool:
+        """True for the process that writes the run's files and prints."""
+        return self.rank == 0
 
-    def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This process's part of what all have: every `count`-th item."""
-        return items[self.index :: self.count]
+    def shard(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's part of `items`: every `world_size`-th item, from `rank`."""
+        return items[self.rank :: self.world_size]
 
-    def together(self, part: Sequence[T]) -> list[T]:
-        """The shares of all processes, put together again."""
-        if self.count == 1:
+    def all_gather(self, part: Sequence[T]) -> list[T]:
+        """The shards of all processes merged in their original order."""
+        if self.world_size == 1:
             return list(part)
         from accelerate.utils import gather_object
 
         parts = gather_object([list(part)])
         whole: list[Any] = [None] * sum(map(len, parts))
-        for index, share in enumerate(parts):
-            whole[index :: self.count] = share
+        for rank, shard in enumerate(parts):
+            whole[rank :: self.world_size] = shard
         return whole
 
-    def of_main(self, compute: Callable[[], T]) -> T:
-        """What the main process computes, for all."""
-        return self.together([compute()] if self.main else [])[0]
+    def broadcast_from_main(self, compute: Callable[[], T]) -> T:
+        """The value that the main process computes, in every process."""
+        return self.all_gather([compute()] if self.is_main else [])[0]
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so in one of the processes."""
-        return any(self.together([flag]))
+        """True if `flag` is true in at least one process."""
+        return any(self.all_gather([flag]))
 
-    def wait(self) -> None:
-        """Until all are here."""
-        self.together([None])
+    def barrier(self) -> None:
+        """Wait until every process has reached this call."""
+        self.all_gather([None])
 
     def cached(self, path: Path, compute: Callable[[], Any]) -> Any:
-        """The JSON at `path`; where it is not there yet, all compute it and the main one writes."""
-        value = None if self.of_main(path.exists) else compute()
-        return self.of_main(lambda: cached(path, lambda: value))
+        """The JSON at `path`; if missing, all processes compute it and the main one writes it."""
+        value = None if self.broadcast_from_main(path.exists) else compute()
+        return self.broadcast_from_main(lambda: cached(path, lambda: value))
 
-    def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Make each tensor its sum over the processes, in place."""
+    def all_reduce_sum_(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Replace each tensor by its sum over the processes, in place."""
         from accelerate.utils import reduce
 
         whole: Any = reduce(torch.cat([t.flatten() for t in tensors]), reduction="sum")
@@ -78,19 +79,21 @@ class Ranks:
             tensor.copy_(part.view_as(tensor))
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = Distributed()
 
 
-def find_ranks(device: str) -> Ranks:
-    """Join the processes that `accelerate launch` has started, if it has, to train on `device`."""
+def init_distributed(device: str) -> Distributed:
+    """Join the process group that `accelerate launch` has prepared, if any, for `device`."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return ALONE
+        return SINGLE_PROCESS
     from accelerate import PartialState
 
     first = not torch.distributed.is_initialized()
-    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=PATIENCE)
+    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=TIMEOUT)
     if first:
-        # Gloo's threads would abort a process that ends with them.
+        # A process that ends inside the group is aborted by gloo's threads.
         atexit.register(state.destroy_process_group)
-    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return Ranks(state.process_index, state.num_processes, state.local_process_index, neighbours)
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return Distributed(
+        state.process_index, state.num_processes, state.local_process_index, local_world_size
+    )

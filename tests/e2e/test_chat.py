@@ -23,7 +23,7 @@ from gft_lite.evaluation.targets import find_targets
 from gft_lite.lab import BASE
 from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.schema import Recipe
-from gft_lite.recipe.sections import PolicySettings, Prompt, RolloutSettings
+from gft_lite.recipe.sections import PolicySettings, PromptSettings, RolloutSettings
 from gft_lite.rollout.base import Request, Sampling
 from gft_lite.rollout.registry import start_engine
 from gft_lite.tools.chat import Chat, show
@@ -54,7 +54,7 @@ def expected(run) -> dict[str, dict[str, str]]:
     """Greedy rollouts of the policy and of its base, by the engine that trains."""
     [target] = find_targets([str(run)], PolicySettings())
     policy = load_policy(target.policy)
-    format = PromptFormat(policy.tokenizer, Prompt())
+    format = PromptFormat(policy.tokenizer, PromptSettings())
     engine = start_engine(RolloutSettings(engine="transformers"), policy, run / "scratch")
     answers: dict[str, dict[str, str]] = {}
     for name, adapter in (("base", None), ("adapter", target.adapter)):

@@ -19,7 +19,7 @@ from gft_lite.evaluation.suites import Suite
 from gft_lite.evaluation.targets import content_hash, find_targets, share_base
 from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.schema import Recipe
-from gft_lite.recipe.sections import Lora, PolicySettings
+from gft_lite.recipe.sections import LoraSettings, PolicySettings
 from gft_lite.training.run import train
 from gft_lite.utils.errors import RecipeError
 from gft_lite.utils.paths import PACKAGE
@@ -214,7 +214,7 @@ class TestRegrade:
 
 class TestTargets:
     def test_adapters_of_another_shape_get_a_base_of_their_own(self, run, tmp_path):
-        settings = PolicySettings(lora=Lora(rank=4, alpha=8), gradient_checkpointing=False)
+        settings = PolicySettings(lora=LoraSettings(rank=4, alpha=8), gradient_checkpointing=False)
         small = load_policy(settings).save_adapter(tmp_path / "small")
         asked = [str(run / "adapter"), str(small), "lab"]
         groups = share_base(find_targets(asked, Suite.load("lab").policy))

@@ -24,7 +24,7 @@ from gft_lite.cli import main
 from gft_lite.data.problems import load_problems
 from gft_lite.data.prompts import PromptFormat
 from gft_lite.distillation import pipeline as distill
-from gft_lite.distillation.teachers import Asking, TeacherError
+from gft_lite.distillation.teachers import TeacherError, TeacherSettings
 from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import PolicySettings
@@ -62,7 +62,7 @@ def read(path):
 
 def ask(teacher, out, *overrides, **asking):
     recipe = Recipe.load("r.yaml", overrides)
-    return distill(recipe, str(teacher), out, Asking(**asking), console=QUIET)
+    return distill(recipe, str(teacher), out, TeacherSettings(**asking), console=QUIET)
 
 
 # --- a model on this machine -----------------------------------------------------------------
@@ -182,7 +182,7 @@ def test_a_second_teacher_has_its_own_column(here):
     ask("lab", "one.jsonl", samples=2)
     (here / "two.yaml").write_text("extends: [r.yaml, one.distill/data.yaml]\n")
     recipe = Recipe.load("two.yaml", ["seed=5"])
-    distill(recipe, "lab", "two.jsonl", Asking(samples=1, column="other"), console=QUIET)
+    distill(recipe, "lab", "two.jsonl", TeacherSettings(samples=1, column="other"), console=QUIET)
     one, two = read(here / "one.jsonl"), read(here / "two.jsonl")
     assert [row["teacher"] for row in two] == [row["teacher"] for row in one]
     assert all(len(row["other"]) <= 1 and row["other_model"] == "lab" for row in two)

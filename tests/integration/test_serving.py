@@ -19,7 +19,7 @@ from gft_lite import lab
 from gft_lite.data.prompts import PromptFormat
 from gft_lite.policy import serving_base as serving
 from gft_lite.policy.registry import load_policy
-from gft_lite.recipe.sections import PolicySettings, Prompt, RolloutSettings
+from gft_lite.recipe.sections import PolicySettings, PromptSettings, RolloutSettings
 from gft_lite.rollout import vllm_common as vllm_shared
 from gft_lite.rollout.base import RolloutError
 from gft_lite.utils.errors import RecipeError
@@ -214,7 +214,7 @@ def test_the_trainers_numbers_are_nearest_then_the_plugins_then_the_published(tm
 
     policy = policy_of(dtype="bfloat16")
     policy.model.train()
-    format = PromptFormat(policy.tokenizer, Prompt())
+    format = PromptFormat(policy.tokenizer, PromptSettings())
     pairs = [
         (format.prompt_ids(row["problem"]), format.response_ids(row["expert"][0])[0])
         for row in lab.rows("train", limit=16)

@@ -598,8 +598,8 @@ def test_vllm_understands_the_options_for_a_card_too(policy, monkeypatch):
     serving = arguments[arguments.index("vllm.entrypoints.openai.api_server") + 1 :]
     parse = [sys.executable, "-c", _PARSE, *serving]
     done = subprocess.run(parse, capture_output=True, text=True, check=True)
-    ranks, parsed = json.loads(done.stdout.splitlines()[-1])
-    assert tuple(ranks) == RANKS
+    distributed, parsed = json.loads(done.stdout.splitlines()[-1])
+    assert tuple(distributed) == RANKS
     assert {name: parsed[name] for name in options} == options
     assert {"gpu_memory_utilization", "enable_sleep_mode", "enforce_eager"} <= options.keys()
 

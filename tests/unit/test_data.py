@@ -20,7 +20,7 @@ from gft_lite.data.problems import load_problems, problems_of_step, split_holdou
 from gft_lite.data.prompts import PromptFormat
 from gft_lite.recipe.loader import read_tree
 from gft_lite.recipe.schema import Recipe
-from gft_lite.recipe.sections import Columns, DataSettings
+from gft_lite.recipe.sections import ColumnsSettings, DataSettings
 from gft_lite.types import Problem
 from gft_lite.utils.errors import RecipeError
 
@@ -498,7 +498,7 @@ def test_a_shipped_mapping_is_a_valid_fragment(path):
     tree, places = read_tree(path)
     assert list(tree) == ["data"]
     data = Recipe.from_tree(tree, places).data
-    assert data.source != "lab" and data.columns != Columns()
+    assert data.source != "lab" and data.columns != ColumnsSettings()
     assert data.columns.expert
 
 
@@ -539,7 +539,7 @@ def test_a_problem_of_several_columns_and_of_options_without_letters(tmp_path):
     rows = [{"title": None, "table": "a|1", "q": "Which?", "options": ["yes", "no"], "answer": 3}]
     file = tmp_path / "rows.json"
     file.write_text(json.dumps(rows))
-    columns = Columns(problem=["title", "table", "q", "options"])
+    columns = ColumnsSettings(problem=["title", "table", "q", "options"])
     [problem] = load(str(file), columns=columns).problems
     assert problem.text == "a|1\nWhich?\nOptions: yes, no"
     assert problem.answer == "3"
@@ -553,13 +553,15 @@ def test_choices_get_letters_and_so_does_the_number_of_one(tmp_path):
     ]
     file = tmp_path / "rows.json"
     file.write_text(json.dumps(rows))
-    found = load(str(file), columns=Columns(problem="q", choices="of"), shuffle=False).problems
+    found = load(
+        str(file), columns=ColumnsSettings(problem="q", choices="of"), shuffle=False
+    ).problems
     assert [p.text for p in found] == [
         "Which?\nAnswer Choices: (A) x (B) y (C) z", "And?\nAnswer Choices: (A) x (B) y", "Open?",
     ]  # fmt: skip
     assert [p.answer for p in found] == ["C", "A", "A"]
     with pytest.raises(RecipeError, match=r"columns\.choices: no row has a column 'off'"):
-        load(str(file), columns=Columns(problem="q", choices="off"))
+        load(str(file), columns=ColumnsSettings(problem="q", choices="off"))
 
 
 def test_one_file_of_a_hub_data_set(monkeypatch):

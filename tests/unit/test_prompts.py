@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from gft_lite.data.prompts import PromptFormat
-from gft_lite.recipe.sections import Prompt
+from gft_lite.recipe.sections import PromptSettings
 from gft_lite.utils.errors import RecipeError
 
 CHATML = (
@@ -47,7 +47,7 @@ def ids_of(tokenizer, *tokens: str) -> list[int]:
 
 
 def test_plain_template_is_filled_literally():
-    format = PromptFormat(byte_tokenizer(), Prompt(template="Q{x}: {problem}\nA {0}:"))
+    format = PromptFormat(byte_tokenizer(), PromptSettings(template="Q{x}: {problem}\nA {0}:"))
     text = "Let {a} = {problem} {{b}} \\frac{1}{2}"
     assert format.render(text) == "Q{x}: " + text + "\nA {0}:"
     assert format.text(format.prompt_ids(text)) == format.render(text)
@@ -57,13 +57,18 @@ def test_plain_prompt_has_bos_once_and_no_eos():
     tokenizer = byte_tokenizer(bos=True, closes=True)
     (bos,) = ids_of(tokenizer, "<bos>")
     (a,) = tokenizer.encode("a", add_special_tokens=False)
-    assert PromptFormat(tokenizer, Prompt()).prompt_ids("a") == (bos, a)
-    assert PromptFormat(tokenizer, Prompt(template="<bos>{problem}")).prompt_ids("a") == (bos, a)
+    assert PromptFormat(tokenizer, PromptSettings()).prompt_ids("a") == (bos, a)
+    assert PromptFormat(tokenizer, PromptSettings(template="<bos>{problem}")).prompt_ids("a") == (
+        bos,
+        a,
+    )
 
 
 def test_chat_prompt_opens_the_assistants_turn_without_a_second_bos():
     tokenizer = byte_tokenizer(BOS_TEMPLATE, bos=True, closes=True)
-    prompt = Prompt(style="chat", system="Be brief.", template="{problem} Box it: \\boxed{}")
+    prompt = PromptSettings(
+        style="chat", system="Be brief.", template="{problem} Box it: \\boxed{}"
+    )
     format = PromptFormat(tokenizer, prompt)
     assert format.render("1+1?") == (
         "<bos><|im_start|>system\nBe brief.<|im_end|>\n"
@@ -87,7 +92,7 @@ def test_chat_prompt_opens_the_assistants_turn_without_a_second_bos():
 
 def test_demonstration_ends_with_eos_in_plain_style():
     tokenizer = byte_tokenizer(CHATML, bos=True, closes=True)
-    format = PromptFormat(tokenizer, Prompt())
+    format = PromptFormat(tokenizer, PromptSettings())
     ids, reason = format.response_ids("abc")
     assert list(ids) == [
         *tokenizer.encode("abc", add_special_tokens=False),
@@ -100,7 +105,7 @@ def test_demonstration_ends_with_eos_in_plain_style():
 
 def test_demonstration_ends_with_the_turn_end_in_chat_style():
     tokenizer = byte_tokenizer(CHATML)
-    format = PromptFormat(tokenizer, Prompt(style="chat"))
+    format = PromptFormat(tokenizer, PromptSettings(style="chat"))
     end, eos = ids_of(tokenizer, "<|im_end|>", "<eos>")
     assert format.response_ids("abc")[0][-1] == end != eos
     assert format.stop_ids == (end, eos)
@@ -117,7 +122,7 @@ def test_demonstration_ends_with_the_turn_end_in_chat_style():
 )
 def test_the_turn_end_is_what_the_template_writes_after_the_answer(ending, expected):
     tokenizer = byte_tokenizer("{% for m in messages %}<|im_start|>" + ending + "{% endfor %}")
-    format = PromptFormat(tokenizer, Prompt(style="chat"))
+    format = PromptFormat(tokenizer, PromptSettings(style="chat"))
     assert format.end_id == ids_of(tokenizer, expected)[0]
 
 
@@ -126,7 +131,7 @@ def test_the_turn_end_is_what_the_template_writes_after_the_answer(ending, expec
 )
 def test_long_demonstrations_are_cut_without_an_end(limit, kept, reason):
     tokenizer = byte_tokenizer()
-    format = PromptFormat(tokenizer, Prompt())
+    format = PromptFormat(tokenizer, PromptSettings())
     whole, _ = format.response_ids("abc")
     ids, got = format.response_ids("abc", limit)
     assert (ids, got) == (whole[:kept], reason)
@@ -135,7 +140,7 @@ def test_long_demonstrations_are_cut_without_an_end(limit, kept, reason):
 
 def test_an_end_token_written_in_the_data_is_not_doubled():
     tokenizer = byte_tokenizer(CHATML)
-    format = PromptFormat(tokenizer, Prompt(style="chat"))
+    format = PromptFormat(tokenizer, PromptSettings(style="chat"))
     assert format.response_ids("abc<|im_end|>") == format.response_ids("abc")
 
 
@@ -146,7 +151,7 @@ def test_text_drops_special_tokens_and_keeps_spaces():
         clean_up_tokenization_spaces=True,
         clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output=True,
     )
-    format = PromptFormat(tokenizer, Prompt(style="chat"))
+    format = PromptFormat(tokenizer, PromptSettings(style="chat"))
     ids, _ = format.response_ids(" a , b . \u00e9\n")
     assert format.text([*ids, tokenizer.eos_token_id]) == " a , b . \u00e9\n"
 
@@ -154,33 +159,33 @@ def test_text_drops_special_tokens_and_keeps_spaces():
 def test_a_turn_end_that_is_not_marked_special_is_dropped_from_the_text():
     tokenizer = byte_tokenizer(CHATML.replace("<|im_end|>", "<|turn|>"))
     tokenizer.add_tokens([AddedToken("<|turn|>", special=False)])
-    format = PromptFormat(tokenizer, Prompt(style="chat"))
+    format = PromptFormat(tokenizer, PromptSettings(style="chat"))
     ids, _ = format.response_ids("abc")
     assert ids[-1] == tokenizer.convert_tokens_to_ids("<|turn|>")
     assert format.text(ids) == "abc"
 
 
 def test_chat_style_without_a_template_names_the_field():
-    format = PromptFormat(byte_tokenizer(), Prompt(style="chat"), "eval.sets.hard.prompt")
+    format = PromptFormat(byte_tokenizer(), PromptSettings(style="chat"), "eval.sets.hard.prompt")
     with pytest.raises(RecipeError, match=r"^eval\.sets\.hard\.prompt\.style: must be plain"):
         format.prompt_ids("1+1?")
-    assert PromptFormat(byte_tokenizer(), Prompt()).prompt_ids("1+1?")
+    assert PromptFormat(byte_tokenizer(), PromptSettings()).prompt_ids("1+1?")
 
 
 def test_a_template_that_refuses_the_system_message_names_the_field():
     tokenizer = byte_tokenizer(NO_SYSTEM + CHATML)
-    format = PromptFormat(tokenizer, Prompt(style="chat", system="Be brief."))
+    format = PromptFormat(tokenizer, PromptSettings(style="chat", system="Be brief."))
     with pytest.raises(RecipeError, match=r"^data\.prompt\.system: .*no system role"):
         format.prompt_ids("1+1?")
-    assert PromptFormat(tokenizer, Prompt(style="chat")).prompt_ids("1+1?")
+    assert PromptFormat(tokenizer, PromptSettings(style="chat")).prompt_ids("1+1?")
 
 
 def test_no_eos_is_an_error_only_where_a_response_must_end():
-    format = PromptFormat(byte_tokenizer(eos_token=None), Prompt())
+    format = PromptFormat(byte_tokenizer(eos_token=None), PromptSettings())
     assert format.prompt_ids("a")
     with pytest.raises(RecipeError, match=r"^policy\.model: must have a tokenizer with an EOS"):
         format.response_ids("a")
-    chat = PromptFormat(byte_tokenizer(CHATML, eos_token=None), Prompt(style="chat"))
+    chat = PromptFormat(byte_tokenizer(CHATML, eos_token=None), PromptSettings(style="chat"))
     assert chat.stop_ids == (chat.end_id,)
     assert chat.response_ids("a")[1] == "stop"
 
@@ -190,7 +195,7 @@ def test_the_labs_tokenizer_reads_its_own_rows():
     if not (lab.BASE / "tokenizer.json").is_file():
         pytest.skip("the lab's base is not built yet")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(lab.BASE)
-    format = PromptFormat(tokenizer, Prompt())
+    format = PromptFormat(tokenizer, PromptSettings())
     for row in lab.rows("train")[:50]:
         ids = format.prompt_ids(row["problem"])
         assert format.text(ids) == row["problem"]

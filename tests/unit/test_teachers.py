@@ -14,7 +14,7 @@ from gft_lite.distillation.console import table
 from gft_lite.distillation.endpoint_teacher import EndpointTeacher, Pace, _read
 from gft_lite.distillation.pipeline import find_teacher, fragment
 from gft_lite.distillation.progress import Distillation, Graded
-from gft_lite.distillation.teachers import Answer, Asking, Question, _prompt
+from gft_lite.distillation.teachers import TeacherRequest, TeacherResponse, TeacherSettings, _prompt
 from gft_lite.recipe.schema import Recipe
 from gft_lite.types import Problem
 from gft_lite.utils.errors import RecipeError
@@ -24,16 +24,16 @@ PROBLEM = Problem("p", "1+1=", "2")
 
 
 def question(key, prompt=()):
-    return Question(PROBLEM, prompt, 7, key)
+    return TeacherRequest(PROBLEM, prompt, 7, key)
 
 
 def graded(text, right=False, finish_reason="stop", tokens=(10, 100)):
-    return Graded(Answer(text, finish_reason, *tokens), float(right), "ok", right)
+    return Graded(TeacherResponse(text, finish_reason, *tokens), float(right), "ok", right)
 
 
 def test_what_a_row_is_offered_and_what_is_counted():
     """Two problems of five questions: the second has one answer, cut off and right."""
-    asking = Asking(samples=5, price_in=2, price_out=10)
+    asking = TeacherSettings(samples=5, price_in=2, price_out=10)
     work = Distillation(asking, [question(str(i)) for i in range(10)])
     work.add({"0": graded("b"), "2": graded("a", right=True)})
     work.add({"1": graded("b"), "3": graded(" \n"), "4": graded("ab", finish_reason="length")})
@@ -59,14 +59,14 @@ _NAMES = {"file": "x.jsonl", "teacher": "t"}
 
 
 def test_nothing_answered_has_no_acceptance_and_no_price_no_cost():
-    summary = Distillation(Asking(samples=1), [question("0")]).summary()
+    summary = Distillation(TeacherSettings(samples=1), [question("0")]).summary()
     assert (summary["acceptance"], summary["cost"], summary["answered"]) == (None, None, 0)
     assert "cost" not in table(summary | _NAMES).columns[0].cells
 
 
 def test_a_kill_leaves_whole_answers(tmp_path):
     path = tmp_path / "responses.jsonl"
-    whole = Answer("a\n\u2028é", "stop", 3, 4)
+    whole = TeacherResponse("a\n\u2028é", "stop", 3, 4)
     AnswerStore(path).keep(question("k1"), whole)
     path.write_bytes(path.read_bytes() + b'{"key": "k2", "te')
     store = AnswerStore(path)
@@ -89,13 +89,15 @@ def test_a_kill_leaves_whole_answers(tmp_path):
 )
 def test_wrong_numbers_are_told_by_name(given, error):
     with pytest.raises(RecipeError) as told:
-        Asking.from_tree(given)
+        TeacherSettings.from_tree(given)
     assert error in str(told.value)
     assert len(told.value.problems) == len(given)
 
 
 def test_numbers_of_the_command_line_are_numbers():
-    assert Asking.from_tree({"samples": "2", "top_p": "0.9"}) == Asking(samples=2, top_p=0.9)
+    assert TeacherSettings.from_tree({"samples": "2", "top_p": "0.9"}) == TeacherSettings(
+        samples=2, top_p=0.9
+    )
 
 
 @pytest.mark.parametrize(
@@ -104,18 +106,18 @@ def test_numbers_of_the_command_line_are_numbers():
         (
             {"choices": [{"message": {"content": "hi"}, "finish_reason": "stop"}],
              "usage": {"prompt_tokens": 3, "completion_tokens": 2}},
-            Answer("hi", "stop", 3, 2),
+            TeacherResponse("hi", "stop", 3, 2),
         ),
         (
             {"choices": [{"message": {"content": "hi"}, "finish_reason": "length"}]},
-            Answer("hi", "length", 0, 0),
+            TeacherResponse("hi", "length", 0, 0),
         ),
         (
             {"choices": [{"message": {"content": None}, "finish_reason": "content_filter"}],
              "usage": None},
-            Answer("", "length", 0, 0),
+            TeacherResponse("", "length", 0, 0),
         ),
-        ({"choices": [{"message": {"content": "a\ud800b"}}]}, Answer("a?b", "stop", 0, 0)),
+        ({"choices": [{"message": {"content": "a\ud800b"}}]}, TeacherResponse("a?b", "stop", 0, 0)),
         *((broken, None) for broken in ("<html>", {}, {"choices": []}, {"choices": [{}]}, None)),
     ],
 )  # fmt: skip
@@ -153,7 +155,7 @@ def test_the_turns_of_a_chat(system, asked, turns):
     prompt = {"style": "chat", "template": "Q {1}: {problem}", "system": system}
     recipe = Recipe.from_tree({"data": {"prompt": prompt}})
     teacher = object.__new__(EndpointTeacher)
-    teacher._prompt = _prompt(recipe, Asking(system=asked), "chat")
+    teacher._prompt = _prompt(recipe, TeacherSettings(system=asked), "chat")
     messages = teacher.prompt(PROBLEM)
     assert [m["content"] for m in messages] == turns
     assert [m["role"] for m in messages] == ["system", "user"][2 - len(turns) :]
@@ -187,7 +189,7 @@ def test_the_fragment_keeps_what_columns_mean(tmp_path):
 def test_teachers_that_can_not_be_asked(teacher, error, monkeypatch):
     monkeypatch.setenv("GFT_LITE_TEACHER_KEY", "0123456789-of-the-teacher")
     with pytest.raises(RecipeError) as told:
-        find_teacher(teacher, Recipe(), Asking(), print)
+        find_teacher(teacher, Recipe(), TeacherSettings(), print)
     assert error in str(told.value)
     assert "pass" not in str(told.value).replace("password", "")
     assert "0123456789" not in str(told.value)
@@ -229,6 +231,6 @@ def test_a_teacher_s_own_code_is_never_trusted(tmp_path):
     trusting = {"policy": {"model": "a/b", "trust_remote_code": True, "dtype": "float32"}}
     (tmp_path / "recipe.yaml").write_text(json.dumps(trusting))
     for teacher, recipe in ((tmp_path, Recipe()), ("c/d", Recipe.from_tree(trusting))):
-        found = find_teacher(str(teacher), recipe, Asking(), print)._target.policy
+        found = find_teacher(str(teacher), recipe, TeacherSettings(), print)._target.policy
         assert not found.trust_remote_code
         assert (found.model, found.dtype) == (("a/b" if teacher == tmp_path else "c/d"), "float32")
