@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from gft_lite.policy import attention
 from gft_lite.policy.base import Divergence, ServedBase, TokenScores, evaluating
 from gft_lite.policy.batching import Layout, MicroBatch, Row, cut
+from gft_lite.policy.serving_base import serving_base
 from gft_lite.policy.weight_checks import fitting_weights
 from gft_lite.recipe.sections import PolicySettings
 from gft_lite.utils.errors import RecipeError
@@ -318,4 +319,4 @@ class LoraPolicy:
 
     def serving_base(self, kind: str) -> ServedBase:
         """What an engine should load to serve this policy's base; `kind` is `rollout.base`."""
-        return serving.serving_base(self, kind)
+        return serving_base(self, kind)
