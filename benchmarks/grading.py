@@ -28,7 +28,7 @@ def pairs(name: str, count: int) -> Pairs:
     file = SHARED / f"{name}.jsonl"
     if not file.exists():
         return [(_made_up(i), rf"\frac{{{i}}}{{{i + 7}}}") for i in range(count)]
-    rows = [json.loads(line) for line in file.open()]
+    rows = [json.loads(line) for line in file.open(encoding="utf-8")]
     found = [(row["solution"], row["answer"]) for row in rows if row["solution"]]
     return found[:: max(1, len(found) // count)][:count]
 
@@ -47,7 +47,7 @@ def shuffled(given: Pairs) -> Pairs:
 def golden() -> Pairs:
     """The hand-made pairs of every kind of answer, where they lie beside the project."""
     file = SHARED.parent / "grader_golden_dev.jsonl"
-    rows = [json.loads(line) for line in file.open()] if file.exists() else []
+    rows = [json.loads(line) for line in file.open(encoding="utf-8")] if file.exists() else []
     return [(row["response"], row["answer"]) for row in rows if row["answer_type"] == "math"]
 
 

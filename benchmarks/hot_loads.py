@@ -100,7 +100,7 @@ def _greedy(policy: Policy, length: int) -> tuple[int, ...]:
 
 
 def _resident_kib() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") // 1024
 
 

@@ -42,7 +42,7 @@ class PeakMemory:
 
     def __init__(self) -> None:
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
         self._before = _status_mib("VmRSS")
 
     def read(self) -> float:
@@ -51,7 +51,9 @@ class PeakMemory:
 
 
 def _status_mib(field: str) -> float:
-    [line] = [x for x in Path("/proc/self/status").read_text().splitlines() if field in x]
+    [line] = [
+        x for x in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if field in x
+    ]
     return int(line.split()[1]) / 1024
 
 
@@ -69,12 +71,12 @@ def record(name: str, figures: dict[str, Any]) -> Path:
     }
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{name}.json"
-    file.write_text(json.dumps(document, indent=1) + "\n")
+    file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return file
 
 
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return named[0] if named else platform.processor()

@@ -119,7 +119,7 @@ def make_groups(folder: Path, shape: Shape, prompt: int) -> None:
                 "rewards": {"0": rewards, "40": [1.0] * len(group) if number in flat else rewards},
             }
         )
-    _file(folder, prompt).write_text(json.dumps(groups))
+    _file(folder, prompt).write_text(json.dumps(groups), encoding="utf-8")
 
 
 def _tokens(draw: random.Random, shape: Shape, count: int) -> list[int]:
@@ -135,7 +135,7 @@ def _flat_groups(tokens: list[int]) -> set[int]:
 
 def read_groups(folder: Path, prompt: int, flat: str) -> list[Group]:
     """The recorded groups with the rewards of one case; `flat` is "0" or "40" percent."""
-    groups = json.loads(_file(folder, prompt).read_text())
+    groups = json.loads(_file(folder, prompt).read_text(encoding="utf-8"))
     return [group | {"rewards": group["rewards"][flat]} for group in groups]
 
 
@@ -189,7 +189,7 @@ def make_reference(folder: Path, prompt: int) -> None:
     """
     torch.set_num_threads(1)
     model = plain_model(folder)
-    groups = json.loads(_file(folder, prompt).read_text())
+    groups = json.loads(_file(folder, prompt).read_text(encoding="utf-8"))
     tokens = sum(len(response) for group in groups for response in group["responses"])
     scale = {flat: advantages(read_groups(folder, prompt, flat)) for flat in ("0", "40")}
     found: dict[str, Any] = dict.fromkeys(scale, 0.0)
@@ -202,7 +202,7 @@ def make_reference(folder: Path, prompt: int) -> None:
             for flat, values in scale.items():
                 found[flat] = found[flat] + values[number][member] * gradient(model)
             model.zero_grad()
-    _file(folder, prompt).write_text(json.dumps(groups))
+    _file(folder, prompt).write_text(json.dumps(groups), encoding="utf-8")
     for flat, vector in found.items():
         save_file({"gradient": vector}, folder / f"gradient-{prompt}-{flat}.safetensors")
 

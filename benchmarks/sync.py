@@ -130,7 +130,7 @@ def _weight(module: Any) -> torch.Tensor:
 def counted(name: str) -> Figures:
     """Bytes of the adapter and of all weights of a real model, from its shape."""
     file = PACKAGE.parent / "configs" / "models" / "shapes" / f"{name}.json"
-    config = transformers.AutoConfig.for_model(**json.loads(file.read_text()))
+    config = transformers.AutoConfig.for_model(**json.loads(file.read_text(encoding="utf-8")))
     with torch.device("meta"):
         base = transformers.AutoModelForCausalLM.from_config(config)
         weights = 2 * sum(parameter.numel() for parameter in base.parameters())

@@ -68,7 +68,7 @@ def fits(setup: Setup, model: str, card: str) -> Figures:
 def planned(setup: Setup, model: str, card: str, limit: int) -> Plan:
     """The plan for a card's own recipe, whose policy has what the plan chose."""
     file = PACKAGE.parent / "configs" / "hardware" / f"{card}.yaml"
-    sections = yaml.safe_load(file.read_text())
+    sections = yaml.safe_load(file.read_text(encoding="utf-8"))
     sections["train"] |= {"problems_per_step": 1}  # A group is more than any micro-batch takes.
     recipe = setup.recipe(model, **sections)
     plan = choose(Job(setup.shape(model), recipe, "cuda"), limit)

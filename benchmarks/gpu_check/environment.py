@@ -47,7 +47,9 @@ def _driver() -> str | None:
     if not shutil.which("nvidia-smi"):
         return None
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip()
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=30, encoding="utf-8"
+    ).stdout.strip()
 
 
 def copy(setup: Setup) -> Figures:

@@ -147,5 +147,5 @@ def _work(path: str, setup: Any, home: Connection) -> None:
 
 def _write(file: Path, document: Figures) -> None:
     partial = file.with_name(file.name + ".tmp")
-    partial.write_text(json.dumps(document, indent=1, default=str) + "\n")
+    partial.write_text(json.dumps(document, indent=1, default=str) + "\n", encoding="utf-8")
     os.replace(partial, file)

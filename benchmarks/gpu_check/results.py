@@ -23,7 +23,10 @@ memory on a GPU; tokens, bytes and gradients that are counted or compared hold o
 
 def written(folder: Path = RESULTS) -> str:
     """The text for the results in a folder."""
-    documents = {file.name: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+    documents = {
+        file.name: json.loads(file.read_text(encoding="utf-8"))
+        for file in sorted(folder.glob("*.json"))
+    }
     check = documents.get("gpu_check.json")
     lines = [HEAD, "| file | date | measured on | has met a GPU |", "| --- | --- | --- | --- |"]
     for name, document in documents.items():
@@ -56,7 +59,7 @@ def _parts(check: dict[str, Any]) -> list[str]:
 def main() -> None:
     """Write it."""
     file = RESULTS / "README.md"
-    file.write_text(written())
+    file.write_text(written(), encoding="utf-8")
     print(f"written: {file}")
 
 

@@ -48,7 +48,9 @@ class Setup:
 
     def config(self, model: str) -> dict[str, Any]:
         """A model's config.json, with fewer and narrower layers when tiny."""
-        shipped = json.loads((PACKAGE.parent / SHIPPED / f"{model}.json").read_text())
+        shipped = json.loads(
+            (PACKAGE.parent / SHIPPED / f"{model}.json").read_text(encoding="utf-8")
+        )
         return shipped | (TINY if self.tiny else {})
 
     def shape(self, model: str) -> ModelShape:

@@ -63,5 +63,5 @@ def run(options: argparse.Namespace) -> int:
         print(f"failed: {count:,} times: {redact(reason)}")
     fragment = beside(Path(summary["file"])) / "data.yaml"
     print(f"distilled: {summary['file']}\nto train on it, extend {fragment}:\n")
-    print(fragment.read_text(), end="")
+    print(fragment.read_text(encoding="utf-8"), end="")
     return FAILED if summary["failed"] else DONE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -45,6 +46,8 @@ COMMANDS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns 0 done, 2 the user's input is wrong, 1 we failed, 130 interrupted."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # Not every locale has every character.
     options, rest = _parser().parse_known_args(arguments)
     # argparse takes positionals in one block only; overrides may stand after flags too.
     stray = [word for word in rest if word.startswith("-") or "=" not in word]

@@ -30,5 +30,5 @@ class AnswerStore:
     def keep(self, question: TeacherRequest, answer: TeacherResponse) -> None:
         """Append an answer; it survives whatever ends the process afterwards."""
         line = json.dumps({"key": question.key, **asdict(answer)}) + "\n"
-        with self._lock, self.path.open("a") as file:
+        with self._lock, self.path.open("a", encoding="utf-8") as file:
             file.write(line)

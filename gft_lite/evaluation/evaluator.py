@@ -280,7 +280,7 @@ def _drift(
 def _evaluated(folder: Path) -> dict[str, Any]:
     """Every target that was ever evaluated in a folder, as it was last."""
     file = folder / "targets.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _regrade(work: _Work, targets: Sequence[Target]) -> None:
@@ -300,7 +300,7 @@ def _regrade(work: _Work, targets: Sequence[Target]) -> None:
         figures = {}
         for name in work.suite.names:
             if name in entry["benchmarks"]:
-                lines = work.problems_file(model, name).read_text().splitlines()
+                lines = work.problems_file(model, name).read_text(encoding="utf-8").splitlines()
                 kept = [json.loads(line) for line in lines]
                 problems = [Problem(k["id"], k["text"], k["answer"], columns=k["columns"])
                             for k in kept]  # fmt: skip
@@ -319,7 +319,7 @@ def _grade(
     scored = work.scorer.score(groups)
     file = work.problems_file(model, name)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w") as out:
+    with file.open("w", encoding="utf-8") as out:
         for group, named in zip(scored, keys, strict=True):
             problem = group.problem
             graded = [(r.text, correct(r)) for r in group]
@@ -377,7 +377,11 @@ def _write(folder: Path, results: Mapping[str, Any], examples: Examples) -> None
     made = tables(results)
     RunFolder(folder).write_json("results.json", results)
     RunFolder(folder).write_json("targets.json", {**_evaluated(folder), **results["targets"]})
-    (folder / "results.csv").write_text(to_csv(results))
-    (folder / "results.md").write_text("\n".join(table.markdown() for table in made))
-    (folder / "results.tex").write_text("\n".join(table.latex() for table in made))
-    (folder / "examples.md").write_text(examples.markdown())
+    (folder / "results.csv").write_text(to_csv(results), encoding="utf-8")
+    (folder / "results.md").write_text(
+        "\n".join(table.markdown() for table in made), encoding="utf-8"
+    )
+    (folder / "results.tex").write_text(
+        "\n".join(table.latex() for table in made), encoding="utf-8"
+    )
+    (folder / "examples.md").write_text(examples.markdown(), encoding="utf-8")

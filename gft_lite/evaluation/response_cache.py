@@ -45,7 +45,7 @@ class ResponseCache:
     def add(self, responses: Mapping[str, Response]) -> None:
         """Keep a chunk of responses; they survive whatever ends the process afterwards."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             for key, r in responses.items():
                 entry = {"key": key, "token_ids": r.token_ids, "text": r.text,
                          "finish_reason": r.finish_reason}  # fmt: skip

@@ -277,7 +277,7 @@ class _Work:
             cpu, wall = _cpu_seconds() - before, time.perf_counter() - began
             if cpu:  # Otherwise all was done already.
                 self.out.mkdir(parents=True, exist_ok=True)
-                with self._costs_file.open("a") as file:
+                with self._costs_file.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"part": part, "cpu": cpu, "wall": wall}) + "\n")
 
     @property
@@ -287,7 +287,7 @@ class _Work:
     def costs(self) -> dict[str, dict[str, float]]:
         """CPU and wall seconds by part, of all the times that the study was started."""
         total: dict[str, dict[str, float]] = {}
-        for line in map(json.loads, self._costs_file.read_text().splitlines()):
+        for line in map(json.loads, self._costs_file.read_text(encoding="utf-8").splitlines()):
             part = total.setdefault(line["part"], {"cpu": 0.0, "wall": 0.0})
             part["cpu"] += line["cpu"]
             part["wall"] += line["wall"]

@@ -91,7 +91,7 @@ def _ended_by_sigint() -> Iterator[None]:
 def _output_to(file: Path) -> Iterator[None]:
     """Send all that this process writes to a file, what compiled code writes too."""
     kept = os.dup(1), os.dup(2)
-    with file.open("a") as log:
+    with file.open("a", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     try:
@@ -151,8 +151,14 @@ class LocalLauncher:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={"OMP_NUM_THREADS": threads, **os.environ},
-            start_new_session=True,  # Ctrl-C is the parent's business.
+            encoding="utf-8",
+            errors="surrogateescape",  # A folder's name need not be valid text.
+            env={
+                "OMP_NUM_THREADS": threads,
+                **os.environ,
+                "PYTHONIOENCODING": "utf-8:surrogateescape",  # Whatever the locale is.
+            },
+            start_new_session=True,  # The parent handles Ctrl-C.
         )
 
     def _result(self, process: subprocess.Popen[str]) -> str | None:
@@ -186,7 +192,7 @@ def _kill(process: subprocess.Popen[str]) -> None:
 
 def main() -> None:
     """A process of the LocalLauncher: folders in, reasons of failure out, one a line."""
-    replies = os.fdopen(os.dup(1), "w")
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     folders: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(folders,), daemon=True).start()
     while True:

@@ -43,7 +43,7 @@ class SweepFolder:
 
     def results(self) -> dict[str, Any]:
         """`trials`, one by one, and `settings`, the figures of each over its seeds."""
-        return json.loads((self.path / "results.json").read_text())
+        return json.loads((self.path / "results.json").read_text(encoding="utf-8"))
 
     def frame(self) -> Any:
         """One line for each trial, as a pandas DataFrame."""

@@ -285,8 +285,10 @@ def save(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, out: Path) -> None:
     template = out / "chat_template.jinja"
     if template.exists():
         path = out / "tokenizer_config.json"
-        config = json.loads(path.read_text()) | {"chat_template": template.read_text()}
-        path.write_text(json.dumps(config, indent=2) + "\n")
+        config = json.loads(path.read_text(encoding="utf-8")) | {
+            "chat_template": template.read_text(encoding="utf-8")
+        }
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         template.unlink()
 
 

@@ -199,7 +199,7 @@ def _write_weights(weights: Mapping[str, Weight], dtype: torch.dtype, folder: Pa
         save_file(shard, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
 def _plain(module: nn.Module | None, weight: Any) -> Tensor:

@@ -138,7 +138,11 @@ def _run(path: Path, label: str) -> Run:
         recipe=Recipe.load(path / "recipe.yaml"),
         metrics=_steps(folder.metrics()),
         summary=folder.summary() if finished else None,
-        evals={n: json.loads(file.read_text()) for n, file in files.items() if file.is_file()},
+        evals={
+            n: json.loads(file.read_text(encoding="utf-8"))
+            for n, file in files.items()
+            if file.is_file()
+        },
     )
 
 
@@ -149,7 +153,7 @@ def _steps(metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _sweep(path: Path, label: str) -> Sweep:
-    results = json.loads((path / "results.json").read_text())
+    results = json.loads((path / "results.json").read_text(encoding="utf-8"))
     summaries = (trial["summary"] for trial in results["trials"] if trial["summary"])
     points = []
     for row in results["settings"]:

@@ -128,12 +128,12 @@ def _render(**values: Any) -> str:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"share": _share, "points": _points, "number": _number}
-    script = (_HERE / "page.js").read_text()
+    script = (_HERE / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("page.html.j2").render(
         **values,
         version=__version__,
-        style=Markup((_HERE / "page.css").read_text()),
+        style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
         # The browser itself then refuses any other script, and every request.
         policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",

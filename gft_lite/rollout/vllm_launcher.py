@@ -113,7 +113,7 @@ class OwnServer:
         raise self._failed("could not start")
 
     def _failed(self, what: str) -> RolloutError:
-        lines = self._log.read_text(errors="replace").splitlines()[-LAST_LINES:]
+        lines = self._log.read_text(errors="replace", encoding="utf-8").splitlines()[-LAST_LINES:]
         end = "\n".join(f"  {line}" for line in lines)
         return RolloutError(f"rollout.engine: the vllm server {what}. The end of its log:\n{end}")
 

@@ -44,7 +44,7 @@ def save(
         tensors, numbers = _flatten(optimizer.state_dict()["state"])
         save_file(tensors, partial / "optimizer.safetensors")
         state = {"step": step, "counters": counters, "optimizer": numbers}
-        (partial / "state.json").write_text(json.dumps(state))
+        (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
         _seal(partial)
         _remove([final])
         partial.rename(final)
@@ -92,7 +92,7 @@ def newest_whole(folder: Path, say: Callable[[str], None]) -> Path | None:
 def find_damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, if anything is."""
     try:
-        expected = json.loads((checkpoint / MANIFEST).read_text())["sha256"]
+        expected = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["sha256"]
         for name, digest in expected.items():
             if _sha256(checkpoint / name) != digest:
                 return f"{name} has changed since it was written"
@@ -106,7 +106,7 @@ def restore(
 ) -> tuple[int, dict[str, int]]:
     """Load a checkpoint into policy and optimiser; returns its step and counters."""
     policy.load_adapter(checkpoint / "adapter")
-    state = json.loads((checkpoint / "state.json").read_text())
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     tensors = load_file(checkpoint / "optimizer.safetensors")
     current = optimizer.state_dict()
     current["state"] = _unflatten(tensors, state["optimizer"])

@@ -60,7 +60,7 @@ class RunFolder:
 
     def summary(self) -> dict[str, Any]:
         """The final figures."""
-        return json.loads((self.path / "summary.json").read_text())
+        return json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
 
     def write_json(self, name: str, value: Any) -> None:
         """Write `name` in the run's folder, complete or not at all."""
@@ -68,7 +68,7 @@ class RunFolder:
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Add a step to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a") as file:
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
         flush(self.path / "metrics.jsonl")
 
@@ -102,7 +102,7 @@ class RunFolder:
         self, file: Path, groups: Sequence[Group], advantages: Sequence[Sequence[float]]
     ) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("w") as out:
+        with file.open("w", encoding="utf-8") as out:
             for group, values in zip(groups, advantages, strict=True):
                 responses = [_response(r, a) for r, a in zip(group, values, strict=True)]
                 problem = {"id": group.problem.id, "text": group.problem.text,

@@ -150,7 +150,7 @@ def _sets(recipe: Recipe, run: RunFolder) -> dict[str, dict[str, Any]]:
     if recipe.stages:
         homes = {"base": stage_folder(recipe, run, 0), "trained": stage_folder(recipe, run, last)}
     return {
-        name: json.loads((home.path / "eval" / f"{name}.json").read_text())
+        name: json.loads((home.path / "eval" / f"{name}.json").read_text(encoding="utf-8"))
         for name, home in homes.items()
     }
 

@@ -73,7 +73,7 @@ def _conclude(recipe: Recipe, run: RunFolder, stages: list[RunFolder]) -> None:
         for number, stage in enumerate(stages, start=1)
         for metrics in stage.metrics()
     ]
-    (run.path / "metrics.jsonl").write_text("".join(lines))
+    (run.path / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
     added = ("trajectories", "rollout_tokens", "trained_tokens", "steps", "updates",
              "skipped_steps")  # fmt: skip
     phases = summaries[0]["seconds"]

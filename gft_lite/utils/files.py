@@ -31,7 +31,7 @@ LOCK = ".lock"
 def write_whole(path: Path, text: str) -> None:
     """Write a file, complete or not at all."""
     with whole(path) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     Raises: RecipeError while another process has it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a+") as file:
+    with (folder / LOCK).open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -80,9 +80,9 @@ def cached(path: Path, compute: Callable[[], Any]) -> Any:
     """The JSON at `path`, computed and written first where it is not there yet."""
     if not path.exists():
         write_whole(path, json.dumps(compute(), indent=1))
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def complete_lines(file: Path) -> list[str]:
     """The complete lines of a file; a write that a kill cut short leaves half of one."""
-    return file.read_text().split("\n")[:-1] if file.exists() else []
+    return file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []

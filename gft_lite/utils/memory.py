@@ -18,19 +18,23 @@ def free_ram() -> int:
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+    found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text(encoding="utf-8"))
     free = int(found[1]) * 1024 if found else os.sysconf("SC_PHYS_PAGES") * 4096
     # A container may have less than its machine.
     limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        free = min(free, int(text) - int(used.read_text()))
+    if (
+        limit.exists()
+        and used.exists()
+        and (text := limit.read_text(encoding="utf-8").strip()) != "max"
+    ):
+        free = min(free, int(text) - int(used.read_text(encoding="utf-8")))
     return free
 
 
 def process_memory(kind: Literal["VmRSS", "VmHWM"]) -> int:
     """Bytes of this process in RAM, now or at most so far; 0 where there is no /proc."""
     status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
+    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
     found = [int(line.split()[1]) * 1024 for line in lines if line.startswith(kind)]
     return found[0] if found else 0
 
