@@ -95,11 +95,12 @@ class Policy(Protocol):
         *,
         reference_kl: bool = False,
     ) -> tuple[float, TokenScores]:
-        """Add the gradient of a loss to the adapter's; returns the loss and the scores.
+        """Add the gradient of a loss to the adapter's gradient; returns the loss and the scores.
 
-        `loss` is called for slices of the micro-batch's tokens: it takes their scores and the
-        slice and returns what they add to the loss, a scalar; the log-prob of a token (and, on
-        request, its KL to the reference) counts in that token's share alone.
+        `loss(scores, span)` is called once for each slice `span` of the micro-batch's response
+        tokens and returns the slice's part of the loss, a scalar. Gradient flows through
+        `scores.logprobs` and, on request, `scores.reference_kl`; `scores.entropy` is detached.
+        A token's log-prob may affect only the part of its own slice.
         """
 
     def divergence(self, batch: MicroBatch) -> Divergence:

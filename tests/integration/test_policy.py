@@ -15,6 +15,7 @@ from gft_lite.objective.methods import METHODS
 from gft_lite.objective.reduction import token_weights
 from gft_lite.policy import lora
 from gft_lite.policy.batching import Row, cut
+from gft_lite.policy.lora import LoraPolicy
 from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.sections import PolicySettings
 from gft_lite.utils.errors import RecipeError
@@ -202,6 +203,35 @@ def test_reference_kl_is_exact_and_so_is_its_gradient(lab_policy, chunked, monke
             lab_policy.token_scores(batch, reference_kl=True).logprobs,
             lab_policy.token_scores(batch).logprobs,
         )
+
+
+@pytest.mark.parametrize("reference_kl", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_loss_gets_detached_entropy_for_its_slice(lab_policy, fused, reference_kl, monkeypatch):
+    monkeypatch.setattr(lora, "LOGIT_CHUNK_BYTES", 4 * lab_policy.config.vocab_size * 5)
+    policy = LoraPolicy(
+        lab_policy.model,
+        lab_policy.tokenizer,
+        lab_policy.settings.model_copy(update={"fused_head": fused}),
+        lab_policy.dtype,
+    )
+    move(policy)
+    [batch] = cut(rows(policy), 10**6)
+    with torch.no_grad():
+        expected = policy.token_scores(batch).entropy
+    spans = []
+
+    def loss(scores, span):
+        assert not scores.entropy.requires_grad
+        assert (scores.entropy - expected[span]).abs().max() < 1e-4
+        assert (scores.reference_kl is not None) == reference_kl
+        spans.append(torch.arange(len(expected))[span])
+        return -(scores.entropy * scores.logprobs).sum()
+
+    value, scores = policy.backward(batch, loss, reference_kl=reference_kl)
+    assert torch.equal(torch.cat(spans), torch.arange(len(expected)))
+    assert len(spans) == (-(-len(expected) // 5) if fused and not reference_kl else 1)
+    assert value == pytest.approx(-(expected * scores.logprobs).sum().item(), rel=1e-4)
 
 
 def test_dropout_is_the_policys_alone_and_not_the_references(tmp_path):
