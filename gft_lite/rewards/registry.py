@@ -26,19 +26,19 @@ _HERE = "gft_lite.rewards"
 
 REWARDS: dict[str, RewardEntry] = {
     "math": RewardEntry(
-        f"{_HERE}.math:make", True, True,
+        f"{_HERE}.math_rule:make", True, True,
         "1 if the stated final answer equals the gold answer mathematically (choice rows too)",
     ),
     "choice": RewardEntry(
-        f"{_HERE}.choice:make", True, True,
+        f"{_HERE}.choice_rule:make", True, True,
         "1 if the one chosen letter A-E, or the answer's text, is the gold one",
     ),
     "exact": RewardEntry(
-        f"{_HERE}.exact:make", False, True,
+        f"{_HERE}.exact_rule:make", False, True,
         "1 if what follows the last `marker` is the gold answer, character by character",
     ),
     "format": RewardEntry(
-        f"{_HERE}.format:make", True, False,
+        f"{_HERE}.format_rule:make", True, False,
         r"1 if the response matches `pattern` (default: exactly one closed \boxed{})",
     ),
 }  # fmt: skip
