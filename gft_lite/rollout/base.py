@@ -1,4 +1,4 @@
-"""TODO: gft_lite/rollout/base.py"""
+"""The protocol of a rollout engine, and the values that go in and come out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gft_lite.types import FinishReason
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt to be continued `len(seeds)` times; each sample has its own seed."""
+    """A prompt to sample `len(seeds)` completions of, one for each seed."""
 
     prompt_ids: tuple[int, ...]
     seeds: tuple[int, ...]
@@ -20,7 +20,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are drawn: temperature 0 is greedy, `top_k` 0 and `top_p` 1 are off."""
+    """How tokens are drawn: temperature 0 is greedy; `top_k` 0 and `top_p` 1 disable the filter.
+
+    A completion ends with its first end token, with the token that completes the first stop
+    string, after `max_tokens` tokens, or where the context is full.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -31,11 +35,10 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What an engine sampled.
+    """One sampled completion.
 
-    `token_ids` includes the end-of-sequence token or the stop string's tokens;
-    `logprobs` are one per token, in nats, of the untempered distribution (temperature 1,
-    no top-p/top-k), whatever the sampling was.
+    `token_ids` [T] includes the end token, or all tokens of the stop string; `logprobs` [T] are
+    in nats, of the untempered distribution (temperature 1, no top-p or top-k) for any `Sampling`.
     """
 
     token_ids: tuple[int, ...]
@@ -47,17 +50,21 @@ OnCompletion = Callable[[tuple[int, ...], int, Completion], None]
 
 
 def noop(prompt_ids: tuple[int, ...], seed: int, completion: Completion) -> None:
-    """The default: no callback per completion."""
+    """Do nothing: the default `OnCompletion`."""
 
 
 class RolloutError(RuntimeError):
-    """The engine failed, or serves something else than the trainer's adapter."""
+    """The engine failed, or serves other weights than the trainer's adapter."""
+
+
+class EngineFailed(RolloutError):
+    """The engine broke down on a valid call and is closed; a new engine can repeat the call."""
 
 
 class RolloutEngine(Protocol):
-    """Samples from the base or from the newest synced adapter, never from a mixture.
+    """Samples from the base or from the newest synced adapter, never from a mixture of both.
 
-    `base` says in words which copy of the base it serves.
+    `base` describes the copy of the base that is served, for the console and the model card.
     """
 
     name: str
@@ -71,17 +78,17 @@ class RolloutEngine(Protocol):
     ) -> list[list[Completion]]:
         """One list of completions per request, in the order of its seeds.
 
-        `on_completion` is called with the prompt, seed and completion of each, in any order.
+        `on_completion` receives the prompt, seed and completion of each sample, in any order.
         """
 
     def score(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> list[float]:
-        """Log-probs [T] in nats of `token_ids` after the prompt, under what is served."""
+        """Log-probs [T] in nats of `token_ids` after the prompt, under the served weights."""
 
     def sleep(self) -> None:
-        """Give the device's memory back until `wake`, and answer no request until then."""
+        """Free the device memory until `wake`; calls in between raise RolloutError."""
 
     def wake(self) -> None:
-        """Serve again what was served before."""
+        """Serve the same weights as before `sleep` again."""
 
     def close(self) -> None:
-        """Give everything back; may be called twice, and while asleep."""
+        """Free everything; may be called twice, and while asleep."""

@@ -1,4 +1,4 @@
-"""TODO: gft_lite/rollout/registry.py"""
+"""The table of rollout engines; importing it imports no engine."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class EngineEntry:
-    """Where an engine's class is, and the package and extra that it needs beside ours."""
+    """The dotted path of an engine's class, and the package (and extra) that it requires."""
 
     path: str
     needs: str | None = None
 
 
-# Importing this table imports no engine. "auto" is vllm where it and a GPU are, else transformers.
+# "auto" is vllm if vllm and a GPU are available, else transformers.
 ENGINES: dict[str, EngineEntry | None] = {
     "auto": None,
     "transformers": EngineEntry("gft_lite.rollout.transformers_engine:TransformersEngine"),
@@ -35,9 +35,9 @@ ENGINES: dict[str, EngineEntry | None] = {
 
 
 def find_engine(name: str) -> EngineEntry:
-    """The engine of that name, or the user's own at a dotted path.
+    """The engine of that name, or a user's engine at a dotted path.
 
-    Raises: RecipeError if what it needs is not installed.
+    Raises: RecipeError if the package that the engine requires is not installed.
     """
     if name == "auto":
         import torch
@@ -54,6 +54,6 @@ def find_engine(name: str) -> EngineEntry:
 
 
 def start_engine(settings: RolloutSettings, policy: Policy, scratch: Path) -> RolloutEngine:
-    """Start the engine that the recipe names. `scratch` is a folder it may write to."""
+    """Start the engine of the recipe; `scratch` is a folder for the engine's own files."""
     scratch.mkdir(parents=True, exist_ok=True)
     return load_dotted(find_engine(settings.engine).path)(settings, policy, scratch)

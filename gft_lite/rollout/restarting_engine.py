@@ -12,10 +12,10 @@ from rich.console import Console
 
 from gft_lite.rollout.base import (
     Completion,
+    EngineFailed,
     OnCompletion,
     Request,
     RolloutEngine,
-    RolloutError,
     Sampling,
     noop,
 )
@@ -23,10 +23,6 @@ from gft_lite.rollout.base import (
 T = TypeVar("T")
 
 REFRESH = 0.2  # Seconds.
-
-
-class EngineFailed(RolloutError):
-    """The engine broke down at a request that was fine, and has been closed."""
 
 
 class RestartingEngine:

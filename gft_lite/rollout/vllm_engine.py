@@ -14,8 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gft_lite.policy.vllm_process import engine_environment, vllm_in_charge
-from gft_lite.rollout.base import Completion, OnCompletion, Request, RolloutError, Sampling, noop
-from gft_lite.rollout.restarting_engine import EngineFailed
+from gft_lite.rollout.base import (
+    Completion,
+    EngineFailed,
+    OnCompletion,
+    Request,
+    RolloutError,
+    Sampling,
+    noop,
+)
 from gft_lite.rollout.vllm_common import (
     Job,
     adapter_shapes,

@@ -13,8 +13,15 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gft_lite.rollout.base import Completion, OnCompletion, Request, RolloutError, Sampling, noop
-from gft_lite.rollout.restarting_engine import EngineFailed
+from gft_lite.rollout.base import (
+    Completion,
+    EngineFailed,
+    OnCompletion,
+    Request,
+    RolloutError,
+    Sampling,
+    noop,
+)
 from gft_lite.rollout.vllm_common import (
     Job,
     adapter_shapes,

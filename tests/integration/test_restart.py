@@ -12,8 +12,8 @@ from rich.console import Console
 from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import RolloutSettings
 from gft_lite.rollout import restarting_engine as restart
-from gft_lite.rollout.base import Request, RolloutError, Sampling
-from gft_lite.rollout.restarting_engine import EngineFailed, RestartingEngine
+from gft_lite.rollout.base import EngineFailed, Request, RolloutError, Sampling
+from gft_lite.rollout.restarting_engine import RestartingEngine
 from gft_lite.rollout.transformers_engine import TransformersEngine
 from gft_lite.training.run import train
 

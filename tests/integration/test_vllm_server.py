@@ -28,8 +28,8 @@ from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.sections import PolicySettings, RolloutSettings
 from gft_lite.rollout import child_supervisor as leash
 from gft_lite.rollout import vllm_server_engine as vllm_server
-from gft_lite.rollout.base import Request, RolloutError, Sampling
-from gft_lite.rollout.restarting_engine import EngineFailed, RestartingEngine
+from gft_lite.rollout.base import EngineFailed, Request, RolloutError, Sampling
+from gft_lite.rollout.restarting_engine import RestartingEngine
 from gft_lite.rollout.transformers_engine import TransformersEngine
 from gft_lite.rollout.vllm_common import RANKS, engine_options
 from gft_lite.rollout.vllm_launcher import command
