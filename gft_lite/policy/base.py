@@ -122,3 +122,33 @@ def evaluating(policy: Policy) -> Iterator[None]:
         yield
     finally:
         policy.model.train(training)
+
+
+@contextmanager
+def without_dropout(policy: Policy) -> Iterator[None]:
+    """Set every dropout probability of base and adapter to 0 for the length of a `with`.
+
+    Two passes over a micro-batch then give equal log-probs, as the ratio of a clipped loss to its
+    old log-probs requires. Unlike in eval mode, transformers' layers keep recomputing activations.
+    Forward and backward passes must both run inside.
+    """
+    owners = [policy.config, *policy.model.modules()]
+    changed = [
+        (owner, name, value)
+        for owner in owners
+        for name, value in vars(owner).items()
+        if isinstance(value, float) and _is_noise(owner, name)
+    ]
+    for owner, name, _ in changed:
+        setattr(owner, name, 0.0)
+    try:
+        yield
+    finally:
+        for owner, name, value in changed:
+            setattr(owner, name, value)
+
+
+def _is_noise(owner: object, name: str) -> bool:
+    """True for attributes such as GPT-2's `Dropout.p`, `attention_dropout` or `jitter_noise`."""
+    dropout_module = name == "p" and "Dropout" in type(owner).__name__
+    return dropout_module or "drop" in name or "jitter" in name

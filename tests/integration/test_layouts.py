@@ -12,6 +12,7 @@ from gft_lite import lab
 from gft_lite.objective.advantages import group_advantages
 from gft_lite.objective.methods import METHODS
 from gft_lite.objective.reduction import token_weights
+from gft_lite.policy.base import evaluating, without_dropout
 from gft_lite.policy.batching import Row, cut
 from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.schema import Recipe
@@ -237,6 +238,44 @@ def test_saving_memory_changes_no_gradient(folders, rows, settings, layout):
     plain, _ = flat_gradient(load(folders["qwen2"], **base), rows)
     found, _ = flat_gradient(load(folders["qwen2"], **{**base, **settings}), rows)
     assert torch.equal(found, plain)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen2"])
+def test_without_dropout_two_passes_are_equal_and_layers_are_still_recomputed(folders, rows, name):
+    policy = load_policy(
+        PolicySettings(
+            model=str(folders[name]), quantization="none", gradient_checkpointing=True,
+            lora={"dropout": 0.3},
+        )
+    )  # fmt: skip
+    base = policy.model.get_base_model()
+    if name == "qwen2":
+        base.model.layers[0].self_attn.attention_dropout = 0.2  # A plain attribute, no module.
+    with torch.no_grad():
+        for parameter in policy.parameters().values():
+            parameter.add_(0.05)
+    policy.model.train()
+    layer = base.transformer.h[0] if name == "gpt2" else base.model.layers[0]
+    calls = []
+    layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    [batch] = policy.batches(rows, 10**6)
+
+    def passes():
+        with torch.no_grad():
+            old = policy.token_scores(batch).logprobs
+        return old, policy.backward(batch, lambda scores, _: scores.logprobs.sum())[1].logprobs
+
+    old, now = passes()
+    assert (now - old).abs().max() > 1e-2
+    calls.clear()
+    with without_dropout(policy):
+        old, now = passes()
+    assert torch.equal(now, old)
+    assert len(calls) == 3
+    with torch.no_grad(), evaluating(policy):
+        assert torch.equal(policy.token_scores(batch).logprobs, old)
+    old, now = passes()
+    assert (now - old).abs().max() > 1e-2
 
 
 def test_as_many_layers_are_recomputed_as_the_recipe_says(folders, rows):
