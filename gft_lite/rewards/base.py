@@ -1,4 +1,4 @@
-"""TODO: gft_lite/rewards/base.py"""
+"""The types of the reward package: grades, verdicts, rules and the settings of one function."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from typing import Any, NamedTuple
 
 
 class RewardError(ValueError):
-    """A reward function that cannot be found, built or trusted; the text names it."""
+    """An error in a reward function or its settings; the message names the function."""
 
 
 class Grade(NamedTuple):
-    """What one rule says of one text: its score and how the score came about (VERDICTS)."""
+    """The score that one rule gives to one text, and how it was obtained (see VERDICTS)."""
 
     score: float
     verdict: str = "ok"
 
 
-#: From harmless to grave; a response scored by several rules keeps the gravest.
+#: In order of severity: a response scored by several functions gets the most severe verdict.
 VERDICTS = ("ok", "no_answer", "unparsed", "timeout", "error")
 
-#: A built-in rule: (text, gold answer, the row's `answer_type` or None) to a grade.
+#: A built-in rule: (text, gold answer, the row's `answer_type` or None) -> grade.
 Rule = Callable[[str, str | None, str | None], Grade]
 
 
 @dataclass(frozen=True, slots=True)
 class RewardFunction:
-    """One reward of a recipe: a name in REWARDS or a dotted path, and its share of the sum."""
+    """A reward function of a recipe: a name in REWARDS or a dotted path, weight, parameters."""
 
     name: str
     weight: float = 1.0

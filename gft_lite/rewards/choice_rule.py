@@ -1,5 +1,5 @@
-# ruff: noqa: RUF001 - the full-width characters are what models write
-"""The multiple-choice reward: one chosen letter, or an answer that is a word or a phrase."""
+# ruff: noqa: RUF001 - models write full-width characters
+"""The multiple-choice reward: one chosen letter, or a gold answer that is a word or phrase."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from gft_lite.rewards.extract import boxed_answer, stated_answer
 from gft_lite.rewards.latex import text_key, unwrap_text
 
 LETTERS = "A-E"
-#: Bounded: a free run before the letter would make a search over `((((...` quadratic.
+#: At most six: an unbounded run before the letter makes a search over `((((...` quadratic.
 _MARK = r"[*_\s$({\[（]{0,6}"
 MAX_CHARS = 1200
 _LETTER = rf"(?:\\text(?:bf|rm|it)?\s*\{{)?{_MARK}([{LETTERS}])(?![A-Za-z])"
-#: In a box the letter leads: `B`, `(B)`, `B. 12`, `(B) 12`.
+#: The letter at the start of a box: `B`, `(B)`, `B. 12`, `(B) 12`.
 _BOXED = re.compile(rf"{_MARK}([{LETTERS}{LETTERS.lower()}])(?=$|[\s).:,}}\]*$~\\）、&/])")
 _PHRASES = (
     re.compile(
@@ -36,7 +36,7 @@ _LEADING = re.compile(
     rf"\s*(?:[*_$]*[(（]([{LETTERS}])[)）]|[*_$]*([{LETTERS}])[*_$]*(?:[.):：]|\s*$))"
 )
 _ALONE = re.compile(rf"[\s*_$(]*([{LETTERS}])[\s*_$).]*")
-#: A second letter joined to the first by a comma or a word takes the answer back.
+#: A second letter, joined to the first by a comma or a word: then none is chosen.
 _HEDGE = re.compile(
     rf"[)}}\]*$）]*(?:\s*(?:,|/|、|&|\bor\b|\band\b|或|和))+\s*"
     rf"(?:(?i:maybe|perhaps|possibly|option|choice)\s+)*{_LETTER}(?=$|[\s).,:;!?}}\]*$）。、])"
@@ -44,12 +44,12 @@ _HEDGE = re.compile(
 
 
 def make() -> Rule:
-    """A rule for letters A-E and, where the gold answer is no letter, for normalised text."""
+    """Build the rule: letters A-E or, if the gold answer is not a letter, normalized text."""
     return grade
 
 
 def grade(text: str, answer: str | None, answer_type: str | None = None) -> Grade:
-    """1 if the text settles on the gold letter (or text), 0 if on another, several or none."""
+    """1 if the text chooses the gold letter (or text), 0 for another one, several or none."""
     if answer is None:
         return Grade(0.0, "error")
     gold = unwrap_text(answer).strip(" ().$")
@@ -63,7 +63,7 @@ def grade(text: str, answer: str | None, answer_type: str | None = None) -> Grad
 
 
 def chosen_letter(text: str) -> str | None:
-    """The one letter that the last box, else the last phrase, else the start commits to."""
+    """The one letter chosen by the last box, else the last phrase, else the first word."""
     boxed = boxed_answer(text)
     if boxed is not None:
         content = unwrap_text(boxed[:MAX_CHARS])

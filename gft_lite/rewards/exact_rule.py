@@ -1,4 +1,4 @@
-"""The exact-string reward: what follows the last marker is the gold answer, or it is not."""
+"""The exact-string reward: the text after the last marker must equal the gold answer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from gft_lite.rewards.base import Grade, RewardError, Rule
 
 
 def make(marker: str = "####") -> Rule:
-    """A rule comparing the text after the last `marker`, stripped, with the answer by `==`."""
+    """Build the rule: the stripped text after the last `marker` must equal the gold answer.
+
+    Raises: RewardError if the marker is not a non-empty string.
+    """
     if not isinstance(marker, str) or not marker:
         raise RewardError(
             f"reward 'exact': marker must be a non-empty string, got {marker!r}. Use e.g. '####'."

@@ -1,4 +1,4 @@
-# ruff: noqa: RUF001 - the full-width characters are what models write
+# ruff: noqa: RUF001 - models write full-width characters
 r"""Find the final answer that a text states, in linear time: \boxed{}, or an explicit phrase."""
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import re
 _TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _BRACELESS = re.compile(r"\\(?:boxed|fbox)(?:\s+|(?=\d))(-?[\w.]+)")
 
-#: What may stand between two boxes that count as one answer: punctuation, `x =` and these words.
+#: Between two boxes that form one answer: only punctuation, `x =` and these words.
 _LINKS = frozenset(
     ["and", "or", "maybe", "perhaps", "possibly", "even", "also", "either", "both", "else",
      "alternatively", "respectively", "could", "be", "it", "text", "quad"]
@@ -49,7 +49,7 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
 
 
 def boxed_answer(text: str) -> str | None:
-    """The last box; boxes side by side that differ become one list, so that a hedge is wrong."""
+    """The content of the last box; adjacent boxes that differ are joined, so a hedge is wrong."""
     found = boxes(text)
     if not found:
         return None
@@ -81,7 +81,7 @@ def stated_answer(text: str) -> str | None:
 
 
 def last_number(text: str) -> str | None:
-    """The last number of the text, for scores that must compare with last-number graders."""
+    """The last number of the text, for comparison with graders that use it."""
     last = None
     for last in _NUMBER.finditer(text):  # noqa: B007
         pass
@@ -106,7 +106,7 @@ def _side_by_side(between: str) -> bool:
 
 
 def _clip(rest: str) -> str | None:
-    """The answer at the start of what follows `answer is`: one formula, or up to the clause end."""
+    """The answer at the start of the text after `answer is`: one formula, or the clause."""
     rest = rest[:2000].lstrip(" \t\r\n*_:：")
     for opener, closer in _OPENERS.items():
         if rest.startswith(opener):

@@ -1,4 +1,4 @@
-"""The format reward: the response has the required shape, whatever its answer."""
+"""The format reward: the response must have the required form, whatever its answer is."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gft_lite.rewards.extract import boxes
 
 
 def make(pattern: str | None = None) -> Rule:
-    r"""A rule for a full match of `pattern` with DOTALL; without one, exactly one closed \boxed{}.
+    r"""Build the rule: the text matches `pattern` (DOTALL), or has exactly one closed \boxed{}.
 
     Raises: RewardError if the pattern is not a regular expression.
     """

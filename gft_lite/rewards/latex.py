@@ -1,5 +1,5 @@
-# ruff: noqa: RUF001 - the full-width characters are what models write
-"""Small, linear clean-ups of answer strings; none of them decides what an answer is worth."""
+# ruff: noqa: RUF001 - models write full-width characters
+"""Normalization of answer strings in linear time, before they are compared."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SCIENTIFIC = re.compile(r"(?<![A-Za-z\\\d.])(\d+\.?\d*|\.\d+)[eE]([+-]?\d+)(?![
 
 
 def tidy(answer: str) -> str:
-    r"""The answer without delimiters and control characters; `1e5` and \leqslant spelt out."""
+    r"""Remove delimiters and control characters; rewrite `1e5` and \leqslant in plain LaTeX."""
     answer = _CONTROL.sub("", answer).translate(_CHARACTERS)
     answer = _DELIMITERS.sub(" ", answer)
     answer = answer.replace(r"\leqslant", r"\le").replace(r"\geqslant", r"\ge")
@@ -39,21 +39,21 @@ def tidy(answer: str) -> str:
 
 
 def squash(answer: str) -> str:
-    r"""A tidy answer with spaces, \left and \right, {,} and fraction variants removed."""
+    r"""Remove spaces, \left and \right from a tidy answer, and unify {,} and fractions."""
     answer = _SPACES.sub("", _STYLES.sub("", answer))
     answer = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", answer).replace("{,}", ",")
     return answer.replace(r"\bmatrix", r"\pmatrix")
 
 
 def unwrap_text(answer: str) -> str:
-    r"""The answer with every \text{...} and its like replaced by their contents."""
+    r"""Replace every \text{...} and similar command by its content."""
     while (opened := _TEXT.sub(r"\1", answer)) != answer:
         answer = opened
     return answer
 
 
 def text_key(answer: str) -> str:
-    """The form under which two verbal answers are equal: no case, wrappers or extra space."""
+    """The comparison key of a verbal answer: no case, wrappers or extra space."""
     key = _SPACES.sub(" ", unwrap_text(tidy(answer))).casefold()
     key = re.sub(r"[\\{}\"'.]", "", key)
     key = re.sub(r"\s*([-–—,/:;])\s*", r"\1", " ".join(key.split()))

@@ -1,7 +1,8 @@
 """The mathematics reward: exact numbers first, math-verify on the answer only, never `eval`.
 
-math-verify (its LaTeX grammar, not its expression parser) sees a tidy, size-limited answer, so
-model text never reaches Python or sympy parsing; what still hangs is killed by `workers.py`.
+math-verify (its LaTeX grammar, not its expression parser) gets a normalized answer of limited
+size, so that model text never reaches the parsers of Python or sympy, which evaluate code. A
+grading that hangs all the same is killed by `worker_pool.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from gft_lite.rewards.extract import stated_answer
 from gft_lite.rewards.latex import squash, text_key, tidy, unwrap_text
 from gft_lite.rewards.numeric import number, same_number
 
-#: Answers beyond these limits are no answers to a problem; sympy needs minutes or gigabytes.
+#: Longer or more explosive answers would take sympy minutes or gigabytes.
 MAX_CHARS = 1200
 _MOST = {"(": 60, "\\frac": 40, "!": 12}
 _COSTLY = (
@@ -37,9 +38,9 @@ _WORDS = re.compile(r"[A-Za-z][A-Za-z \-'.,/]*")
 
 
 def make(last_number: bool = False) -> Rule:
-    """A rule that grades the stated final answer against the gold one.
+    """Build the rule: the stated final answer must equal the gold answer.
 
-    `last_number` lets a text without one be graded on its last number (for evaluation only).
+    `last_number`: grade a text without a stated answer by its last number (evaluation only).
     """
 
     def grade(text: str, answer: str | None, answer_type: str | None = None) -> Grade:
@@ -56,7 +57,7 @@ def make(last_number: bool = False) -> Rule:
 
 
 def compare(stated: str, gold: str) -> Grade:
-    """Whether a stated answer equals the gold one: as text, as numbers, then by math-verify."""
+    """Grade a stated answer against the gold one: as text, as numbers, then by math-verify."""
     if stated == gold:
         return Grade(1.0)
     if too_costly(stated):
@@ -72,7 +73,7 @@ def compare(stated: str, gold: str) -> Grade:
 
 
 def too_costly(answer: str) -> bool:
-    """Whether an answer is too long or explosive to be handed to sympy."""
+    """Whether an answer is too long or too expensive to evaluate for sympy."""
     if len(answer) > MAX_CHARS or any(answer.count(part) > most for part, most in _MOST.items()):
         return True
     return any(pattern.search(answer) for pattern in _COSTLY)
@@ -102,7 +103,7 @@ def _as_time_or_ratio(stated: str, gold: str) -> bool | None:
 
 
 def _minutes(time: re.Match[str], gold: re.Match[str] | None = None) -> tuple[int, str]:
-    """Minutes on the dial and the half of the day, which only a gold answer may leave open."""
+    """Minutes since 0:00 and "a", "p" or "", which is ignored if the gold answer has none."""
     half = (time[3] or "").lower()
     if gold is not None and not gold[3]:
         half = ""
@@ -119,7 +120,7 @@ def _as_text(stated: str, gold: str) -> bool | None:
 
 def _by_math_verify(stated: str, gold: str) -> Grade:
     parse, verify = _engine()
-    # closed up, the last term of `a + b + c` is not taken for a unit
+    # Without the spaces, math-verify would take the last term of `a + b + c` for a unit.
     right, left = (parse(re.sub(r"\s*([-+=])\s*", r"\1", answer)) for answer in (gold, stated))
     if not right or not left:
         return Grade(0.0, "unparsed")
@@ -129,7 +130,7 @@ def _by_math_verify(stated: str, gold: str) -> Grade:
 
 
 def _tiny_and_different(a: Any, b: Any) -> bool:
-    """Whether two floats agree only because math-verify rounds to six decimals."""
+    """Whether two floats are equal only because math-verify rounds to six decimals."""
     from sympy import Expr, Float
 
     if not (isinstance(a, Expr) and isinstance(b, Expr) and a.is_number and b.is_number):
@@ -143,7 +144,7 @@ def _tiny_and_different(a: Any, b: Any) -> bool:
 
 @cache
 def _engine() -> tuple[Callable[[str], list[Any]], Callable[[Any, Any], bool]]:
-    """math-verify's parser and comparison, imported at first use and without its own alarms."""
+    """Import math-verify; its parser and comparison, without its own timeouts."""
     try:
         from math_verify import LatexExtractionConfig, parse, verify
     except ImportError as error:

@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 from gft_lite.rewards.latex import squash
 
-#: Decimals and powers of ten are rounded values; integers and fractions are exact.
+#: For decimals and powers of ten, which are rounded values; integers and fractions are exact.
 RELATIVE_TOLERANCE = Fraction(1, 10**6)
 
 
 class Number(NamedTuple):
-    """A value, whether it was written with a percent sign, and whether as a rounded number."""
+    """A value; `percent`: written with a percent sign; `rounded`: a decimal or power of ten."""
 
     value: Fraction
     percent: bool = False
@@ -54,7 +54,7 @@ _NAME = re.compile(r"^\s*\\?[A-Za-z]+(?:_\{?\w+\}?)?(?:\([A-Za-z]\))?\s*=(?!=)")
 
 
 def number(answer: str) -> Number | None:
-    r"""The plain number that a tidy answer is, units, currency and `x =` ignored, else None."""
+    r"""Parse a tidy answer as a plain number, without units, currency and `x =`; else None."""
     if len(answer) > 200 or not any(c.isdigit() for c in answer):
         return None
     answer = strip_units(_NAME.sub("", answer, count=1).strip())
@@ -75,7 +75,7 @@ def number(answer: str) -> Number | None:
 
 
 def same_number(a: Number, b: Number) -> bool:
-    """Equal exactly, or to 1e-6 where a rounded number is involved; a lone percent sign is free."""
+    """Whether two numbers are equal: to 1e-6 if one is rounded; one missing % sign is ignored."""
     if _close(a, b):
         return True
     if a.percent == b.percent:
@@ -84,7 +84,7 @@ def same_number(a: Number, b: Number) -> bool:
 
 
 def strip_units(answer: str) -> str:
-    """The answer without trailing units, given that a number would be left."""
+    """Remove trailing units from an answer as long as a number remains."""
     for _ in range(3):
         wrapped = _WRAPPED_UNIT.search(answer)
         match = _DEGREES.search(answer) or _ATTACHED_UNIT.search(answer)

@@ -1,4 +1,4 @@
-"""TODO: gft_lite/rewards/registry.py"""
+"""The table of built-in reward rules, and the loading of user-defined reward functions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from gft_lite.utils.imports import load_dotted
 
 @dataclass(frozen=True, slots=True)
 class RewardEntry:
-    """One line of REWARDS: where the rule is made, where it runs, what it needs."""
+    """One built-in rule: its factory as "module:function", where it runs and what it needs.
+
+    `in_worker`: graded in a worker process, since the rule may hang on hostile text.
+    """
 
     make: str
     in_worker: bool
@@ -31,11 +34,11 @@ REWARDS: dict[str, RewardEntry] = {
     ),
     "choice": RewardEntry(
         f"{_HERE}.choice_rule:make", True, True,
-        "1 if the one chosen letter A-E, or the answer's text, is the gold one",
+        "1 if the one chosen letter A-E, or the text of the answer, equals the gold answer",
     ),
     "exact": RewardEntry(
         f"{_HERE}.exact_rule:make", False, True,
-        "1 if what follows the last `marker` is the gold answer, character by character",
+        "1 if the text after the last `marker` equals the gold answer character by character",
     ),
     "format": RewardEntry(
         f"{_HERE}.format_rule:make", True, False,
@@ -45,9 +48,9 @@ REWARDS: dict[str, RewardEntry] = {
 
 
 def load_function(path: str) -> Callable[..., Any]:
-    """The user's function at "pkg.mod:name" or "pkg.mod.name".
+    """Import the user-defined function at "pkg.mod:name" or "pkg.mod.name".
 
-    Raises: RewardError naming the path and what is missing.
+    Raises: RewardError if there is no such function.
     """
     if not re.fullmatch(r"[\w.]+[.:]\w+", path):
         raise RewardError(_unknown(path))
@@ -61,15 +64,15 @@ def load_function(path: str) -> Callable[..., Any]:
 
 
 def make_rule(function: RewardFunction) -> Rule:
-    """Build a built-in rule; cheap, so recipes can be checked with it.
+    """Build a built-in rule; fast enough to validate recipes with.
 
-    Raises: RewardError for a name outside REWARDS or parameters the rule does not take.
+    Raises: RewardError for a name outside REWARDS or parameters that the rule does not accept.
     """
     entry = REWARDS.get(function.name)
     if entry is None:
         raise RewardError(_unknown(function.name))
     try:
-        return load_function(entry.make)(**function.parameters)
+        return load_dotted(entry.make)(**function.parameters)
     except TypeError as error:
         raise RewardError(
             f"reward {function.name!r}: parameters must fit the rule, "

@@ -1,7 +1,7 @@
-"""Killable grading processes: one item at a time each, so a hang costs one item and no other.
+"""Grading processes that can be killed: each grades one item at a time, so a hang costs one item.
 
-They are fresh interpreters, neither forks of a parent with CUDA and threads nor `spawn` children
-that import the user's script again; a pool could not kill the one item that hangs.
+Each process is a new interpreter: a fork would copy CUDA state and threads, and a `spawn` child
+would import the user's script again. The pools of the standard library cannot kill one item.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ START_SECONDS = 120.0
 _MAX_FAILED_STARTS = 3
 _OUT_OF_CPU_TIME = -getattr(signal, "SIGPROF", 0) or None
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
-#: -P keeps the user's directory from shadowing the standard library; the package is this one.
+#: -P: a file in the working directory must not shadow the standard library.
 _PROGRAM = (
     "import sys; sys.path.insert(0, sys.argv[1]); import gft_lite; sys.path.pop(0); "
     "from gft_lite.rewards.worker_process import main; main()"
@@ -35,7 +35,7 @@ _PROGRAM = (
 
 
 class _Worker:
-    """One process and what it is doing: starting (item -1), grading an item, or idle (None)."""
+    """One process. `item`: the index of the item being graded, -1 while starting, None if idle."""
 
     def __init__(self, setup: bytes) -> None:
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
@@ -44,14 +44,14 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | threads,
-            start_new_session=True,  # Ctrl-C is the parent's business
+            start_new_session=True,  # Ctrl-C must only reach the parent
         )
         self.item: int | None = -1
         self.deadline = time.monotonic() + START_SECONDS
         self.send(setup)
 
     def send(self, payload: bytes) -> None:
-        """Hand over a message; a worker found dead here is noticed when it is read."""
+        """Send a message; a broken pipe is handled at the next read."""
         assert self.process.stdin is not None
         try:
             send(self.process.stdin, payload)
@@ -59,7 +59,7 @@ class _Worker:
             self.deadline = 0.0
 
     def receive(self) -> Any:
-        """The reply, or None if the process has died."""
+        """Read the reply; None if the process has died."""
         assert self.process.stdout is not None
         try:
             return json.loads(receive(self.process.stdout))
@@ -67,7 +67,7 @@ class _Worker:
             return None
 
     def end(self, kill: bool = True) -> int:
-        """Stop the process and free its pipes; the exit code, negative for a signal."""
+        """Stop the process and close its pipes; the exit code, negative for a signal."""
         if kill:
             self.process.kill()
         for pipe in (self.process.stdin, self.process.stdout):
@@ -82,11 +82,11 @@ class _Worker:
 
 
 class WorkerPool:
-    """N processes that grade items under a time limit each; started at the first use.
+    """Processes that grade items under a time limit per item; started at the first use.
 
-    `timeout` is CPU seconds of the worker (WALL_FACTOR times that on the wall clock at most).
-    `functions` are (name, parameters) pairs of built-in rules; an item is the JSON of
-    [index into functions, text, answer, answer_type]. Safe to call from any thread.
+    `timeout` is in CPU seconds (on the wall clock, at most WALL_FACTOR times that). `functions`
+    are (name, parameters) pairs of built-in rules; an item is the JSON of [index into
+    `functions`, text, answer, answer_type]. Thread-safe.
     """
 
     def __init__(
@@ -101,25 +101,25 @@ class WorkerPool:
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the workers alive now."""
+        """Process ids of the running workers."""
         return [worker.process.pid for worker in self._workers]
 
     def run(self, items: Sequence[bytes]) -> list[Grade]:
-        """Grade every item, in order; a hung item is "timeout", a crashed one "error".
+        """Grade every item, in order; verdict "timeout" if it hung, "error" if the process died.
 
         Raises: RewardError if workers cannot start.
         """
         grades = [Grade(0.0, "error")] * len(items)
-        waiting = deque(range(len(items)))
+        pending = deque(range(len(items)))
         with self._lock:
             try:
                 self._workers = [w for w in self._workers if self._alive(w)]
-                while waiting or any(w.item is not None and w.item >= 0 for w in self._workers):
-                    self._hand_out(items, waiting)
+                while pending or any(w.item is not None and w.item >= 0 for w in self._workers):
+                    self._assign(items, pending)
                     for worker, replied in self._wait():
                         self._collect(worker, replied, grades)
             except BaseException:
-                self._stop()  # a reply in flight must not answer the next batch
+                self._stop()  # a pending reply must not be read as one of the next batch
                 raise
         return grades
 
@@ -128,28 +128,28 @@ class WorkerPool:
         with self._lock:
             self._stop(kill=False)
 
-    def _hand_out(self, items: Sequence[bytes], waiting: deque[int]) -> None:
+    def _assign(self, items: Sequence[bytes], pending: deque[int]) -> None:
         working = sum(worker.item is not None and worker.item >= 0 for worker in self._workers)
-        while len(self._workers) < min(self._size, working + len(waiting)):
+        while len(self._workers) < min(self._size, working + len(pending)):
             self._workers.append(_Worker(self._setup))
         for worker in self._workers:
-            if worker.item is None and waiting:
-                worker.item = waiting.popleft()
+            if worker.item is None and pending:
+                worker.item = pending.popleft()
                 worker.deadline = time.monotonic() + WALL_FACTOR * self._timeout
                 worker.send(items[worker.item])
 
     def _wait(self) -> list[tuple[_Worker, bool]]:
-        """The workers to attend to: (worker, True) has replied or died, (worker, False) is late."""
+        """Workers that have replied or died (True), or have exceeded their time limit (False)."""
         busy = [worker for worker in self._workers if worker.item is not None]
-        patience = max(0.0, min(worker.deadline for worker in busy) - time.monotonic())
+        timeout = max(0.0, min(worker.deadline for worker in busy) - time.monotonic())
         with selectors.DefaultSelector() as selector:
             for worker in busy:
                 assert worker.process.stdout is not None
                 selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
-            replied = [key.data for key, _ in selector.select(patience)]
+            replied = [key.data for key, _ in selector.select(timeout)]
         now = time.monotonic()
-        late = [w for w in busy if w.deadline <= now and w not in replied]
-        return [(w, True) for w in replied] + [(w, False) for w in late]
+        expired = [w for w in busy if w.deadline <= now and w not in replied]
+        return [(w, True) for w in replied] + [(w, False) for w in expired]
 
     def _collect(self, worker: _Worker, replied: bool, grades: list[Grade]) -> None:
         item = worker.item
@@ -164,8 +164,8 @@ class WorkerPool:
             self._workers.remove(worker)
             code = worker.end(kill=not replied)
             if item >= 0:
-                late = not replied or code == _OUT_OF_CPU_TIME
-                grades[item] = Grade(0.0, "timeout" if late else "error")
+                timed_out = not replied or code == _OUT_OF_CPU_TIME
+                grades[item] = Grade(0.0, "timeout" if timed_out else "error")
 
     def _collect_start(self, worker: _Worker, reply: Any) -> None:
         if reply is not None and "error" in reply:

@@ -1,7 +1,7 @@
-"""The grading process: reads requests from stdin, writes grades to stdout, dies with its parent.
+"""The grading process: reads requests from stdin, writes grades to stdout, ends at end of file.
 
-Messages are a four-byte big-endian length and that many bytes of JSON. The first one holds the
-reward functions and the time limit; each later one is [function, text, answer, answer_type].
+A message is its length as four big-endian bytes, then JSON. The first message has the reward
+functions and the time limit; each later one is [function, text, answer, answer_type].
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gft_lite.rewards.base import Grade, RewardFunction
 from gft_lite.rewards.registry import make_rule
 
 MEMORY_LIMIT = 3 * 2**30
-#: The parent waits this many times the limit on CPU time before it kills a worker itself.
+#: The parent kills a worker after this multiple of the CPU time limit, on the wall clock.
 WALL_FACTOR = 4.0
 _HEADER = struct.Struct(">I")
 
@@ -30,7 +30,10 @@ def send(pipe: IO[bytes], payload: bytes) -> None:
 
 
 def receive(pipe: IO[bytes]) -> bytes:
-    """Read one message. Raises: EOFError when the other end has gone."""
+    """Read one message.
+
+    Raises: EOFError if the other process has closed the pipe.
+    """
     header = pipe.read(_HEADER.size)
     if len(header) < _HEADER.size:
         raise EOFError
@@ -41,22 +44,22 @@ def receive(pipe: IO[bytes]) -> bytes:
 
 
 def main() -> None:
-    """Serve grades until stdin ends."""
+    """Grade requests until the end of stdin."""
     requests = os.fdopen(os.dup(0), "rb")
     replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # a library's stray print must not enter the protocol
+    os.dup2(2, 1)  # prints of libraries must not reach the reply pipe
     _limit_memory()
     try:
         setup = json.loads(receive(requests))
         rules = [make_rule(RewardFunction(name, 1.0, p)) for name, p in setup["functions"]]
-        for rule in rules:  # imports sympy and fills its caches before the clock runs
+        for rule in rules:  # import sympy and fill its caches before the time limit applies
             rule(r"\boxed{x+1}", "1+x", None)
     except EOFError:
         return
-    except Exception as error:  # reported to the parent, which raises it
+    except Exception as error:  # the parent raises it
         send(replies, json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
         return
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # parsers complain about model text there
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # parsers print warnings about model text
     send(replies, json.dumps({"ready": True}).encode())
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
@@ -69,17 +72,17 @@ def _grade(rule: Any, item: list[Any], timeout: float) -> Grade:
     try:
         return rule(*item)
     except MemoryError:
-        sys.exit(1)  # the heap is in an unknown state; the parent starts a fresh worker
-    except Exception:  # sympy raises anything on hostile text; the verdict counts it
+        sys.exit(1)  # the heap is in an unknown state: the parent starts a new worker
+    except Exception:  # sympy raises any type on hostile text; counted by the verdict
         return Grade(0.0, "error")
     finally:
         _alarms(0, 0)
 
 
 def _alarms(cpu_seconds: float, wall_seconds: float) -> None:
-    """Have the kernel end this process, whatever Python is doing, after that long; 0 cancels.
+    """Set the kernel timers that end this process, even inside C code; 0 cancels them.
 
-    CPU time, so that a busy machine changes no reward; wall time in case the parent has gone.
+    CPU time, so that load does not change rewards; wall time in case the parent has died.
     """
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
