@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+if TYPE_CHECKING:  # The planner imports this module and works without torch.
+    import torch
 
 GIB = 1 << 30
 LOGIT_CHUNK_BYTES = 64 << 20  # The head's logits of a few tokens at a time, in fp32.
@@ -44,6 +45,8 @@ def peak_memory(device: torch.device) -> int:
     process held ever where there is no GPU."""
     if device.type != "cuda":
         return process_memory("VmHWM")
+    import torch
+
     peak = torch.cuda.max_memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     return peak

@@ -15,15 +15,15 @@ from rich.console import Console
 
 from gft_lite import Recipe, RecipeError
 from gft_lite.cli import main
-from gft_lite.training import loop as train
 from gft_lite.training.offline_groups import OfflineGroups
 from gft_lite.training.presample import presample
+from gft_lite.training.run import train
 
 # A user's own engine, which writes down every seed that it has sampled by.
 ENGINE = """
 import os, signal
 from pathlib import Path
-from gft_lite.rollout.transformers import TransformersEngine
+from gft_lite.rollout.transformers_engine import TransformersEngine
 
 class Engine(TransformersEngine):
     def __init__(self, *args):

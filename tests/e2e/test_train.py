@@ -339,7 +339,8 @@ class TestDottedPaths:
     @pytest.fixture
     def own(self, tmp_path, monkeypatch):
         (tmp_path / "mine.py").write_text(
-            "from gft_lite.objective.losses import Method, sft_loss\n"
+            "from gft_lite.objective.losses import sft_loss\n"
+            "from gft_lite.objective.methods import Method\n"
             "from gft_lite.rollout.transformers_engine import TransformersEngine\n"
             "method = Method(lambda l, a: sft_loss(l, a) * 2, ('expert', 'self'), 'mine')\n"
             "def short(completions, **columns):\n"

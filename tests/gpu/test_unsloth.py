@@ -14,7 +14,7 @@ from gft_lite.policy.registry import BACKENDS, load_policy
 from gft_lite.recipe.sections import PolicySettings, RolloutSettings
 from gft_lite.rollout.base import Request, Sampling
 from gft_lite.rollout.registry import start_engine
-from gft_lite.training import loop as train
+from gft_lite.training.run import train
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA GPU to compare the back ends on", allow_module_level=True)

@@ -23,7 +23,7 @@ from gft_lite import lab
 from gft_lite.cli import main
 from gft_lite.data.problems import load_problems
 from gft_lite.data.prompts import PromptFormat
-from gft_lite.distillation import pipeline as distill
+from gft_lite.distillation.pipeline import distill
 from gft_lite.distillation.teachers import TeacherError, TeacherSettings
 from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.schema import Recipe

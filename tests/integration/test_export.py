@@ -20,7 +20,7 @@ from gft_lite.lab import BASE
 from gft_lite.runs.folder import RunFolder
 from gft_lite.runs.model_card import write_card
 from gft_lite.tools.merge import ExportError, merge
-from gft_lite.training import loop as train
+from gft_lite.training.run import train
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["train.problems_per_step=4", "optim.lr=1e-2", "optim.warmup=0", "data.problems=32",

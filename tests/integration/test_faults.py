@@ -27,7 +27,7 @@ from gft_lite.runs.folder import RunFolder
 from gft_lite.training.optim import make_optimizer
 from gft_lite.training.run import train
 from gft_lite.utils.errors import RecipeError
-from gft_lite.utils.files import alone_in, whole, write_whole
+from gft_lite.utils.files import lock_folder, atomic_write, write_text_atomic
 
 SMALL = [
     "train.steps=2", "train.problems_per_step=2", "data.problems=20", "data.holdout=2",
@@ -88,7 +88,7 @@ class TestCheckpoints:
             free = os.statvfs(disk).f_bfree
             with pytest.raises(checkpoint.CheckpointError, match=r"space.*untouched: step-000001"):
                 save(folder, 2)
-            assert checkpoint.all_of(folder) == [first]
+            assert checkpoint.list_checkpoints(folder) == [first]
             assert checkpoint.find_damage(first) is None
             # What was half written is gone: the folder's own entries may take a block.
             assert os.statvfs(disk).f_bfree >= free - 1
@@ -115,7 +115,7 @@ class TestCheckpoints:
     def test_a_damaged_one_is_told_and_the_one_before_taken(self, name, damage, save, tmp_path):
         first, second = save(tmp_path, 1), save(tmp_path, 2)
         told = []
-        assert checkpoint.newest_whole(tmp_path, told.append) == second
+        assert checkpoint.newest_valid(tmp_path, told.append) == second
         assert told == []
         file = second / name
         data = bytearray(file.read_bytes())
@@ -124,22 +124,22 @@ class TestCheckpoints:
         else:
             data[len(data) // 2] ^= 1
             file.write_bytes({"one bit": data, "cut": data[:-1], "empty": b""}[damage])
-        assert checkpoint.newest_whole(tmp_path, told.append) == first
+        assert checkpoint.newest_valid(tmp_path, told.append) == first
         [text] = told
         assert text.startswith("damaged checkpoint, going back to the one before: ")
         assert str(second) in text
         assert name in text or (name == "manifest.json" and damage != "gone")
         # Set aside: it neither counts as one nor is in the way of its successor.
-        assert checkpoint.all_of(tmp_path) == [first]
+        assert checkpoint.list_checkpoints(tmp_path) == [first]
         assert save(tmp_path, 2) == second
-        assert checkpoint.newest_whole(tmp_path, told.append) == second
+        assert checkpoint.newest_valid(tmp_path, told.append) == second
 
     def test_none_that_is_whole_is_an_error_and_nothing_is_touched(self, save, tmp_path):
         for step in (1, 2):
             os.truncate(save(tmp_path, step) / "state.json", 3)
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(checkpoint.CheckpointError) as caught:
-            checkpoint.newest_whole(tmp_path, print)
+            checkpoint.newest_valid(tmp_path, print)
         for word in ("step-000001", "step-000002", "state.json has changed", f"Remove {tmp_path}"):
             assert word in str(caught.value)
         assert sorted(tmp_path.rglob("*")) == before
@@ -161,7 +161,7 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_has_died(tmp_path):
     run = RunFolder(tmp_path / "run")
     run.create(small().to_yaml())
     code = (
-        "import sys; from pathlib import Path; from gft_lite.runs.folder import alone_in\n"
+        "import sys; from pathlib import Path; from gft_lite.utils.files import alone_in\n"
         "with alone_in(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     )
     first = subprocess.Popen([sys.executable, "-c", code, str(run.path)],
@@ -174,7 +174,7 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_has_died(tmp_path):
     assert time.monotonic() - begun < 1  # Before a model is loaded.
     first.kill()
     first.communicate()
-    with alone_in(run.path):
+    with lock_folder(run.path):
         pass
 
 
@@ -221,10 +221,10 @@ def test_a_clock_that_jumps_changes_nothing(plain, tmp_path, monkeypatch):
 
 def test_half_a_file_takes_no_whole_one_s_place(tmp_path):
     file = tmp_path / "eval" / "base.json"
-    write_whole(file, "old")
-    with pytest.raises(OSError, match="disk"), whole(file) as partial:
+    write_text_atomic(file, "old")
+    with pytest.raises(OSError, match="disk"), atomic_write(file) as partial:
         partial.write_text("ne")
         raise OSError("disk full")
     assert file.read_text() == "old"
-    write_whole(file, "new")
+    write_text_atomic(file, "new")
     assert [f.read_text() for f in file.parent.iterdir()] == ["new"]

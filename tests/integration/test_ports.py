@@ -38,7 +38,7 @@ with tempfile.TemporaryDirectory() as scratch:
 
 _HOST = """
 import os, subprocess, sys
-from gft_lite.sweep_workers import RayLauncher
+from gft_lite.experiments.launchers import RayLauncher
 
 launcher = RayLauncher(1)
 import ray

@@ -172,7 +172,8 @@ def test_a_hub_that_cannot_be_reached_is_a_recipe_error(tmp_path):
     code = (
         "from types import SimpleNamespace as N\n"
         "from gft_lite.data.problems import load_problems\n"
-        "from gft_lite.recipe.schema import DataSettings, RecipeError\n"
+        "from gft_lite.recipe.sections import DataSettings\n"
+        "from gft_lite.utils.errors import RecipeError\n"
         "try: load_problems(DataSettings(source='no-such-org/no-such-set'), N())\n"
         "except RecipeError as error: print(error)\n"
     )

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gft_lite.recipe.sections import GroupSettings
+from gft_lite.rollout import sampling
 from gft_lite.training import groups
 from gft_lite.types import Group, Problem, Response
 
@@ -69,7 +70,7 @@ def test_no_two_samples_share_a_seed_and_every_part_counts():
     problems = [problem(id="a"), problem(id="b"), problem(id="a")]
 
     def seeds(problems, parts):
-        asked = groups.requests(problems, [4] * len(problems), parts)
+        asked = sampling.requests(problems, [4] * len(problems), parts)
         return [r.seeds for r in asked]
 
     drawn = [s for parts in [(0, 1), (0, 2), (1, 1)] for r in seeds(problems, parts) for s in r]
@@ -79,7 +80,7 @@ def test_no_two_samples_share_a_seed_and_every_part_counts():
 
 
 def test_a_seed_is_the_same_on_every_machine():
-    assert groups.sample_seed(0, 1, "p", 2) == 7141471975444775072
+    assert sampling.sample_seed(0, 1, "p", 2) == 7141471975444775072
 
 
 def test_an_unscored_group_has_no_rewards():

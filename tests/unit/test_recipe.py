@@ -183,7 +183,7 @@ def test_a_users_recipe_extends_a_shipped_one_and_a_wheel_has_them_inside(monkey
 
     package = tmp_path / "site" / "gft_lite"
     write("site/gft_lite/shipped/recipes/inside.yaml", "seed: 78\n")
-    monkeypatch.setattr("gft_lite.utils.paths.PACKAGE", package)
+    monkeypatch.setattr("gft_lite.recipe.loader.PACKAGE", package)
     assert Recipe.load("recipes/inside.yaml").seed == 78
 
 

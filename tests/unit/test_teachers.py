@@ -14,7 +14,12 @@ from gft_lite.distillation.console import table
 from gft_lite.distillation.endpoint_teacher import EndpointTeacher, Pace, _read
 from gft_lite.distillation.pipeline import find_teacher, fragment
 from gft_lite.distillation.progress import Distillation, Graded
-from gft_lite.distillation.teachers import TeacherRequest, TeacherResponse, TeacherSettings, _prompt
+from gft_lite.distillation.teachers import (
+    TeacherRequest,
+    TeacherResponse,
+    TeacherSettings,
+    prompt_text,
+)
 from gft_lite.recipe.schema import Recipe
 from gft_lite.types import Problem
 from gft_lite.utils.errors import RecipeError
@@ -155,7 +160,7 @@ def test_the_turns_of_a_chat(system, asked, turns):
     prompt = {"style": "chat", "template": "Q {1}: {problem}", "system": system}
     recipe = Recipe.from_tree({"data": {"prompt": prompt}})
     teacher = object.__new__(EndpointTeacher)
-    teacher._prompt = _prompt(recipe, TeacherSettings(system=asked), "chat")
+    teacher._prompt = prompt_text(recipe, TeacherSettings(system=asked), "chat")
     messages = teacher.prompt(PROBLEM)
     assert [m["content"] for m in messages] == turns
     assert [m["role"] for m in messages] == ["system", "user"][2 - len(turns) :]
