@@ -29,12 +29,12 @@ def run(options: argparse.Namespace) -> int:
     refuse_foreign_recipe(options, recipe)
     from rich.console import Console
 
-    from gft_lite.runs.folder import Follower
+    from gft_lite.runs.folder import WorkerRunFolder
     from gft_lite.training.run import train
     from gft_lite.utils.tables import results_table
 
     folder = train(recipe, options.out, resume=options.resume)
-    if isinstance(folder, Follower):
+    if isinstance(folder, WorkerRunFolder):
         return DONE
     summary = folder.summary()
     console = Console()

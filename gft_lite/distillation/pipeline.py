@@ -37,7 +37,7 @@ from gft_lite.rewards.scorer import Scorer
 from gft_lite.rollout.sampling import sample_seed
 from gft_lite.types import Group, Problem, Response
 from gft_lite.utils.errors import RecipeError
-from gft_lite.utils.files import alone_in, whole, write_whole
+from gft_lite.utils.files import atomic_write, lock_folder, write_text_atomic
 
 CHUNK = 1024  # Kept answers that are graded at a time.
 MAX_EXAMPLES = 3
@@ -79,7 +79,7 @@ def distill(
         if asking.column in problems[0].columns:
             say(f"column: the data's own {asking.column!r} is replaced")
         folder = beside(path)
-        stack.enter_context(alone_in(folder))
+        stack.enter_context(lock_folder(folder))
         who = source.start(folder / "engine", stack)
         work = Distillation(asking, _questions(recipe, source, who, asking, problems))
         _ask_all(work, source, AnswerStore(folder / "responses.jsonl"), scorer, format, console)
@@ -88,7 +88,7 @@ def distill(
             **work.summary(), "failures": dict(work.failures.most_common(MAX_EXAMPLES)),
         }  # fmt: skip
         _write(path, recipe, problems, work, source.name)
-        write_whole(folder / "summary.json", json.dumps(summary, indent=1))
+        write_text_atomic(folder / "summary.json", json.dumps(summary, indent=1))
     return summary
 
 
@@ -191,10 +191,10 @@ def _write(
     """The data set, and the part of a recipe that reads it back."""
     rows = list(_rows(problems, work, teacher))
     if path.suffix == ".jsonl":
-        write_whole(path, "".join(json.dumps(row, default=str) + "\n" for row in rows))
+        write_text_atomic(path, "".join(json.dumps(row, default=str) + "\n" for row in rows))
     else:
         _write_parquet(path, rows)
-    write_whole(beside(path) / "data.yaml", fragment(recipe, path, work.asking.column))
+    write_text_atomic(beside(path) / "data.yaml", fragment(recipe, path, work.asking.column))
 
 
 def _rows(
@@ -225,7 +225,7 @@ def _write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         raise RecipeError(
             [f"--out: must be .jsonl for what parquet can't hold, got {str(path)!r} ({error})."]
         ) from error
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         pyarrow.parquet.write_table(table, partial)
 
 

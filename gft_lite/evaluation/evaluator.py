@@ -22,7 +22,7 @@ from gft_lite.evaluation.response_cache import ResponseCache, Sampler
 from gft_lite.evaluation.sets import open_scorer
 from gft_lite.evaluation.suites import Suite, find_file, load_benchmark
 from gft_lite.evaluation.tables import tables, to_csv
-from gft_lite.evaluation.targets import Target, base_identity, find_targets, identity, share_base
+from gft_lite.evaluation.targets import Target, base_identity, find_targets, group_by_base, identity
 from gft_lite.policy import kl as drift
 from gft_lite.policy.base import Policy
 from gft_lite.policy.batching import Row
@@ -91,7 +91,7 @@ def evaluate(
         else:
             asked = {"temperature", "top_p", "top_k", "max_tokens", "stop"}
             work.sampling = {**suite.rollout.model_dump(include=asked), "seed": suite.seed}
-            for group in share_base(found):
+            for group in group_by_base(found):
                 _evaluate_group(work, group)
     results = _results(work, found, time.perf_counter() - started)
     _write(folder, results, work.examples)

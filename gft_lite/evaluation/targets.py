@@ -99,7 +99,10 @@ def _adapters(run: Path, which: str, text: str) -> Iterator[tuple[str, Path]]:
             raise RecipeError([f"TARGET: {rule}, got {text!r}. Its checkpoints: {text}@all."])
         yield "", folder.adapter
         return
-    steps = {int(p.name.removeprefix("step-")): p for p in checkpoint.all_of(folder.checkpoints)}
+    steps = {
+        int(p.name.removeprefix("step-")): p
+        for p in checkpoint.list_checkpoints(folder.checkpoints)
+    }
     match = re.fullmatch(r"step-(\d+)", which)
     wanted = list(steps) if which == "all" else [int(match[1])] if match else []
     if not wanted or not set(wanted) <= steps.keys():
@@ -150,7 +153,7 @@ def shape(adapter: Path) -> str:
     return json.dumps(config, sort_keys=True)
 
 
-def share_base(targets: Sequence[Target]) -> list[list[Target]]:
+def group_by_base(targets: Sequence[Target]) -> list[list[Target]]:
     """The targets in groups that one loaded base can serve, bases alone joining the first."""
     groups: dict[tuple[str, str], list[Target]] = {}
     for target in sorted(targets, key=lambda t: t.adapter is None):

@@ -24,7 +24,7 @@ from gft_lite.experiments.sweep_runner import sweep
 from gft_lite.recipe.loader import Dumper, find_recipe
 from gft_lite.recipe.schema import Recipe
 from gft_lite.utils.errors import RecipeError
-from gft_lite.utils.files import write_whole
+from gft_lite.utils.files import write_text_atomic
 
 Figures = Mapping[str, float]
 Runs = dict[tuple[str, int], Figures]  # by base and seed: runs that share both are a pair
@@ -241,7 +241,7 @@ class _Work:
     def _write(self, name: str, tree: Mapping[str, Any]) -> Path:
         file = self.out / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, yaml.dump(tree, Dumper=Dumper, sort_keys=False))
+        write_text_atomic(file, yaml.dump(tree, Dumper=Dumper, sort_keys=False))
         return file
 
     # --- bases -------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import get_args
 from gft_lite.experiments.lab_study import Results
 from gft_lite.experiments.paper_findings import FINDINGS, RULE, Comparison, Finding, Verdict, judge
 from gft_lite.report.curves import BASE, SHARE, Curve, Plot
-from gft_lite.utils.files import write_whole
+from gft_lite.utils.files import write_text_atomic
 from gft_lite.utils.statistics import t_interval
 from gft_lite.utils.tables import Table
 
@@ -36,7 +36,7 @@ def write_page(results: Results, file: str | Path) -> Path:
         kept,
     ]
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, "\n".join(part for part in parts if part))
+    write_text_atomic(file, "\n".join(part for part in parts if part))
     return file
 
 

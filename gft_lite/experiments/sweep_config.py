@@ -22,7 +22,7 @@ from gft_lite.recipe.loader import COMMAND_LINE, Dumper, find_recipe, gather, me
 from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import GroupSettings
 from gft_lite.recipe.validation_errors import Places, explain
-from gft_lite.utils.errors import RecipeError, shown
+from gft_lite.utils.errors import RecipeError, short_repr
 
 _ON_COMMAND_LINE = ("overrides", "grid", "random", "random_seed", "seeds")
 _LONGEST_VALUE = 40  # of a folder's name, in characters
@@ -236,7 +236,7 @@ def _composition(ratio: str, group: GroupSettings, places: Places) -> dict[str, 
     found = re.fullmatch(r"(\d+):(\d+)", ratio)
     if not found:
         place = places.get(("group",))
-        rule = f"group: must be demonstrations:self, such as 6:2, got {shown(ratio)}."
+        rule = f"group: must be demonstrations:self, such as 6:2, got {short_repr(ratio)}."
         raise RecipeError([f"{place}: {rule}" if place else rule])
     demonstrations, own = map(int, found.groups())
     experts_only = group.expert and not group.teacher

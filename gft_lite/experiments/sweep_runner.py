@@ -18,13 +18,13 @@ from rich.table import Table as RichTable
 from gft_lite.experiments.launchers import LAUNCHERS, LOG, Launcher
 from gft_lite.experiments.sweep_config import Sweep, Trial, as_text
 from gft_lite.recipe.schema import Recipe
-from gft_lite.runs.base_cache import BASE_EVALUATION, KL_SET, base_inputs, inherit
+from gft_lite.runs.base_cache import BASE_EVALUATION, KL_SET, base_inputs, copy_base_files
 from gft_lite.runs.folder import RunFolder, stage_folder
 from gft_lite.utils.errors import RecipeError
-from gft_lite.utils.files import alone_in, write_whole
-from gft_lite.utils.signals import deferred
+from gft_lite.utils.files import lock_folder, write_text_atomic
+from gft_lite.utils.signals import defer_signals
 from gft_lite.utils.statistics import t_interval
-from gft_lite.utils.tables import Table, csv_text, flatten, need_pandas
+from gft_lite.utils.tables import Table, csv_text, flatten, import_pandas
 
 __all__ = ["Sweep", "SweepFolder", "sweep"]
 
@@ -47,7 +47,7 @@ class SweepFolder:
 
     def frame(self) -> Any:
         """One line for each trial, as a pandas DataFrame."""
-        return need_pandas().read_csv(self.path / "results.csv")
+        return import_pandas().read_csv(self.path / "results.csv")
 
 
 @dataclass
@@ -103,8 +103,8 @@ def sweep(
     work = [_Job(trial, folder.run(trial.name)) for trial in plan.trials()]
     _check(work, jobs, launcher)
     with ExitStack() as stack:
-        stack.enter_context(alone_in(folder.path))
-        write_whole(folder.path / "sweep.yaml", plan.to_yaml())
+        stack.enter_context(lock_folder(folder.path))
+        write_text_atomic(folder.path / "sweep.yaml", plan.to_yaml())
         stack.callback(_write_results, folder, plan, work)
         if any(job.state == "waiting" for job in work):
             workers = LAUNCHERS[launcher](jobs)
@@ -135,9 +135,9 @@ def _run(
     by_folder = {job.run.path: job for job in work}
     stopping = False
     try:
-        with deferred(console) as interrupt, _Screen(console, work) as screen:
+        with defer_signals(console) as interrupt, _Screen(console, work) as screen:
             while True:
-                if interrupt.asked and not stopping:
+                if interrupt.received and not stopping:
                     stopping = True
                     workers.stop()
                 changed = []
@@ -182,7 +182,7 @@ def _begin(job: _Job, work: Sequence[_Job]) -> None:
         job.run.create(job.trial.recipe.to_yaml())
     donor = next((other for other in work if other.has_base and other.base == job.base), None)
     if donor and not job.has_base:
-        inherit(job.base_run, job.base_recipe, donor.base_run, [KL_SET, BASE_EVALUATION])
+        copy_base_files(job.base_run, job.base_recipe, donor.base_run, [KL_SET, BASE_EVALUATION])
     job.state = "running"
 
 
@@ -199,8 +199,8 @@ def _write_results(folder: SweepFolder, plan: Sweep, work: Sequence[_Job]) -> No
         "settings": _by_settings(trials),
         "trials": trials,
     }
-    write_whole(folder.path / "results.json", json.dumps(results, indent=1))
-    write_whole(folder.path / "results.csv", csv_text([_line(trial) for trial in trials]))
+    write_text_atomic(folder.path / "results.json", json.dumps(results, indent=1))
+    write_text_atomic(folder.path / "results.csv", csv_text([_line(trial) for trial in trials]))
 
 
 def _line(trial: Mapping[str, Any]) -> dict[str, Any]:

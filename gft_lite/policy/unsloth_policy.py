@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from gft_lite.policy.batching import Layout
 from gft_lite.policy.lora import REFERENCE, TRAINED, LoraPolicy
 from gft_lite.policy.registry import model_location
+from gft_lite.policy.vllm_process import engine_environment, isolated_process_state
 from gft_lite.policy.weight_checks import (
     adapter_folder,
     refuse_other_base,
@@ -24,7 +25,7 @@ from gft_lite.policy.weight_checks import (
     refuse_unknown_heads,
 )
 from gft_lite.recipe.sections import PolicySettings, RolloutSettings
-from gft_lite.utils.errors import RecipeError, shown
+from gft_lite.utils.errors import RecipeError, short_repr
 
 
 class UnslothPolicy(LoraPolicy):
@@ -88,7 +89,7 @@ def load(
         reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
         raise RecipeError(
             [f"policy.backend: unsloth must be able to load {settings.model!r} and the adapter "
-             f"{shown(settings.adapter)}, got {reason}. Or leave policy.backend out."]
+             f"{short_repr(settings.adapter)}, got {reason}. Or leave policy.backend out."]
         ) from error  # fmt: skip
     dtype = base.get_input_embeddings().weight.dtype
     # Unsloth moves its checkpoints to RAM itself.
@@ -112,9 +113,8 @@ def _base(
     refuse_unknown_heads(config)
     limit = config.max_position_embeddings
     served = _served(settings, rollout)
-    if served:
-        from gft_lite.policy.vllm_process import starting
-    with starting() if served else nullcontext():
+    environment = engine_environment(torch.device("cuda"))
+    with isolated_process_state(environment) if served else nullcontext():
         base, _ = FastLanguageModel.from_pretrained(
             model_name=where,
             use_exact_model_name=True,  # Not the model that Unsloth has quantised its own way.

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from gft_lite.recipe.validation_errors import At, Place, Places
-from gft_lite.utils.errors import RecipeError, dotted, nearest, shown
+from gft_lite.utils.errors import RecipeError, dotted_path, nearest, short_repr
 from gft_lite.utils.paths import PACKAGE
 from gft_lite.utils.secrets import find_secret
 
@@ -166,7 +166,7 @@ class _Reader:
         bases = [written] if isinstance(written, str) else written or []
         if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
             where = places[("extends",)]
-            rule = f"must be a list of files, got {shown(written)}"
+            rule = f"must be a list of files, got {short_repr(written)}"
             self.problems.append(f"{where}: extends: {rule}.")
             return []
         layers = []
@@ -236,7 +236,7 @@ def _parse(text: str, file: str, at: At = ()) -> tuple[Any, Places]:
     # Aliases make a graph of it, which may stand for billions of values, or for no end of them.
     for count, (where, part) in enumerate(_walk(loader, node, at)):
         if where in places:
-            raise _Broken(f"{dotted(where)}: must be written once, got a second one", part)
+            raise _Broken(f"{dotted_path(where)}: must be written once, got a second one", part)
         if count >= MAX_VALUES:
             raise _Broken(f"must hold at most {MAX_VALUES} values, got more (aliases count)", part)
         line = None if file == COMMAND_LINE else part.start_mark.line + 1
@@ -252,7 +252,7 @@ def _walk(loader: Loader, node: yaml.Node, at: At) -> Iterator[tuple[At, yaml.No
         for key, value in node.value:
             if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
                 got = repr(key.value) if isinstance(key, yaml.ScalarNode) else "a list or section"
-                where = dotted(at) or "recipe"
+                where = dotted_path(at) or "recipe"
                 raise _Broken(f"{where}: must have text as keys, got {got}. Put it in quotes", key)
             yield (*at, key.value), key
             yield from _walk(loader, value, (*at, key.value))
@@ -262,7 +262,7 @@ def _walk(loader: Loader, node: yaml.Node, at: At) -> Iterator[tuple[At, yaml.No
             yield from _walk(loader, item, (*at, i))
     else:
         if find_secret(node.value):
-            rule = f"{dotted(at)}: must not hold a token or a password, got one"
+            rule = f"{dotted_path(at)}: must not hold a token or a password, got one"
             raise _Broken(f"{rule}. Put it into the environment, such as HF_TOKEN", node)
         try:
             value = loader.construct_object(node)
@@ -271,7 +271,7 @@ def _walk(loader: Loader, node: yaml.Node, at: At) -> Iterator[tuple[At, yaml.No
         # PyYAML's own conversions raise these for values such as 2024-13-45 and `!!bool maybe`.
         except (ValueError, KeyError, IndexError, AttributeError):
             kind = node.tag.rpartition(":")[2]
-            rule = f"{dotted(at)}: must be a valid {kind}, got {shown(node.value)}"
+            rule = f"{dotted_path(at)}: must be a valid {kind}, got {short_repr(node.value)}"
             raise _Broken(f"{rule}. For text, put it in quotes", node) from None
 
 
@@ -290,7 +290,7 @@ def _in_words(error: yaml.YAMLError, text: str, file: str, field: str = "") -> s
     if isinstance(error, _Broken):
         return f"{at(mark.line)}: {error.problem}."
     lines = [*text.splitlines(), ""]
-    got = shown(lines[min(mark.line, len(lines) - 1)])
+    got = short_repr(lines[min(mark.line, len(lines) - 1)])
     problem = str(getattr(error, "problem", error))
     hint = " Indent with spaces, not tabs." if "\\t" in problem else ""
     return f"{at(mark.line)}: {field}must be valid YAML, got {got} ({problem}).{hint}"

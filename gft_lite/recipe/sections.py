@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
+    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -17,7 +18,7 @@ from pydantic import (
 from gft_lite.objective.methods import METHODS
 from gft_lite.recipe.base import Fraction, Settings, Share, matching, named_in
 from gft_lite.rewards.registry import REWARDS
-from gft_lite.utils.errors import shown
+from gft_lite.utils.errors import short_repr
 
 # What `rollout.engine` accepts beside a dotted path; `rollout.registry.ENGINES` has the classes.
 ENGINE_NAMES = ("auto", "transformers", "vllm", "vllm_server", "unsloth")
@@ -86,9 +87,10 @@ class PolicySettings(Settings):
             "layout": ["auto", "packed", "padded"],
         }
         # By their texts: 1 equals True, and is a number of layers.
-        rules = [f"{name}: must be {' or '.join(map(shown, values))} with backend {self.backend}"
+        rules = [f"{name}: must be {' or '.join(map(short_repr, values))} "
+                 f"with backend {self.backend}"
                  for name, values in can.items()
-                 if shown(getattr(self, name)) not in map(shown, values)]  # fmt: skip
+                 if short_repr(getattr(self, name)) not in map(short_repr, values)]  # fmt: skip
         if rules:
             raise ValueError("\n".join(rules))
         return self
@@ -191,8 +193,11 @@ class ObjectiveSettings(Settings):
     `kl` weighs the k3 estimate of KL(policy || reference) in any method's per-token loss (TRL's
     `beta`, without the correction by rho that TRL may apply); `lam` is asft's own.
     `mask_truncated` leaves out rows that the length limit cut off, and what they would add to
-    the reduction's denominator.
+    the reduction's denominator. A method's own parameters are extra fields, checked by
+    `method_parameters.py`.
     """
+
+    model_config = ConfigDict(extra="allow")
 
     tau: NonNegativeFloat = 0.7
     std: Literal["sample", "population", "none"] = "sample"

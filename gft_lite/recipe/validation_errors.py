@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from gft_lite.utils.errors import dotted, nearest, shown
+from gft_lite.utils.errors import dotted_path, nearest, short_repr
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Place:
 
 At = tuple[str | int, ...]
 Places = dict[At, Place]
+UNKNOWN_FIELD = "unknown_field"  # pydantic error type; its context has the `known` names.
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class _Problem:
         place = self.place(places)
         where = f"{place}: " if place else ""
         advice = f" {self.advice}" if self.advice else ""
-        return f"{where}{dotted(self.at) or 'recipe'}: {self.rule}, got {self.got}.{advice}"
+        return f"{where}{dotted_path(self.at) or 'recipe'}: {self.rule}, got {self.got}.{advice}"
 
 
 def explain(
@@ -56,10 +57,12 @@ def explain(
     problems: list[_Problem] = []
     branches: dict[At, list[_Problem]] = {}
     for e in error.errors(include_url=False):
-        at, kind, union = _follow(schema, e["loc"])
+        unknown = e["type"] in ("extra_forbidden", UNKNOWN_FIELD)
+        at, kind, union = _follow(schema, e["loc"][:-1] if unknown else e["loc"])
         section = _section(kind)
-        if e["type"] == "extra_forbidden":
-            problems.append(_unknown(schema, (*at, e["loc"][-1]), section, e["input"]))
+        if unknown:
+            known = e.get("ctx", {}).get("known") or section.model_fields
+            problems.append(_unknown(schema, (*at, e["loc"][-1]), known, e["input"]))
         elif e["type"] == "value_error" and section:
             problems += _cross_fields(at, section, e) if cross_fields else []
         elif union is None:
@@ -101,14 +104,19 @@ def _one_field(at: At, kind: Any, e: Any) -> _Problem:
     got = e["input"]
     rule = _RULES.get(e["type"]) or re.sub(r"^\w+ should", "must", e["msg"])
     rule = rule.removeprefix("Value error, ").partition(" after validation")[0]
-    known = e["ctx"]["known"] if e["type"] == "unknown_name" else _literals(kind)
+    known = e["ctx"]["known"] if e["type"] == "unknown_name" else _allowed(e)
     name = nearest(got, known) if isinstance(got, str | None) else None
     advice = f"Did you mean {name}?" if name else ""
     if e["type"] == "string_type" and not name and isinstance(got, int | float | dict):
         advice = "Put it in quotes."
     elif e["type"] == "model_type" and got is None:
         advice = "Write its fields under it, or leave it out."
-    return _Problem(at, rule, shown(got), advice)
+    return _Problem(at, rule, short_repr(got), advice)
+
+
+def _allowed(e: Any) -> list[str]:
+    """The texts that a Literal allows."""
+    return re.findall(r"'([^']*)'", e.get("ctx", {}).get("expected", ""))
 
 
 def _one_of_union(at: At, found: list[_Problem]) -> list[_Problem]:
@@ -125,10 +133,10 @@ def _cross_fields(at: At, section: type[BaseModel], e: Any) -> list[_Problem]:
         field, _, rule = line.partition(": ")
         names = tuple(field.split("."))
         if rule and _follow(section, names)[0] == names:
-            got = shown(_value_below(section, e["input"], names))
+            got = short_repr(_value_below(section, e["input"], names))
             problems.append(_Problem((*at, *names), rule, got))
         else:
-            problems.append(_Problem(at, line, shown(e["input"])))
+            problems.append(_Problem(at, line, short_repr(e["input"])))
     return problems
 
 
@@ -143,10 +151,10 @@ def _value_below(schema: Any, value: Any, names: tuple[str, ...]) -> Any:
     return value
 
 
-def _unknown(schema: type[BaseModel], at: At, section: Any, got: Any) -> _Problem:
-    """An unknown field and what the user may have meant by it."""
+def _unknown(schema: type[BaseModel], at: At, known: Iterable[str], got: Any) -> _Problem:
+    """An unknown field of a section with the fields `known`, and the likely right name."""
     name, above = str(at[-1]), at[:-1]
-    here = [*section.model_fields, *(() if above else ("extends",))]
+    here = [*known, *(() if above else ("extends",))]
     everywhere = _all_fields(schema)
     elsewhere = [field for field in everywhere if field.rpartition(".")[2] == name.lower()]
     close = nearest(name, here, 0.75) or (nearest(name, here, 0.6) if not elsewhere else None)
@@ -155,9 +163,9 @@ def _unknown(schema: type[BaseModel], at: At, section: Any, got: Any) -> _Proble
         parent, _, child = name.rpartition(".")
         advice = f"Write {child} under {parent}."
     elif close or elsewhere:
-        meant = [dotted((*above, close))] if close else elsewhere[:3]
+        meant = [dotted_path((*above, close))] if close else elsewhere[:3]
         advice = f"Did you mean {' or '.join(meant)}?"
-    return _Problem(at, "unknown field", shown(got), advice)
+    return _Problem(at, "unknown field", short_repr(got), advice)
 
 
 # --- the schema's types ----------------------------------------------------------------------
@@ -183,8 +191,11 @@ def _child(annotation: Any, part: str | int) -> Any:
             return get_args(kind)[0]
         if get_origin(kind) is dict:
             return get_args(kind)[1]
-        if (section := _section(kind)) and part in section.model_fields:
+        section = _section(kind)
+        if section and part in section.model_fields:
             return section.model_fields[str(part)].annotation
+        if section and section.model_config.get("extra") == "allow":
+            return Any
     return None
 
 
@@ -203,17 +214,11 @@ def _section(annotation: Any) -> type[BaseModel] | None:
     return next(kinds, None)
 
 
-def _literals(annotation: Any) -> list[str]:
-    """The names that an annotation allows."""
-    kinds = [kind for kind in members(annotation) if get_origin(kind) is Literal]
-    return [name for kind in kinds for name in get_args(kind)]
-
-
 def _all_fields(schema: type[BaseModel], above: At = ()) -> list[str]:
     """The dotted path of every field, but for those inside of lists and named sections."""
     paths = []
     for name, field in schema.model_fields.items():
         section = _section(field.annotation)
-        paths.append(dotted((*above, name)))
+        paths.append(dotted_path((*above, name)))
         paths += _all_fields(section, (*above, name)) if section else []
     return paths

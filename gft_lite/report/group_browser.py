@@ -51,7 +51,7 @@ def moments(run: Run, groups: int) -> list[Moment]:
         return []
     start = run.recipe.policy.adapter
     saved = {int(c.name.removeprefix("step-")): c / "adapter"
-             for c in checkpoint.all_of(run.folder.checkpoints)}  # fmt: skip
+             for c in checkpoint.list_checkpoints(run.folder.checkpoints)}  # fmt: skip
     adapters: dict[int, tuple[Path | None, str]] = {}
     if steps[0] == 1:
         which = "adapter" if start else "base"
@@ -72,7 +72,7 @@ def moments(run: Run, groups: int) -> list[Moment]:
 
 def score(shown: Sequence[Moment], console: Console) -> list[str]:
     """Have the runs' policies say p of every token; returns why some could not."""
-    from gft_lite.evaluation.targets import Target, share_base
+    from gft_lite.evaluation.targets import Target, group_by_base
 
     plain: dict[str, Any] = {
         "reference": "base", "gradient_checkpointing": False, "offload_checkpoints": False,
@@ -87,7 +87,7 @@ def score(shown: Sequence[Moment], console: Console) -> list[str]:
         targets.append(Target(str(number), settings, moment.adapter))
         by_label[str(number)] = moment
     failures = []
-    for group in share_base(targets):
+    for group in group_by_base(targets):
         try:
             _score_together(group, by_label, console)
         except (RecipeError, OSError, RuntimeError) as error:  # No such model, no memory for it.

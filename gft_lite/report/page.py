@@ -24,7 +24,7 @@ from gft_lite.report.summary import (
     seconds_of,
 )
 from gft_lite.utils.errors import RecipeError
-from gft_lite.utils.files import write_whole
+from gft_lite.utils.files import write_text_atomic
 from gft_lite.version import __version__
 
 __all__ = ["write_report"]
@@ -81,7 +81,7 @@ def write_report(
         groups=page_groups(shown),
         unscored=unscored,
     )
-    write_whole(Path(out), page)
+    write_text_atomic(Path(out), page)
     if plots is not None:
         for plot in (*curves, *filter(None, of_sweeps)):
             write_files(plot, Path(plots))

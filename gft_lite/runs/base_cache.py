@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from gft_lite.recipe.schema import Recipe
 from gft_lite.runs.folder import RunFolder
-from gft_lite.utils.files import whole
+from gft_lite.utils.files import atomic_write
 
 BASE_EVALUATION, KL_SET = "eval/base.json", "kl_set.json"
 
@@ -32,9 +32,9 @@ def base_inputs(recipe: Recipe) -> str:
     return json.dumps(tree, sort_keys=True)
 
 
-def inherit(run: RunFolder, recipe: Recipe, donor: RunFolder, files: Sequence[str]) -> None:
+def copy_base_files(run: RunFolder, recipe: Recipe, donor: RunFolder, files: Sequence[str]) -> None:
     """Begin a run with files of another, so that it does not compute them again."""
     run.create(recipe.to_yaml())
     for name in files:
-        with whole(run.path / name) as partial:
+        with atomic_write(run.path / name) as partial:
             shutil.copy2(donor.path / name, partial)  # With the time of the evaluation.

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from gft_lite.policy.base import Policy
-from gft_lite.utils.files import flush, write_whole
+from gft_lite.utils.files import fsync, write_text_atomic
 
 MANIFEST = "manifest.json"
 
@@ -48,32 +48,32 @@ def save(
         _seal(partial)
         _remove([final])
         partial.rename(final)
-        flush(folder)
-        flush(folder.parent)
+        fsync(folder)
+        fsync(folder.parent)
     except (OSError, SafetensorError) as error:
         _remove([partial])
-        older = ", ".join(p.name for p in all_of(folder)) or "none"
+        older = ", ".join(p.name for p in list_checkpoints(folder)) or "none"
         raise CheckpointError(
             f"checkpoint: could not write {final} ({error}). Older ones are untouched: {older}. "
             "Make room or lower checkpoint.keep, then continue with --resume."
         ) from error
     # By way of another name, since half a folder must not pass for a checkpoint.
-    _remove(old.rename(old.with_suffix(".tmp")) for old in all_of(folder)[:-keep])
+    _remove(old.rename(old.with_suffix(".tmp")) for old in list_checkpoints(folder)[:-keep])
     return final
 
 
-def all_of(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, oldest first."""
     return sorted(p for p in folder.glob("step-*") if not p.suffix)
 
 
-def newest_whole(folder: Path, say: Callable[[str], None]) -> Path | None:
+def newest_valid(folder: Path, say: Callable[[str], None]) -> Path | None:
     """The newest checkpoint that is as it was written; None if there never was one.
 
     Damaged ones after it are told, and renamed to count no more.
     Raises: CheckpointError if all are damaged.
     """
-    saved = all_of(folder)
+    saved = list_checkpoints(folder)
     damaged: list[tuple[Path, str]] = []
     while saved and (damage := find_damage(saved[-1])):
         damaged.append((saved.pop(), damage))
@@ -118,9 +118,9 @@ def _seal(folder: Path) -> None:
     """List the checksums of all files in MANIFEST, and have everything on the disk."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     for path in (*files, *(p for p in folder.rglob("*") if p.is_dir())):
-        flush(path)
+        fsync(path)
     digests = {p.relative_to(folder).as_posix(): _sha256(p) for p in files}
-    write_whole(folder / MANIFEST, json.dumps({"sha256": digests}, indent=1))
+    write_text_atomic(folder / MANIFEST, json.dumps({"sha256": digests}, indent=1))
 
 
 def _sha256(file: Path) -> str:

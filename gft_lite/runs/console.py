@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 
-class Screen:
+class TrainingConsole:
     """Live progress on a terminal; a line now and then where there is none."""
 
     def __init__(self, console: Console, total: int | None, done: int) -> None:
@@ -27,7 +27,7 @@ class Screen:
         self._live = Live(self._progress, console=console, transient=True)
         self._kl: Mapping[str, Any] = {}
 
-    def __enter__(self) -> Screen:
+    def __enter__(self) -> TrainingConsole:
         if self.console.is_terminal:
             self._live.start()
         return self

@@ -14,8 +14,8 @@ from gft_lite.recipe.schema import Recipe
 from gft_lite.types import Group, Response
 from gft_lite.utils.distributed import Distributed
 from gft_lite.utils.errors import RecipeError
-from gft_lite.utils.files import LOCK, alone_in, complete_lines, flush, write_whole
-from gft_lite.utils.tables import need_pandas
+from gft_lite.utils.files import LOCK, complete_lines, fsync, lock_folder, write_text_atomic
+from gft_lite.utils.tables import import_pandas
 
 
 class RunFolder:
@@ -30,11 +30,11 @@ class RunFolder:
 
     def create(self, recipe: str) -> None:
         """Make the folder and keep the resolved recipe in it."""
-        write_whole(self.path / "recipe.yaml", recipe)
+        write_text_atomic(self.path / "recipe.yaml", recipe)
 
-    def alone(self) -> AbstractContextManager[None]:
+    def lock(self) -> AbstractContextManager[None]:
         """Keep other runs out. Raises: RecipeError while another process is at work there."""
-        return alone_in(self.path)
+        return lock_folder(self.path)
 
     def begun(self) -> bool:
         """Whether there is more than what a start leaves that died before it had a recipe."""
@@ -47,7 +47,7 @@ class RunFolder:
 
     def frame(self) -> Any:
         """One line a step as a pandas DataFrame, nested names joined by "/": `reward/self`."""
-        return need_pandas().json_normalize(self.metrics(), sep="/")
+        return import_pandas().json_normalize(self.metrics(), sep="/")
 
     def group_steps(self) -> list[int]:
         """The steps whose groups were kept, in order."""
@@ -64,13 +64,13 @@ class RunFolder:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write `name` in the run's folder, complete or not at all."""
-        write_whole(self.path / name, json.dumps(value, indent=1))
+        write_text_atomic(self.path / name, json.dumps(value, indent=1))
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Add a step to metrics.jsonl."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
-        flush(self.path / "metrics.jsonl")
+        fsync(self.path / "metrics.jsonl")
 
     def write_groups(
         self, step: int, groups: Sequence[Group], advantages: Sequence[Sequence[float]]
@@ -86,11 +86,11 @@ class RunFolder:
         self._write_groups(file, groups, advantages)
         return file
 
-    def forget_after(self, step: int) -> None:
+    def truncate_after(self, step: int) -> None:
         """Drop what steps after `step` wrote, before they are run again."""
         kept = [m for m in self.metrics() if m["step"] <= step]
         text = "".join(json.dumps(m) + "\n" for m in kept)
-        write_whole(self.path / "metrics.jsonl", text)
+        write_text_atomic(self.path / "metrics.jsonl", text)
         for later in self.group_steps():
             if later > step:
                 self._groups_file(later).unlink()
@@ -108,24 +108,24 @@ class RunFolder:
                 problem = {"id": group.problem.id, "text": group.problem.text,
                            "answer": group.problem.answer}  # fmt: skip
                 out.write(json.dumps({"problem": problem, "responses": responses}) + "\n")
-        flush(file)
+        fsync(file)
 
 
-class Follower(RunFolder):
+class WorkerRunFolder(RunFolder):
     """A run's folder to a process that helps another one: it writes its engine's files alone."""
 
     def __init__(self, path: str | Path, rank: int) -> None:
         super().__init__(path)
         self.scratch = self.path / f"engine-{rank}"
 
-    def alone(self) -> AbstractContextManager[None]:
+    def lock(self) -> AbstractContextManager[None]:
         """Nothing: the process that it helps has the folder."""
         return nullcontext()
 
     def _write_nothing(self, *_: Any, **__: Any) -> None:
         pass
 
-    create = write_json = append_metrics = forget_after = _write_groups = _write_nothing
+    create = write_json = append_metrics = truncate_after = _write_groups = _write_nothing
 
 
 def _response(response: Response, advantage: float) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def find_folder(
     Raises: RecipeError if `out` holds another run, or none that this recipe can resume.
     """
     path = distributed.broadcast_from_main(lambda: _find_path(recipe, out, resume))
-    return RunFolder(path) if distributed.is_main else Follower(path, distributed.rank)
+    return RunFolder(path) if distributed.is_main else WorkerRunFolder(path, distributed.rank)
 
 
 def _find_path(recipe: Recipe, out: str | Path | None, resume: bool) -> Path:
@@ -175,7 +175,7 @@ def _check_usable(path: Path) -> None:
              f"Make {str(there)!r} writable, or choose another."]
         )  # fmt: skip
     if path.is_dir():
-        with alone_in(path):
+        with lock_folder(path):
             pass
 
 

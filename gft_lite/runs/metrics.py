@@ -11,7 +11,7 @@ from typing import Any
 from gft_lite.types import Group
 
 
-class Clock:
+class PhaseTimer:
     """Wall-clock seconds by phase."""
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, Any]:
     }
 
 
-def own_tokens(groups: Sequence[Group]) -> int:
+def count_self_tokens(groups: Sequence[Group]) -> int:
     """The tokens of all self samples."""
     return sum(len(r.token_ids) for group in groups for r in group if r.source == "self")
 

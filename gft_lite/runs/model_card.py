@@ -17,7 +17,7 @@ from gft_lite.recipe.base import HUB_ID
 from gft_lite.recipe.loader import Dumper
 from gft_lite.recipe.schema import Recipe
 from gft_lite.runs.folder import RunFolder, stage_folder
-from gft_lite.utils.files import write_whole
+from gft_lite.utils.files import write_text_atomic
 from gft_lite.version import __version__
 
 _PLACES = ("model", "adapter", "source")  # Fields that may hold a path.
@@ -37,7 +37,7 @@ def write_card(run: RunFolder) -> None:
         *_limits(recipe),
         *_recipe(recipe),
     ]
-    write_whole(run.adapter / "README.md", "\n\n".join(lines) + "\n")
+    write_text_atomic(run.adapter / "README.md", "\n\n".join(lines) + "\n")
 
 
 def write_merged_card(
@@ -61,7 +61,7 @@ def write_merged_card(
         *(_limits(recipe) if recipe else []),
         *(_recipe(recipe) if recipe else []),
     ]
-    write_whole(folder / "README.md", "\n\n".join(lines) + "\n")
+    write_text_atomic(folder / "README.md", "\n\n".join(lines) + "\n")
 
 
 def known_as(model: str) -> str:
@@ -124,7 +124,7 @@ def _method(recipe: Recipe) -> str:
     lines = []
     for each in settings:
         method = METHODS.get(each.method)
-        told = f": loss of a token `{method.formula}` ({method.source})" if method else ""
+        told = f": loss of a token `{method.formula}` ({method.citation})" if method else ""
         own = {name: getattr(each.objective, name) for name in method.parameters} if method else {}
         values = "".join(f", {name} {value:g}" for name, value in own.items())
         lines.append(f"- `{each.method}`{told}{values}, learning rate {each.optim.lr:g}")

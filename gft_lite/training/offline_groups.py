@@ -17,11 +17,11 @@ from gft_lite.data.problems import problems_of_step
 from gft_lite.policy.base import Policy, evaluating
 from gft_lite.policy.batching import Row
 from gft_lite.recipe.schema import Recipe
-from gft_lite.runs.base_cache import BASE_EVALUATION, KL_SET, base_inputs, inherit
+from gft_lite.runs.base_cache import BASE_EVALUATION, KL_SET, base_inputs, copy_base_files
 from gft_lite.runs.folder import RunFolder
 from gft_lite.types import Group, Problem, Response
-from gft_lite.utils.errors import RecipeError, shown
-from gft_lite.utils.files import flush
+from gft_lite.utils.errors import RecipeError, short_repr
+from gft_lite.utils.files import fsync
 from gft_lite.utils.tables import flatten
 
 GROUPS = "groups.jsonl"
@@ -101,7 +101,7 @@ class OfflineGroups:
                 line = json.dumps(_to_json(turn, group)).encode() + b"\n"
                 file.write(line)
                 self._note(line)
-        flush(self.file)
+        fsync(self.file)
 
     def groups(self, turns: Sequence[Turn]) -> list[Group]:
         """The groups of these turns; a visit for which none were sampled has an earlier one's.
@@ -138,7 +138,7 @@ class OfflineGroups:
         if run and base_inputs(theirs) == base_inputs(recipe):
             files = [f for f in (KL_SET, BASE_EVALUATION)
                      if (there.path / f).exists() and not (run.path / f).exists()]  # fmt: skip
-            inherit(run, recipe, there, files)
+            copy_base_files(run, recipe, there, files)
 
     def _refuse_gaps(self, recipe: Recipe, problems: Sequence[Problem]) -> None:
         """Every problem that the steps visit must be there."""
@@ -197,7 +197,8 @@ class OfflineGroups:
         if (kept["text"], kept["answer"]) != (problem.text, problem.answer):
             raise RecipeError(
                 [f"group.offline: must be of the same data, got {str(self.folder)!r}, where "
-                 f"problem {problem.id} is {shown(kept['text'])}, {shown(kept['answer'])}. "
+                 f"problem {problem.id} is {short_repr(kept['text'])}, "
+                 f"{short_repr(kept['answer'])}. "
                  "Sample others with gft-lite groups."]
             )  # fmt: skip
         return Group(problem, tuple(_response(r) for r in entry["responses"]))
@@ -253,8 +254,8 @@ def refuse_other_recipe(
     old, new = (_decisions(r, decides) for r in (theirs, recipe))
     if differing := [name for name in old | new if old.get(name) != new.get(name)]:
         raise RecipeError(
-            [f"{name}: must be {shown(old.get(name))} as in {file}, by which the groups were "
-             f"sampled, got {shown(new.get(name))}. Change it, or sample others."
+            [f"{name}: must be {short_repr(old.get(name))} as in {file}, by which the groups were "
+             f"sampled, got {short_repr(new.get(name))}. Change it, or sample others."
              for name in differing]
         )  # fmt: skip
     return theirs

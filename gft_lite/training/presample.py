@@ -13,13 +13,13 @@ from rich.console import Console
 from gft_lite.recipe.schema import Recipe
 from gft_lite.rollout.sampling import requests, respond
 from gft_lite.runs.base_cache import BASE_EVALUATION
-from gft_lite.runs.metrics import Clock, own_tokens
+from gft_lite.runs.metrics import PhaseTimer, count_self_tokens
 from gft_lite.training import groups as grouping
 from gft_lite.training.offline_groups import OfflineGroups, Turn, all_turns, refuse_other_recipe
 from gft_lite.training.session import Session, open_session
 from gft_lite.types import Group
 from gft_lite.utils.errors import RecipeError
-from gft_lite.utils.files import cached
+from gft_lite.utils.files import cached_json
 
 
 def presample(
@@ -44,7 +44,7 @@ def presample(
     console = console or Console(stderr=True)
     with ExitStack() as stack:
         session = open_session(first, folder, resume=begun, console=console, stack=stack)
-        cached(folder / BASE_EVALUATION, session.evaluate)
+        cached_json(folder / BASE_EVALUATION, session.evaluate)
         if first.policy.adapter:
             session.sync(0)
         store = OfflineGroups(folder)
@@ -55,14 +55,14 @@ def presample(
 
 def _fill(store: OfflineGroups, session: Session, turns: Sequence[Turn]) -> None:
     """Sample and score what is missing."""
-    clock, started, tokens = Clock(), time.perf_counter(), 0
+    clock, started, tokens = PhaseTimer(), time.perf_counter(), 0
     for chunk in _chunks(session, [turn for turn in turns if turn not in store]):
         with clock("rollout"):
             groups = _sample(session, chunk)
         with clock("reward"):
             scored = session.scorer.score(groups)
         store.add(chunk, scored)
-        tokens += own_tokens(scored)
+        tokens += count_self_tokens(scored)
         session.say(
             f"groups: {sum(turn in store for turn in turns):,} of {len(turns):,}, {tokens:,} "
             f"tokens sampled, {tokens / clock.seconds['rollout']:,.0f} tokens/s"

@@ -13,9 +13,9 @@ from rich.console import Console
 
 from gft_lite.evaluation.metrics import headline
 from gft_lite.recipe.schema import Recipe
-from gft_lite.runs.console import Screen
+from gft_lite.runs.console import TrainingConsole
 from gft_lite.runs.folder import RunFolder, find_folder
-from gft_lite.runs.metrics import Clock
+from gft_lite.runs.metrics import PhaseTimer
 from gft_lite.runs.model_card import write_card
 from gft_lite.training.kl_monitor import _held_out_kl
 from gft_lite.training.learner import _dry_step
@@ -38,7 +38,7 @@ def train(
     console = (console or Console(stderr=True)) if distributed.is_main else Console(quiet=True)
     if recipe.stages:
         folder = find_folder(recipe, out, resume=resume, distributed=distributed)
-        with folder.alone():
+        with folder.lock():
             train_stages(recipe, folder, distributed, train, console)
             if distributed.is_main:
                 write_card(folder)
@@ -48,16 +48,16 @@ def train(
         session = open_session(
             recipe, out, resume=resume, distributed=distributed, console=console, stack=stack
         )
-        clock = Clock()
+        clock = PhaseTimer()
         with clock("eval"):
             console.print(f"evaluating the base on {', '.join(session.eval_sets) or 'nothing'}")
             file = session.run.path / "eval" / "base.json"
-            base = distributed.cached(file, session.evaluate)
+            base = distributed.cached_json(file, session.evaluate)
         first = session.restore() if resume else 0
         session.engine.sleep()
         _dry_step(session)
         session.sync(first)
-        with Screen(console, recipe.steps, first) as screen:
+        with TrainingConsole(console, recipe.steps, first) as screen:
             _train_steps(session, first, screen)
         console.print("evaluating the trained policy")
         with clock("eval"):

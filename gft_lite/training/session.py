@@ -136,13 +136,13 @@ class Session:
     def restore(self) -> int:
         """Go back to the newest whole checkpoint; returns its step, 0 if there is none yet."""
         saved = self.distributed.broadcast_from_main(
-            lambda: checkpoint.newest_whole(self.run.checkpoints, self.say)
+            lambda: checkpoint.newest_valid(self.run.checkpoints, self.say)
         )
         step = 0
         if saved:
             step, counters = checkpoint.restore(saved, self.policy, self.optimizer)
             self.bad_steps = counters["bad_steps"]
-        self.run.forget_after(step)
+        self.run.truncate_after(step)
         self.tokens = self.distributed.broadcast_from_main(
             lambda: sum(m["tokens"] for m in self.run.metrics())
         )
@@ -176,7 +176,7 @@ def open_session(
     problems, held_out = split_holdout(load("data", recipe.data), recipe.data.holdout)
     problems = _composable(problems, recipe, console)
     eval_sets = {n: load(f"eval.sets.{n}", data) for n, data in recipe.eval.sets.items()}
-    stack.enter_context(run.alone())
+    stack.enter_context(run.lock())
     run.create(asked.to_yaml())
     if offline:
         limit = recipe.rollout.probe_limit
@@ -323,5 +323,5 @@ def _kl_rows(
         answers = sample(engine, format, problems, counts, sampling, (recipe.seed, "kl"))
         return [(p.prompt_ids, r.token_ids) for p, [r] in zip(problems, answers, strict=True)]
 
-    pairs = distributed.cached(run.path / "kl_set.json", draw)
+    pairs = distributed.cached_json(run.path / "kl_set.json", draw)
     return [Row(tuple(prompt), tuple(response)) for prompt, response in pairs]

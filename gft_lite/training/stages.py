@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from gft_lite.recipe.schema import Recipe
-from gft_lite.runs.base_cache import BASE_EVALUATION, base_inputs, inherit
+from gft_lite.runs.base_cache import BASE_EVALUATION, base_inputs, copy_base_files
 from gft_lite.runs.folder import RunFolder, stage_folder
 from gft_lite.utils.distributed import Distributed
 
@@ -41,7 +41,7 @@ def train_stages(
                 and not here.path.exists()
                 and _same_base(recipe, number)
             ):
-                inherit(here, settings, before, [BASE_EVALUATION])
+                copy_base_files(here, settings, before, [BASE_EVALUATION])
             begun = distributed.broadcast_from_main((here.path / "recipe.yaml").exists)
             train(settings, here.path, resume=begun, console=console)
         stages.append(here)

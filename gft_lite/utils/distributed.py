@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from gft_lite.utils.files import cached
+from gft_lite.utils.files import cached_json
 
 T = TypeVar("T")
 # How long a process waits for the slowest; torch's default of minutes is too short for a rollout.
@@ -65,10 +65,10 @@ class Distributed:
         """Wait until every process has reached this call."""
         self.all_gather([None])
 
-    def cached(self, path: Path, compute: Callable[[], Any]) -> Any:
+    def cached_json(self, path: Path, compute: Callable[[], Any]) -> Any:
         """The JSON at `path`; if missing, all processes compute it and the main one writes it."""
         value = None if self.broadcast_from_main(path.exists) else compute()
-        return self.broadcast_from_main(lambda: cached(path, lambda: value))
+        return self.broadcast_from_main(lambda: cached_json(path, lambda: value))
 
     def all_reduce_sum_(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replace each tensor by its sum over the processes, in place."""

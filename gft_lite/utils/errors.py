@@ -17,8 +17,8 @@ class UserError(Exception):
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = list(problems)
         more = len(self.problems) - MAX_SHOWN
-        shown = self.problems[:MAX_SHOWN] + ([f"... and {more} more errors."] if more > 0 else [])
-        super().__init__("\n".join(shown))
+        lines = self.problems[:MAX_SHOWN] + ([f"... and {more} more errors."] if more > 0 else [])
+        super().__init__("\n".join(lines))
 
 
 class RecipeError(UserError):
@@ -32,12 +32,12 @@ def nearest(name: object, known: Iterable[str], cutoff: float = 0.5) -> str | No
     return by_lower[close[0]] if close else None
 
 
-def dotted(at: Sequence[str | int]) -> str:
+def dotted_path(at: Sequence[str | int]) -> str:
     """A path as the command line writes it."""
     return ".".join(map(str, at))
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """A value as an error shows it, on one short line."""
     if isinstance(value, BaseModel | Mapping):
         return "a section"

@@ -18,34 +18,34 @@ def whole_lines(path: Path) -> list[bytes]:
     if not path.exists():
         return []
     data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
+    complete = data[: data.rfind(b"\n") + 1]
+    if len(complete) < len(data):
         with path.open("rb+") as file:
-            file.truncate(len(whole))
-    return whole.splitlines()
+            file.truncate(len(complete))
+    return complete.splitlines()
 
 
 LOCK = ".lock"
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_text_atomic(path: Path, text: str) -> None:
     """Write a file, complete or not at all."""
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Where to write what is to be at `path`: it comes there, and onto the disk, when complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.tmp")
     yield partial
-    flush(partial)
+    fsync(partial)
     partial.rename(path)
-    flush(path.parent)
+    fsync(path.parent)
 
 
-def flush(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Have a file's bytes, or the names in a folder, on the disk before going on."""
     number = os.open(path, os.O_RDONLY)
     try:
@@ -55,7 +55,7 @@ def flush(path: Path) -> None:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Keep other runs out of a folder; the lock goes with the process, however it ends.
 
     Raises: RecipeError while another process has it.
@@ -76,10 +76,10 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
 
 
-def cached(path: Path, compute: Callable[[], Any]) -> Any:
+def cached_json(path: Path, compute: Callable[[], Any]) -> Any:
     """The JSON at `path`, computed and written first where it is not there yet."""
     if not path.exists():
-        write_whole(path, json.dumps(compute(), indent=1))
+        write_text_atomic(path, json.dumps(compute(), indent=1))
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, TypeVar
 
-from gft_lite.utils.errors import UserError, shown
-from gft_lite.utils.files import flush
+from gft_lite.utils.errors import UserError, short_repr
+from gft_lite.utils.files import fsync
 
 T = TypeVar("T")
 # What `parse` may raise for an object that is not an entry.
@@ -65,7 +65,7 @@ class JsonlFile(Generic[T]):
             file.flush()
             os.fsync(file.fileno())
         if not end:
-            flush(self.path.parent)  # The file may be new.
+            fsync(self.path.parent)  # The file may be new.
         offsets = []
         for line in lines:
             offsets.append(end)
@@ -77,7 +77,7 @@ class JsonlFile(Generic[T]):
         offsets = [offset + len(line) for offset, line in self._lines()]
         if count < len(offsets):
             os.truncate(self.path, offsets[count - 1] if count else 0)
-            flush(self.path)
+            fsync(self.path)
 
     def _lines(self) -> Iterator[tuple[int, bytes]]:
         """Each complete line with its byte offset."""
@@ -97,7 +97,7 @@ class JsonlFile(Generic[T]):
                 raise TypeError("not an object")
             return self._parse(value)
         except _INVALID as error:
-            text = shown(line.decode(errors="replace").rstrip("\n"))
+            text = short_repr(line.decode(errors="replace").rstrip("\n"))
             number = 1 + sum(start < offset for start, _ in self._lines())
             rule = f"{self.path}:{number}: {self._rule}"
             raise UserError([f"{rule}, got {text}. {self._advice}"]) from error

@@ -15,11 +15,11 @@ class Interrupt:
     """Which signals asked to stop."""
 
     def __init__(self) -> None:
-        self.asked: set[int] = set()
+        self.received: set[int] = set()
 
 
 @contextmanager
-def deferred(console: Console) -> Iterator[Interrupt]:
+def defer_signals(console: Console) -> Iterator[Interrupt]:
     """Note the first SIGINT or SIGTERM instead of dying of it; a second one interrupts at once.
 
     The second must be of the same kind: a launcher sends the other one after a Ctrl-C.
@@ -32,9 +32,9 @@ def deferred(console: Console) -> Iterator[Interrupt]:
         return
 
     def note(number: int, frame: FrameType | None) -> None:
-        if number in interrupt.asked:
+        if number in interrupt.received:
             raise KeyboardInterrupt
-        interrupt.asked.add(number)
+        interrupt.received.add(number)
         console.print("stopping after this step; once more stops at once")
 
     before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}

@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table as RichTable
 
 
-def need_pandas() -> Any:
+def import_pandas() -> Any:
     """The module. Raises: ModuleNotFoundError, naming the extra to install."""
     try:
         import pandas

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from gft_lite.cli import main
-from gft_lite.utils.files import alone_in
+from gft_lite.utils.files import lock_folder
 
 PRELOADED = (
     "gft_lite.evaluation.evaluator",
@@ -56,7 +56,7 @@ def interrupt(folder):
 
 def occupy(folder):
     """As another run does that starts there at the same time."""
-    lock = alone_in(folder)
+    lock = lock_folder(folder)
     lock.__enter__()
     HELD.append(lock)
 

@@ -68,7 +68,12 @@ SIGNALLED = {
     "one SIGINT": (at(DECODE, 2, call=5, act="interrupt"), 130, 2, 2),
     "one SIGTERM": (at(DECODE, 2, call=5, act="terminate"), 130, 2, 2),
     "SIGINT in the last step": (at(DECODE, 3, call=5, act="interrupt"), 130, 3, 3),
-    "SIGINT after a step": (at("gft_lite.runs.console:Screen.step", 1, act="interrupt"), 130, 1, 1),
+    "SIGINT after a step": (
+        at("gft_lite.runs.console:TrainingConsole.step", 1, act="interrupt"),
+        130,
+        1,
+        1,
+    ),
     "two SIGINT": ({**at(DECODE, 2), "acts": {"5": "interrupt", "7": "interrupt"}}, 130, 1, 1),
     "SIGINT in an evaluation": (
         at("gft_lite.evaluation.evaluator:measure", 0, act="interrupt"),
@@ -80,7 +85,7 @@ SIGNALLED = {
 # In the first stage's evaluation of the base, then before the second stage, as it begins, and
 # when all are put together.
 STAGED = {
-    "between stages": at("gft_lite.training.stages:inherit"),
+    "between stages": at("gft_lite.training.stages:copy_base_files"),
     "second stage begins": at(RENAME, matching="2-gft/recipe.yaml.tmp"),
     "stages put together": at("gft_lite.runs.folder:RunFolder.write_json", matching="sft > gft"),
 }
@@ -154,7 +159,7 @@ def lines(run):
 
 
 def last_step(run):
-    saved = checkpoint.all_of(run.checkpoints)
+    saved = checkpoint.list_checkpoints(run.checkpoints)
     return int(saved[-1].name.removeprefix("step-")) if saved else 0
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from gft_lite.evaluation.evaluator import evaluate as evaluate_targets
 from gft_lite.evaluation.suites import Suite
-from gft_lite.evaluation.targets import content_hash, find_targets, share_base
+from gft_lite.evaluation.targets import content_hash, find_targets, group_by_base
 from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import LoraSettings, PolicySettings
@@ -217,7 +217,7 @@ class TestTargets:
         settings = PolicySettings(lora=LoraSettings(rank=4, alpha=8), gradient_checkpointing=False)
         small = load_policy(settings).save_adapter(tmp_path / "small")
         asked = [str(run / "adapter"), str(small), "lab"]
-        groups = share_base(find_targets(asked, Suite.load("lab").policy))
+        groups = group_by_base(find_targets(asked, Suite.load("lab").policy))
         assert [[t.label for t in group] for group in groups] == [[asked[0], "lab"], [asked[1]]]
         results = evaluate(asked, tmp_path / "out", "samples=1")
         targets = results["targets"]

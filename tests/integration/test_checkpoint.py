@@ -50,7 +50,7 @@ def test_only_the_newest_are_kept_and_no_partial_one_counts(pair, tmp_path):
     for step in (1, 2, 10):
         checkpoint.save(tmp_path, step, policy, optimizer, keep=2)
     (tmp_path / "step-000011.tmp").mkdir()
-    names = [p.name for p in checkpoint.all_of(tmp_path)]
+    names = [p.name for p in checkpoint.list_checkpoints(tmp_path)]
     assert names == ["step-000002", "step-000010"]
 
 

@@ -27,7 +27,7 @@ from gft_lite.runs.folder import RunFolder
 from gft_lite.training.optim import make_optimizer
 from gft_lite.training.run import train
 from gft_lite.utils.errors import RecipeError
-from gft_lite.utils.files import lock_folder, atomic_write, write_text_atomic
+from gft_lite.utils.files import atomic_write, lock_folder, write_text_atomic
 
 SMALL = [
     "train.steps=2", "train.problems_per_step=2", "data.problems=20", "data.holdout=2",

@@ -14,7 +14,7 @@ from gft_lite.recipe.schema import Recipe
 from gft_lite.runs.base_cache import base_inputs
 from gft_lite.runs.folder import RunFolder
 from gft_lite.utils.errors import RecipeError
-from gft_lite.utils.files import write_whole
+from gft_lite.utils.files import write_text_atomic
 from gft_lite.utils.statistics import t_interval
 
 
@@ -231,7 +231,7 @@ class TestWhatTrialsShare:
     @staticmethod
     def evaluate(job, text="{}"):
         for name in ("eval/base.json", "kl_set.json"):
-            write_whole(job.base_run.path / name, text)
+            write_text_atomic(job.base_run.path / name, text)
 
     def test_who_has_the_same_base_waits_for_it(self, work):
         tau0_seed0, tau0_seed1, tau5_seed0, tau5_seed1 = jobs = work()
@@ -274,7 +274,7 @@ class TestWhatTrialsShare:
         job = work()[0]
         job.end("its process was killed by SIGINT", stopping=True)
         assert (job.state, job.reason) == ("interrupted", None)
-        write_whole(job.run.path / "summary.json", "{}")
+        write_text_atomic(job.run.path / "summary.json", "{}")
         job.end(None, stopping=True)
         assert job.state == "done"
 
