@@ -11,11 +11,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 from gft_lite.objective.methods import METHODS
 from gft_lite.recipe.base import Settings, matching, named_in, read_settings
 from gft_lite.recipe.loader import Dumper, find_recipe, merge
+from gft_lite.recipe.method_parameters import check_objective
 from gft_lite.recipe.sections import (
     BudgetSettings,
     CheckpointSettings,
@@ -50,7 +59,7 @@ class Recipe(Settings):
     policy: PolicySettings = PolicySettings()
     data: TrainingDataSettings = TrainingDataSettings()
     group: GroupSettings = GroupSettings()
-    objective: ObjectiveSettings = ObjectiveSettings()
+    objective: Annotated[ObjectiveSettings, Field(validate_default=True)] = ObjectiveSettings()
     reward: RewardSettings = Field(default_factory=RewardSettings)
     rollout: RolloutSettings = RolloutSettings()
     optim: OptimSettings = OptimSettings()
@@ -83,6 +92,15 @@ class Recipe(Settings):
             for name, each in sets.items()
         }
         return merge(tree, {"eval": {"sets": prompted}})
+
+    @field_validator("objective", mode="wrap")
+    @classmethod
+    def _parameters_fit_method(
+        cls, value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo
+    ) -> ObjectiveSettings:
+        """Check a built-in method's parameters; a dotted one's code is not imported here."""
+        method = info.data.get("method")  # Missing if its own value is wrong.
+        return check_objective(method, value) if method in METHODS else handler(value)
 
     @model_validator(mode="after")
     def _group_fits_method(self) -> Recipe:

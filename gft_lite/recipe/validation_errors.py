@@ -61,7 +61,8 @@ def explain(
         at, kind, union = _follow(schema, e["loc"][:-1] if unknown else e["loc"])
         section = _section(kind)
         if unknown:
-            known = e.get("ctx", {}).get("known") or section.model_fields
+            fields = section.model_fields if section else {}
+            known = e.get("ctx", {}).get("known", fields)
             problems.append(_unknown(schema, (*at, e["loc"][-1]), known, e["input"]))
         elif e["type"] == "value_error" and section:
             problems += _cross_fields(at, section, e) if cross_fields else []
