@@ -30,6 +30,7 @@ from gft_lite.policy.registry import load_policy
 from gft_lite.rewards.scorer import Scorer
 from gft_lite.rollout.base import RolloutEngine, Sampling
 from gft_lite.rollout.registry import find_engine, start_engine
+from gft_lite.rollout.sampling import make_prompt_format
 from gft_lite.rollout.sync_check import Probe, sync
 from gft_lite.runs.folder import RunFolder
 from gft_lite.types import Group, Problem
@@ -150,9 +151,8 @@ def _load(
     problems, formats, wrong = {}, {}, []
     for name in work.suite.names:
         prompt = work.suite.prompt_of(name)
-        formats[name] = PromptFormat(policy.tokenizer, prompt, f"definitions.{name}.prompt")
         try:
-            policy.eos_ids |= set(formats[name].stop_ids)
+            formats[name] = make_prompt_format(policy, prompt, f"definitions.{name}.prompt")
             loaded = load_benchmark(work.suite, name, formats[name], policy.context, work.data_dir)
         except RecipeError as error:
             wrong += error.problems

@@ -13,14 +13,13 @@ from rich.console import Console
 from tokenizers.decoders import DecodeStream
 from transformers import DynamicCache
 
-from gft_lite.data.prompts import PromptFormat
 from gft_lite.evaluation.targets import Target
 from gft_lite.policy.base import evaluating
 from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import PromptSettings
 from gft_lite.rollout.base import Sampling
-from gft_lite.rollout.sampling import sample_seed
+from gft_lite.rollout.sampling import make_prompt_format, sample_seed
 from gft_lite.rollout.transformers_engine import draw
 from gft_lite.tools.merge import prompt_of
 from gft_lite.utils.errors import RecipeError
@@ -45,8 +44,7 @@ class Chat:
         self.policy = load_policy(target.policy)
         usual = prompt_of(target, self.policy.tokenizer)
         prompt = PromptSettings.model_validate({"style": style}) if style else usual
-        self.format = PromptFormat(self.policy.tokenizer, prompt, "prompt")
-        self.policy.eos_ids |= set(self.format.stop_ids)
+        self.format = make_prompt_format(self.policy, prompt, "prompt")
         self.sampling = sampling
         self.has_adapter = target.adapter is not None
         self.on_base = base or not self.has_adapter

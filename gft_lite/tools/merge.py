@@ -27,7 +27,7 @@ from gft_lite.policy.serving_base import savable
 from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import PolicySettings, PromptSettings, RolloutSettings
 from gft_lite.rollout.base import Request, Sampling
-from gft_lite.rollout.sampling import sample_seed
+from gft_lite.rollout.sampling import make_prompt_format, sample_seed
 from gft_lite.rollout.transformers_engine import TransformersEngine
 from gft_lite.runs.folder import RunFolder, stage_folder
 from gft_lite.runs.model_card import known_as, write_merged_card
@@ -161,8 +161,7 @@ def _merge_into(
     The model is merged in place, so that there is never more than one of it.
     """
     policy = load_policy(settings)
-    format = PromptFormat(policy.tokenizer, prompt_of(target, policy.tokenizer))
-    policy.eos_ids |= set(format.stop_ids)
+    format = make_prompt_format(policy, prompt_of(target, policy.tokenizer))
     rows = _rows(policy, format, target)
     scores = {"policy": _logprobs(policy, rows)}
     with policy.base():
