@@ -19,7 +19,8 @@ class Grade(NamedTuple):
 
 
 #: In order of severity: a response scored by several functions gets the most severe verdict.
-VERDICTS = ("ok", "no_answer", "unparsed", "timeout", "error")
+#: "not_applicable": every function returned None, so the response has no reward.
+VERDICTS = ("not_applicable", "ok", "no_answer", "unparsed", "timeout", "error")
 
 #: A built-in rule: (text, gold answer, the row's `answer_type` or None) -> grade.
 Rule = Callable[[str, str | None, str | None], Grade]
@@ -32,3 +33,19 @@ class RewardFunction:
     name: str
     weight: float = 1.0
     parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+#: Sums and squares of rewards up to this magnitude are finite in float32.
+MAX_REWARD = 1e15
+
+
+def check_magnitude(what: str, value: float) -> None:
+    """Check the magnitude of a score or a reward.
+
+    Raises: RewardError if it is above MAX_REWARD or NaN.
+    """
+    if not abs(value) <= MAX_REWARD:
+        raise RewardError(
+            f"{what} must be at most {MAX_REWARD:g} in magnitude, got {value:g}. "
+            "Scale the scores or weights down."
+        )

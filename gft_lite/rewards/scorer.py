@@ -1,35 +1,39 @@
-"""Score groups: every response by every reward function, whatever its source."""
+"""Scoring of groups: every response, from any source, by every reward function."""
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from numbers import Real
 from types import TracebackType
 from typing import Any
 
-from gft_lite.rewards.base import VERDICTS, Grade, RewardError, RewardFunction, Rule
-from gft_lite.rewards.registry import REWARDS, load_function, make_rule
+from gft_lite.rewards.base import (
+    VERDICTS,
+    Grade,
+    RewardError,
+    RewardFunction,
+    Rule,
+    check_magnitude,
+)
+from gft_lite.rewards.registry import REWARDS, make_rule
+from gft_lite.rewards.user_function import Rows, UserFunction
 from gft_lite.rewards.worker_pool import WorkerPool
 from gft_lite.types import Group, Response
 
 _CACHED_GRADES = 200_000
-_RESERVED = ("prompts", "completions", "completion_ids")
 
 
 class Scorer:
-    """Reward functions with their worker processes; use as a context manager, or call `close`.
+    """Reward functions with their worker processes; a context manager, or call `close`.
 
-    A name in REWARDS is a built-in rule; any other is a dotted path to a user's function with
-    TRL's signature, called in this process as `f(prompts=, completions=, completion_ids=,
-    answer=, **columns, **parameters) -> list[float | None]`; None means not applicable.
-    `conversational` hands it message lists, as TRL does for chat data. `timeout` is the CPU
-    seconds that one text may take in one of the `workers`, so that load changes no reward.
+    A name in REWARDS is a built-in rule, graded in one of the `workers`; any other name is the
+    dotted path of a user's function, called in this process (see `user_function.py`).
+    `timeout` is the CPU time that one text may take in a worker, in seconds; CPU time, so that
+    load does not change rewards. `conversational`: users' functions get lists of messages.
     """
 
     def __init__(
@@ -40,20 +44,19 @@ class Scorer:
         timeout: float = 3.0,
         conversational: bool = False,
     ) -> None:
-        """Build the rules and load the functions; worker processes start with the first batch.
+        """Build the rules and import the functions; the workers start with the first batch.
 
-        Raises: RewardError for an unknown name, a repeated one, bad parameters or limits.
+        Raises: RewardError for an unknown or repeated name, or wrong parameters or limits.
         """
         _check(functions, workers, timeout)
         self._functions = tuple(functions)
-        self._conversational = conversational
         self._rules: dict[str, Rule] = {}
-        self._users: dict[str, Callable[..., Any]] = {}
+        self._users: dict[str, UserFunction] = {}
         for function in functions:
             if function.name in REWARDS or not set(".:") & set(function.name):
                 self._rules[function.name] = make_rule(function)
             else:
-                self._users[function.name] = load_function(function.name)
+                self._users[function.name] = UserFunction(function, conversational=conversational)
         remote = [f for f in functions if f.name in REWARDS and REWARDS[f.name].in_worker]
         self._remote = {f.name: index for index, f in enumerate(remote)}
         self._pool = WorkerPool(
@@ -65,8 +68,10 @@ class Scorer:
     def score(self, groups: Sequence[Group]) -> list[Group]:
         """New groups whose responses have `reward`, `reward_parts` and `verdict`.
 
-        `reward` is the weighted sum of the parts that apply (0 if none does), `verdict` the
-        gravest of any part. Raises: RewardError if a user's function misbehaves.
+        `reward` is the weighted sum of the parts that apply, None if none does; `verdict` is the
+        most severe one of the parts.
+
+        Raises: RewardError if a user's function raises or returns no valid scores.
         """
         rows = [(group, response) for group in groups for response in group.responses]
         if not rows:
@@ -96,81 +101,43 @@ class Scorer:
         self.close()
 
     def _combine(self, response: Response, grades: Sequence[Grade | None]) -> Response:
-        parts = {
-            function.name: grade.score
+        applied = [
+            (function, grade)
             for function, grade in zip(self._functions, grades, strict=True)
             if grade is not None
-        }
-        weights = {function.name: function.weight for function in self._functions}
-        verdicts = [grade.verdict for grade in grades if grade is not None]
+        ]
+        reward = float(sum(function.weight * grade.score for function, grade in applied))
+        check_magnitude("rewards: the weighted sum", reward)
+        verdicts = [grade.verdict for _, grade in applied]
         return replace(
             response,
-            reward=float(sum(weights[name] * score for name, score in parts.items())),
-            reward_parts=parts,
-            verdict=max(verdicts, key=VERDICTS.index, default="ok"),
+            reward=reward if applied else None,
+            reward_parts={function.name: grade.score for function, grade in applied},
+            verdict=max(verdicts, key=VERDICTS.index, default="not_applicable"),
         )
 
-    def _grades(
-        self, function: RewardFunction, rows: Sequence[tuple[Group, Response]]
-    ) -> Sequence[Grade | None]:
+    def _grades(self, function: RewardFunction, rows: Rows) -> Sequence[Grade | None]:
         if function.name in self._users:
-            return self._call_user(function, rows)
+            return self._users[function.name].grade(rows)
         items = [(r.text, g.problem.answer, _answer_type(g)) for g, r in rows]
         if function.name not in self._remote:
             return [self._rules[function.name](*item) for item in items]
         return self._grade_remotely(self._remote[function.name], items)
 
     def _grade_remotely(self, index: int, items: Sequence[tuple[Any, ...]]) -> list[Grade]:
-        """Grade each distinct item once; demonstrations recur, so their grades are kept."""
+        """Grade each distinct item once and keep its grade, since demonstrations recur."""
         payloads = [json.dumps([index, *item]).encode() for item in items]
         keys = [hashlib.blake2b(payload, digest_size=16).digest() for payload in payloads]
         known = {key: self._cache[key] for key in keys if key in self._cache}
         new = {key: p for key, p in zip(keys, payloads, strict=True) if key not in known}
         fresh = dict(zip(new, self._pool.run(list(new.values())), strict=True))
-        # a time-out or a crash may be the machine's fault; the next epoch tries again
+        # a timeout or a crash may be due to the machine: the next epoch tries again
         lasting = {k: g for k, g in fresh.items() if g.verdict not in ("timeout", "error")}
         if len(self._cache) + len(lasting) > _CACHED_GRADES:
             self._cache.clear()
         self._cache.update(lasting)
         graded = known | fresh
         return [graded[key] for key in keys]
-
-    def _call_user(
-        self, function: RewardFunction, rows: Sequence[tuple[Group, Response]]
-    ) -> list[Grade | None]:
-        call = self._users[function.name]
-        arguments = self._trl_arguments(rows) | dict(function.parameters)
-        accepted = _accepted(call)
-        if accepted is not None:
-            arguments = {name: value for name, value in arguments.items() if name in accepted}
-        try:
-            scores = call(**arguments)
-        except Exception as error:
-            raise RewardError(
-                f"reward {function.name!r}: must not raise, "
-                f"got {type(error).__name__}: {error}. Fix the function."
-            ) from error
-        return list(_checked(function.name, scores, len(rows)))
-
-    def _trl_arguments(self, rows: Sequence[tuple[Group, Response]]) -> dict[str, list[Any]]:
-        """The keyword arguments of TRL's reward functions, one list entry per completion."""
-        names = {name for group, _ in rows for name in group.problem.columns}
-        columns = {
-            name: [group.problem.columns.get(name) for group, _ in rows]
-            for name in sorted(names.difference(_RESERVED))
-        }
-        prompts: list[Any] = [group.problem.text for group, _ in rows]
-        completions: list[Any] = [response.text for _, response in rows]
-        if self._conversational:
-            prompts = [[{"role": "user", "content": text}] for text in prompts]
-            completions = [[{"role": "assistant", "content": text}] for text in completions]
-        return {
-            **columns,
-            "answer": [group.problem.answer for group, _ in rows],
-            "prompts": prompts,
-            "completions": completions,
-            "completion_ids": [list(response.token_ids) for _, response in rows],
-        }
 
 
 def _check(functions: Sequence[RewardFunction], workers: int, timeout: float) -> None:
@@ -199,37 +166,3 @@ def _check(functions: Sequence[RewardFunction], workers: int, timeout: float) ->
 def _answer_type(group: Group) -> str | None:
     kind = group.problem.columns.get("answer_type")
     return kind if isinstance(kind, str) else None
-
-
-def _accepted(call: Callable[..., Any]) -> set[str] | None:
-    """The keyword names a function takes, or None if it takes any or does not tell."""
-    try:
-        parameters: Mapping[str, inspect.Parameter] = inspect.signature(call).parameters
-    except (TypeError, ValueError):
-        return None
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return None
-    return set(parameters)
-
-
-def _checked(name: str, scores: Any, expected: int) -> Iterator[Grade | None]:
-    if not isinstance(scores, list | tuple):
-        raise RewardError(
-            f"reward {name!r}: must return a list of numbers or None, "
-            f"got {type(scores).__name__}. Return one entry per completion."
-        )
-    if len(scores) != expected:
-        raise RewardError(
-            f"reward {name!r}: must return one entry per completion ({expected}), "
-            f"got {len(scores)}. Return None where it does not apply."
-        )
-    for score in scores:
-        if score is None:
-            yield None
-        elif isinstance(score, Real) and math.isfinite(score):
-            yield Grade(float(score))
-        else:
-            raise RewardError(
-                f"reward {name!r}: entries must be finite numbers or None, got {score!r}. "
-                "Return None where it does not apply."
-            )

@@ -7,6 +7,8 @@ import sys
 from importlib import import_module
 from typing import Any
 
+from gft_lite.utils.user_code import user_errors_as
+
 
 def load_dotted(path: str) -> Any:
     """The object at "pkg.mod:name" or "pkg.mod.name"; looks in the working directory as well.
@@ -18,18 +20,21 @@ def load_dotted(path: str) -> Any:
         raise ValueError("must be written as pkg.module:name")
     if (cwd := os.getcwd()) not in sys.path:
         sys.path.append(cwd)  # A console script starts without the user's own directory.
-    try:
-        found = import_module(module_name)
-    except ModuleNotFoundError as error:
+    missing: ModuleNotFoundError | None = None
+    with user_errors_as(
+        lambda error: ValueError(
+            f"importing {module_name} must not fail, got {error}. Fix that module."
+        )
+    ):
+        try:
+            found = import_module(module_name)
+        except ModuleNotFoundError as error:
+            missing = error
+    if missing is not None:
         raise ValueError(
-            f"module must be importable, got {error}. "
+            f"module must be importable, got {missing}. "
             "Run from the directory that holds it, or install it."
-        ) from error
-    except Exception as error:
-        raise ValueError(
-            f"importing {module_name} must not fail, "
-            f"got {type(error).__name__}: {error}. Fix that module."
-        ) from error
+        ) from missing
     try:
         return getattr(found, attribute)
     except AttributeError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 
@@ -107,7 +109,7 @@ def test_a_hung_item_is_killed_alone_and_its_worker_replaced():
         for pid in before - after:
             with pytest.raises(ProcessLookupError):
                 os.kill(pid, 0)
-        # a time-out is tried again, never remembered
+        # a timeout is not cached
         assert verdicts(scorer.score([group([HANGING_TEXT])])) == ["timeout"]
 
 
@@ -206,7 +208,9 @@ def test_a_rule_that_cannot_start_in_the_worker_is_reported():
 
 
 USER = """
+import asyncio
 import json
+import sys
 
 def length(completions, **columns):
     return [float(len(c)) for c in completions]
@@ -227,6 +231,51 @@ def short(completions, **columns): return [1.0]
 def text(completions, **columns): return "11"
 def nan(completions, **columns): return [float("nan")] * len(completions)
 def string(completions, **columns): return ["1"] * len(completions)
+def number_bytes(completions, **columns): return [b"1"] * len(completions)
+def complex_number(completions, **columns): return [1j] * len(completions)
+def nested(completions, **columns): return [[1.0]] * len(completions)
+def huge(completions, **columns): return [1e308] * len(completions)
+def huge_integer(completions, **columns): return [10 ** 5000] * len(completions)
+def mapping(completions, **columns): return {c: 1.0 for c in completions}
+def nothing(completions, **columns): pass
+def scalar(completions, **columns):
+    import torch
+    return torch.tensor(1.0)
+def exits(completions, **columns): sys.exit(0)
+def exits_silently(completions, **columns): raise SystemExit
+def interrupts(completions, **columns): raise KeyboardInterrupt
+def recurses(completions, **columns): return recurses(completions)
+def cancels(completions, **columns): raise asyncio.CancelledError("gone")
+class Unprintable(Exception):
+    def __str__(self): raise ValueError
+def unprintable(completions, **columns): raise Unprintable
+def lines(completions, **columns): raise ValueError("one" + chr(10) + "two")
+def late(completions, **columns):
+    yield 1.0
+    sys.exit(0)
+def endless(completions, **columns):
+    while True: yield 1.0
+async def late_exit(completions, **columns): sys.exit(0)
+
+def generator(completions, **columns):
+    for c in completions: yield None if c == "b" else 0.5
+async def coroutine(completions, **columns):
+    await asyncio.sleep(0)
+    return [0.5, None]
+def numpy_array(completions, **columns):
+    import numpy
+    return numpy.array([0.5, 2], dtype=numpy.float32)
+def numpy_scalars(completions, **columns):
+    import numpy
+    return [numpy.bool_(True), numpy.int64(3)]
+def tensor(completions, **columns):
+    import torch
+    return torch.tensor([0.5, 2.0])
+def booleans(completions, **columns): return (True, False)
+def fractions(completions, **columns):
+    from decimal import Decimal
+    from fractions import Fraction
+    return [Fraction(1, 4), Decimal("0.5")]
 value = 3
 """
 
@@ -235,6 +284,7 @@ value = 3
 def user_module(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(USER)
     (tmp_path / "broken_rewards.py").write_text("1 / 0")
+    (tmp_path / "exiting_rewards.py").write_text("import sys; sys.exit(0)")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
@@ -259,11 +309,41 @@ def test_weighted_sum_with_a_part_that_does_not_apply(user_module):
     assert verdicts(scored) == ["ok", "no_answer", "ok"]
 
 
-def test_no_applicable_function_gives_zero(user_module):
-    with Scorer([RewardFunction("my_rewards:sparse")]) as scorer:
-        (scored,) = scorer.score([group(["5"], level="hard")])
-    assert scored.rewards == (0.0,)
-    assert scored.responses[0].reward_parts == {}
+def test_a_response_that_no_function_applies_to_has_no_reward(user_module):
+    with Scorer([RewardFunction("my_rewards:generator")]) as scorer:
+        (scored,) = scorer.score([group(["a", "b"])])
+    assert [r.reward for r in scored] == [0.5, None]
+    assert [r.reward_parts for r in scored] == [{"my_rewards:generator": 0.5}, {}]
+    assert verdicts([scored]) == ["ok", "not_applicable"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("generator", [0.5, None]),
+        ("coroutine", [0.5, None]),
+        ("numpy_array", [0.5, 2.0]),
+        ("numpy_scalars", [1.0, 3.0]),
+        ("tensor", [0.5, 2.0]),
+        ("booleans", [1.0, 0.0]),
+        ("fractions", [0.25, 0.5]),
+    ],
+)
+def test_scores_of_other_types_become_floats(user_module, name, expected):
+    with Scorer([RewardFunction(f"my_rewards:{name}")]) as scorer:
+        (scored,) = scorer.score([group(["a", "b"])])
+    found = [response.reward for response in scored]
+    assert found == expected
+    assert all(type(reward) is float for reward in found if reward is not None)
+
+
+def test_a_coroutine_is_awaited_where_an_event_loop_runs(user_module):
+    async def notebook_cell():
+        with Scorer([RewardFunction("my_rewards:coroutine")]) as scorer:
+            return scorer.score([group(["a", "b"])])
+
+    (scored,) = asyncio.run(notebook_cell())
+    assert [response.reward for response in scored] == [0.5, None]
 
 
 def test_parameters_reach_a_function_without_keyword_arguments(user_module):
@@ -301,6 +381,24 @@ def test_user_functions_get_the_arguments_of_trl(user_module, conversational):
         ("my_rewards:text", "list of numbers or None, got str"),
         ("my_rewards:nan", "finite numbers or None, got nan"),
         ("my_rewards:string", "finite numbers or None, got '1'"),
+        ("my_rewards:number_bytes", "finite numbers or None, got b'1'"),
+        ("my_rewards:complex_number", "finite numbers or None, got 1j"),
+        ("my_rewards:nested", r"finite numbers or None, got \[1.0\]"),
+        ("my_rewards:huge", r"at most 1e\+15 in magnitude, got 1e\+308"),
+        ("my_rewards:huge_integer", "finite numbers or None, got a int"),
+        ("my_rewards:mapping", "list of numbers or None, got dict"),
+        ("my_rewards:nothing", "list of numbers or None, got NoneType"),
+        ("my_rewards:scalar", "must not raise, got TypeError: iteration over a 0-d tensor"),
+        ("my_rewards:exits", "must not raise, got SystemExit: 0. Fix the function."),
+        ("my_rewards:exits_silently", "must not raise, got SystemExit. "),
+        ("my_rewards:interrupts", "must not raise, got KeyboardInterrupt. "),
+        ("my_rewards:recurses", "must not raise, got RecursionError"),
+        ("my_rewards:cancels", "must not raise, got CancelledError: gone"),
+        ("my_rewards:unprintable", "must not raise, got Unprintable. "),
+        ("my_rewards:lines", "must not raise, got ValueError: one two. "),
+        ("my_rewards:late", "must not raise, got SystemExit: 0. "),
+        ("my_rewards:endless", r"one entry per completion \(2\), got more"),
+        ("my_rewards:late_exit", "must not raise, got SystemExit: 0. "),
         ("my_rewards:sparse", "got TypeError"),  # the data set has no column `level`
     ],
 )
@@ -311,9 +409,39 @@ def test_a_misbehaving_user_function_is_named(user_module, name, message):
     assert caught.match(message)
 
 
+def test_an_interrupt_by_the_user_is_not_an_error_of_the_function(user_module):
+    def press_ctrl_c(completions, **columns):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+
+    sys.modules["my_rewards"] = module = types.ModuleType("my_rewards")
+    module.press_ctrl_c = press_ctrl_c
+    before = signal.getsignal(signal.SIGINT)
+    function = RewardFunction("my_rewards:press_ctrl_c")
+    with Scorer([function]) as scorer, pytest.raises(KeyboardInterrupt):
+        scorer.score([group(["a"])])
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_weighted_sum_that_overflows_is_an_error(user_module):
+    function = RewardFunction("my_rewards:length", 1e300)
+    with Scorer([function]) as scorer, pytest.raises(RewardError, match=r"weighted sum .* 1e\+300"):
+        scorer.score([group(["a"])])
+
+
+@pytest.mark.parametrize(
+    ("parameter", "message"),
+    [("bonsu", "got 'bonsu'. Did you mean 'bonus'"), ("completions", "Rename it")],
+)
+def test_parameters_that_the_function_does_not_accept(user_module, parameter, message):
+    with pytest.raises(RewardError, match=message):
+        Scorer([RewardFunction("my_rewards:named", 1.0, {parameter: 1})])
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [
+        ("exiting_rewards:f", "must not fail, got SystemExit: 0"),
         ("my_rewards:absent", "no such name"),
         ("my_rewards:value", "got a int"),
         ("no_such_module_here:f", "importable"),
