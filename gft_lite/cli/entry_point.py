@@ -24,7 +24,7 @@ from gft_lite.cli import (
 )
 from gft_lite.cli.common import FAILED, INTERRUPTED, WRONG_INPUT
 from gft_lite.rewards.base import RewardError
-from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.errors import UserError
 from gft_lite.utils.secrets import redact
 from gft_lite.version import __version__
 
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = bool(os.environ.get("GFT_LITE_DEBUG"))
     try:
         return options.run(options)
-    except (RecipeError, RewardError) as error:  # The latter while the user's function ran.
+    except (UserError, RewardError) as error:  # The latter while the user's function ran.
         print(redact(str(error)), file=sys.stderr)
         return WRONG_INPUT
     except KeyboardInterrupt:
