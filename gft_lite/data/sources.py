@@ -1,4 +1,4 @@
-"""Where rows come from: the lab, local files, a folder of them, or a data set of the hub."""
+"""Data sources: the lab, local files, a folder of files, or a data set of the hub."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gft_lite.data.base import Rows, Unusable
 from gft_lite.recipe.base import HUB_ID
 from gft_lite.recipe.sections import DataSettings
 from gft_lite.utils.errors import RecipeError
@@ -18,31 +17,12 @@ from gft_lite.utils.errors import RecipeError
 FORMATS = (".jsonl", ".json", ".parquet", ".csv")
 _FORMAT_LIST = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
 _SPLITS = {"train", "test", "validation", "valid", "val", "dev"}
-# A name without an owner may be one of the readers of datasets, of which `pandas` unpickles.
-
-
-class Unusable(Exception):
-    """A row that can't become a problem; the text is the reason it is counted under."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Rows by number, each read only when asked for, since most may never be needed.
-
-    `read` raises Unusable for a row that can't be parsed; the rows of a `table` all have the
-    same columns.
-    """
-
-    name: str
-    count: int
-    read: Callable[[int], Any]
-    table: bool = False
 
 
 def open_source(settings: DataSettings, field: str = "data") -> list[Rows]:
-    """The rows of each file of the source, or of the one data set it names.
+    """The rows of each file of the source, or of the data set that it names.
 
-    Raises: RecipeError naming `field` if it isn't there or can't be read.
+    Raises: RecipeError that names `field` if the source doesn't exist or can't be read.
     """
     source = settings.source
     if source == "lab":
@@ -52,6 +32,7 @@ def open_source(settings: DataSettings, field: str = "data") -> list[Rows]:
         return [_read(p, field) for p in _files_of_split(path, settings.split, field)]
     if path.exists():
         return [_read(path, field)]
+    # A name without an owner could be a built-in reader of datasets; its `pandas` unpickles.
     looks_local = path.suffix.lower() in (*FORMATS, ".txt", ".gz", ".zip", ".zst")
     if looks_local or not HUB_ID.fullmatch(source):
         advice = "" if looks_local or "/" in source else " Hub data sets are written owner/name."
@@ -91,7 +72,7 @@ def _hub(settings: DataSettings, field: str) -> Rows:
 
 
 def _files_of_split(folder: Path, split: str, field: str) -> list[Path]:
-    """The data files of a folder; where names tell splits apart, those of `split`."""
+    """The data files of a folder; where file names contain a split's name, those of `split`."""
     files = sorted(p for p in folder.iterdir() if p.suffix.lower() in FORMATS)
     if not files:
         raise RecipeError([f"{field}.source: must hold {_FORMAT_LIST} files, got {str(folder)!r}."])
@@ -121,7 +102,7 @@ def _listed(name: str, rows: list[Any]) -> Rows:
 
 
 def _jsonl(path: Path) -> Rows:
-    # rstrip: the last newline starts no row, and row numbers stay line numbers.
+    # No row after the last newline; row numbers equal line numbers.
     data = path.read_bytes().rstrip()
     lines = data.split(b"\n") if data else []
     return Rows(path.name, len(lines), lambda i: _parse_line(lines[i]))
@@ -140,12 +121,12 @@ def _json(path: Path) -> Rows:
     try:
         rows = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
-        return _jsonl(path)  # many .json files hold one object a line
+        return _jsonl(path)  # many .json files hold one object per line
     return _listed(path.name, rows if isinstance(rows, list) else [rows])
 
 
 def _csv(path: Path) -> Rows:
-    # The standard reader keeps answers such as 007 or 1e5 as they are written.
+    # The standard library's reader keeps answers such as 007 or 1e5 unchanged.
     csv.field_size_limit(2**31 - 1)
     text = path.read_text(encoding="utf-8-sig")
     return _listed(path.name, list(csv.DictReader(io.StringIO(text))))

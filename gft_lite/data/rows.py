@@ -1,0 +1,233 @@
+"""One row to a problem: which columns hold what, and which rows can't be used."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from gft_lite.data.base import Rows, Unusable
+from gft_lite.data.prompts import PromptFormat
+from gft_lite.recipe.sections import ColumnsSettings
+from gft_lite.rewards.extract import boxed_answer
+from gft_lite.types import Problem
+from gft_lite.utils.errors import RecipeError, nearest
+
+MAX_COLUMNS = 40  # listed in an error
+# All rows of a table have the same columns, yet a nested column may be null in the first few.
+TABLE_PROBE = 100
+_MISSING = object()
+_ANNOTATION = re.compile(r"<<[^<>]*>>")
+_FINAL_LINE = re.compile(r"####\s*(\S.*?)\s*\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class RowReader:
+    """Converts rows to problems; prompts longer than `max_prompt_tokens` are unusable."""
+
+    columns: ColumnsSettings
+    format: PromptFormat
+    max_prompt_tokens: int | None
+
+    def read(self, row: Any, number: int, taken: Collection[str]) -> Problem:
+        """The problem of row `number` (from 0), with an id that is not in `taken`.
+
+        Raises: Unusable with the reason.
+        """
+        if not isinstance(row, Mapping):
+            raise Unusable("not an object with columns")
+        if None in row:
+            raise Unusable("more cells than columns")
+        columns, limit = self.columns, self.max_prompt_tokens
+        options = _options(row, columns)
+        text = _question(row, columns, options)
+        if not text.strip():
+            raise Unusable("no problem text")
+        answer = _answer(row, columns, options)
+        experts, teachers = (
+            tuple(
+                text
+                for name in names
+                for text in _demonstrations(_cell(row, name), name, columns.clean)
+            )
+            for names in (columns.expert, columns.teacher)
+        )
+        ids = self.format.prompt_ids(text)
+        if limit is not None and len(ids) > limit:
+            raise Unusable(f"prompt too long (> {limit} tokens)")
+        name = _id(row, columns) or str(number + 1)
+        while name in taken:
+            name = f"{name}#{number + 1}"
+        return Problem(name, text, answer, ids, experts, teachers, dict(row))
+
+
+def check_columns(parts: Sequence[Rows], columns: ColumnsSettings, field: str) -> None:
+    """Check that every column of the recipe exists in some row.
+
+    Raises: RecipeError for those that no row has; one bad row is not an error.
+    """
+    unseen = {
+        name: f"{field}.columns.{use}"
+        for use in ("problem", "choices", "answer", "expert", "teacher", "id")
+        for name in _as_names(getattr(columns, use))
+    }
+    known: dict[str, None] = {}
+    for row in _probe(parts):
+        unseen = {n: use for n, use in unseen.items() if _cell(row, n) is _MISSING}
+        if not unseen:
+            return
+        known |= dict.fromkeys(_names(row, levels=3))
+    if known:  # else no row can be parsed, and load_problems says why
+        raise RecipeError([_missing_column(name, use, known) for name, use in unseen.items()])
+
+
+def _missing_column(name: str, use: str, known: Collection[str]) -> str:
+    close = nearest(name, known)
+    hint = f" Did you mean {close}?" if close else ""
+    more = ["..."] if len(known) > MAX_COLUMNS else []
+    columns_are = f"columns are: {', '.join([*islice(known, MAX_COLUMNS), *more])}."
+    return f"{use}: no row has a column {name!r}; {columns_are}{hint}"
+
+
+def _probe(parts: Iterable[Rows]) -> Iterator[Mapping[str, Any]]:
+    """The rows that show which columns exist: the first ones of a table, else all."""
+    for part in parts:
+        for i in range(min(part.count, TABLE_PROBE) if part.table else part.count):
+            try:
+                row = part.read(i)
+            except Unusable:
+                continue
+            if isinstance(row, Mapping):
+                yield row
+
+
+def _as_names(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else value or []
+
+
+def _names(row: Mapping[str, Any], levels: int) -> Iterator[str]:
+    """The names of the columns, and of nested fields as `a.b`."""
+    for name, value in row.items():
+        yield str(name)
+        if isinstance(value, Mapping) and levels > 1:
+            yield from (f"{name}.{inner}" for inner in _names(value, levels - 1))
+
+
+def _cell(row: Mapping[str, Any], name: str) -> Any:
+    """A column's value, or for `a.b` that of field b of column a; _MISSING if absent."""
+    if name in row:
+        return row[name]
+    head, _, rest = name.partition(".")
+    inner = row.get(head)
+    return _cell(inner, rest) if rest and isinstance(inner, Mapping) else _MISSING
+
+
+def _id(row: Mapping[str, Any], columns: ColumnsSettings) -> str:
+    """The row's own id, empty if it has none."""
+    given = None if columns.id is None else _cell(row, columns.id)
+    return "" if given in (None, _MISSING) else _as_text(given, str(columns.id))
+
+
+def _options(row: Mapping[str, Any], columns: ColumnsSettings) -> list[str]:
+    """The choices of a multiple-choice problem, empty for other problems."""
+    if columns.choices is None:
+        return []
+    offered = _need(row, columns.choices)
+    if not isinstance(offered, list | None):
+        raise Unusable(f"wrong type in column {columns.choices!r}")
+    return [_as_text(option, columns.choices) for option in offered or []]
+
+
+def _question(row: Mapping[str, Any], columns: ColumnsSettings, options: Sequence[str]) -> str:
+    """The problem's columns joined by newlines, and the choices with their letters."""
+    parts = [(name, _need(row, name)) for name in _as_names(columns.problem)]
+    if isinstance(columns.problem, list):
+        parts = [(n, f"Options: {', '.join(map(str, v))}" if isinstance(v, list) else v)
+                 for n, v in parts]  # fmt: skip
+    texts = [_text(value, name) for name, value in parts if value is not None]
+    if options:
+        listed = (f"({chr(65 + i)}) {option}" for i, option in enumerate(options))
+        texts.append(f"Answer Choices: {' '.join(listed)}")
+    return "\n".join(texts)
+
+
+def _need(row: Mapping[str, Any], name: str) -> Any:
+    value = _cell(row, name)
+    if value is _MISSING:
+        raise Unusable(f"missing column {name!r}")
+    return value
+
+
+def _text(value: Any, name: str) -> str:
+    """The value if it is text that can be tokenised. Raises: Unusable if not."""
+    if not isinstance(value, str):
+        raise Unusable(f"wrong type in column {name!r}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise Unusable(f"broken Unicode in column {name!r}") from None
+    return value
+
+
+def _as_text(value: Any, name: str) -> str:
+    """A text or a number as text. Raises: Unusable for anything else."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return _text(str(value) if number else value, name)
+
+
+def _answer(row: Mapping[str, Any], columns: ColumnsSettings, options: Sequence[str]) -> str | None:
+    """The gold answer as text, None where the data have none.
+
+    Raises: Unusable if there isn't exactly one.
+    """
+    if columns.answer is None:
+        return None
+    value = _need(row, columns.answer)
+    if isinstance(value, list):
+        if len(value) > 1:
+            raise Unusable("more than one answer")
+        value = value[0] if value else None
+    if isinstance(value, float):
+        # Pandas writes NaN for a missing answer, and 72.0 for 72 if any is missing.
+        whole = math.isfinite(value) and value.is_integer()
+        value = None if not math.isfinite(value) else int(value) if whole else value
+    if value is None:
+        raise Unusable("no answer")
+    if options and type(value) is int:
+        if not 0 <= value < len(options):
+            raise Unusable(f"no choice of that number in column {columns.answer!r}")
+        value = chr(65 + value)
+    written = str(value) if isinstance(value, bool) else _as_text(value, columns.answer)
+    text: str | None = written
+    if columns.answer_from == "boxed":
+        text = boxed_answer(written)
+    elif columns.answer_from == "hash":
+        text = written.rpartition("####")[2] if "####" in written else None
+    if text is None or not text.strip():
+        raise Unusable("no answer")
+    return text.strip()
+
+
+def _demonstrations(value: Any, name: str, clean: str | None, lists: int = 2) -> list[str]:
+    """The texts of a demonstration column: none, one, several, or the last answers of chats."""
+    if isinstance(value, list) and value and all(_is_message(v) for v in value):
+        value = next((m["content"] for m in reversed(value) if m["role"] == "assistant"), None)
+    if isinstance(value, list) and lists:
+        return [text for v in value for text in _demonstrations(v, name, clean, lists - 1)]
+    if value is None or value is _MISSING or (isinstance(value, float) and math.isnan(value)):
+        return []
+    text = _text(value, name)
+    if clean:
+        text = _FINAL_LINE.sub(_boxed_line, _ANNOTATION.sub("", text))
+    return [text] if text.strip() else []
+
+
+def _boxed_line(match: re.Match[str]) -> str:
+    return f"The final answer is $\\boxed{{{match[1]}}}$."
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and {"role", "content"} <= value.keys()
