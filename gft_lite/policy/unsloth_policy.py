@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from gft_lite.policy.batching import Layout
 from gft_lite.policy.lora import REFERENCE, TRAINED, LoraPolicy
 from gft_lite.policy.registry import model_location
+from gft_lite.policy.scoring import autocast
 from gft_lite.policy.vllm_process import engine_environment, isolated_process_state
 from gft_lite.policy.weight_checks import (
     adapter_folder,
@@ -50,12 +51,12 @@ class UnslothPolicy(LoraPolicy):
         past = None  # What comes back then tells which kind of cache it is.
         if cache.get_seq_length():
             past = tuple((x.keys, x.values) for x in cache.layers) if self._tuples else cache
-        with self._compute():
+        with autocast(self.device, self.dtype):
             out = self._decoder(input_ids=input_ids, past_key_values=past, use_cache=True, **kwargs)
             found = out.past_key_values
             self._tuples = not isinstance(found, Cache)
             cache.layers = [_layer(*x) for x in found] if self._tuples else found.layers
-            return self._head(out.last_hidden_state[:, -1]).float()
+        return self.head.logits(out.last_hidden_state[:, -1])
 
 
 def _layer(keys: Tensor, values: Tensor) -> DynamicLayer:

@@ -1,4 +1,4 @@
-"""TODO: gft_lite/policy/vllm_process.py"""
+"""Process state around vLLM in the trainer's process: environment, random state, torch patches."""
 
 from __future__ import annotations
 
@@ -6,21 +6,14 @@ import contextlib
 import os
 import random
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 import torch
 
-
-def starting() -> AbstractContextManager[None]:
-    """Let Unsloth start vLLM for the length of a `with`, and leave no trace of it outside."""
-    return vllm_in_charge(engine_environment(torch.device("cuda")))
-
-
-# What vLLM replaces in torch on a CPU, once for the process. The trainer gets its own back after
-# every call and vLLM finds its own in the next one; the same holds for environment variables.
-_REPLACED: list[tuple[Any, str]] = [
+# What vLLM replaces in torch on a CPU, once per process. The originals are put back after every
+# block, vLLM's own at the start of the next one; environment variables are treated alike.
+_PATCHED: list[tuple[Any, str]] = [
     (torch, "set_num_threads"),
     (torch, "Event"),
     *((torch.accelerator, n) for n in ("synchronize", "empty_cache", "get_memory_info")),
@@ -32,14 +25,14 @@ _vllm_environment: dict[str, str] = {}
 
 
 @contextlib.contextmanager
-def vllm_in_charge(environment: Mapping[str, str]) -> Iterator[None]:
-    """Let vLLM change the process inside, and leave no trace of it for the trainer outside.
+def isolated_process_state(environment: Mapping[str, str]) -> Iterator[None]:
+    """Run vLLM calls under `environment`, and restore the trainer's process state afterwards.
 
-    Kept: the random states of Python, numpy and torch, the number of threads, the environment,
-    and the functions of torch that vLLM replaces.
+    Restored are the random states of Python, numpy and torch, the number of threads, the
+    environment variables, and the torch functions that vLLM replaces.
     """
     threads, variables = torch.get_num_threads(), dict(os.environ)
-    functions = {place: getattr(*place) for place in _REPLACED}
+    functions = {place: getattr(*place) for place in _PATCHED}
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     os.environ.update(_vllm_environment | dict(environment))
@@ -63,11 +56,11 @@ def vllm_in_charge(environment: Mapping[str, str]) -> Iterator[None]:
 
 
 def engine_environment(device: torch.device) -> dict[str, str]:
-    """The variables under which vLLM runs, where the user has not set the first two."""
+    """Environment variables for vLLM; the user's values of the first two take precedence."""
     variables = {
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
         "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
-        # Else the ports of its process group are open to the network.
+        # Without these two, the ports of vLLM's process group are open to the network.
         "VLLM_HOST_IP": "127.0.0.1",
         "GLOO_SOCKET_IFNAME": "lo",
     }

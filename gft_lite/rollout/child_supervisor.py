@@ -1,7 +1,8 @@
-"""Runs a command for as long as its parent lives: `leash.py PARENT_PID COMMAND ...`.
+"""Run a command that ends with its parent: `child_supervisor.py PARENT_PID COMMAND ...`.
 
-A server that outlived a killed trainer would keep its memory and its port. This script asks
-nothing of the trainer's threads or of the operating system, and ends what the command started too.
+A server that outlived a killed trainer would keep its memory and its port. This script depends on
+no thread of the trainer and no feature of one operating system, and also ends what the command
+itself started.
 """
 
 from __future__ import annotations
@@ -13,24 +14,24 @@ import subprocess
 import sys
 import time
 
-LOOK = 0.5  # Seconds between two looks at the parent.
-PATIENCE = 15.0  # Seconds for the command to end by itself.
+POLL_SECONDS = 0.5
+TERMINATE_SECONDS = 15.0  # How long the command may take to end after SIGTERM.
 
 
 def main(parent: int, command: list[str]) -> None:
-    """Run it; end it on SIGTERM, when it ends itself, or when the parent is another one."""
+    """Run `command` until it exits, until SIGTERM, or until `parent` is no longer the parent."""
     os.setsid()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     child = subprocess.Popen(command)
     try:
         while os.getppid() == parent and child.poll() is None:
-            time.sleep(LOOK)
+            time.sleep(POLL_SECONDS)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         child.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(PATIENCE)
-        os.killpg(0, signal.SIGKILL)  # What the command left behind, and this process with it.
+            child.wait(TERMINATE_SECONDS)
+        os.killpg(0, signal.SIGKILL)  # The remaining processes of the command, and this one.
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Rollouts with the trainer's own model: batched, with a KV cache, on the live adapter."""
+"""Rollouts with the trainer's own model: batched, with a KV cache, with the live adapter."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from gft_lite.types import FinishReason
 
 @dataclass(slots=True)
 class _Sample:
-    """A response while it grows; `noise` is its own stream of uniform numbers."""
+    """A completion in progress; `noise` [limit] are its uniform random numbers."""
 
     prompt_ids: tuple[int, ...]
     seed: int
     noise: Tensor
-    room: int
+    limit: int
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     stopped: bool = False
 
     @property
     def done(self) -> bool:
-        return self.stopped or len(self.token_ids) >= self.room
+        return self.stopped or len(self.token_ids) >= self.limit
 
     def completion(self) -> Completion:
         reason: FinishReason = "stop" if self.stopped else "length"
@@ -40,7 +40,7 @@ class _Sample:
 
 
 class TransformersEngine:
-    """Needs no second copy of the weights; every sync is immediate."""
+    """Serves the policy's own weights: no second copy, and nothing to load at a sync."""
 
     name = "transformers"
     base = "the trainer's own"
@@ -51,18 +51,21 @@ class TransformersEngine:
         self._serves_base = True
 
     def sync(self, adapter: Path | None, version: int) -> None:
-        """The adapter is the policy's own, so that only base or adapter is to be noted."""
+        """Serve the policy's live adapter, or the base for None."""
         self._serves_base = adapter is None
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, on_completion: OnCompletion = noop
     ) -> list[list[Completion]]:
-        """Sample each request once per seed. Raises: RolloutError for a prompt without room."""
+        """Sample each request once per seed.
+
+        Raises: RolloutError for a prompt that fills the context, before anything is sampled.
+        """
         samples = [
             [self._sample(request.prompt_ids, seed, sampling) for seed in request.seeds]
             for request in requests
         ]
-        # Prompts of like length share a batch, so that little of it is padding.
+        # Prompts of similar length share a batch, to save padding.
         flat = sorted((s for group in samples for s in group), key=lambda s: len(s.prompt_ids))
         with torch.no_grad(), self._served():
             for start in range(0, len(flat), self._rows):
@@ -73,39 +76,40 @@ class TransformersEngine:
         return [[sample.completion() for sample in group] for group in samples]
 
     def score(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> list[float]:
-        """Log-probs [T] of `token_ids` after the prompt, under what is served."""
+        """Log-probs [T] in nats of `token_ids` after the prompt, under the served weights."""
         [batch] = self._policy.batches([Row(tuple(prompt_ids), tuple(token_ids))], 1)
         with torch.no_grad(), self._served():
             return self._policy.token_scores(batch).logprobs.tolist()
 
     def sleep(self) -> None:
-        """Between calls, nothing is held."""
+        """Do nothing: no memory is held between calls."""
 
     def wake(self) -> None:
-        """Nothing was given back."""
+        """Do nothing: `sleep` frees nothing."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: no memory is held between calls."""
 
     @contextlib.contextmanager
     def _served(self) -> Iterator[None]:
-        """The policy in eval mode, as base or with its adapter."""
+        """The policy in eval mode, with or without its adapter."""
         base = self._policy.base() if self._serves_base else contextlib.nullcontext()
         with evaluating(self._policy), base:
             yield
 
     def _sample(self, prompt_ids: tuple[int, ...], seed: int, sampling: Sampling) -> _Sample:
-        room = min(sampling.max_tokens, self._policy.context - len(prompt_ids))
-        if room < 1 or not prompt_ids:
+        limit = min(sampling.max_tokens, self._policy.context - len(prompt_ids))
+        if limit < 1 or not prompt_ids:
             raise RolloutError(
-                f"prompt: must have 1 to {self._policy.context - 1} tokens, got {len(prompt_ids)}"
+                f"prompt: must have 1 to {self._policy.context - 1} tokens, got {len(prompt_ids)}. "
+                "Raise policy.context or shorten the prompt."
             )
-        # A stream per sample makes a response independent of what else is in the batch.
+        # A generator per sample makes a completion independent of the rest of its batch.
         generator = torch.Generator().manual_seed(seed)
-        return _Sample(prompt_ids, seed, torch.rand(room, generator=generator), room)
+        return _Sample(prompt_ids, seed, torch.rand(limit, generator=generator), limit)
 
     def _decode(self, samples: list[_Sample], sampling: Sampling) -> None:
-        """Grow all samples to their end, in step; finished ones leave the batch."""
+        """Sample one token per forward for all samples; finished ones leave the batch."""
         policy, device = self._policy, self._policy.device
         width = max(len(s.prompt_ids) for s in samples)
         pads = torch.tensor([width - len(s.prompt_ids) for s in samples])
@@ -134,7 +138,7 @@ class TransformersEngine:
             positions = positions[:, -1:] + 1
 
     def _append(self, samples: list[_Sample], logits: Tensor, sampling: Sampling) -> None:
-        """Draw the next token of each sample and note whether it ends there."""
+        """Draw the next token of each sample, and set whether it ends the sample."""
         noise = torch.stack([s.noise[len(s.token_ids)] for s in samples])
         tokens = draw(logits, noise, sampling)
         logprobs = logits.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 class UnslothEngine(VllmEngine):
-    """Serves the very weights of the policy, so that only adapters are loaded; never sleeps,
-    since the trainer needs them meanwhile."""
+    """Shares the policy's weights and loads adapters only; never sleeps, since training uses the
+    same weights."""
 
     name = "unsloth"
 
     def _start(self, settings: RolloutSettings, policy: Policy, scratch: Path) -> Any:
-        self._sleeps, self._model = False, policy.model
+        self._can_sleep, self._model = False, policy.model
         self.base = "the trainer's own"
         engine = getattr(policy.model, "vllm_engine", None)
         if engine is None:
@@ -32,5 +32,5 @@ class UnslothEngine(VllmEngine):
         return engine
 
     def close(self) -> None:
-        """Take no more requests; the memory is the policy's."""
+        """Reject further calls; the memory belongs to the policy."""
         self._llm = self._lora = self._model.vllm_engine = None

@@ -1,9 +1,10 @@
-"""What the vLLM engines in this process and behind HTTP share."""
+"""Code shared by the in-process and the HTTP vLLM engine: options, requests, adapter checks."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,27 +20,27 @@ if TYPE_CHECKING:
     from gft_lite.recipe.sections import RolloutSettings
 
 
-Job = tuple[Sequence[int], dict[str, Any]]  # A prompt and its parameters, in vLLM's names.
+CPU_KV_CACHE_BYTES = 64 << 20
+CPU_BLOCK_TOKENS = 32  # With vLLM's 128, shorter prompts would never be cached.
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm.config.lora.MaxLoRARanks of vLLM 0.32
 
-CPU_KV_CACHE = 64 << 20
-CPU_BLOCK = 32  # vLLM's 128 would leave shorter prompts out of the prefix cache.
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm.config.lora.MaxLoRARanks of vLLM 0.32
+
+@dataclass(frozen=True, slots=True)
+class VllmRequest:
+    """A prompt and the arguments of vLLM's `SamplingParams` for one completion of it."""
+
+    prompt_ids: Sequence[int]
+    parameters: Mapping[str, Any]
+
+
+# --- engine options ----------------------------------------------------------------------------
 
 
 def engine_options(settings: RolloutSettings, policy: Policy) -> dict[str, Any]:
-    """vLLM's arguments, but for the model. Raises: RolloutError for a rank or memory unfit."""
-    config = policy.model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_hidden_layers * heads * size * policy.dtype.itemsize
-    # vLLM keeps one block for itself.
-    least = per_token * (math.ceil(policy.context / CPU_BLOCK) + 1) * CPU_BLOCK
-    asked = None if settings.kv_cache_mib is None else settings.kv_cache_mib << 20
-    if asked is not None and asked < least:
-        raise RolloutError(
-            f"rollout.kv_cache_mib: must be at least {math.ceil(least / 2**20)} to hold one "
-            f"sequence of policy.context {policy.context}, got {settings.kv_cache_mib}."
-        )
+    """vLLM's engine arguments, without the model.
+
+    Raises: RolloutError if the rank or the KV cache is outside vLLM's limits.
+    """
     options: dict[str, Any] = {
         "dtype": str(policy.dtype).removeprefix("torch."),
         "revision": policy.settings.revision,
@@ -52,37 +53,53 @@ def engine_options(settings: RolloutSettings, policy: Policy) -> dict[str, Any]:
         "generation_config": "vllm",
         "logprobs_mode": "raw_logprobs",
     }
+    least = _smallest_kv_cache(policy)
+    kv_cache = None if settings.kv_cache_mib is None else settings.kv_cache_mib << 20
+    if kv_cache is not None and kv_cache < least:
+        raise RolloutError(
+            f"rollout.kv_cache_mib: must be at least {math.ceil(least / 2**20)} to hold one "
+            f"sequence of policy.context {policy.context}, got {settings.kv_cache_mib}."
+        )
     if settings.base == "plugin":
         _check_plugin(policy)
         options["quantization"] = "bitsandbytes"
     if policy.device.type == "cpu":
-        cache = asked or max(CPU_KV_CACHE, least)
         return options | {
             "enforce_eager": True,
-            "kv_cache_memory_bytes": cache,
-            "block_size": CPU_BLOCK,
+            "kv_cache_memory_bytes": kv_cache or max(CPU_KV_CACHE_BYTES, least),
+            "block_size": CPU_BLOCK_TOKENS,
         }
     return options | {
         "enforce_eager": settings.eager,
         "enable_sleep_mode": settings.sleep,
-        "gpu_memory_utilization": _share(settings.gpu_memory, policy.device),
-        "kv_cache_memory_bytes": asked,
+        "gpu_memory_utilization": _gpu_share(settings.gpu_memory, policy.device),
+        "kv_cache_memory_bytes": kv_cache,
     }
 
 
-def _share(asked: Literal["auto"] | float, device: torch.device) -> float:
-    """The share of the card: what the recipe or the memory plan says, else most of what is free.
+def _smallest_kv_cache(policy: Policy) -> int:
+    """Bytes of the smallest KV cache that holds one sequence of `policy.context` tokens."""
+    config = policy.model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_token = 2 * config.num_hidden_layers * heads * size * policy.dtype.itemsize
+    blocks = math.ceil(policy.context / CPU_BLOCK_TOKENS) + 1  # vLLM reserves one block.
+    return per_token * blocks * CPU_BLOCK_TOKENS
 
-    There is no plan for evaluations and for models that it doesn't know.
+
+def _gpu_share(gpu_memory: Literal["auto"] | float, device: torch.device) -> float:
+    """The share of the card for vLLM: from the recipe or the memory plan, else 80% of what is free.
+
+    Evaluations and models of unknown shape have no memory plan.
     """
-    if not isinstance(asked, str):
-        return asked
+    if not isinstance(gpu_memory, str):
+        return gpu_memory
     free, card = torch.cuda.mem_get_info(device)
     return 0.8 * free / card
 
 
 def _check_plugin(policy: Policy) -> None:
-    """Whether vLLM can have the base that the trainer has from bitsandbytes' plugin for it."""
+    """Raises: RolloutError unless vLLM's bitsandbytes plugin quantises as the trainer does."""
     instead = "or rollout.base=nf4_dequantised"
     settings = policy.settings
     if not entry_points(group="vllm.general_plugins", name="bitsandbytes"):
@@ -104,49 +121,63 @@ def _check_plugin(policy: Policy) -> None:
 
 
 def _served_rank(rank: int) -> int:
-    """The smallest rank that vLLM can be started with and that holds the policy's."""
-    if rank > max(RANKS):
+    """The smallest rank that vLLM can be started with and that fits the policy's adapter."""
+    if rank > max(LORA_RANKS):
         raise RolloutError(
-            f"policy.lora.rank: must be at most {max(RANKS)} with vLLM, got {rank}. "
+            f"policy.lora.rank: must be at most {max(LORA_RANKS)} with vLLM, got {rank}. "
             "Lower it or set rollout.engine=transformers."
         )
-    return min(r for r in RANKS if r >= rank)
+    return min(r for r in LORA_RANKS if r >= rank)
 
 
-def sampling_jobs(
-    requests: Sequence[Request], sampling: Sampling, context: int, eos_ids: Sequence[int]
-) -> list[Job]:
-    """One job per seed, in order. Raises: RolloutError for a prompt without room."""
+# --- requests ----------------------------------------------------------------------------------
+
+
+def sampling_requests(
+    requests: Sequence[Request], sampling: Sampling, context: int, end_ids: Sequence[int]
+) -> list[VllmRequest]:
+    """One vLLM request per seed, in order.
+
+    Raises: RolloutError for a prompt that is empty or leaves no token of the context free.
+    """
     common = {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
         "stop": list(sampling.stop),
-        "stop_token_ids": list(eos_ids),
-        "ignore_eos": True,  # The policy's ids count, not those that vLLM finds on disk.
+        "stop_token_ids": list(end_ids),
+        "ignore_eos": True,  # Use the policy's end tokens, not those in the served folder.
         "skip_special_tokens": False,
         "logprobs": 0,
     }
-    rooms = [_room_left(len(request.prompt_ids), context) for request in requests]
-    # One prompt per seed: with n > 1 vLLM would count up from the first one.
+    free = [_free_tokens(len(request.prompt_ids), context) for request in requests]
+    # One vLLM request per seed: with n > 1 vLLM derives the seeds by counting up from the first.
     return [
-        (r.prompt_ids, common | {"max_tokens": min(sampling.max_tokens, room), "seed": _folded(s)})
-        for r, room in zip(requests, rooms, strict=True)
-        for s in r.seeds
+        VllmRequest(
+            request.prompt_ids,
+            common | {"max_tokens": min(sampling.max_tokens, limit), "seed": _fold_seed(seed)},
+        )
+        for request, limit in zip(requests, free, strict=True)
+        for seed in request.seeds
     ]
 
 
-def scoring_job(prompt_ids: Sequence[int], token_ids: Sequence[int], context: int) -> Job:
-    """The job whose prompt is both. Raises: RolloutError if they leave no room for one more."""
+def scoring_request(
+    prompt_ids: Sequence[int], token_ids: Sequence[int], context: int
+) -> VllmRequest:
+    """A vLLM request whose prompt is prompt and completion, with log-probs of the prompt.
+
+    Raises: RolloutError if both leave no token of the context free.
+    """
     ids = [*prompt_ids, *token_ids]
-    _room_left(len(prompt_ids), context)
-    _room_left(len(ids), context)
-    # vLLM must generate one token, and reads no prefix cache when it scores a prompt.
-    return ids, {"temperature": 0, "max_tokens": 1, "prompt_logprobs": 0}
+    _free_tokens(len(prompt_ids), context)
+    _free_tokens(len(ids), context)
+    # vLLM must generate one token; it does not use the prefix cache when it scores a prompt.
+    return VllmRequest(ids, {"temperature": 0, "max_tokens": 1, "prompt_logprobs": 0})
 
 
-def _room_left(length: int, context: int) -> int:
-    """How many tokens fit after a prompt of that length. Raises: RolloutError for none."""
+def _free_tokens(length: int, context: int) -> int:
+    """The tokens of the context after a prompt of `length`. Raises: RolloutError if none."""
     if not 1 <= length < context:
         raise RolloutError(
             f"prompt: must have 1 to {context - 1} tokens, got {length}. "
@@ -155,15 +186,20 @@ def _room_left(length: int, context: int) -> int:
     return context - length
 
 
-def _folded(seed: int) -> int:
-    """A seed that vLLM takes (63 bits; -1 would mean none) and whose low 32 bits hold it all."""
-    # torch's CPU generator reads no more than those; smaller seeds stay what they are.
+def _fold_seed(seed: int) -> int:
+    """A 63-bit seed whose low 32 bits depend on all bits of `seed`; smaller seeds are unchanged.
+
+    vLLM treats -1 as no seed, and torch's CPU generator reads the low 32 bits only.
+    """
     seed %= 2**63
     return seed ^ seed >> 32
 
 
+# --- adapters ----------------------------------------------------------------------------------
+
+
 def adapter_shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in the files that the model's adapter is saved to."""
+    """Name and shape of every tensor that the model's active adapter is saved as."""
     adapter = f".{model.active_adapter}"
     return {
         name.replace(adapter, ""): tuple(parameter.shape)
@@ -173,7 +209,10 @@ def adapter_shapes(model: Any) -> dict[str, tuple[int, ...]]:
 
 
 def check_adapter(adapter: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
-    """vLLM would serve the base for unknown names, and NaN or cut tensors as they are."""
+    """Raises: RolloutError unless the saved adapter has these tensors, all of them finite.
+
+    vLLM would ignore unknown names and serve the base, and accepts NaN and truncated tensors.
+    """
     try:
         tensors = load_file(adapter / "adapter_model.safetensors")
     except (OSError, SafetensorError) as error:

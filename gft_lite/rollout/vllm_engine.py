@@ -1,4 +1,4 @@
-"""Rollouts with vLLM in this process: adapters are loaded beside the base, never merged into it."""
+"""Rollouts with vLLM in the trainer's process; adapters are loaded beside the base, not merged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gft_lite.policy.vllm_process import engine_environment, vllm_in_charge
+from gft_lite.policy.vllm_process import engine_environment, isolated_process_state
 from gft_lite.rollout.base import (
     Completion,
     EngineFailed,
@@ -24,12 +24,12 @@ from gft_lite.rollout.base import (
     noop,
 )
 from gft_lite.rollout.vllm_common import (
-    Job,
+    VllmRequest,
     adapter_shapes,
     check_adapter,
     engine_options,
-    sampling_jobs,
-    scoring_job,
+    sampling_requests,
+    scoring_request,
 )
 from gft_lite.types import FinishReason
 
@@ -38,50 +38,53 @@ if TYPE_CHECKING:
     from gft_lite.recipe.sections import RolloutSettings
 
 
+OnOutput = Callable[[int, Any], None]  # Receives a request's index and vLLM's RequestOutput.
+
+
 class VllmEngine:
-    """Serves a copy of the base and at most one adapter; shares the process with the trainer."""
+    """Serves a copy of the base and at most one adapter, in the trainer's process."""
 
     name = "vllm"
 
     def __init__(self, settings: RolloutSettings, policy: Policy, scratch: Path) -> None:
-        """Start vLLM. Raises: RolloutError when a setting doesn't fit."""
+        """Start vLLM. Raises: RolloutError if a setting is out of range or vLLM can't start."""
         self._context = policy.context
         self._dtype = policy.dtype
-        self._eos_ids = sorted(policy.eos_ids)
+        self._end_ids = sorted(policy.eos_ids)
         self._shapes = adapter_shapes(policy.model)
-        self._numbers = itertools.count(1)
+        self._adapter_ids = itertools.count(1)
         self._lora: Any = None
-        self._sleeps, self._asleep = settings.sleep, False
+        self._can_sleep, self._asleep = settings.sleep, False
         self._environment = {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             **engine_environment(policy.device),
         }
-        # One of several processes: its engine lives in the process group that they have.
-        self._guest = torch.distributed.is_initialized()
-        if self._guest:
-            for name in ("VLLM_HOST_IP", "GLOO_SOCKET_IFNAME"):  # They may be on other machines.
+        # In a distributed run, vLLM joins the existing process group of the trainer.
+        self._joins_group = torch.distributed.is_initialized()
+        if self._joins_group:
+            for name in ("VLLM_HOST_IP", "GLOO_SOCKET_IFNAME"):  # Ranks may be on other machines.
                 self._environment.pop(name, None)
         self._llm = self._start(settings, policy, scratch)
 
     def _start(self, settings: RolloutSettings, policy: Policy, scratch: Path) -> Any:
         options = engine_options(settings, policy)
-        if self._guest:
+        if self._joins_group:
             options["distributed_executor_backend"] = "external_launcher"
         logging.getLogger("vllm").setLevel(self._environment["VLLM_LOGGING_LEVEL"])
-        with vllm_in_charge(self._environment), warnings.catch_warnings():
+        with isolated_process_state(self._environment), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             from vllm import LLM
             from vllm.distributed import cleanup_dist_env_and_memory, model_parallel_is_initialized
             from vllm.exceptions import VLLMError
 
             if model_parallel_is_initialized():
-                # The one that closes first would take down what both stand on.
+                # Closing one of two engines would destroy state that both use.
                 raise RolloutError("rollout.engine: close the other vllm engine of this process.")
             base = policy.serving_base(settings.base)
             self.base = base.about
             try:
                 return LLM(model=base.location, use_tqdm_on_load=False, **options)
-            # An assertion fails where sleep mode finds that an engine before it is not gone.
+            # AssertionError: sleep mode found that the previous engine still holds memory.
             except (VLLMError, ValueError, RuntimeError, OSError, AssertionError) as error:
                 cleanup_dist_env_and_memory()
                 raise RolloutError(f"rollout.engine: vllm could not start. {error}") from error
@@ -89,7 +92,7 @@ class VllmEngine:
     def sync(self, adapter: Path | None, version: int) -> None:
         """Serve the adapter saved at `adapter`, which must stay there until the next sync.
 
-        Raises: RolloutError for an adapter that isn't the policy's; the old one stays served.
+        Raises: RolloutError for an adapter of other modules or shapes; the old one stays served.
         """
         request = None
         with self._running() as llm:
@@ -101,18 +104,18 @@ class VllmEngine:
         self._lora = request
 
     def _load(self, engine: Any, adapter: Path, version: int) -> Any:
-        """Load under a name, a number and a path that vLLM has not seen: it caches by all three."""
+        """Load an adapter under a new name, id and path, since vLLM caches by all three."""
         from vllm.exceptions import VLLMError
         from vllm.lora.request import LoRARequest
 
-        number = next(self._numbers)
-        request = LoRARequest(f"policy-v{version}-{number}", number, str(adapter.resolve()))
+        lora_id = next(self._adapter_ids)
+        request = LoRARequest(f"policy-v{version}-{lora_id}", lora_id, str(adapter.resolve()))
         try:
-            loaded = engine.add_lora(request) and number in engine.list_loras()
+            loaded = engine.add_lora(request) and lora_id in engine.list_loras()
         except (VLLMError, ValueError, RuntimeError) as error:
             raise RolloutError(f"adapter: must load in vllm, got {adapter}. {error}") from error
         if not loaded:
-            raise RolloutError(f"adapter: must load in vllm, got {adapter}, which it did not list.")
+            raise RolloutError(f"adapter: must load in vllm, got {adapter}, which is not listed.")
         return request
 
     def generate(
@@ -120,43 +123,43 @@ class VllmEngine:
     ) -> list[list[Completion]]:
         """Sample each request once per seed.
 
-        Raises: RolloutError for a prompt without room, before anything is sampled.
+        Raises: RolloutError for a prompt that fills the context, before anything is sampled.
         """
-        jobs = sampling_jobs(requests, sampling, self._context, self._eos_ids)
-        asked = [(request.prompt_ids, seed) for request in requests for seed in request.seeds]
+        queued = sampling_requests(requests, sampling, self._context, self._end_ids)
+        keys = [(request.prompt_ids, seed) for request in requests for seed in request.seeds]
         done: dict[int, Completion] = {}
 
-        def note(number: int, output: Any) -> None:
-            done[number] = _completion(output)
-            on_completion(*asked[number], done[number])
+        def on_output(index: int, output: Any) -> None:
+            done[index] = _completion(output)
+            on_completion(*keys[index], done[index])
 
-        self._run(jobs, note, detokenize=bool(sampling.stop))
-        numbers = itertools.count()
-        return [[done[next(numbers)] for _ in request.seeds] for request in requests]
+        self._run(queued, on_output, detokenize=bool(sampling.stop))
+        indices = itertools.count()
+        return [[done[next(indices)] for _ in request.seeds] for request in requests]
 
     def score(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> list[float]:
-        """Log-probs [T] of `token_ids` after the prompt, under what is served.
+        """Log-probs [T] in nats of `token_ids` after the prompt, under the served weights.
 
-        Raises: RolloutError when both together leave no room for one more token.
+        Raises: RolloutError if prompt and completion leave no token of the context free.
         """
-        job = scoring_job(prompt_ids, token_ids, self._context)
+        request = scoring_request(prompt_ids, token_ids, self._context)
         done: list[Any] = []
-        self._run([job], lambda _, output: done.append(output), detokenize=False)
-        return _chosen(token_ids, done[0].prompt_logprobs[len(prompt_ids) :])
+        self._run([request], lambda _, output: done.append(output), detokenize=False)
+        return _token_logprobs(token_ids, done[0].prompt_logprobs[len(prompt_ids) :])
 
     def sleep(self) -> None:
-        """Give the card's memory back until `wake`; the next call does nothing."""
-        if self._sleeps and not self._asleep:
+        """Free the device memory until `wake`; a second call does nothing."""
+        if self._can_sleep and not self._asleep:
             with self._running() as llm:
-                # The weights and, with them, the adapter wait in RAM, the KV cache is dropped.
-                # Level 2 drops the adapter as well, and yet vLLM goes on listing it.
+                # Level 1 keeps weights and adapter in CPU memory and drops the KV cache. Level 2
+                # would also drop the adapter while vLLM goes on listing it.
                 llm.sleep(level=1)
             self._asleep = True
 
     def wake(self) -> None:
-        """Serve again what was served before, with an empty prefix cache.
+        """Serve the same weights as before `sleep`, with an empty prefix cache.
 
-        Raises: RolloutError when its place on the card is taken.
+        Raises: RolloutError if the device memory is in use.
         """
         if not self._asleep:
             return
@@ -172,14 +175,14 @@ class VllmEngine:
                 ) from error
 
     def close(self) -> None:
-        """Free the engine's memory and its rendezvous file; the second call does nothing."""
+        """Free the engine's memory and its rendezvous file; a second call does nothing."""
         if self._llm is None:
             return
         self._asleep = False
         with self._running() as llm:
             worker = llm.llm_engine.model_executor.driver_worker.worker
             rendezvous = worker.distributed_init_method.removeprefix("file://")
-            with _group_kept() if self._guest else contextlib.nullcontext():
+            with _keep_process_group() if self._joins_group else contextlib.nullcontext():
                 llm.llm_engine.engine_core.shutdown()
             self._llm = self._lora = None
         del llm, worker
@@ -188,74 +191,90 @@ class VllmEngine:
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[Any]:
+        """The LLM, in vLLM's process state. Raises: RolloutError if it is closed or asleep."""
         if self._llm is None:
             raise RolloutError("rollout: the engine has been closed.")
         if self._asleep:
-            # vLLM itself would wait for ever.
+            # vLLM itself would wait forever.
             raise RolloutError("rollout: the engine is asleep; call wake() first.")
-        with vllm_in_charge(self._environment):
+        with isolated_process_state(self._environment):
             yield self._llm
 
     def _run(
-        self, jobs: Sequence[Job], note: Callable[[int, Any], None], *, detokenize: bool
+        self, requests: Sequence[VllmRequest], on_output: OnOutput, *, detokenize: bool
     ) -> None:
-        """Run a vLLM request per job; `note` gets the job's number and what came of it."""
-        with self._running() as llm:
-            from vllm.exceptions import VLLMClientError
+        """Run all requests to their end, and call `on_output` for each as it finishes.
 
+        Raises: RolloutError for a request that vLLM rejects; EngineFailed if vLLM breaks down.
+        """
+        with self._running() as llm:
             engine = llm.llm_engine
+            _add_requests(engine, requests, self._lora, detokenize)
             try:
-                self._submit(engine, jobs, detokenize)
                 while engine.has_unfinished_requests():
-                    for output in engine.step():
-                        note(int(output.request_id), output)
-            except VLLMClientError as error:
-                raise RolloutError(f"rollout: vllm refused the request. {error}") from error
-            except BaseException as error:
-                # A step that was interrupted or failed can make the next one hang.
+                    for output in _step(engine):
+                        on_output(int(output.request_id), output)
+            except BaseException:
+                # After an interrupted or failed step, the next one can hang.
                 self.close()
-                if isinstance(error, Exception):
-                    reason = f"{type(error).__name__}: {error}"
-                    raise EngineFailed(f"rollout: vllm failed. {reason}") from error
                 raise
 
-    def _submit(self, engine: Any, jobs: Sequence[Job], detokenize: bool) -> None:
-        """Queue every job, or none; vLLM takes them up as others end."""
-        from vllm import SamplingParams, TokensPrompt
-        from vllm.exceptions import VLLMClientError
-        from vllm.sampling_params import RequestOutputKind
 
-        common: dict[str, Any] = {
-            "detokenize": detokenize,
-            "output_kind": RequestOutputKind.FINAL_ONLY,
-        }
-        queued: list[str] = []
-        try:
-            for number, (ids, own) in enumerate(jobs):
-                prompt = TokensPrompt(prompt_token_ids=list(ids))
-                parameters = SamplingParams(**common, **own)
-                engine.add_request(str(number), prompt, parameters, lora_request=self._lora)
-                queued.append(str(number))
-        except VLLMClientError:
-            engine.abort_request(queued)
-            raise
+def _add_requests(
+    engine: Any, requests: Sequence[VllmRequest], lora: Any, detokenize: bool
+) -> None:
+    """Queue all requests with their index as id, or none of them.
+
+    Raises: RolloutError for a request that vLLM rejects.
+    """
+    from vllm import SamplingParams, TokensPrompt
+    from vllm.exceptions import VLLMClientError
+    from vllm.sampling_params import RequestOutputKind
+
+    common: dict[str, Any] = {
+        "detokenize": detokenize,
+        "output_kind": RequestOutputKind.FINAL_ONLY,
+    }
+    queued: list[str] = []
+    try:
+        for index, request in enumerate(requests):
+            queued.append(str(index))
+            prompt = TokensPrompt(prompt_token_ids=list(request.prompt_ids))
+            parameters = SamplingParams(**common, **request.parameters)
+            engine.add_request(str(index), prompt, parameters, lora_request=lora)
+    except BaseException as error:
+        engine.abort_request(queued)
+        if isinstance(error, VLLMClientError):
+            raise RolloutError(f"rollout: vllm rejected the request. {error}") from error
+        raise
+
+
+def _step(engine: Any) -> list[Any]:
+    """The outputs that one step of vLLM finishes. Raises: EngineFailed if vLLM breaks down."""
+    try:
+        return engine.step()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise EngineFailed(f"rollout: vllm failed. {reason}") from error
 
 
 def _completion(output: Any) -> Completion:
     [sample] = output.outputs
     reason: FinishReason = "stop" if sample.finish_reason == "stop" else "length"
-    logprobs = _chosen(sample.token_ids, sample.logprobs)
+    logprobs = _token_logprobs(sample.token_ids, sample.logprobs)
     return Completion(tuple(sample.token_ids), tuple(logprobs), reason)
 
 
-def _chosen(token_ids: Sequence[int], candidates: Sequence[Mapping[int, Any]]) -> list[float]:
-    """The log-prob of each token among the candidates that vLLM lists for its place."""
+def _token_logprobs(
+    token_ids: Sequence[int], candidates: Sequence[Mapping[int, Any]]
+) -> list[float]:
+    """The log-prob of each token among the candidates that vLLM returns for its position."""
     return [found[t].logprob for t, found in zip(token_ids, candidates, strict=True)]
 
 
 @contextlib.contextmanager
-def _group_kept() -> Iterator[None]:
-    """Let vLLM not destroy the process group that it was only a guest in."""
+def _keep_process_group() -> Iterator[None]:
+    """Keep vLLM's shutdown from destroying the process group of the distributed run."""
     destroy = torch.distributed.destroy_process_group
     torch.distributed.destroy_process_group = lambda *_: None
     try:

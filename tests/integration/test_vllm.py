@@ -23,7 +23,7 @@ from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.sections import PolicySettings, RolloutSettings
 from gft_lite.rollout.base import Request, RolloutError, Sampling
 from gft_lite.rollout.restarting_engine import RestartingEngine
-from gft_lite.rollout.vllm_common import sampling_jobs
+from gft_lite.rollout.vllm_common import sampling_requests
 from gft_lite.rollout.vllm_engine import VllmEngine
 
 pytestmark = [
@@ -200,9 +200,11 @@ def test_base_and_adapter_in_turn_are_never_stale(engine, policy, publish):
 
 def _cached_tokens(engine):
     """How many tokens of a prompt came from the prefix cache."""
-    [job] = sampling_jobs([Request(PROMPTS[0], (0,))], GREEDY, CONTEXT, [EOS])
+    [request] = sampling_requests([Request(PROMPTS[0], (0,))], GREEDY, CONTEXT, [EOS])
     found = []
-    engine._run([job], lambda _, output: found.append(output.num_cached_tokens), detokenize=False)
+    engine._run(
+        [request], lambda _, output: found.append(output.num_cached_tokens), detokenize=False
+    )
     return found[0]
 
 
@@ -326,7 +328,7 @@ def test_a_score_without_room_and_an_unknown_token_are_refused(engine):
     assert len(engine.score(PROMPTS[0], (5,) * (CONTEXT - 1 - len(PROMPTS[0])))) == 29
     with pytest.raises(RolloutError, match=f"got {CONTEXT}"):
         engine.score(PROMPTS[0], (5,) * (CONTEXT - len(PROMPTS[0])))
-    with pytest.raises(RolloutError, match="refused"):
+    with pytest.raises(RolloutError, match="rejected"):
         engine.generate([*_requests(), Request((5, 100_000), (1,))], GREEDY)
     with pytest.raises(RolloutError, match=r"temperature must be in \[0, 2\]"):
         engine.generate(_requests(), Sampling(temperature=3))

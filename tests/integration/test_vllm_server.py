@@ -26,14 +26,14 @@ from rich.console import Console
 
 from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.sections import PolicySettings, RolloutSettings
-from gft_lite.rollout import child_supervisor as leash
-from gft_lite.rollout import vllm_server_engine as vllm_server
+from gft_lite.rollout import child_supervisor, vllm_server_engine
 from gft_lite.rollout.base import EngineFailed, Request, RolloutError, Sampling
 from gft_lite.rollout.restarting_engine import RestartingEngine
 from gft_lite.rollout.transformers_engine import TransformersEngine
-from gft_lite.rollout.vllm_common import RANKS, engine_options
-from gft_lite.rollout.vllm_launcher import command
-from gft_lite.rollout.vllm_server_engine import KEY, VllmServerEngine
+from gft_lite.rollout.vllm_client import KEY_VARIABLE
+from gft_lite.rollout.vllm_common import LORA_RANKS, engine_options
+from gft_lite.rollout.vllm_launcher import server_command
+from gft_lite.rollout.vllm_server_engine import VllmServerEngine
 from gft_lite.utils.openai_client import Endpoint
 
 pytestmark = [
@@ -88,7 +88,7 @@ def connect(server, proxy, policy, scratch, monkeypatch):
     engines = []
 
     def connect(*urls, key=server[1]):
-        monkeypatch.setenv(KEY, key)
+        monkeypatch.setenv(KEY_VARIABLE, key)
         engines.append(VllmServerEngine(_settings(servers=list(urls)), policy, scratch))
         return engines[-1]
 
@@ -241,13 +241,13 @@ def _assert_serves(engine, policy, *, base=False):
 
 
 def _family():
-    """The server's processes: the leash, the server and what it started."""
-    leashed = [leash.__file__, str(os.getpid())]
+    """The server's processes: the supervisor, the server and what it started."""
+    supervised = [child_supervisor.__file__, str(os.getpid())]
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             number = int(folder.name)
-            if _proc(os.getsid(number), "cmdline").split("\0")[2:4] == leashed:
+            if _proc(os.getsid(number), "cmdline").split("\0")[2:4] == supervised:
                 found.append(number)
     return sorted(found)
 
@@ -301,7 +301,7 @@ def test_stops_and_room(engine, policy):
     assert len(last.token_ids) <= 2
     with pytest.raises(RolloutError, match="1 to 127 tokens, got 128"):
         engine.generate([request, Request((60,) * 128, (1,))], GREEDY)
-    with pytest.raises(RolloutError, match=r"refused the request.*temperature"):
+    with pytest.raises(RolloutError, match=r"rejected the request.*temperature"):
         engine.generate([request], Sampling(temperature=3.0))
     assert engine.generate([], GREEDY) == []
     assert engine.generate([Request((60,), ())], GREEDY) == [[]]
@@ -354,12 +354,12 @@ def test_faults_that_pass_are_waited_for(connect, proxy, policy):
 def test_a_server_that_stays_away_is_dropped(
     connect, server, proxy, policy, publish, fault, monkeypatch, caplog
 ):
-    monkeypatch.setattr(vllm_server, "RETRIES", 0)
+    monkeypatch.setattr(vllm_server_engine, "RETRIES", 0)
     engine = connect(proxy.url, server[0])
     engine.sync(*publish())
     proxy.always = fault
     _assert_serves(engine, policy)
-    assert f"{proxy.url}/v1" in caplog.text and "going on without one" in caplog.text
+    assert f"{proxy.url}/v1" in caplog.text and "continuing without one server" in caplog.text
     proxy.samples = 0
     engine.sync(*publish())
     _assert_serves(engine, policy)
@@ -405,7 +405,7 @@ def test_an_interrupt_waits_for_no_answer(connect, proxy, policy):
 
 
 def test_the_last_server_is_missed(connect, proxy, policy, monkeypatch):
-    monkeypatch.setattr(vllm_server, "RETRIES", 0)
+    monkeypatch.setattr(vllm_server_engine, "RETRIES", 0)
     engine = connect(proxy.url)
     proxy.always = "500"
     with pytest.raises(EngineFailed, match=r"no server is left.*answered 500: .*out of order"):
@@ -426,7 +426,7 @@ def test_a_server_that_serves_something_else_is_found(connect, server, proxy, po
 
 @pytest.mark.parametrize("key", ["", "not-the-key-of-this-server"])
 def test_a_wrong_key_is_named_but_not_shown(connect, server, key):
-    with pytest.raises(RolloutError, match=f"answered 401.*{KEY}") as caught:
+    with pytest.raises(RolloutError, match=f"answered 401.*{KEY_VARIABLE}") as caught:
         connect(server[0], key=key)
     assert not key or key not in str(caught.value)
 
@@ -441,7 +441,7 @@ def test_servers_that_do_not_fit_are_refused(connect, server, proxy, policy, mon
     with pytest.raises(RolloutError, match=r"--logprobs-mode raw_logprobs.*" + proxy.url):
         connect(proxy.url)
     proxy.faults = ["alien"]
-    with pytest.raises(RolloutError, match="is no vLLM server"):
+    with pytest.raises(RolloutError, match="malformed completion"):
         connect(proxy.url)
     monkeypatch.setattr(policy, "context", 129)
     with pytest.raises(RolloutError, match=r"--max-model-len 129 .*or more, got 128"):
@@ -546,11 +546,13 @@ input()
 
 
 def test_what_a_killed_trainer_started_ends_with_it():
-    starter = [sys.executable, "-c", _PARENT, leash.__file__]
+    starter = [sys.executable, "-c", _PARENT, child_supervisor.__file__]
     parent = subprocess.Popen(starter, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     group = int(parent.stdout.readline())
     try:
-        _wait(lambda: len(_of_group(group)) == 4)  # The leash, the shell, and both its children.
+        _wait(
+            lambda: len(_of_group(group)) == 4
+        )  # The supervisor, the shell, and both its children.
         parent.kill()
         parent.wait()
         _wait(lambda: not _of_group(group))
@@ -594,12 +596,12 @@ print(json.dumps([get_args(MaxLoRARanks), vars(arguments)], default=str))
 def test_vllm_understands_the_options_for_a_card_too(policy, monkeypatch):
     monkeypatch.setattr(policy, "device", torch.device("cuda"))
     options = engine_options(_settings(gpu_memory=0.4, eager=False), policy)
-    arguments = command("http://127.0.0.1:8000", options)
+    arguments = server_command("http://127.0.0.1:8000", options)
     serving = arguments[arguments.index("vllm.entrypoints.openai.api_server") + 1 :]
     parse = [sys.executable, "-c", _PARSE, *serving]
     done = subprocess.run(parse, capture_output=True, text=True, check=True)
     distributed, parsed = json.loads(done.stdout.splitlines()[-1])
-    assert tuple(distributed) == RANKS
+    assert tuple(distributed) == LORA_RANKS
     assert {name: parsed[name] for name in options} == options
     assert {"gpu_memory_utilization", "enable_sleep_mode", "enforce_eager"} <= options.keys()
 
@@ -615,7 +617,7 @@ def test_training_with_a_server_of_the_users_own(server, tmp_path):
         "eval.sets.retention.problems=1",
     ]  # fmt: skip
     done = subprocess.run(training, capture_output=True, text=True, timeout=300,
-                          env=os.environ | {KEY: key})  # fmt: skip
+                          env=os.environ | {KEY_VARIABLE: key})  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "engine: vllm_server, base the servers'" in done.stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2
