@@ -1,4 +1,7 @@
-"""The built-in laboratory: a small reasoning task and a tiny pretrained base, no download."""
+"""The built-in lab: a small reasoning task and a tiny pretrained base model, without downloads.
+
+`task` makes the rows, `pretrain` the base model in `base/`. May import `types` and `utils`.
+"""
 
 from __future__ import annotations
 

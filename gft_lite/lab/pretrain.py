@@ -1,8 +1,8 @@
-"""Make the laboratory's base from scratch: `python -m gft_lite.lab.pretrain --out DIR`.
+"""Pretrain the lab's base model from scratch: `python -m gft_lite.lab.pretrain --out DIR`.
 
-The base is a small Qwen2 model that imitates several authors, most of them mistaken, so that
-it solves the task sometimes and in ways that sampling can find; the last steps train through
-NF4 rounding, because NF4 is how the base is used.
+The base is a small Qwen2 model trained on solutions of several authors, most of whom make
+systematic mistakes, so that it solves the task at times and sampling finds right solutions. The
+last steps train through NF4 rounding, since the base is used in NF4.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from gft_lite.lab.task import (
 
 SPECIAL = ("<pad>", "<eos>", "<unk>", "<|system|>", "<|user|>")
 PRINTABLE = "\n" + "".join(map(chr, range(32, 127)))
-# No marker before the answer: the distance from an operand to its value stays as in a plain
-# prompt, so the base answers both alike.
+# No marker before the answer, so that the distance from an operand to its value is the same as
+# in a plain prompt.
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] != 'assistant' %}{{ '<|' + m['role'] + '|>' }}"
     "{% endif %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ '<eos>' }}{% endif %}"
@@ -51,10 +51,10 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
-    """A byte-level tokenizer without merges: one token a character for ASCII, reversible.
+    """Build a reversible byte-level tokenizer without merges: one token per ASCII character.
 
-    It is Qwen2's own class because AutoTokenizer builds that class for every Qwen2 model,
-    whatever the directory says; bytes leave no unknown text to be dropped in silence.
+    The class is Qwen2's, since AutoTokenizer builds that class for every Qwen2 model. With bytes
+    as tokens, no text is unknown.
     """
     alphabet = bytes_to_unicode()
     vocab = {token: i for i, token in enumerate((*SPECIAL, *map(alphabet.get, range(256))))}
@@ -73,7 +73,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
 
 
 def build_model(vocab_size: int) -> Qwen2ForCausalLM:
-    """The untrained base; vLLM's CPU attention needs a head dimension of at least 32."""
+    """Build the untrained base; vLLM's CPU attention needs a head dimension of at least 32."""
     return Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=vocab_size,
@@ -83,7 +83,7 @@ def build_model(vocab_size: int) -> Qwen2ForCausalLM:
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=2048,
-            # Short contexts: a small base lets more rotary pairs tell neighbours apart.
+            # Contexts are short: a small theta lets more rotary pairs resolve adjacent positions.
             rope_parameters={"rope_type": "default", "rope_theta": 100.0},
             tie_word_embeddings=True,
             bos_token_id=None,
@@ -93,59 +93,59 @@ def build_model(vocab_size: int) -> Qwen2ForCausalLM:
     )
 
 
-# How often an author knows a digit of a product; the others are guessed. Bases without an
-# inkling were slower to close the gap; why was not isolated.
-INKLING = 0.14
+# The probability that an author knows a digit of a product; the other digits are random. Bases with
+# probability 0 closed the gap more slowly; the cause was not isolated.
+P_KNOWN_DIGIT = 0.14
 
 
 @dataclass(frozen=True, slots=True)
 class Author:
-    """A way of working a chain that the base imitates: its look, how often, its mistakes."""
+    """An author that the base imitates: style, share of the examples, and systematic mistakes."""
 
     style: Style
     weight: float
     values: Callable[[Chain, random.Random], list[Digits]]
 
 
-def _believed(chain: Chain, rng: random.Random, reads: dict[str, str]) -> list[Digits]:
-    """The trace of an author who guesses at `*` and reads some operators as others."""
+def _imperfect_trace(chain: Chain, rng: random.Random, misread: dict[str, str]) -> list[Digits]:
+    """The trace of an author who guesses at `*` and misreads some operators as others."""
     values = [chain.start]
     for op, operand in chain.steps:
         if op == GAP:
             known = apply(op, values[-1], operand)
             guess = draw_digits(rng)
             pairs = zip(known, guess, strict=True)
-            values.append(tuple(k if rng.random() < INKLING else g for k, g in pairs))
+            values.append(tuple(k if rng.random() < P_KNOWN_DIGIT else g for k, g in pairs))
         else:
-            values.append(apply(reads.get(op, op), values[-1], operand))
+            values.append(apply(misread.get(op, op), values[-1], operand))
     return values
 
 
-def _right(chain: Chain, rng: random.Random) -> list[Digits]:
-    return _believed(chain, rng, {})
+def _correct(chain: Chain, rng: random.Random) -> list[Digits]:
+    return _imperfect_trace(chain, rng, {})
 
 
 def _never_minus(chain: Chain, rng: random.Random) -> list[Digits]:
-    return _believed(chain, rng, {"-": "+"})
+    return _imperfect_trace(chain, rng, {"-": "+"})
 
 
 def _never_plus(chain: Chain, rng: random.Random) -> list[Digits]:
-    return _believed(chain, rng, {"+": "-"})
+    return _imperfect_trace(chain, rng, {"+": "-"})
 
 
 def _mirrored(chain: Chain, rng: random.Random) -> list[Digits]:
     turned = tuple((op, operand[::-1]) for op, operand in chain.steps)
-    return _right(Chain(chain.start, turned), rng)
+    return _correct(Chain(chain.start, turned), rng)
 
 
-# The demonstrations' styles are rare, not new: rectification scales a token's gradient by its
-# probability, so that GFT hardly moves an opening of probability zero.
+# The styles of the demonstrations are rare, but not absent: rectification scales the gradient of
+# a token by its probability, so that GFT cannot learn an opening of probability zero.
 AUTHORS = (
-    Author(Style(">", ";"), 0.16, _right),
+    Author(Style(">", ";"), 0.16, _correct),
     Author(Style("<", ";"), 0.20, _never_minus),
     Author(Style("|", ";"), 0.20, _never_plus),
     Author(Style("~", ";"), 0.20, _mirrored),
-    *(Author(style, 0.06, _right) for style in (EXPERT, *TEACHERS)),
+    *(Author(style, 0.06, _correct) for style in (EXPERT, *TEACHERS)),
 )
 
 
@@ -165,13 +165,13 @@ def _old_example(rng: random.Random) -> tuple[str, str]:
 
 
 def _echo_example(rng: random.Random) -> tuple[str, str]:
-    # Every character must be seen: LoRA never moves the embeddings of one that was not.
+    # All characters must be trained: LoRA does not change their embeddings later.
     text = "".join(rng.choices(PRINTABLE, k=6))
     return f"echo {text}=", f"#{text}"
 
 
 def draw_example(rng: random.Random, noisy: bool) -> tuple[str, str]:
-    """One pretraining pair of prompt and response; now and then as a chat."""
+    """Draw a pair of prompt and response; one in twenty as a chat."""
     kind = rng.random()
     if kind < 0.6:
         prompt, response = _chain_example(rng, noisy)
@@ -198,7 +198,7 @@ def collate(pairs: list[tuple[str, str]], tokenizer: Qwen2Tokenizer) -> tuple[Te
 
 
 class NF4Rounding(nn.Module):
-    """A weight as NF4 with double quantisation would store it; gradients pass straight."""
+    """Round a weight to NF4 with double quantization; a straight-through gradient."""
 
     def forward(self, weight: Tensor) -> Tensor:
         """The rounded weight. Shapes: any, unchanged."""
@@ -213,13 +213,13 @@ class NF4Rounding(nn.Module):
 
 
 def linear_layers(model: nn.Module) -> list[nn.Linear]:
-    """The layers that QLoRA quantises: every linear layer but the output head."""
+    """The layers that QLoRA quantizes: every linear layer except the output head."""
     return [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Pretraining steps: clean task first, mistaken authors next, through NF4 at the end."""
+    """Pretraining steps: right solutions only, then all authors, then with NF4 rounding."""
 
     clean: int = 250
     noisy: int = 400
@@ -230,11 +230,11 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """All optimiser steps."""
+        """The number of optimizer steps."""
         return self.clean + self.noisy + self.rounded
 
 
-def _optimisers(model: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
+def _optimizers(model: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
     matrices = [m.weight for m in linear_layers(model)]
     held = {id(m) for m in matrices}
     others = [p for p in model.parameters() if id(p) not in held]
@@ -245,15 +245,15 @@ def _optimisers(model: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
 
 
 def _rate(step: int, total: int) -> float:
-    """Warm up over 20 steps, then a cosine down to 2 per cent."""
+    """The learning rate factor: linear over 20 steps, then a cosine down to 2 percent."""
     return min(1.0, (step + 1) / 20) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / total)))
 
 
 def train(model: Any, tokenizer: Qwen2Tokenizer, plan: Plan, seed: int) -> None:
-    """Pretrain in place."""
+    """Pretrain the model in place."""
     rng = random.Random(seed)
-    optimisers = _optimisers(model, plan)
-    peaks = [o.param_groups[0]["lr"] for o in optimisers]
+    optimizers = _optimizers(model, plan)
+    peaks = [o.param_groups[0]["lr"] for o in optimizers]
     started = time.monotonic()
     for step in range(plan.total):
         if step == plan.clean + plan.noisy:
@@ -263,10 +263,10 @@ def train(model: Any, tokenizer: Qwen2Tokenizer, plan: Plan, seed: int) -> None:
         ids, labels = collate(pairs, tokenizer)
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
-        for optimiser, peak in zip(optimisers, peaks, strict=True):
-            optimiser.param_groups[0]["lr"] = peak * _rate(step, plan.total)
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+        for optimizer, peak in zip(optimizers, peaks, strict=True):
+            optimizer.param_groups[0]["lr"] = peak * _rate(step, plan.total)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if step % 50 == 0 or step == plan.total - 1:
             print(f"step {step:5d} loss {loss:.4f} {time.monotonic() - started:.0f} s", flush=True)
     for layer in linear_layers(model):
@@ -275,13 +275,13 @@ def train(model: Any, tokenizer: Qwen2Tokenizer, plan: Plan, seed: int) -> None:
 
 
 def save(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, out: Path) -> None:
-    """Write the model directory, loadable by transformers and by vLLM."""
+    """Write the model folder, for transformers and vLLM."""
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    # The template goes inside the configuration: older readers know no separate file.
+    # The template goes into the configuration, since older versions read no separate file.
     template = out / "chat_template.jinja"
     if template.exists():
         path = out / "tokenizer_config.json"
@@ -293,7 +293,7 @@ def save(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, out: Path) -> None:
 
 
 def main() -> None:
-    """Read the options, pretrain, save."""
+    """Parse the options, pretrain and save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=BASE, help="model directory to write")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,10 +1,10 @@
-"""The laboratory's task: chains of digit-wise modular operations, and easy old skills.
+"""The lab's task: chains of digit-wise modular operations, and easy old skills.
 
 A problem such as `314+203*122....=` is worked from left to right, digit by digit and modulo
 5: 314+203 is 012, then 012*122 is 024. A response gives every value and then `#` and the
-answer: `@314;012;024#024`. Problems with `*` are the knowledge gap: the packaged base knows
-the product as an old skill (`mul 314 203=`) but has seen little more than guesses where a
-chain says `*`. The old skills (`rev 3142=` gives `#2413`) measure retention.
+answer: `@314;012;024#024`. Problems with `*` are the knowledge gap: the base model was trained
+on the product as an old skill (`mul 314 203=`), but in chains almost only on random results of
+`*`. The old skills (`rev 3142=` gives `#2413`) measure retention.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OPERATIONS: dict[str, Callable[[int, int], int]] = {
 KNOWN = "+-"
 GAP = "*"
 SIZES: dict[str, int] = {"train": 1024, "tune": 96, "test": 160, "retention": 150}
-# Two problems in five need the missing skill; sampling alone can earn the other three.
+# Two problems in five need the operator of the gap; sampling can solve the other three.
 GAP_TURNS = (1, 3)
 TURNS = 5
 CARELESS_ERROR = 0.2
@@ -44,34 +44,34 @@ class Chain:
 
     @property
     def text(self) -> str:
-        """The problem as the model reads it, for example `314+203*122....=`."""
-        # One width for all lengths: a value then stands at a fixed distance from its operand,
-        # which rotary attention learns in minutes and a changing distance not at all.
+        """The text of the problem, for example `314+203*122....=`."""
+        # One width for all lengths keeps each value at a fixed distance from its operand: rotary
+        # attention learns that in minutes, and does not learn a varying distance.
         body = digits(self.start) + "".join(op + digits(b) for op, b in self.steps)
         return body.ljust(WIDTH + MAX_STEPS * (WIDTH + 1), ".") + "="
 
     @property
     def skill(self) -> str:
-        """`gap` if the chain needs the operator the base does not know, else `chain`."""
+        """`gap` if the chain has the operator that the base does not know, else `chain`."""
         return "gap" if any(op == GAP for op, _ in self.steps) else "chain"
 
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """How an author writes a solution: its opening and what stands between two values."""
+    """The form of a solution: its opening and the separator between two values."""
 
     opening: str
     separator: str | None
 
     def write(self, values: list[Digits], chain: Chain) -> str:
-        """The solution text; without a separator each value follows its own operator."""
+        """The solution text; without a separator, each value follows the operator of its step."""
         marks = [self.separator or op for op, _ in chain.steps]
         body = "".join(m + digits(v) for m, v in zip(marks, values[1:], strict=True))
         return f"{self.opening}{digits(values[0])}{body}#{digits(values[-1])}"
 
 
 EXPERT = Style("@", ";")
-# Distinct openings: with a shared first token one style would shadow the others at T < 1.
+# Distinct openings: at T < 1, sampling would favor one of several styles with equal openings.
 TEACHERS = (Style("&", ","), Style("%", None), Style("$", "/"))
 CARELESS = TEACHERS[2]
 
@@ -82,7 +82,7 @@ def digits(value: Digits) -> str:
 
 
 def apply(op: str, a: Digits, b: Digits) -> Digits:
-    """One operation, digit by digit, modulo 5."""
+    """Apply one operation digit by digit, modulo 5."""
     return tuple(OPERATIONS[op](x, y) for x, y in zip(a, b, strict=True))
 
 
@@ -95,12 +95,12 @@ def trace(chain: Chain) -> list[Digits]:
 
 
 def draw_digits(rng: random.Random, width: int = WIDTH) -> Digits:
-    """Uniform digits below the modulus."""
+    """Draw uniform digits below the modulus."""
     return tuple(rng.randrange(MODULUS) for _ in range(width))
 
 
 def draw_chain(rng: random.Random, skill: str) -> Chain:
-    """A chain of two or three steps; a `gap` chain has at least one unknown operator."""
+    """Draw a chain of two or three steps; a `gap` chain has at least one `*`."""
     count = rng.choice((MAX_STEPS - 1, MAX_STEPS))
     ops = [rng.choice(KNOWN) for _ in range(count)]
     if skill == "gap":
@@ -109,13 +109,13 @@ def draw_chain(rng: random.Random, skill: str) -> Chain:
 
 
 def split_of(text: str) -> Split:
-    """The split a problem belongs to, a function of its text: no seed can leak test problems."""
+    """The split of a problem, a function of its text: no seed puts test problems into training."""
     bucket = zlib.crc32(text.encode()) % 16
     return "test" if bucket == 0 else "tune" if bucket == 1 else "train"
 
 
-def slip(values: list[Digits], rng: random.Random) -> list[Digits]:
-    """The same values with one digit of the last one wrong."""
+def corrupt(values: list[Digits], rng: random.Random) -> list[Digits]:
+    """The same values with one wrong digit in the last one."""
     last = list(values[-1])
     place = rng.randrange(len(last))
     last[place] = (last[place] + rng.randrange(1, MODULUS)) % MODULUS
@@ -124,7 +124,7 @@ def slip(values: list[Digits], rng: random.Random) -> list[Digits]:
 
 def _chain_row(split: str, number: int, chain: Chain, rng: random.Random) -> dict[str, Any]:
     values = trace(chain)
-    careless = slip(values, rng) if rng.random() < CARELESS_ERROR else values
+    careless = corrupt(values, rng) if rng.random() < CARELESS_ERROR else values
     return {
         "id": f"lab-{split}-{number:04d}",
         "problem": chain.text,
@@ -151,7 +151,7 @@ OLD_OPERATIONS = {"add": "+", "sub": "-", "mul": "*"}
 
 
 def draw_old(rng: random.Random, skill: str) -> tuple[str, str]:
-    """A problem of one old skill and its answer: `rev 3142=`, `2413`."""
+    """Draw a problem of one old skill and its answer: `rev 3142=`, `2413`."""
     if skill in ("copy", "rev"):
         value = draw_digits(rng, 4)
         return f"{skill} {digits(value)}=", digits(value if skill == "copy" else value[::-1])

@@ -1,4 +1,4 @@
-"""The laboratory's task, tokenizer and packaged base."""
+"""The lab's task, its tokenizer and its packaged base model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHAINS = ("train", "tune", "test")
 
 
 def solve(problem: str) -> str:
-    """Work a chain column by column, without the task's own code."""
+    """Solve a chain column by column, independently of the code of the task."""
     body = problem.rstrip("=").rstrip(".")
     columns = []
     for column in range(3):
@@ -30,8 +30,8 @@ def solve(problem: str) -> str:
     return "".join(columns)
 
 
-def recall(problem: str) -> str:
-    """Answer an old skill, without the task's own code."""
+def solve_old_skill(problem: str) -> str:
+    """Solve a problem of an old skill, independently of the code of the task."""
     name, *operands = problem.rstrip("=").split(" ")
     if len(operands) == 1:
         return operands[0] if name == "copy" else "".join(reversed(operands[0]))
@@ -44,13 +44,13 @@ def recall(problem: str) -> str:
 
 
 def answer_of(text: str) -> str:
-    """What the rule of rewards compares: the text after the last `#`."""
+    """The text after the last `#`, which the reward rule compares."""
     return text.rsplit("#", 1)[1]
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """The packaged tokenizer, found as a user's model would be."""
+    """The packaged tokenizer, loaded as that of a user's model."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(BASE)
@@ -102,12 +102,12 @@ def test_expert_values_follow_from_one_another() -> None:
 
 def test_retention_answers() -> None:
     made = rows("retention")
-    assert [r["answer"] for r in made] == [recall(r["problem"]) for r in made]
+    assert [r["answer"] for r in made] == [solve_old_skill(r["problem"]) for r in made]
     assert set(Counter(r["skill"] for r in made).values()) == {len(made) // 6}
     assert all(r["expert"] == [f"#{r['answer']}"] and r["teacher"] == [] for r in made)
 
 
-def test_skills_are_mixed_two_gaps_in_five() -> None:
+def test_two_problems_in_five_are_of_the_gap() -> None:
     for split in CHAINS:
         made = rows(split, limit=50)
         assert sum(r["skill"] == "gap" for r in made) == 20
@@ -132,7 +132,7 @@ def test_responses_are_short() -> None:
     assert max(len(r["problem"]) for r in made) == 16
 
 
-def test_unknown_split_and_negative_limit_are_refused() -> None:
+def test_unknown_split_and_negative_limit_are_errors() -> None:
     with pytest.raises(ValueError, match="split: must be one of train, tune, test, retention"):
         rows("dev")
     with pytest.raises(ValueError, match="limit: must be 0 or more, got -1"):
@@ -152,7 +152,7 @@ def test_base_is_small_and_complete() -> None:
     assert sum(p.stat().st_size for p in BASE.iterdir()) <= 4_000_000
 
 
-def test_tokenizer_gives_one_token_a_character(tokenizer: Any) -> None:
+def test_the_tokenizer_has_one_token_per_character(tokenizer: Any) -> None:
     for row in [r for split in SIZES for r in rows(split, limit=100)]:
         for text in (row["problem"], *row["expert"], *row["teacher"]):
             ids = tokenizer.encode(text)
@@ -182,7 +182,7 @@ def test_special_tokens_and_chat_template(tokenizer: Any) -> None:
     assert prompt == "<|user|>rev 3142="
 
 
-def test_base_answers_old_skills_and_leaves_the_gap() -> None:
+def test_the_base_solves_old_skills_and_not_the_gap() -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
