@@ -12,6 +12,7 @@ from typing import Any
 from gft_lite.rewards.base import Grade, RewardError, RewardFunction, check_magnitude
 from gft_lite.rewards.registry import load_function
 from gft_lite.types import Group, Response
+from gft_lite.utils.errors import short_repr
 from gft_lite.utils.user_code import user_errors_as
 
 Rows = Sequence[tuple[Group, Response]]
@@ -80,7 +81,7 @@ class UserFunction:
         except Exception as error:  # whatever the __float__ of the user's object raises
             raise RewardError(
                 f"reward {self._name!r}: entries must be finite numbers or None, "
-                f"got {_shown(entry)}. Return None where it does not apply."
+                f"got {_safe_repr(entry)}. Return None where it does not apply."
             ) from error
         check_magnitude(f"reward {self._name!r}: entries", score)
         return score
@@ -151,10 +152,8 @@ def _await(awaitable: Any) -> Any:
         return pool.submit(asyncio.run, result()).result()
 
 
-def _shown(value: Any) -> str:
-    """A value on one short line."""
+def _safe_repr(value: Any) -> str:
     try:
-        text = " ".join(repr(value).split())
-    except Exception:  # the user's own __repr__, or an integer of too many digits
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= 60 else f"{text[:57]}..."
+        return " ".join(short_repr(value).split())
+    except Exception:  # the user's own __repr__
+        return f"a {type(value).__name__}"

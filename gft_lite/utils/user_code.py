@@ -24,10 +24,10 @@ def user_errors_as(make_error: Callable[[str], Exception]) -> Iterator[None]:
         except BaseException as error:
             if received:
                 raise
-            raise make_error(describe(error)) from error
+            raise make_error(_one_line(error)) from error
 
 
-def describe(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     """The type and message of an exception, on one line."""
     try:
         text = " ".join(str(error).split())

@@ -385,7 +385,7 @@ def test_user_functions_get_the_arguments_of_trl(user_module, conversational):
         ("my_rewards:complex_number", "finite numbers or None, got 1j"),
         ("my_rewards:nested", r"finite numbers or None, got \[1.0\]"),
         ("my_rewards:huge", r"at most 1e\+15 in magnitude, got 1e\+308"),
-        ("my_rewards:huge_integer", "finite numbers or None, got a int"),
+        ("my_rewards:huge_integer", "finite numbers or None, got a very long number"),
         ("my_rewards:mapping", "list of numbers or None, got dict"),
         ("my_rewards:nothing", "list of numbers or None, got NoneType"),
         ("my_rewards:scalar", "must not raise, got TypeError: iteration over a 0-d tensor"),
