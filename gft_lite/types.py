@@ -1,4 +1,4 @@
-"""The frozen values that cross every boundary: Problem, Response, Group."""
+"""The frozen values that all packages exchange: Problem, Response, Group, ScoredGroup."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Source = Literal["expert", "teacher", "self"]
+# Sources as numbers: the index in this tuple.
+SOURCES: tuple[Source, ...] = ("expert", "teacher", "self")
 FinishReason = Literal["stop", "length"]
 
 
@@ -33,10 +35,10 @@ class Response:
 
     `token_ids` includes the end-of-sequence token when `finish_reason` is "stop" on it;
     `logprobs`, one per token id, are the rollout engine's, in nats, for self samples only.
-    `reward` is what the reward rule gave, never overwritten by an advantage;
-    `reward_parts` are the unweighted scores of each reward function;
-    `verdict` says how the reward came about: "ok", "no_answer" (none stated), "unparsed" (not
-    readable as mathematics), "timeout" (grading was killed) or "error".
+    `reward` is the reward rule's score, never an advantage; None before grading, and after it if no
+    reward function applies. `reward_parts` are the unweighted scores of each reward function.
+    `verdict` is the outcome of grading, None before it: "not_applicable", "ok", "no_answer" (none
+    stated), "unparsed" (not readable as mathematics), "timeout" (grading was killed) or "error".
     """
 
     token_ids: tuple[int, ...]
@@ -50,7 +52,7 @@ class Response:
 
     @property
     def truncated(self) -> bool:
-        """Whether the response was cut off by a length limit."""
+        """True if a length limit ended the response."""
         return self.finish_reason == "length"
 
 
@@ -68,14 +70,33 @@ class Group:
         return len(self.responses)
 
     @property
-    def rewards(self) -> tuple[float, ...]:
-        """The K rewards. Raises: ValueError if a response has not been scored."""
-        rewards = tuple(r.reward for r in self.responses if r.reward is not None)
-        if len(rewards) != len(self.responses):
-            raise ValueError(f"group {self.problem.id}: not every response has been scored")
-        return rewards
+    def rewards(self) -> tuple[float | None, ...]:
+        """The K rewards, None where no reward function applies.
+
+        Raises: ValueError if a response has not been graded.
+        """
+        if any(r.reward is None and r.verdict is None for r in self.responses):
+            raise ValueError(f"group {self.problem.id}: not every response has been graded")
+        return tuple(r.reward for r in self.responses)
 
     @property
     def flat(self) -> bool:
-        """Whether all rewards are equal, so that every advantage is zero."""
-        return len(set(self.rewards)) <= 1
+        """True if all rewards are equal, so that every advantage is zero."""
+        return len({reward for reward in self.rewards if reward is not None}) <= 1
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredGroup:
+    """A graded group with the K advantages of its responses."""
+
+    group: Group
+    advantages: tuple[float, ...]
+
+    def __iter__(self) -> Iterator[tuple[Response, float]]:
+        return zip(self.group, self.advantages, strict=True)
+
+    @property
+    def success_share(self) -> float:
+        """The share of the self samples with a reward over 0.5; 0 without self samples."""
+        rewards = [r.reward for r in self.group if r.source == "self"]
+        return sum((reward or 0.0) > 0.5 for reward in rewards) / len(rewards) if rewards else 0.0

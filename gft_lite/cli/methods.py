@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
                 for s in ("expert", "teacher", "self")]  # fmt: skip
         reduction, lr = recipe.objective.reduction, f"{recipe.optim.lr:g}"
         table.add_row(name, *rows, method.formula, ", ".join(method.needs) or "-", reduction, lr,
-                      method.source.removeprefix("arXiv "))  # fmt: skip
+                      method.citation.removeprefix("arXiv "))  # fmt: skip
     console = Console()
     console.print(table)
     console.print(_LEGEND, highlight=False)

@@ -29,9 +29,9 @@ from gft_lite.policy.batching import Row
 from gft_lite.policy.registry import load_policy
 from gft_lite.rewards.scorer import Scorer
 from gft_lite.rollout.base import RolloutEngine, Sampling
+from gft_lite.rollout.policy_engine import PolicyEngine
 from gft_lite.rollout.registry import find_engine, start_engine
 from gft_lite.rollout.sampling import make_prompt_format
-from gft_lite.rollout.sync_check import Probe, sync
 from gft_lite.runs.folder import RunFolder
 from gft_lite.types import Group, Problem
 from gft_lite.utils.errors import RecipeError
@@ -127,15 +127,14 @@ def _evaluate_group(work: _Work, targets: Sequence[Target]) -> None:
         engine = start_engine(suite.rollout, policy, scratch / base)
         stack.callback(engine.close)
         model = _Model(work, policy, engine, formats, problems, base)
-        probe = Probe(policy, model.probe_row(), suite.rollout.probe_limit)
-        probe.calibrate(engine)
+        served = PolicyEngine(engine, policy, scratch / base / "adapters")
+        served.start_checks(model.probe_row(), suite.rollout.probe_limit)
         base_rows = model.first_samples(base) if adapters else []
         # The base is served until the first sync, so it comes first.
         for target in sorted(targets, key=lambda target: target.adapter is not None):
             if target.adapter is not None:
                 policy.load_adapter(target.adapter)
-                sync(engine, policy, scratch / base / "adapters", 1 + adapters.index(target))
-                probe.check(engine)
+                served.sync(1 + adapters.index(target))
             model.evaluate(target, base_rows)
         work.sampled += model.sampler.sampled
         work.reused += model.sampler.reused

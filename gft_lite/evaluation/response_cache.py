@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gft_lite.data.prompts import PromptFormat
 from gft_lite.rollout.base import Request, RolloutEngine, Sampling
-from gft_lite.rollout.sampling import requests
+from gft_lite.rollout.sampling import Draw, make_requests
 from gft_lite.types import FinishReason, Group, Problem, Response
 from gft_lite.utils.files import whole_lines
 
@@ -98,7 +98,7 @@ class Sampler:
         cache: ResponseCache,
     ) -> tuple[list[Group], list[list[str]]]:
         """`samples` unscored responses to each problem, and their keys; new ones are kept."""
-        asked = requests(problems, [samples] * len(problems), seed_parts)
+        asked = make_requests(Draw(problem, samples, seed_parts) for problem in problems)
         keys = [self.keys(model, request) for request in asked]
         new = [
             (request.prompt_ids, key, seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from gft_lite.data.prompts import PromptFormat
@@ -11,7 +12,7 @@ from gft_lite.recipe.sections import EvalSettings, RewardSettings
 from gft_lite.rewards.base import RewardError, RewardFunction
 from gft_lite.rewards.scorer import Scorer
 from gft_lite.rollout.base import RolloutEngine, Sampling
-from gft_lite.rollout.sampling import sample
+from gft_lite.rollout.sampling import Draw, sample
 from gft_lite.types import Group, Problem
 from gft_lite.utils.errors import RecipeError
 
@@ -35,34 +36,26 @@ def open_scorer(settings: RewardSettings, *, conversational: bool) -> Scorer:
         raise RecipeError([str(error)]) from error
 
 
-def evaluate_sets(
-    engine: RolloutEngine,
-    format: PromptFormat,
-    grade: Grade,
-    sets: Mapping[str, Sequence[Problem]],
-    settings: EvalSettings,
-    max_tokens: int,
-    seed: int,
-) -> dict[str, dict[str, Any]]:
-    """Sample and grade every set; the same seeds for every model, so that pairs compare."""
-    sampling = Sampling(settings.temperature, settings.top_p, max_tokens=max_tokens)
-    return {
-        name: measure(_answer(engine, format, grade, name, problems, settings, sampling, seed),
-                      settings.k)
-        for name, problems in sets.items()
-    }  # fmt: skip
+@dataclass(frozen=True)
+class SetEvaluator:
+    """Samples and grades named sets of problems, with equal seeds for every model: results pair."""
 
+    format: PromptFormat
+    grade: Grade
+    settings: EvalSettings
+    sampling: Sampling
+    seed: int
 
-def _answer(
-    engine: RolloutEngine,
-    format: PromptFormat,
-    grade: Grade,
-    name: str,
-    problems: Sequence[Problem],
-    settings: EvalSettings,
-    sampling: Sampling,
-    seed: int,
-) -> list[Group]:
-    counts = [settings.samples] * len(problems)
-    responses = sample(engine, format, problems, counts, sampling, (seed, "eval", name))
-    return grade([Group(p, r) for p, r in zip(problems, responses, strict=True)])
+    def evaluate(
+        self, engine: RolloutEngine, sets: Mapping[str, Sequence[Problem]]
+    ) -> dict[str, dict[str, Any]]:
+        """The figures of each set for what the engine serves."""
+        return {
+            name: measure(self._graded(engine, name, problems), self.settings.k)
+            for name, problems in sets.items()
+        }
+
+    def _graded(self, engine: RolloutEngine, name: str, problems: Sequence[Problem]) -> list[Group]:
+        draws = [Draw(p, self.settings.samples, (self.seed, "eval", name)) for p in problems]
+        responses = sample(engine, self.format, draws, self.sampling)
+        return self.grade([Group(p, r) for p, r in zip(problems, responses, strict=True)])

@@ -1,4 +1,4 @@
-"""TODO: gft_lite/objective/advantages.py"""
+"""Group advantages: rewards compared within their group."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def group_advantages(
     Shapes: rewards [..., K] -> advantages [..., K].
     Raises: ValueError for an empty group, a NaN or infinite reward, or an unknown std.
     """
-    import torch  # A list of rewards is welcome, so a tensor may have to be made.
+    import torch  # Here, so that importing the module costs nothing.
 
     if std not in ("sample", "population", "none"):
         raise ValueError(f"std: must be sample, population or none, got {std!r}")
@@ -40,6 +40,23 @@ def group_advantages(
     if std != "none":
         spread = values.std(-1, keepdim=True, correction=1 if std == "sample" else 0)
         centred = centred / (spread + eps)
-    # Rounding of the mean would leave a flat group a tiny reward difference to learn from.
+    # Rounding of the mean would give a flat group small advantages that are not zero.
     flat = values.amax(-1, keepdim=True) == values.amin(-1, keepdim=True)
     return centred.masked_fill(flat, 0.0)
+
+
+def advantages_of(
+    rewards: Sequence[float | None], *, std: Std = "sample", eps: float = 1e-6
+) -> list[float]:
+    """The advantages of a group in which some responses have no reward (None).
+
+    A response without a reward has advantage 0 and is not part of mean and standard deviation.
+    If only one of several responses has a reward, there is nothing to compare it with: 0.
+
+    Shapes: rewards [K] -> advantages [K].
+    """
+    graded = [reward for reward in rewards if reward is not None]
+    if not graded or (len(graded) == 1 and len(rewards) > 1):
+        return [0.0] * len(rewards)
+    values = iter(group_advantages(graded, std=std, eps=eps).tolist())
+    return [0.0 if reward is None else next(values) for reward in rewards]

@@ -1,18 +1,138 @@
-"""Group advantages, rectification, every per-token loss, and the ONE table `METHODS`.
+"""Every per-token loss: `loss(inputs: LossInputs, *, parameters...) -> LossOutput`.
 
-Source of the equations: Group Fine-Tuning, arXiv 2604.14258. Everything is a pure function
-written with tensor methods only: this module imports no torch, so that checking a recipe's
-method or printing the table costs nothing.
+Source of the equations: Group Fine-Tuning, arXiv 2604.14258, unless a docstring names another.
+Pure functions written with tensor methods only: no torch is imported here, so that checking a
+recipe's method costs nothing. Tokens lie on the last axis, T; a micro-batch is one flat [T].
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from gft_lite.objective.rectification import rectify
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LossInputs:
+    """What a per-token loss may read; optional inputs are there if the method `needs` them.
+
+    Log-probs, entropy and KL are in nats, of the untempered distribution (temperature 1).
+
+    Shapes: logprobs [..., T], with gradient; advantages [...] or [..., T]; without gradient
+    source [..., T], the index in `types.SOURCES`; old_logprobs [..., T] at the start of the step
+    (None while the policy has not moved since); engine_logprobs [..., T] as sampled (the trainer's
+    own for demonstrations); entropy [..., T]; reference_logprobs [..., T]; success_share [..., T],
+    the share of the group's self samples with an advantage above 0; progress, the share of the
+    budget that is spent, in [0, 1]. With gradient: reference_kl [..., T], the exact
+    KL(reference || policy) over the vocabulary.
+    """
+
+    logprobs: Tensor
+    advantages: Tensor
+    source: Tensor | None = None
+    old_logprobs: Tensor | None = None
+    engine_logprobs: Tensor | None = None
+    entropy: Tensor | None = None
+    reference_logprobs: Tensor | None = None
+    reference_kl: Tensor | None = None
+    success_share: Tensor | None = None
+    progress: float | None = None
+
+    @property
+    def token_advantages(self) -> Tensor:
+        """Advantages that broadcast over tokens: one per row becomes [..., 1]."""
+        if 0 < self.advantages.ndim < self.logprobs.ndim:
+            return self.advantages.unsqueeze(-1)
+        return self.advantages
+
+
+@dataclass(frozen=True, slots=True)
+class LossOutput:
+    """The loss of each token, and named figures to report.
+
+    Each metric has a value per token, NaN where it does not apply; its mean over the other trained
+    tokens of a step goes to `metrics.jsonl`, the console, the trackers and the report.
+
+    Shapes: per_token [..., T]; each metric [..., T].
+    """
+
+    per_token: Tensor
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def sft_loss(inputs: LossInputs) -> LossOutput:
+    """Negative log-likelihood, `-log p`; advantages are not used."""
+    return LossOutput(-inputs.logprobs)
+
+
+def dft_loss(inputs: LossInputs) -> LossOutput:
+    """Dynamic fine-tuning, `-sg(p) log p` (arXiv 2508.05629)."""
+    return LossOutput(-inputs.logprobs.detach().exp() * inputs.logprobs)
+
+
+def asft_loss(inputs: LossInputs, *, lam: float = 0.1) -> LossOutput:
+    """Anchored SFT, `-sg(p) log p + lam KL(ref || p)` (arXiv 2509.23753).
+
+    Direction of the KL and `lam` are those of the authors' code. Needs `reference_kl`.
+    """
+    kl = _present(inputs.reference_kl, "reference_kl")
+    per_token = dft_loss(inputs).per_token + lam * kl
+    return LossOutput(per_token, {"reference_kl": kl.detach()})
+
+
+def gft_loss(inputs: LossInputs, *, tau: float = 0.7) -> LossOutput:
+    """Group fine-tuning (Eq. 21), `-A C(p) log p`, p and log p of one untempered distribution.
+
+    Metric: `rectified`, the share of tokens with p < tau.
+    """
+    probs = inputs.logprobs.exp()
+    per_token = -inputs.token_advantages * rectify(probs, tau) * inputs.logprobs
+    return LossOutput(per_token, {"rectified": probs.detach() < tau})
+
+
+def gft_no_gal_loss(inputs: LossInputs, *, tau: float = 0.7) -> LossOutput:
+    """GFT without group advantages, `-C(p) log p`. Metric: `rectified`, as `gft_loss`."""
+    probs = inputs.logprobs.exp()
+    return LossOutput(-rectify(probs, tau) * inputs.logprobs, {"rectified": probs.detach() < tau})
+
+
+def gft_no_dcr_loss(inputs: LossInputs) -> LossOutput:
+    """GFT without rectification, `-A log p`."""
+    return LossOutput(-inputs.token_advantages * inputs.logprobs)
+
+
+def clipped_loss(
+    inputs: LossInputs, *, clip_low: float = 0.2, clip_high: float = 0.2
+) -> LossOutput:
+    """The clipped surrogate, `-min(rho A, clip(rho, 1 - low, 1 + high) A)` (arXiv 2402.03300,
+    Eq. 3, whose KL penalty is the recipe's `objective.kl`).
+
+    Without `old_logprobs` the policy has not moved since the rollout: rho is 1 and only its
+    gradient counts. Metrics: `ratio`, the mean of rho, and `clip_fraction`, the share of tokens
+    whose gradient the clipping removes.
+    """
+    return _clipped(inputs, inputs.token_advantages, clip_low, clip_high)
+
+
+def psft_loss(inputs: LossInputs, *, clip_low: float = 0.2, clip_high: float = 0.28) -> LossOutput:
+    """Proximal SFT (arXiv 2508.17784): the clipped surrogate with every advantage 1."""
+    return _clipped(inputs, inputs.logprobs.detach().new_ones(()), clip_low, clip_high)
+
+
+def _clipped(
+    inputs: LossInputs, advantages: Tensor, clip_low: float, clip_high: float
+) -> LossOutput:
+    logprobs, old = inputs.logprobs, inputs.old_logprobs
+    ratio = (logprobs - (logprobs.detach() if old is None else old)).exp()
+    unclipped = ratio * advantages
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    metrics = {"ratio": ratio.detach(), "clip_fraction": (clipped < unclipped).detach()}
+    return LossOutput(-unclipped.minimum(clipped), metrics)
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -26,82 +146,7 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return difference.exp() - difference - 1
 
 
-# --- per-token losses: (logprobs [..., T], advantages [...] or [..., T]) -> [..., T] ----------
-
-
-def sft_loss(logprobs: Tensor, advantages: Tensor) -> Tensor:
-    """Negative log-likelihood, `-log p`; the advantages do not count."""
-    return -logprobs
-
-
-def dft_loss(logprobs: Tensor, advantages: Tensor) -> Tensor:
-    """Dynamic fine-tuning, `-sg(p) log p` (arXiv 2508.05629)."""
-    return -logprobs.detach().exp() * logprobs
-
-
-def asft_loss(
-    logprobs: Tensor, advantages: Tensor, *, reference_kl: Tensor, lam: float = 0.1
-) -> Tensor:
-    """Anchored SFT, `-sg(p) log p + lam KL(ref || p)` (arXiv 2509.23753).
-
-    `reference_kl` [..., T] is the KL over the whole vocabulary at each token, with gradient;
-    direction and `lam` are those of the authors' code.
-    """
-    return dft_loss(logprobs, advantages) + lam * reference_kl
-
-
-def gft_loss(logprobs: Tensor, advantages: Tensor, *, tau: float = 0.7) -> Tensor:
-    """Group fine-tuning (Eq. 21), `-A C(p) log p`, p and log p of one untempered distribution."""
-    return -_per_token(advantages, logprobs) * rectify(logprobs.exp(), tau) * logprobs
-
-
-def gft_no_gal_loss(logprobs: Tensor, advantages: Tensor, *, tau: float = 0.7) -> Tensor:
-    """GFT without group advantages, `-C(p) log p`."""
-    return -rectify(logprobs.exp(), tau) * logprobs
-
-
-def gft_no_dcr_loss(logprobs: Tensor, advantages: Tensor) -> Tensor:
-    """GFT without rectification, `-A log p`."""
-    return -_per_token(advantages, logprobs) * logprobs
-
-
-def clipped_loss(
-    logprobs: Tensor,
-    advantages: Tensor,
-    *,
-    old_logprobs: Tensor | None = None,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-) -> Tensor:
-    """The clipped surrogate, `-min(rho A, clip(rho, 1 - low, 1 + high) A)` (arXiv 2402.03300,
-    Eq. 3, whose KL penalty is the recipe's `objective.kl`).
-
-    `old_logprobs` [..., T] are those at the rollout; None means that the policy has not moved
-    since, so that rho = 1 and only its gradient counts.
-    """
-    old = logprobs.detach() if old_logprobs is None else old_logprobs
-    ratio = (logprobs - old).exp()
-    advantages = _per_token(advantages, logprobs)
-    return -(ratio * advantages).minimum(ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
-
-
-def psft_loss(
-    logprobs: Tensor,
-    advantages: Tensor,
-    *,
-    old_logprobs: Tensor | None = None,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
-) -> Tensor:
-    """Proximal SFT (arXiv 2508.17784): the clipped surrogate with every advantage 1."""
-    ones = logprobs.detach().new_ones(())
-    return clipped_loss(
-        logprobs, ones, old_logprobs=old_logprobs, clip_low=clip_low, clip_high=clip_high
-    )
-
-
-def _per_token(advantages: Tensor, logprobs: Tensor) -> Tensor:
-    """Advantages that broadcast over tokens: one per row becomes [..., 1]."""
-    if 0 < advantages.ndim < logprobs.ndim:
-        advantages = advantages.unsqueeze(-1)
-    return advantages
+def _present(value: Tensor | None, name: str) -> Tensor:
+    if value is None:
+        raise ValueError(f"{name}: must be among the method's needs, got none")
+    return value

@@ -1,12 +1,14 @@
-"""TODO: gft_lite/objective/methods.py"""
+"""What a training method is, and the table `METHODS` of all of them."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from gft_lite.objective.losses import (
+    LossOutput,
     asft_loss,
     clipped_loss,
     dft_loss,
@@ -19,36 +21,51 @@ from gft_lite.objective.losses import (
 from gft_lite.types import Source
 from gft_lite.utils.imports import load_dotted
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-Need = Literal["old_logprobs", "reference_kl"]
-
-
-# --- the table -------------------------------------------------------------------------------
+Need = Literal[
+    "source",
+    "old_logprobs",
+    "engine_logprobs",
+    "entropy",
+    "reference_logprobs",
+    "reference_kl",
+    "success_share",
+    "progress",
+]
 
 
 @dataclass(frozen=True)
 class Method:
-    """What a training method is: its loss, the rows it trains on, its defaults, its source.
+    """A training method: its loss, the sources it trains on, its default settings, its paper.
 
-    `loss` takes log-probs, advantages, the `parameters` named here, all of them fields of the
-    recipe's `objective:`, and what it `needs`: `old_logprobs`, those at the rollout (None where
-    a single update follows it), `reference_kl`, the exact KL(reference || policy) of each token
-    with gradient. `scales_with_advantage` says that loss and gradient are 0 where the advantage
-    is, so that such rows need not go through the model. `defaults` is a recipe fragment that
-    lies under the user's recipe.
+    `loss` takes `LossInputs`; its keyword-only arguments are the method's parameters, which the
+    recipe sets under `objective:`. `needs` names the optional inputs that it reads. With
+    `scales_with_advantage`, loss and gradient are 0 where the advantage is 0, so that such rows
+    are left out before the forward. `defaults` is a recipe fragment under the user's recipe.
     """
 
-    loss: Callable[..., Tensor]
+    loss: Callable[..., LossOutput]
     sources: tuple[Source, ...]
-    source: str
+    citation: str
     formula: str = ""
-    parameters: tuple[str, ...] = ()
     needs: tuple[Need, ...] = ()
     group_advantages: bool = True
     scales_with_advantage: bool = False
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
+        """The keyword-only arguments of the loss, by name."""
+        signature = inspect.signature(self.loss)
+        names = [n for n, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY]
+        return {name: _resolve(signature.parameters[name], self.loss) for name in names}
+
+
+def _resolve(parameter: inspect.Parameter, function: Callable[..., Any]) -> inspect.Parameter:
+    """The parameter with its annotation as a type, which the recipe checks its value against."""
+    if not isinstance(parameter.annotation, str):
+        return parameter
+    names = getattr(inspect.unwrap(function), "__globals__", {})
+    return parameter.replace(annotation=eval(parameter.annotation, names))
 
 
 def _defaults(
@@ -66,7 +83,6 @@ _MIXED: tuple[Source, ...] = ("expert", "teacher", "self")
 _LIKELIHOOD = "maximum likelihood"
 _SURROGATE: dict[str, Any] = {
     "formula": "-min(rho A, clip(rho) A)",
-    "parameters": ("clip_low", "clip_high"),
     "needs": ("old_logprobs",),
     "scales_with_advantage": True,
 }
@@ -90,12 +106,12 @@ METHODS: dict[str, Method] = {
     ),
     "asft": Method(
         asft_loss, _DEMONSTRATIONS, "arXiv 2509.23753", "-sg(p) log p + lam KL",
-        parameters=("lam",), needs=("reference_kl",),
+        needs=("reference_kl",),
         group_advantages=False, defaults=_defaults(1, 0, 0, 1e-4, lam=0.1),
     ),
     "psft": Method(
         psft_loss, _DEMONSTRATIONS, "arXiv 2508.17784", "-min(rho, clip(rho))",
-        parameters=("clip_low", "clip_high"), needs=("old_logprobs",),
+        needs=("old_logprobs",),
         # Eight as in the authors' script; with one, rho is 1 and the gradient that of SFT.
         group_advantages=False, defaults=_defaults(1, 0, 0, 1e-4, clip_high=0.28)
         | {"train": {"updates_per_rollout": 8}},
@@ -114,11 +130,11 @@ METHODS: dict[str, Method] = {
     ),
     "gft": Method(
         gft_loss, _MIXED, "arXiv 2604.14258, Eq. 21", "-A C(p) log p",
-        parameters=("tau",), scales_with_advantage=True, defaults=_defaults(1, 3, 4, 2e-5),
+        scales_with_advantage=True, defaults=_defaults(1, 3, 4, 2e-5),
     ),
     "gft_no_gal": Method(
         gft_no_gal_loss, _DEMONSTRATIONS, "arXiv 2604.14258, ablation", "-C(p) log p",
-        parameters=("tau",), group_advantages=False, defaults=_defaults(1, 3, 0, 2e-5),
+        group_advantages=False, defaults=_defaults(1, 3, 0, 2e-5),
     ),
     "gft_no_dcr": Method(
         gft_no_dcr_loss, _MIXED, "arXiv 2604.14258, ablation", "-A log p",
@@ -126,7 +142,7 @@ METHODS: dict[str, Method] = {
     ),
     "gft_no_mix": Method(
         gft_loss, ("expert", "self"), "arXiv 2604.14258, ablation", "-A C(p) log p",
-        parameters=("tau",), scales_with_advantage=True, defaults=_defaults(1, 0, 7, 2e-5),
+        scales_with_advantage=True, defaults=_defaults(1, 0, 7, 2e-5),
     ),
 }  # fmt: skip
 
@@ -134,7 +150,7 @@ METHODS: dict[str, Method] = {
 def find_method(name: str) -> Method:
     """The method of that name, or the user's own `Method` at a dotted path.
 
-    Raises: ValueError that says what is missing.
+    Raises: ValueError if there is none, with the reason.
     """
     method = METHODS[name] if name in METHODS else load_dotted(name)
     if not isinstance(method, Method):

@@ -1,4 +1,4 @@
-"""TODO: gft_lite/objective/rectification.py"""
+"""Dynamic coefficient rectification: the bound on the weight of unlikely tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO: gft_lite/objective/reduction.py"""
+"""Reductions: the weight of each token in the loss of an optimiser step."""
 
 from __future__ import annotations
 

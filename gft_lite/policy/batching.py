@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from gft_lite.types import SOURCES
 
 Layout = Literal["shared", "packed", "padded"]
 
@@ -16,22 +19,27 @@ Layout = Literal["shared", "packed", "padded"]
 class Row:
     """One response to train on: its tokens, its advantage, and the weight of each token.
 
-    `old_logprobs` [R] are those at the rollout, where the loss asks for them.
+    `source` is the index in `types.SOURCES`, `success_share` the share of its group's self samples
+    that are right. Where the loss needs them: `old_logprobs` [R] at the start of the step and
+    `engine_logprobs` [R] as sampled, both in nats.
     """
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     advantage: float = 1.0
     weight: float = 1.0
+    source: int = SOURCES.index("self")
+    success_share: float = 0.0
     old_logprobs: Tensor | None = None
+    engine_logprobs: Sequence[float] | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
 
 
 class Segment(NamedTuple):
-    """Tokens `start` to `end` of a packed line, which see those of their prompt and, causally,
-    each other."""
+    """Tokens `start` to `end` of a packed line; they attend to their prompt and, causally, to each
+    other."""
 
     prompt_start: int
     prompt_end: int
@@ -48,8 +56,8 @@ class MicroBatch:
 
     Shapes: input_ids [B, S]; of padded rows attention_mask [B, S]; of a packed line (B = 1)
     position_ids [1, S] and its segments; predicts [T], the places in the flat [B * S] whose
-    states predict the targets; targets, advantages, weights, row, old_logprobs [T]. `row` is
-    the place of each token's row in the list that was cut up.
+    states predict the targets; all others [T]. `row` is the index of each token's row in the list
+    of rows; `engine_logprobs` are NaN where no engine sampled the token.
     """
 
     input_ids: Tensor
@@ -61,7 +69,10 @@ class MicroBatch:
     advantages: Tensor
     weights: Tensor
     row: Tensor
+    source: Tensor
+    success_share: Tensor
     old_logprobs: Tensor | None = None
+    engine_logprobs: Tensor | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch on another device."""
@@ -167,7 +178,7 @@ def _packed(rows: Sequence[Row], bundles: Iterable[Sequence[int]]) -> MicroBatch
             first, response = len(ids), rows[i].response_ids
             ids += response
             positions += range(len(prompt), len(rows[i]))
-            # A prompt with one response needs no seam between them.
+            # A prompt with one response is one causal segment.
             alone = Segment(start, start, start, len(ids))
             segments.append(alone if len(bundle) == 1 else Segment(start, end, first, len(ids)))
             predicts += [end - 1, *range(first, len(ids) - 1)]
@@ -184,11 +195,20 @@ def _per_token(rows: Sequence[Row], indices: Sequence[int]) -> dict[str, Any]:
     def spread(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.get_default_dtype()).repeat_interleave(lengths)
 
+    engine = None
+    if any(row.engine_logprobs is not None for row in chosen):
+        unknown = [math.nan]
+        engine = torch.tensor(
+            [x for r in chosen for x in r.engine_logprobs or unknown * len(r.response_ids)]
+        )
     old = [row.old_logprobs for row in chosen if row.old_logprobs is not None]
     return {
         "targets": torch.tensor([token for row in chosen for token in row.response_ids]),
         "advantages": spread([row.advantage for row in chosen]),
         "weights": spread([row.weight for row in chosen]),
         "row": torch.tensor(indices).repeat_interleave(lengths),
+        "source": torch.tensor([row.source for row in chosen]).repeat_interleave(lengths),
+        "success_share": spread([row.success_share for row in chosen]),
+        "engine_logprobs": engine,
         "old_logprobs": torch.cat(old) if old else None,
     }

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from gft_lite.objective.losses import LossInputs
 from gft_lite.objective.methods import find_method
+from gft_lite.recipe.method_parameters import bind_method
 from gft_lite.recipe.schema import Recipe
 from gft_lite.report.loading import Run
 from gft_lite.runs import checkpoint
+from gft_lite.types import SOURCES
 from gft_lite.utils.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -162,10 +165,19 @@ def coefficients(recipe: Recipe, probabilities: Sequence[float]) -> list[float]:
 
     method = find_method(recipe.method)
     logprobs = torch.tensor(probabilities, dtype=torch.float64).log().requires_grad_()
-    given = {"old_logprobs": None, "reference_kl": torch.zeros_like(logprobs)}
-    arguments = {name: getattr(recipe.objective, name) for name in method.parameters}
-    arguments |= {need: given[need] for need in method.needs}
-    loss = method.loss(logprobs, torch.ones_like(logprobs), **arguments)
+    zeros = torch.zeros_like(logprobs)
+    inputs = LossInputs(
+        logprobs,
+        torch.ones_like(logprobs),
+        source=torch.full(logprobs.shape, SOURCES.index("self")),
+        engine_logprobs=logprobs.detach(),
+        entropy=zeros,
+        reference_logprobs=logprobs.detach(),
+        reference_kl=zeros,
+        success_share=zeros,
+        progress=0.5,
+    )
+    loss = method.loss(inputs, **bind_method(recipe)).per_token
     [gradient] = torch.autograd.grad(loss.sum(), logprobs)
     return (-gradient).tolist()
 

@@ -39,7 +39,7 @@ class RestartingEngine:
         self._engine = start()
         self._served: tuple[Path, int] | None = None
         self.name, self.base = self._engine.name, self._engine.base
-        self.check: Callable[[RolloutEngine], float] | None = None
+        self.on_restart: Callable[[RolloutEngine], object] | None = None
 
     def sync(self, adapter: Path | None, version: int) -> None:
         """Serve the adapter saved at `adapter` from now on; None serves the base."""
@@ -103,8 +103,8 @@ class RestartingEngine:
 
     def _serve_and_check(self) -> None:
         self._serve()
-        if self._served is not None and self.check is not None:
-            self.check(self._engine)
+        if self._served is not None and self.on_restart is not None:
+            self.on_restart(self._engine)
 
 
 def _without(request: Request, done: Container[tuple[tuple[int, ...], int]]) -> Request:

@@ -1,58 +1,70 @@
-"""TODO: gft_lite/rollout/sampling.py"""
+"""Samples of problems from an engine, each with a seed of its own."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gft_lite.data.prompts import PromptFormat
 from gft_lite.rollout.base import Request, RolloutEngine, Sampling
 from gft_lite.types import Problem, Response
 
 if TYPE_CHECKING:
-    from gft_lite.data.prompts import PromptFormat
+    from gft_lite.policy.base import Policy
+    from gft_lite.recipe.sections import PromptSettings
+
+
+def make_prompt_format(
+    policy: Policy, prompt: PromptSettings, field: str = "data.prompt"
+) -> PromptFormat:
+    """The prompt format of `prompt` in the policy's tokens; its end tokens join `policy.eos_ids`.
+
+    `field` is the recipe's path of `prompt`, for error texts. Raises: RecipeError.
+    """
+    format = PromptFormat(policy.tokenizer, prompt, field)
+    policy.eos_ids |= set(format.stop_ids)
+    return format
 
 
 def sample_seed(*parts: object) -> int:
-    """A 63-bit seed from the run's seed, step, problem and sample, the same on every machine."""
+    """A 63-bit seed from any parts (run seed, step, problem, sample), equal on every machine."""
     digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
-def requests(
-    problems: Sequence[Problem], counts: Sequence[int], seed_parts: tuple[object, ...]
-) -> list[Request]:
-    """What to ask an engine for: `counts[i]` samples of problem i, each with its own seed."""
-    asked = []
-    drawn: Counter[str] = Counter()
-    for problem, count in zip(problems, counts, strict=True):
-        # A problem that comes twice in one call goes on counting: no sample is drawn twice.
-        numbers = range(drawn[problem.id], drawn[problem.id] + count)
-        drawn[problem.id] += count
-        seeds = tuple(sample_seed(*seed_parts, problem.id, number) for number in numbers)
-        asked.append(Request(problem.prompt_ids, seeds))
-    return asked
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """`count` samples of a problem; `seed_parts` and the problem's id give each its own seed."""
+
+    problem: Problem
+    count: int
+    seed_parts: tuple[object, ...]
+
+
+def make_requests(draws: Iterable[Draw]) -> list[Request]:
+    """A request with `count` seeds for each draw."""
+    found = []
+    drawn: Counter[tuple[object, ...]] = Counter()
+    for draw in draws:
+        # A problem that is drawn twice with equal parts continues counting: no equal samples.
+        key = (*draw.seed_parts, draw.problem.id)
+        numbers = range(drawn[key], drawn[key] + draw.count)
+        drawn[key] += draw.count
+        seeds = tuple(sample_seed(*key, number) for number in numbers)
+        found.append(Request(draw.problem.prompt_ids, seeds))
+    return found
 
 
 def sample(
-    engine: RolloutEngine,
-    format: PromptFormat,
-    problems: Sequence[Problem],
-    counts: Sequence[int],
-    sampling: Sampling,
-    seed_parts: tuple[object, ...],
+    engine: RolloutEngine, format: PromptFormat, draws: Iterable[Draw], sampling: Sampling
 ) -> list[tuple[Response, ...]]:
-    """Self responses from the engine, `counts[i]` of them for problem i."""
-    return respond(engine, format, requests(problems, counts, seed_parts), sampling)
-
-
-def respond(
-    engine: RolloutEngine, format: PromptFormat, asked: Sequence[Request], sampling: Sampling
-) -> list[tuple[Response, ...]]:
-    """Self responses from the engine, one for each seed of each request."""
-    wanted = [request for request in asked if request.seeds]
-    done = iter(engine.generate(wanted, sampling) if wanted else [])
+    """The self responses of each draw."""
+    requests = make_requests(draws)
+    sent = [request for request in requests if request.seeds]
+    done = iter(engine.generate(sent, sampling) if sent else [])
     return [
         tuple(
             Response(
@@ -64,5 +76,5 @@ def respond(
             )
             for c in (next(done) if request.seeds else ())
         )
-        for request in asked
+        for request in requests
     ]

@@ -268,17 +268,16 @@ def _step(policy: Policy, row: Row) -> tuple[float, float, bool]:
 def _hot_load(policy: Policy, row: Row, engine: str) -> tuple[float, float]:
     """The log-prob gaps between trainer and engine with the new adapter, and with the base."""
     from gft_lite.recipe.sections import RolloutSettings
+    from gft_lite.rollout.policy_engine import PolicyEngine
     from gft_lite.rollout.registry import start_engine
-    from gft_lite.rollout.sync_check import Probe, sync
 
     settings = RolloutSettings(engine=engine, kv_cache_mib=64, batch_size=4, eager=True)
     with tempfile.TemporaryDirectory(prefix="gft-lite-doctor-") as scratch:
         serving = start_engine(settings, policy, Path(scratch))
         try:
-            probe = Probe(policy, row, settings.probe_limit)
-            noise = probe.calibrate(serving)
-            sync(serving, policy, Path(scratch) / "adapters", 1)
-            return probe.check(serving), noise
+            served = PolicyEngine(serving, policy, Path(scratch) / "adapters")
+            noise = served.start_checks(row, settings.probe_limit)
+            return served.sync(1), noise
         finally:
             serving.close()
 

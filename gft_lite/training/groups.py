@@ -1,35 +1,132 @@
-"""Group composition: which demonstrations a problem contributes and how many self samples."""
+"""The groups of a step: draw problems, sample, attach demonstrations, score."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from gft_lite.data.prompts import PromptFormat
+from gft_lite.objective.advantages import advantages_of
+from gft_lite.objective.methods import find_method
+from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import GroupSettings
 from gft_lite.rollout.base import RolloutEngine, Sampling
-from gft_lite.rollout.sampling import sample
-from gft_lite.types import Group, Problem, Response, Source
+from gft_lite.rollout.sampling import Draw, sample
+from gft_lite.runs.metrics import PhaseTimer, count_self_tokens
+from gft_lite.training.presampled_groups import PresampledGroups
+from gft_lite.training.visits import ProblemVisit, visits_of_step
+from gft_lite.types import Group, Problem, Response, ScoredGroup, Source
 
-if TYPE_CHECKING:
-    from gft_lite.data.prompts import PromptFormat
+Grade = Callable[[Sequence[Group]], list[Group]]
+
+
+@dataclass(frozen=True, slots=True)
+class StepGroups:
+    """The scored groups of a step and the number of tokens that were sampled for them."""
+
+    groups: list[ScoredGroup]
+    rollout_tokens: int
+
+
+class GroupBuilder:
+    """Builds the scored groups of each step.
+
+    `grade` gives responses their rewards. With `presampled` groups nothing is sampled.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        problems: Sequence[Problem],
+        engine: RolloutEngine,
+        format: PromptFormat,
+        grade: Grade,
+        presampled: PresampledGroups | None = None,
+    ) -> None:
+        self.recipe, self.problems = recipe, problems
+        self.engine, self.format = engine, format
+        self.grade, self.presampled = grade, presampled
+        self.sampling = training_sampling(recipe)
+
+    def build(self, step: int, timer: PhaseTimer) -> StepGroups:
+        """The groups of a step (from 1).
+
+        Flat groups are replaced by those of other problems, at most `rollout.resample` times
+        (dynamic sampling, arXiv 2503.14476).
+        """
+        if self.presampled:
+            visits = visits_of_step(self.recipe, self.problems, step)
+            return StepGroups(self.score(self.presampled.groups(visits)), 0)
+        groups = self._sample_and_grade(visits_of_step(self.recipe, self.problems, step), timer)
+        tokens = count_self_tokens(groups)
+        for attempt in range(1, self.recipe.rollout.resample + 1):
+            flat = sum(group.flat for group in groups)
+            if not flat:
+                break
+            others = visits_of_step(self.recipe, self.problems, step, attempt)[:flat]
+            fresh = self._sample_and_grade(others, timer)
+            tokens += count_self_tokens(fresh)
+            useful = iter([group for group in fresh if not group.flat])
+            groups = [next(useful, group) if group.flat else group for group in groups]
+        return StepGroups(self.score(groups), tokens)
+
+    def sample(self, visits: Sequence[ProblemVisit]) -> list[Group]:
+        """The groups of these visits without rewards, but for problems that are dropped."""
+        composed = [
+            (visit, composition)
+            for visit in visits
+            if (composition := compose(visit.problem, self.recipe.group, visit.epoch))
+        ]
+        draws = [
+            Draw(v.problem, c.self_samples, (self.recipe.seed, v.step, v.attempt))
+            for v, c in composed
+        ]
+        samples = sample(self.engine, self.format, draws, self.sampling)
+        return [
+            Group(v.problem, demonstrations(c, self.format, self.sampling.max_tokens) + own)
+            for (v, c), own in zip(composed, samples, strict=True)
+        ]
+
+    def score(self, groups: Sequence[Group]) -> list[ScoredGroup]:
+        """Graded groups with their advantages; 1 each for methods that use no rewards."""
+        objective = self.recipe.objective
+        if not find_method(self.recipe.method).group_advantages:
+            return [ScoredGroup(group, (1.0,) * len(group)) for group in groups]
+        return [
+            ScoredGroup(
+                group, tuple(advantages_of(group.rewards, std=objective.std, eps=objective.eps))
+            )
+            for group in groups
+        ]
+
+    def _sample_and_grade(self, visits: Sequence[ProblemVisit], timer: PhaseTimer) -> list[Group]:
+        with timer("rollout"):
+            groups = self.sample(visits)
+        with timer("reward"):
+            return self.grade(groups)
+
+
+def training_sampling(recipe: Recipe) -> Sampling:
+    """How the recipe's self samples are drawn."""
+    r = recipe.rollout
+    return Sampling(r.temperature, r.top_p, r.top_k, r.max_tokens, tuple(r.stop))
 
 
 @dataclass(frozen=True, slots=True)
 class Composition:
-    """The demonstrations of one group, as texts, and the number of self samples beside them."""
+    """The demonstrations of one group, as texts, and its number of self samples."""
 
     experts: tuple[str, ...]
     teachers: tuple[str, ...]
     self_samples: int
 
 
-def compose(problem: Problem, settings: GroupSettings, visit: int = 0) -> Composition | None:
-    """What goes into the problem's group on its `visit`-th turn; None drops the problem.
+def compose(problem: Problem, settings: GroupSettings, epoch: int = 0) -> Composition | None:
+    """The composition of the problem's group in an epoch; None drops the problem.
 
-    A problem with more demonstrations than wanted offers others at each visit. With fewer,
-    `group.shortfall` decides: `self` samples fill up, the ones there are `repeat`ed, or the
-    problem is `drop`ped; nothing to repeat drops it too.
+    A problem with more demonstrations than needed uses others in each epoch. With fewer,
+    `group.shortfall` decides: `self` samples replace the missing ones, the existing ones are
+    `repeat`ed, or the problem is `drop`ped, as it is if there is none to repeat.
     """
     taken, missing = [], 0
     for pool, wanted in (
@@ -43,14 +140,14 @@ def compose(problem: Problem, settings: GroupSettings, visit: int = 0) -> Compos
             return None
         missing += short if settings.shortfall == "self" else 0
         count = wanted if settings.shortfall == "repeat" else wanted - short
-        taken.append(tuple(pool[(visit * wanted + i) % len(pool)] for i in range(count)))
+        taken.append(tuple(pool[(epoch * wanted + i) % len(pool)] for i in range(count)))
     return Composition(taken[0], taken[1], settings.self + missing)
 
 
 def demonstrations(
     composition: Composition, format: PromptFormat, max_tokens: int
 ) -> tuple[Response, ...]:
-    """The composition's experts and teachers as tokenised responses, cut at `max_tokens`."""
+    """The expert and teacher responses of a composition, tokenised and cut at `max_tokens`."""
     pairs: list[tuple[Source, str]] = [
         *(("expert", text) for text in composition.experts),
         *(("teacher", text) for text in composition.teachers),
@@ -60,31 +157,6 @@ def demonstrations(
 
 def _demonstration(text: str, source: Source, format: PromptFormat, max_tokens: int) -> Response:
     token_ids, finish_reason = format.response_ids(text, max_tokens)
-    # A cut demonstration is graded as it is trained on: without the part that is gone.
+    # A cut demonstration is graded on the tokens that are trained on.
     graded = text if finish_reason == "stop" else format.text(token_ids)
     return Response(token_ids, graded, source, finish_reason)
-
-
-def build(
-    problems: Sequence[Problem],
-    settings: GroupSettings,
-    visit: int,
-    engine: RolloutEngine,
-    format: PromptFormat,
-    sampling: Sampling,
-    seed_parts: tuple[object, ...],
-) -> list[Group]:
-    """The unscored groups of one step; problems that the shortfall rule drops are left out."""
-    composed = [(p, c) for p in problems if (c := compose(p, settings, visit)) is not None]
-    selves = sample(
-        engine,
-        format,
-        [p for p, _ in composed],
-        [c.self_samples for _, c in composed],
-        sampling,
-        seed_parts,
-    )
-    return [
-        Group(problem, demonstrations(composition, format, sampling.max_tokens) + own)
-        for (problem, composition), own in zip(composed, selves, strict=True)
-    ]

@@ -1,309 +1,316 @@
-"""One optimiser step: the schedule, the loss over micro-batches, and what is not a number."""
+"""The learner: scored groups to rows, micro-batches, the loss, and the optimiser step."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
-from gft_lite.objective.losses import k3
+from gft_lite.objective.losses import LossInputs, k3
 from gft_lite.objective.methods import find_method
-from gft_lite.policy.base import Policy, TokenScores
+from gft_lite.objective.reduction import token_weights
+from gft_lite.policy.base import Policy, TokenScores, without_dropout
 from gft_lite.policy.batching import MicroBatch, Row
+from gft_lite.recipe.method_parameters import bind_method
 from gft_lite.recipe.schema import Recipe
-from gft_lite.training.optim import learning_rate
-from gft_lite.training.session import Session
-from gft_lite.types import Group
+from gft_lite.runs import checkpoint
+from gft_lite.training.optim import learning_rate, make_optimizer
+from gft_lite.training.updates import Mean, Update, add_means
+from gft_lite.types import SOURCES, Problem, ScoredGroup
 from gft_lite.utils.distributed import SINGLE_PROCESS, Distributed
 
 
-@dataclass(frozen=True, slots=True)
-class Update:
-    """What one update did: sums over its response tokens, so that updates can be added up.
+class Learner:
+    """Trains the policy on scored groups.
 
-    `skipped` is "flat" when no row had an advantage, "non_finite" when loss or gradient was
-    not a number; the weights have not moved then. `forwarded` counts the tokens that went
-    through the model, prompts and padding included; `token_budget` is that of its
-    micro-batches, in the end.
+    It owns the optimiser, the current micro-batch limit in tokens (halved when memory runs out),
+    the response tokens trained on so far, which a budget in tokens is measured by, and the number
+    of non-finite steps in a row.
     """
 
-    lr: float
-    token_budget: int
-    tokens: int = 0
-    forwarded: int = 0
-    loss: float = 0.0
-    grad_norm: float | None = None
-    entropy_sum: float = 0.0
-    rectified_sum: float | None = None
-    skipped: Literal["flat", "non_finite"] | None = None
+    def __init__(
+        self,
+        policy: Policy,
+        recipe: Recipe,
+        distributed: Distributed = SINGLE_PROCESS,
+        console: Console | None = None,
+    ) -> None:
+        self.policy, self.recipe = policy, recipe
+        self.distributed = distributed
+        self.console = console or Console(quiet=True)
+        self.optimizer = make_optimizer(policy, recipe.optim)
+        self.method = find_method(recipe.method)
+        self.parameters = bind_method(recipe)
+        self.micro_batch_tokens = int(recipe.train.micro_batch_tokens)
+        self.response_tokens = 0
+        self.bad_steps = 0
+        # Both passes that a ratio compares must be the same function of the weights.
+        self._compares = (
+            "old_logprobs" in self.method.needs and recipe.train.updates_per_rollout > 1
+        )
 
+    # --- a step --------------------------------------------------------------------------------
 
-def portion(
-    policy: Policy,
-    recipe: Recipe,
-    rows: Sequence[Row],
-    token_budget: int,
-    distributed: Distributed = SINGLE_PROCESS,
-) -> list[Row]:
-    """The rows that an update has to train on, prepared while the policy is the old one.
+    def train_on(self, step: int, groups: Sequence[ScoredGroup]) -> list[Update]:
+        """The optimiser steps on one rollout, `train.updates_per_rollout` of them."""
+        parts = _split(groups, self.recipe.train.updates_per_rollout)
+        # All rows first: old log-probs are those of the policy before the first update.
+        prepared = [self.prepare_rows(self.rows(part)) for part in parts]
+        tokens = sum(len(response.token_ids) for scored in groups for response, _ in scored)
+        updates = []
+        for i, rows in enumerate(prepared):
+            middle = (i + 0.5) / len(prepared)
+            progress = self.budget_fraction(step - 1 + middle, middle * tokens)
+            updates.append(self.update(rows, progress))
+        self.response_tokens += tokens
+        finite = all(update.skipped != "non_finite" for update in updates)
+        self.bad_steps = 0 if finite else self.bad_steps + 1
+        return updates
 
-    Rows that add nothing to loss and gradient are left out; what they weigh in the reduction
-    is in the other rows' weights already. Old log-probs are taken where the loss needs them.
-    """
-    method, objective = find_method(recipe.method), recipe.objective
-    if recipe.train.drop_zero_advantage and method.scales_with_advantage and not objective.kl:
-        rows = [row for row in rows if row.advantage]
-    rows = [row for row in rows if row.response_ids]
-    if "old_logprobs" in method.needs and recipe.train.updates_per_rollout > 1:
-        rows = _with_old_logprobs(policy, rows, token_budget, distributed)
-    return rows
+    def budget_fraction(self, steps: float, tokens: float = 0) -> float:
+        """The share of the budget that is spent after `steps`, or after `tokens` more tokens."""
+        if self.recipe.budget.tokens:
+            return (self.response_tokens + tokens) / self.recipe.budget.tokens
+        return steps / (self.recipe.steps or 1)
 
+    def rows(self, groups: Sequence[ScoredGroup]) -> list[Row]:
+        """The rows that one update trains on, weighted by the recipe's reduction."""
+        objective = self.recipe.objective
+        engine = "engine_logprobs" in self.method.needs
+        rows = [
+            Row(
+                scored.group.problem.prompt_ids,
+                response.token_ids,
+                advantage,
+                source=SOURCES.index(response.source),
+                success_share=scored.success_share,
+                engine_logprobs=response.logprobs if engine else None,
+            )
+            for scored in groups
+            for response, advantage in scored
+            if response.token_ids and not (objective.mask_truncated and response.truncated)
+        ]
+        lengths = [len(row.response_ids) for row in rows]
+        weights = token_weights(lengths, objective.reduction, self.recipe.rollout.max_tokens)
+        return [replace(row, weight=weight) for row, weight in zip(rows, weights, strict=True)]
 
-@torch.no_grad()
-def _with_old_logprobs(
-    policy: Policy, rows: Sequence[Row], token_budget: int, distributed: Distributed
-) -> list[Row]:
-    old: dict[int, Tensor] = {}
-    for batch in distributed.shard(policy.batches(rows, token_budget)):
-        logprobs = policy.token_scores(batch).logprobs.cpu()
-        for i in batch.row.unique().tolist():
-            old[i] = logprobs[batch.row == i]
-    everyones = {i: found for part in distributed.all_gather([old]) for i, found in part.items()}
-    return [replace(row, old_logprobs=everyones[i]) for i, row in enumerate(rows)]
+    def prepare_rows(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows that go through the model, with old log-probs if the loss needs them.
 
+        Rows that add nothing to loss and gradient are left out; the reduction has counted them.
+        """
+        method, recipe = self.method, self.recipe
+        drop = recipe.train.drop_zero_advantage and method.scales_with_advantage
+        if drop and not recipe.objective.kl:
+            rows = [row for row in rows if row.advantage]
+        rows = [row for row in rows if row.response_ids]
+        return self._with_old_logprobs(rows) if self._compares else rows
 
-def update(
-    policy: Policy, optimizer: torch.optim.Optimizer, recipe: Recipe, share: float,
-    rows: Sequence[Row], token_budget: int, distributed: Distributed = SINGLE_PROCESS,
-) -> Update:  # fmt: skip
-    """One optimiser step over rows in micro-batches, with one denominator.
+    def update(self, rows: Sequence[Row], progress: float) -> Update:
+        """One optimiser step on `rows` with one denominator.
 
-    `share` is how much of the run's budget is spent half way through it.
-    """
-    lr = learning_rate(share, recipe.optim)
-    if not (recipe.objective.kl or any(row.advantage for row in rows)) or not rows:
-        return Update(lr, token_budget, skipped="flat")
-    done = gradient(policy, recipe, rows, token_budget, distributed)
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters().values(), recipe.optim.clip_norm)
-    finite = math.isfinite(done.loss) and bool(norm.isfinite())
-    if finite:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-    policy.model.zero_grad(set_to_none=True)
-    skipped: Literal["non_finite"] | None = None if finite else "non_finite"
-    return replace(done, lr=lr, grad_norm=norm.item(), skipped=skipped)
+        `progress` is the share of the budget that is spent half way through the step.
+        """
+        lr = learning_rate(progress, self.recipe.optim)
+        if not rows or not (self.recipe.objective.kl or any(row.advantage for row in rows)):
+            return Update(lr, self.micro_batch_tokens, skipped="flat")
+        done = self.gradient(rows, progress)
+        parameters = self.policy.parameters().values()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.recipe.optim.clip_norm)
+        finite = math.isfinite(done.loss) and bool(norm.isfinite())
+        if finite:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self.policy.model.zero_grad(set_to_none=True)
+        return replace(done, lr=lr, grad_norm=norm.item(), skipped=None if finite else "non_finite")
 
+    # --- the gradient --------------------------------------------------------------------------
 
-def gradient(
-    policy: Policy,
-    recipe: Recipe,
-    rows: Sequence[Row],
-    token_budget: int,
-    distributed: Distributed = SINGLE_PROCESS,
-) -> Update:
-    """The gradient of all rows, in micro-batches half as large when memory runs out.
+    def gradient(
+        self, rows: Sequence[Row], progress: float = 0.0, distributed: Distributed | None = None
+    ) -> Update:
+        """The gradient of all rows, in smaller micro-batches when memory runs out.
 
-    Processes that train together take turns in the micro-batches, and all get the whole gradient.
-    Raises: MemoryError when not even the longest row fits by itself.
-    """
-    while True:
-        policy.model.zero_grad(set_to_none=True)
-        batches = _batches(policy, rows, token_budget, distributed.world_size)
-        sums = _sums(policy, recipe, distributed.shard(batches))
-        if not distributed.any(sums is None):
-            break
+        The processes share the micro-batches; each gets the whole gradient.
+
+        Raises: MemoryError if the longest row alone does not fit.
+        """
+        distributed = distributed or self.distributed
+        while True:
+            self.policy.model.zero_grad(set_to_none=True)
+            batches = self.make_micro_batches(rows, distributed.world_size)
+            parts = self._backward_micro_batches(distributed.shard(batches), progress)
+            if not distributed.any(parts is None):
+                break
+            self._halve_micro_batches(rows, batches)
+        self._all_reduce_gradients(distributed)
+        whole = distributed.all_gather(parts or [])
+        return Update(
+            lr=0.0,
+            micro_batch_tokens=self.micro_batch_tokens,
+            tokens=sum(batch.targets.numel() for batch in batches),
+            forwarded=sum(batch.input_ids.numel() for batch in batches),
+            loss=sum(loss for loss, _ in whole),
+            metrics=add_means([metrics for _, metrics in whole]),
+        )
+
+    def make_micro_batches(self, rows: Sequence[Row], at_least: int = 1) -> list[MicroBatch]:
+        """Micro-batches within the limit, `at_least` so many where there are rows for them."""
+        limit = self.micro_batch_tokens
+        while True:
+            batches = self.policy.batches(rows, limit)
+            if len(batches) >= min(at_least, len(rows)):
+                return batches
+            limit = max(batch.input_ids.numel() for batch in batches) // 2
+
+    def dry_step(self, problems: Sequence[Problem]) -> None:
+        """Forward and backward of the largest micro-batch that can come, to settle its size."""
+        recipe = self.recipe
+        longest = max((problem.prompt_ids for problem in problems), key=len)
+        response = (self.policy.pad_id,) * recipe.rollout.max_tokens
+        # Prompts that differ in their first token: only the rows of a group share one.
+        rows = [
+            Row((number, *longest[1:]), response)
+            for number in range(recipe.train.problems_per_step)
+            for _ in range(recipe.group.size)
+        ]
+        batches = self.policy.batches(rows, self.micro_batch_tokens)
+        largest = max(batches, key=lambda batch: batch.input_ids.numel())
+        rows = [rows[i] for i in largest.row.unique().tolist()]
+        # Every process by itself, on its own GPU.
+        self.gradient(rows, distributed=SINGLE_PROCESS)
+        self.micro_batch_tokens = min(self.distributed.all_gather([self.micro_batch_tokens]))
+        self.policy.model.zero_grad(set_to_none=True)
+
+    def _backward_micro_batches(
+        self, batches: Sequence[MicroBatch], progress: float
+    ) -> list[tuple[float, dict[str, Mean]]] | None:
+        """Loss and metrics of each micro-batch; None if memory ran out."""
+        try:
+            with without_dropout(self.policy) if self._compares else contextlib.nullcontext():
+                return [self._backward(batch, progress) for batch in batches]
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+                return None  # Outside of the except: the error keeps the step's tensors alive.
+            raise
+
+    def _backward(self, batch: MicroBatch, progress: float) -> tuple[float, dict[str, Mean]]:
+        """Add a micro-batch's gradient; returns its share of the loss and its metrics."""
+        batch = batch.to(self.policy.device)
+        needs, weight_of_kl = self.method.needs, self.recipe.objective.kl
+        reference: Tensor | None = None
+        if weight_of_kl or "reference_logprobs" in needs:
+            with torch.no_grad(), self.policy.reference():
+                reference = self.policy.token_scores(batch).logprobs
+        parts: list[dict[str, Mean]] = []
+
+        def loss(scores: TokenScores, span: slice) -> Tensor:
+            output = self.method.loss(
+                self._loss_inputs(batch, scores, span, reference, progress), **self.parameters
+            )
+            per_token = output.per_token
+            if weight_of_kl and reference is not None:
+                per_token = per_token + weight_of_kl * k3(scores.logprobs, reference[span])
+            parts.append({name: Mean.of(values) for name, values in output.metrics.items()})
+            return (batch.weights[span] * per_token).sum()
+
+        value, scores = self.policy.backward(batch, loss, reference_kl="reference_kl" in needs)
+        return value, add_means([{"entropy": Mean.of(scores.entropy)}, *parts])
+
+    def _loss_inputs(
+        self,
+        batch: MicroBatch,
+        scores: TokenScores,
+        span: slice,
+        reference: Tensor | None,
+        progress: float,
+    ) -> LossInputs:
+        """The inputs that the method needs, for a slice of a micro-batch's tokens."""
+
+        def cut(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[span]
+
+        engine = cut(batch.engine_logprobs)
+        if engine is not None:  # NaN where no engine sampled the token.
+            engine = engine.where(engine.isfinite(), scores.logprobs.detach())
+        optional: dict[str, Any] = {
+            "source": cut(batch.source),
+            "old_logprobs": cut(batch.old_logprobs),
+            "engine_logprobs": engine,
+            "entropy": scores.entropy.detach(),
+            "reference_logprobs": cut(reference),
+            "reference_kl": scores.reference_kl,
+            "success_share": cut(batch.success_share),
+            "progress": progress,
+        }
+        needed = {name: optional[name] for name in self.method.needs}
+        return LossInputs(scores.logprobs, batch.advantages[span], **needed)
+
+    @torch.no_grad()
+    def _with_old_logprobs(self, rows: Sequence[Row]) -> list[Row]:
+        own: dict[int, Tensor] = {}
+        batches = self.policy.batches(rows, self.micro_batch_tokens)
+        for batch in self.distributed.shard(batches):
+            with without_dropout(self.policy):
+                logprobs = self.policy.token_scores(batch).logprobs.cpu()
+            for i in batch.row.unique().tolist():
+                own[i] = logprobs[batch.row == i]
+        shards = self.distributed.all_gather([own])
+        old = {i: logprobs for shard in shards for i, logprobs in shard.items()}
+        return [replace(row, old_logprobs=old[i]) for i, row in enumerate(rows)]
+
+    def _halve_micro_batches(self, rows: Sequence[Row], batches: Sequence[MicroBatch]) -> None:
         gc.collect()
-        if policy.device.type == "cuda":
+        if self.policy.device.type == "cuda":
             torch.cuda.empty_cache()
         if len(batches) == len(rows):
             raise MemoryError(
                 f"train.micro_batch_tokens: out of memory with one row of "
                 f"{max(map(len, rows))} tokens. Lower rollout.max_tokens, or see gft-lite plan."
             )
-        # No smaller than what was cut already: a budget may be far above what there is to cut.
-        token_budget = min(token_budget, max(b.input_ids.numel() for b in batches)) // 2
-    loss, entropy, rectified = _added_up(policy, sums or [], distributed)
-    return Update(
-        lr=0.0,
-        token_budget=token_budget,
-        tokens=sum(batch.targets.numel() for batch in batches),
-        forwarded=sum(batch.input_ids.numel() for batch in batches),
-        loss=loss,
-        entropy_sum=entropy,
-        rectified_sum=rectified if "tau" in find_method(recipe.method).parameters else None,
-    )
+        before = self.micro_batch_tokens
+        # From the largest micro-batch: the limit may be far above what there was to cut.
+        self.micro_batch_tokens = min(before, max(b.input_ids.numel() for b in batches)) // 2
+        self.console.print(
+            f"out of memory: train.micro_batch_tokens lowered from {before:,} to "
+            f"{self.micro_batch_tokens:,}, the step repeated"
+        )
 
-
-def _batches(
-    policy: Policy, rows: Sequence[Row], token_budget: int, least: int
-) -> list[MicroBatch]:
-    """Micro-batches under the budget, smaller ones if that makes too few to go round."""
-    while True:
-        batches = policy.batches(rows, token_budget)
-        if len(batches) >= min(least, len(rows)):
-            return batches
-        token_budget = max(batch.input_ids.numel() for batch in batches) // 2
-
-
-def _added_up(
-    policy: Policy, sums: Sequence[tuple[float, float, float]], distributed: Distributed
-) -> list[float]:
-    """The sums of all micro-batches, with the gradients of all in place of this process's own."""
-    totals = torch.tensor(sums or [(0.0, 0.0, 0.0)], dtype=torch.float64).sum(0)
-    if distributed.world_size > 1:
-        totals = totals.to(policy.device)
-        distributed.all_reduce_sum_([totals])
-        for parameter in policy.parameters().values():
+    def _all_reduce_gradients(self, distributed: Distributed) -> None:
+        """Replace the gradients of this process's micro-batches by those of all."""
+        if distributed.world_size == 1:
+            return
+        parameters = self.policy.parameters().values()
+        for parameter in parameters:
             if parameter.grad is None:  # This process had no micro-batch.
                 parameter.grad = torch.zeros_like(parameter)
-        distributed.all_reduce_sum_(
-            [p.grad for p in policy.parameters().values() if p.grad is not None]
-        )
-    return totals.tolist()
+        distributed.all_reduce_sum_([p.grad for p in parameters if p.grad is not None])
+
+    # --- checkpoints ---------------------------------------------------------------------------
+
+    def save(self, folder: Path, step: int) -> None:
+        """Write a checkpoint of adapter, optimiser and counters below `folder`."""
+        keep = self.recipe.checkpoint.keep
+        checkpoint.save(folder, step, self.policy, self.optimizer, keep, bad_steps=self.bad_steps)
+
+    def restore(self, saved: Path) -> int:
+        """Read what `save` wrote; returns its step."""
+        step, counters = checkpoint.restore(saved, self.policy, self.optimizer)
+        self.bad_steps = counters["bad_steps"]
+        return step
 
 
-def _sums(
-    policy: Policy, recipe: Recipe, batches: Sequence[MicroBatch]
-) -> list[tuple[float, float, float]] | None:
-    """Loss, entropy and rectified tokens of each micro-batch; None when memory ran out."""
-    try:
-        return [_backward(policy, recipe, batch) for batch in batches]
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
-            return None  # Out of the except: it holds on to what the step had allocated.
-        raise
-
-
-def _backward(policy: Policy, recipe: Recipe, batch: MicroBatch) -> tuple[float, float, float]:
-    """Add a micro-batch's gradient; returns its share of the loss, entropy and rectified sums."""
-    method, settings = find_method(recipe.method), recipe.objective
-    batch = batch.to(policy.device)
-    arguments: dict[str, Any] = {name: getattr(settings, name) for name in method.parameters}
-    reference = None
-    if settings.kl:
-        with torch.no_grad(), policy.reference():
-            reference = policy.token_scores(batch).logprobs
-
-    def loss(scores: TokenScores, span: slice) -> Tensor:
-        old = batch.old_logprobs
-        given = {
-            "old_logprobs": None if old is None else old[span],
-            "reference_kl": scores.reference_kl,
-        }
-        needed = {need: given[need] for need in method.needs}
-        per_token = method.loss(scores.logprobs, batch.advantages[span], **arguments, **needed)
-        if reference is not None:
-            per_token = per_token + settings.kl * k3(scores.logprobs, reference[span])
-        return (batch.weights[span] * per_token).sum()
-
-    value, scores = policy.backward(batch, loss, reference_kl="reference_kl" in method.needs)
-    rectified = (scores.logprobs.detach().exp() < settings.tau).sum()
-    return value, scores.entropy.sum().item(), rectified.item()
-
-
-def combined(updates: Sequence[Update]) -> dict[str, Any]:
-    """The metrics of the updates of one step."""
-    ran = [u for u in updates if u.tokens]
-    tokens = sum(u.tokens for u in ran)
-    skipped = [u.skipped for u in updates if u.skipped]
-    metrics = {
-        "updates": len(updates) - len(skipped),
-        "skipped": ", ".join(skipped) or None,
-        "lr": updates[-1].lr,
-        "trained_tokens": tokens,
-        "forwarded_tokens": sum(u.forwarded for u in ran),
-        "micro_batch_tokens": updates[-1].token_budget,
-        "loss": _per(ran, "loss", len(ran)),
-        "grad_norm": _per(ran, "grad_norm", len(ran)),
-        "entropy": _per(ran, "entropy_sum", tokens),
-        "rectified": _per(ran, "rectified_sum", tokens),
-    }
-    # JSON has no NaN: what was not a number is told by `skipped`.
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in metrics.items()}  # fmt: skip
-
-
-def _per(updates: Sequence[Update], name: str, count: int) -> float | None:
-    values = [getattr(u, name) for u in updates]
-    return None if not count or None in values else sum(values) / count
-
-
-def _update(
-    session: Session, step: int, groups: Sequence[Group], advantages: Sequence[Sequence[float]]
-) -> dict[str, Any]:
-    """The optimiser steps on one rollout."""
-    policy, recipe = session.policy, session.recipe
-    count = recipe.train.updates_per_rollout
-    parts = _split(list(zip(groups, advantages, strict=True)), count)
-    portions = [
-        portion(policy, recipe, _rows(session, part), session.token_budget, session.distributed)
-        for part in parts
-    ]
-    tokens = sum(len(response.token_ids) for group in groups for response in group)
-    done = []
-    for i, rows in enumerate(portions):
-        middle = (i + 0.5) / len(portions)
-        share = session.spent(step - 1 + middle, middle * tokens)
-        budget = session.token_budget
-        done.append(
-            update(policy, session.optimizer, recipe, share, rows, budget, session.distributed)
-        )
-        _lower_budget(session, done[-1].token_budget)
-    session.tokens += tokens
-    return combined(done)
-
-
-def _lower_budget(session: Session, token_budget: int) -> None:
-    """Stay with the smaller micro-batches that a step had to fall back on."""
-    if token_budget < session.token_budget:
-        session.console.print(
-            f"out of memory: train.micro_batch_tokens lowered from {session.token_budget:,} to "
-            f"{token_budget:,}, the step repeated"
-        )
-        session.token_budget = token_budget
-
-
-def _dry_step(session: Session) -> None:
-    """Forward and backward of the largest micro-batch that can come, before hours are spent."""
-    recipe, policy = session.recipe, session.policy
-    longest = max((p.prompt_ids for p in session.problems), key=len)
-    answer = (policy.pad_id,) * recipe.rollout.max_tokens
-    # Prompts differ in their first token, so that a group shares one and no more.
-    rows = [
-        Row((number, *longest[1:]), answer)
-        for number in range(recipe.train.problems_per_step)
-        for _ in range(recipe.group.size)
-    ]
-    batches = policy.batches(rows, session.token_budget)
-    largest = max(batches, key=lambda batch: batch.input_ids.numel())
-    rows = [rows[i] for i in largest.row.unique().tolist()]
-    # Each process by itself, since each has a GPU of its own to try.
-    budget = gradient(policy, recipe, rows, session.token_budget).token_budget
-    _lower_budget(session, min(session.distributed.all_gather([budget])))
-    policy.model.zero_grad(set_to_none=True)
-
-
-def _split(items: list[Any], parts: int) -> list[list[Any]]:
+def _split(items: Sequence[ScoredGroup], parts: int) -> list[Sequence[ScoredGroup]]:
     """`items` in `parts` nearly equal portions, empty ones left out."""
     bounds = [len(items) * i // parts for i in range(parts + 1)]
     return [items[a:b] for a, b in pairwise(bounds) if b > a]
-
-
-def _rows(session: Session, part: Sequence[tuple[Group, Sequence[float]]]) -> list[Row]:
-    """The rows that one update trains on, weighted by the recipe's reduction."""
-    masked = session.recipe.objective.mask_truncated
-    rows = [
-        (group.problem.prompt_ids, response.token_ids, advantage)
-        for group, advantages in part
-        for response, advantage in zip(group, advantages, strict=True)
-        if response.token_ids and not (masked and response.truncated)
-    ]
-    weights = session.token_weights([len(ids) for _, ids, _ in rows])
-    return [Row(*row, weight) for row, weight in zip(rows, weights, strict=True)]

@@ -7,26 +7,26 @@ from typing import Any
 import torch
 
 from gft_lite.rollout.sampling import sample_seed
-from gft_lite.runs.console import Screen
-from gft_lite.runs.metrics import Clock, group_metrics
+from gft_lite.runs.console import TrainingConsole
+from gft_lite.runs.metrics import PhaseTimer, group_metrics
 from gft_lite.training.setup import TrainingRun
 from gft_lite.training.updates import aggregate_updates
 from gft_lite.types import ScoredGroup
 from gft_lite.utils.memory import peak_memory
-from gft_lite.utils.signals import deferred
+from gft_lite.utils.signals import defer_signals
 
 
 class TrainError(RuntimeError):
     """Training can't go on; the last checkpoint holds."""
 
 
-def train_steps(run: TrainingRun, step: int, screen: Screen) -> None:
+def train_steps(run: TrainingRun, step: int, screen: TrainingConsole) -> None:
     """All steps after `step`, with metrics for each and a checkpoint every few.
 
     Raises: KeyboardInterrupt after the current step is saved, if a signal asked for a stop.
     """
     done, stop = run.learner.budget_fraction(step) >= 1, False
-    with deferred(run.console) as interrupt:
+    with defer_signals(run.console) as interrupt:
         while not (done or stop):
             step += 1
             metrics = train_step(run, step)
@@ -34,7 +34,7 @@ def train_steps(run: TrainingRun, step: int, screen: Screen) -> None:
             run.trackers.log(metrics, step)
             screen.step(metrics)
             done = run.learner.budget_fraction(step) >= 1
-            stop = run.distributed.any(bool(interrupt.asked))
+            stop = run.distributed.any(bool(interrupt.received))
             if done or stop or step % run.recipe.checkpoint.every == 0:
                 run.save_checkpoint(step)
     if stop:
@@ -43,18 +43,20 @@ def train_steps(run: TrainingRun, step: int, screen: Screen) -> None:
 
 def train_step(run: TrainingRun, step: int) -> dict[str, Any]:
     """One rollout and the updates on it; returns the step's metrics."""
-    clock = Clock()
+    timer = PhaseTimer()
     torch.manual_seed(sample_seed(run.recipe.seed, step))
-    built = run.builder.build(step, clock)
+    built = run.builder.build(step, timer)
     groups = built.groups
     if run.recipe.log.groups:
         run.folder.write_groups(step, groups)
     with run.engine.asleep():
-        with clock("train"):
+        with timer("train"):
             updates = aggregate_updates(run.learner.train_on(step, groups))
             memory = peak_memory(run.policy.device)
-        kl = run.monitor.measure(step, [scored.group for scored in groups])
-    with clock("sync"):
+        kl = run.monitor.measure(
+            step, [scored.group for scored in groups], run.learner.micro_batch_tokens
+        )
+    with timer("sync"):
         gap = None if run.builder.presampled else run.engine.sync(step)
     _stop_after_bad_steps(run, step, groups)
     return {
@@ -65,7 +67,7 @@ def train_step(run: TrainingRun, step: int) -> dict[str, Any]:
         "sync_gap": gap,
         "peak_memory": memory,
         **({"kl": kl} if kl else {}),
-        "seconds": dict(clock.seconds),
+        "seconds": dict(timer.seconds),
     }
 
 

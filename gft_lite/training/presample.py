@@ -1,4 +1,4 @@
-"""`gft-lite groups`: a recipe's groups, sampled once before training and scored."""
+"""`gft-lite groups`: a recipe's groups, sampled and scored once before training."""
 
 from __future__ import annotations
 
@@ -10,89 +10,76 @@ from pathlib import Path
 
 from rich.console import Console
 
+from gft_lite.recipe.method_parameters import complete_objective
 from gft_lite.recipe.schema import Recipe
-from gft_lite.rollout.sampling import requests, respond
 from gft_lite.runs.base_cache import BASE_EVALUATION
+from gft_lite.runs.folder import find_folder
 from gft_lite.runs.metrics import PhaseTimer, count_self_tokens
-from gft_lite.training import groups as grouping
-from gft_lite.training.offline_groups import OfflineGroups, Turn, all_turns, refuse_other_recipe
-from gft_lite.training.session import Session, open_session
-from gft_lite.types import Group
-from gft_lite.utils.errors import RecipeError
+from gft_lite.training.presampled_groups import PresampledGroups, check_sampling_recipe
+from gft_lite.training.setup import TrainingRun, setup_run
+from gft_lite.training.visits import ProblemVisit, presampled_visits
+from gft_lite.utils.distributed import SINGLE_PROCESS
+from gft_lite.utils.errors import RecipeError, UserError
 from gft_lite.utils.files import cached_json
 
 
 def presample(
     recipe: Recipe, out: str | Path | None = None, *, visits: int = 1,
     console: Console | None = None,
-) -> OfflineGroups:  # fmt: skip
-    """Sample and score the groups that a recipe's steps visit, with the policy as it starts.
+) -> PresampledGroups:  # fmt: skip
+    """Sample and score the groups that a recipe's steps visit, with the policy at its start.
 
-    A problem has at most `visits` groups; what `out` has already is not sampled again.
+    A problem gets at most `visits` groups; groups that `out` already has are not sampled again.
+
     Raises: RecipeError for a wrong recipe or folder.
     """
     if recipe.stages:
         raise RecipeError(["stages: must be empty for groups that are sampled before training."])
     if visits < 1:
-        raise RecipeError([f"--visits: must be at least 1, got {visits}."])
+        raise UserError([f"--visits: must be at least 1, got {visits}."])
     folder = Path(out or recipe.group.offline or Path("groups") / recipe.name)
-    group = recipe.group.model_copy(update={"offline": None})
-    log = recipe.log.model_copy(update={"trackers": []})
-    recipe = recipe.model_copy(update={"group": group, "log": log})
-    begun = (folder / "recipe.yaml").exists() and not (folder / "metrics.jsonl").exists()
-    first = refuse_other_recipe(folder, recipe, "--out", seed=True) if begun else recipe
+    recipe = complete_objective(_sampling_recipe(recipe))
+    resume = (folder / "recipe.yaml").exists() and not (folder / "metrics.jsonl").exists()
+    saved = check_sampling_recipe(folder, recipe, "--out", compare_seed=True) if resume else recipe
     console = console or Console(stderr=True)
+    run_folder = find_folder(saved, folder, resume=resume, distributed=SINGLE_PROCESS)
     with ExitStack() as stack:
-        session = open_session(first, folder, resume=begun, console=console, stack=stack)
-        cached_json(folder / BASE_EVALUATION, session.evaluate)
-        if first.policy.adapter:
-            session.sync(0)
-        store = OfflineGroups(folder)
-        _fill(store, session, list(all_turns(recipe, session.problems, visits)))
-    shutil.rmtree(session.run.scratch, ignore_errors=True)
+        run = setup_run(saved, run_folder, SINGLE_PROCESS, console, stack)
+        cached_json(folder / BASE_EVALUATION, run.evaluate)
+        if saved.policy.adapter:
+            run.engine.sync(0)
+        store = PresampledGroups(folder)
+        _fill(store, run, list(presampled_visits(recipe, run.builder.problems, visits)))
+    shutil.rmtree(run_folder.scratch, ignore_errors=True)
     return store
 
 
-def _fill(store: OfflineGroups, session: Session, turns: Sequence[Turn]) -> None:
-    """Sample and score what is missing."""
-    clock, started, tokens = PhaseTimer(), time.perf_counter(), 0
-    for chunk in _chunks(session, [turn for turn in turns if turn not in store]):
-        with clock("rollout"):
-            groups = _sample(session, chunk)
-        with clock("reward"):
-            scored = session.scorer.score(groups)
-        store.add(chunk, scored)
-        tokens += count_self_tokens(scored)
-        session.say(
-            f"groups: {sum(turn in store for turn in turns):,} of {len(turns):,}, {tokens:,} "
-            f"tokens sampled, {tokens / clock.seconds['rollout']:,.0f} tokens/s"
+def _sampling_recipe(recipe: Recipe) -> Recipe:
+    group = recipe.group.model_copy(update={"offline": None})
+    log = recipe.log.model_copy(update={"trackers": []})
+    return recipe.model_copy(update={"group": group, "log": log})
+
+
+def _fill(store: PresampledGroups, run: TrainingRun, visits: Sequence[ProblemVisit]) -> None:
+    """Sample and grade the visits that the store lacks."""
+    timer, started, tokens = PhaseTimer(), time.perf_counter(), 0
+    for chunk in _chunks(run.recipe, [visit for visit in visits if visit not in store]):
+        with timer("rollout"):
+            groups = run.builder.sample(chunk)
+        with timer("reward"):
+            graded = run.builder.grade(groups)
+        store.add(chunk, graded)
+        tokens += count_self_tokens(graded)
+        run.print(
+            f"groups: {sum(visit in store for visit in visits):,} of {len(visits):,}, {tokens:,} "
+            f"tokens sampled, {tokens / timer.seconds['rollout']:,.0f} tokens/s"
         )
-    phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in clock.seconds.items())
-    session.say(f"seconds: {phases or 'none'}, all {time.perf_counter() - started:.1f}")
+    phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in timer.seconds.items())
+    run.print(f"seconds: {phases or 'none'}, all {time.perf_counter() - started:.1f}")
 
 
-def _chunks(session: Session, turns: Sequence[Turn]) -> Iterator[Sequence[Turn]]:
-    """Large enough to keep the engine busy, small enough to lose little when interrupted."""
-    recipe = session.recipe
+def _chunks(recipe: Recipe, visits: Sequence[ProblemVisit]) -> Iterator[Sequence[ProblemVisit]]:
+    """Chunks that keep the engine busy and lose little when interrupted."""
     size = max(1, 4 * recipe.rollout.rows // recipe.group.size)
-    for start in range(0, len(turns), size):
-        yield turns[start : start + size]
-
-
-def _sample(session: Session, chunk: Sequence[Turn]) -> list[Group]:
-    """The unscored groups of a chunk: in the first visit those of training before it updates."""
-    recipe, sampling = session.recipe, session.sampling
-    composed = [(t, c) for t in chunk if (c := grouping.compose(t.problem, recipe.group, t.visit))]
-    asked = [
-        request
-        for t, c in composed
-        for request in requests([t.problem], [c.self_samples], (recipe.seed, t.step, t.visit))
-    ]
-    selves = respond(session.engine, session.format, asked, sampling)
-    return [
-        Group(
-            t.problem,
-            grouping.demonstrations(c, session.format, sampling.max_tokens) + own,
-        )
-        for (t, c), own in zip(composed, selves, strict=True)
-    ]
+    for start in range(0, len(visits), size):
+        yield visits[start : start + size]

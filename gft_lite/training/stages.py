@@ -1,10 +1,9 @@
-"""Staged training: ordinary runs, each of which continues from the adapter of the one before."""
+"""Staged training: runs that each continue from the adapter of the previous one."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -12,18 +11,17 @@ from rich.console import Console
 from gft_lite.recipe.schema import Recipe
 from gft_lite.runs.base_cache import BASE_EVALUATION, base_inputs, copy_base_files
 from gft_lite.runs.folder import RunFolder, stage_folder
+from gft_lite.training.single_run import train_single
 from gft_lite.utils.distributed import Distributed
-
-Train = Callable[..., RunFolder]
 
 
 def train_stages(
-    recipe: Recipe, run: RunFolder, distributed: Distributed, train: Train, console: Console
+    recipe: Recipe, run: RunFolder, distributed: Distributed, console: Console
 ) -> RunFolder:
-    """Run the stages that are not finished yet, with a fresh optimiser each.
+    """Run the stages that are not finished yet, each with a fresh optimiser.
 
-    Every stage is a run of its own under `stages/`; the whole has the last one's adapter, the
-    metrics of all, and a summary from the first base to the last policy.
+    Every stage is a run of its own under `stages/`. The whole run has the last stage's adapter,
+    the metrics of all stages, and a summary from the first base to the last policy.
     """
     run.create(recipe.to_yaml())
     stages: list[RunFolder] = []
@@ -43,7 +41,9 @@ def train_stages(
             ):
                 copy_base_files(here, settings, before, [BASE_EVALUATION])
             begun = distributed.broadcast_from_main((here.path / "recipe.yaml").exists)
-            train(settings, here.path, resume=begun, console=console)
+            train_single(
+                settings, here.path, resume=begun, distributed=distributed, console=console
+            )
         stages.append(here)
     if distributed.is_main:
         _conclude(recipe, run, stages)
@@ -61,7 +61,7 @@ def _from_adapter(recipe: Recipe, adapter: Path, reference: str) -> Recipe:
 
 
 def _same_base(recipe: Recipe, number: int) -> bool:
-    """Whether a stage would ask the base what the stage before it has asked."""
+    """True if a stage evaluates the base as the previous stage does."""
     return base_inputs(recipe.stage(number)) == base_inputs(recipe.stage(number - 1))
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -14,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gft_lite.objective.advantages import group_advantages
+from gft_lite.objective.advantages import advantages_of, group_advantages
 from gft_lite.objective.losses import (
+    LossInputs,
+    LossOutput,
     asft_loss,
     clipped_loss,
     dft_loss,
@@ -210,7 +213,37 @@ def test_k3_is_never_negative_and_its_mean_under_the_policy_is_the_kl():
     close((policy.exp() * estimate).sum(-1), kl)
 
 
+# --- responses without a reward ---------------------------------------------------------------
+
+
+def test_a_response_without_a_reward_has_advantage_0_and_is_not_compared_with():
+    # Mean 0.5, sample standard deviation sqrt(0.5).
+    expected = 0.5 / (math.sqrt(0.5) + 1e-6)
+    assert advantages_of([1.0, None, 0.0]) == pytest.approx([expected, 0.0, -expected], abs=1e-7)
+    assert advantages_of([None, None]) == [0.0, 0.0]
+    assert advantages_of([None, 1.0]) == [0.0, 0.0]
+    assert advantages_of([2.5]) == [2.5]  # A group of one, as group_advantages.
+    assert advantages_of([1.0, None, 3.0], std="none") == [-1.0, 0.0, 1.0]
+
+
 # --- losses: values --------------------------------------------------------------------------
+
+INPUTS = {field.name for field in fields(LossInputs)}
+
+
+def output(loss: Callable[..., LossOutput], logprobs: Tensor, advantages: Tensor,
+           **given: Any) -> LossOutput:  # fmt: skip
+    """A loss with its optional inputs and its parameters given together."""
+    inputs = {name: v for name, v in given.items() if name in INPUTS}
+    parameters = {name: v for name, v in given.items() if name not in INPUTS}
+    return loss(LossInputs(logprobs, advantages, **inputs), **parameters)
+
+
+def value(loss: Callable[..., LossOutput], logprobs: Tensor, advantages: Tensor,
+          **given: Any) -> Tensor:  # fmt: skip
+    """The per-token loss."""
+    return output(loss, logprobs, advantages, **given).per_token
+
 
 PROBS = f64([0.25, 0.5, 0.8], [0.5, 0.9, 0.125])
 LOGPROBS = PROBS.log()
@@ -219,25 +252,25 @@ LN2, LN45, LN49 = math.log(2), math.log(0.8), math.log(0.9)
 
 
 def test_loss_values():
-    close(sft_loss(LOGPROBS, ADVANTAGES), [[2 * LN2, LN2, -LN45], [LN2, -LN49, 3 * LN2]])
+    close(value(sft_loss, LOGPROBS, ADVANTAGES), [[2 * LN2, LN2, -LN45], [LN2, -LN49, 3 * LN2]])
     close(
-        dft_loss(LOGPROBS, ADVANTAGES),
+        value(dft_loss, LOGPROBS, ADVANTAGES),
         [[0.5 * LN2, 0.5 * LN2, -0.8 * LN45], [0.5 * LN2, -0.9 * LN49, 0.375 * LN2]],
     )
     close(
-        gft_loss(LOGPROBS, ADVANTAGES, tau=0.7),
+        value(gft_loss, LOGPROBS, ADVANTAGES, tau=0.7),
         [[LN2, LN2, -2 * LN45], [-0.5 * LN2, LN49, -0.375 * LN2]],
     )
     close(
-        gft_loss(LOGPROBS, ADVANTAGES, tau=0.3),
+        value(gft_loss, LOGPROBS, ADVANTAGES, tau=0.3),
         [[LN2, 2 * LN2, -2 * LN45], [-LN2, LN49, -0.375 * LN2]],
     )
     close(
-        gft_no_gal_loss(LOGPROBS, ADVANTAGES, tau=0.7),
+        value(gft_no_gal_loss, LOGPROBS, ADVANTAGES, tau=0.7),
         [[0.5 * LN2, 0.5 * LN2, -LN45], [0.5 * LN2, -LN49, 0.375 * LN2]],
     )
     close(
-        gft_no_dcr_loss(LOGPROBS, ADVANTAGES),
+        value(gft_no_dcr_loss, LOGPROBS, ADVANTAGES),
         [[4 * LN2, 2 * LN2, -2 * LN45], [-LN2, LN49, -3 * LN2]],
     )
 
@@ -245,12 +278,12 @@ def test_loss_values():
 def test_asft_loss_values():
     kl = f64([0.0, 0.2, 1.0], [2.0, 0.5, 0.1])
     close(
-        asft_loss(LOGPROBS, ADVANTAGES, reference_kl=kl),
+        value(asft_loss, LOGPROBS, ADVANTAGES, reference_kl=kl),
         [[0.5 * LN2, 0.5 * LN2 + 0.02, -0.8 * LN45 + 0.1],
          [0.5 * LN2 + 0.2, -0.9 * LN49 + 0.05, 0.375 * LN2 + 0.01]],
     )  # fmt: skip
     close(
-        asft_loss(LOGPROBS, ADVANTAGES, reference_kl=kl, lam=2.0)[1],
+        value(asft_loss, LOGPROBS, ADVANTAGES, reference_kl=kl, lam=2.0)[1],
         [0.5 * LN2 + 4.0, -0.9 * LN49 + 1.0, 0.375 * LN2 + 0.2],
     )
 
@@ -258,15 +291,48 @@ def test_asft_loss_values():
 def test_clipped_loss_values():
     # rho = 1/2, 1, 3/2 in both rows; A = 2, then -1; clipped to [0.8, 1.3].
     old = (PROBS / f64(0.5, 1.0, 1.5)).log()
-    loss = clipped_loss(LOGPROBS, ADVANTAGES, old_logprobs=old, clip_low=0.2, clip_high=0.3)
+    loss = value(clipped_loss, LOGPROBS, ADVANTAGES, old_logprobs=old, clip_low=0.2, clip_high=0.3)
     close(loss, [[-1.0, -2.0, -2.6], [0.8, 1.0, 1.5]])
-    close(psft_loss(LOGPROBS, ADVANTAGES, old_logprobs=old), [[-0.5, -1.0, -1.28]] * 2)
-    close(psft_loss(LOGPROBS, ADVANTAGES, old_logprobs=old, clip_high=0.1), [[-0.5, -1, -1.1]] * 2)
+    close(value(psft_loss, LOGPROBS, ADVANTAGES, old_logprobs=old), [[-0.5, -1.0, -1.28]] * 2)
+    close(
+        value(psft_loss, LOGPROBS, ADVANTAGES, old_logprobs=old, clip_high=0.1),
+        [[-0.5, -1, -1.1]] * 2,
+    )
 
 
 def test_without_old_logprobs_the_ratio_is_one():
-    close(clipped_loss(LOGPROBS, ADVANTAGES), [[-2.0] * 3, [1.0] * 3])
-    close(psft_loss(LOGPROBS, ADVANTAGES), [[-1.0] * 3] * 2)
+    close(value(clipped_loss, LOGPROBS, ADVANTAGES), [[-2.0] * 3, [1.0] * 3])
+    close(value(psft_loss, LOGPROBS, ADVANTAGES), [[-1.0] * 3] * 2)
+
+
+def test_rectified_is_the_share_of_tokens_below_tau():
+    for loss in (gft_loss, gft_no_gal_loss):
+        rectified = output(loss, LOGPROBS, ADVANTAGES, tau=0.5).metrics["rectified"]
+        # p = 0.25, 0.5, 0.8; 0.5, 0.9, 0.125: below 0.5 are the first and the last.
+        assert rectified.tolist() == [[True, False, False], [False, False, True]]
+
+
+def test_clipped_losses_report_the_ratio_and_the_tokens_whose_gradient_is_clipped():
+    logprobs = LOGPROBS.clone().requires_grad_()
+    ratio = f64([0.5, 1.0, 1.5], [0.5, 1.0, 1.5])
+    result = output(clipped_loss, logprobs, ADVANTAGES, old_logprobs=LOGPROBS - ratio.log(),
+                    clip_low=0.2, clip_high=0.3)  # fmt: skip
+    close(result.metrics["ratio"], ratio)
+    # Advantages 2 and -1: too high a ratio in the first row, too low a one in the second.
+    clipped = result.metrics["clip_fraction"]
+    assert clipped.tolist() == [[False, False, True], [True, False, False]]
+    result.per_token.sum().backward()
+    assert torch.equal(logprobs.grad == 0, clipped)
+    on_policy = output(clipped_loss, LOGPROBS, ADVANTAGES).metrics
+    assert (on_policy["ratio"] == 1).all() and not on_policy["clip_fraction"].any()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_metrics_have_a_value_per_token_and_no_gradient(name: str):
+    logprobs = torch.randn(5, dtype=F64).sub(1).requires_grad_()
+    result = output(METHODS[name].loss, logprobs, f64(1, 1, -1, 0, 2), **arguments(name, logprobs))
+    for metric in result.metrics.values():
+        assert metric.shape == logprobs.shape and not metric.requires_grad
 
 
 # --- losses: gradients -----------------------------------------------------------------------
@@ -297,7 +363,7 @@ def test_gradient_in_closed_form(name: str):
     loss, factor = CLOSED_FORMS[name]
     logits, logprobs, onehot = scored(tokens=40)
     advantages = f64(1.5, -0.5, 0.0)
-    loss(logprobs, advantages).sum().backward()
+    value(loss, logprobs, advantages).sum().backward()
     probs, softmax = logprobs.detach().exp(), logits.detach().softmax(-1)
     assert (probs < 0.7).any() and (probs >= 0.7).any()
     expected = -factor(advantages[:, None], probs)[..., None] * (onehot - softmax)
@@ -308,11 +374,11 @@ def test_gradient_of_the_clipped_surrogate_off_policy():
     # Rows: A > 0 keeps rho <= 1.3, A < 0 keeps rho >= 0.8; a kept token has -A rho dlogp.
     logprobs = LOGPROBS.clone().requires_grad_()
     old = (PROBS / f64(0.5, 1.0, 1.5)).log()
-    loss = clipped_loss(logprobs, ADVANTAGES, old_logprobs=old, clip_low=0.2, clip_high=0.3)
+    loss = value(clipped_loss, logprobs, ADVANTAGES, old_logprobs=old, clip_low=0.2, clip_high=0.3)
     loss.sum().backward()
     close(logprobs.grad, [[-1.0, -2.0, 0.0], [0.0, 1.0, 1.5]])
     logprobs.grad = None
-    psft_loss(logprobs, ADVANTAGES, old_logprobs=old).sum().backward()
+    value(psft_loss, logprobs, ADVANTAGES, old_logprobs=old).sum().backward()
     close(logprobs.grad, [[-0.5, -1.0, 0.0]] * 2)
 
 
@@ -321,7 +387,7 @@ def test_gradient_of_asft_in_closed_form():
     logits, logprobs, onehot = scored(tokens=40)
     reference = torch.randn(3, 40, 6, dtype=F64).softmax(-1)
     kl = (reference * (reference.log() - logits.log_softmax(-1))).sum(-1)
-    asft_loss(logprobs, f64(1.5, -0.5, 0.0), reference_kl=kl, lam=0.3).sum().backward()
+    value(asft_loss, logprobs, f64(1.5, -0.5, 0.0), reference_kl=kl, lam=0.3).sum().backward()
     probs, softmax = logprobs.detach().exp()[..., None], logits.detach().softmax(-1)
     close(logits.grad, -probs * (onehot - softmax) + 0.3 * (softmax - reference))
 
@@ -334,11 +400,11 @@ def test_limits_of_tau_in_value_and_gradient(tau: float):
         torch.manual_seed(3)
         logits, logprobs, _ = scored()
         if not limit:
-            loss = gft_loss(logprobs, advantages, tau=tau)
+            loss = value(gft_loss, logprobs, advantages, tau=tau)
         elif tau == 0:  # Plain advantage-weighted NLL.
-            loss = advantages[:, None] * sft_loss(logprobs, advantages)
+            loss = advantages[:, None] * value(sft_loss, logprobs, advantages)
         else:  # Advantage-weighted DFT.
-            loss = advantages[:, None] * dft_loss(logprobs, advantages)
+            loss = advantages[:, None] * value(dft_loss, logprobs, advantages)
         loss.sum().backward()
         results.append((loss.detach(), logits.grad))
     close(results[0][0], results[1][0], 1e-15)
@@ -347,7 +413,7 @@ def test_limits_of_tau_in_value_and_gradient(tau: float):
 
 
 def test_gft_with_every_advantage_one_is_gft_no_gal():
-    close(gft_loss(LOGPROBS, f64(1, 1)), gft_no_gal_loss(LOGPROBS, ADVANTAGES), 0)
+    close(value(gft_loss, LOGPROBS, f64(1, 1)), value(gft_no_gal_loss, LOGPROBS, ADVANTAGES), 0)
 
 
 # --- every method of the table ---------------------------------------------------------------
@@ -401,7 +467,7 @@ def test_the_table_is_the_designs():
         objective = objective_of(name)
         assert advantage in (None, (objective.std, objective.eps)), name
         assert objective.model_dump(exclude={"std", "eps"}) == defaults | differs, name
-        assert method.formula and method.source, name
+        assert method.formula and method.citation, name
     # With a single update psft would be SFT.
     assert Recipe.from_tree({"method": "psft"}).train.updates_per_rollout > 1
 
@@ -409,12 +475,9 @@ def test_the_table_is_the_designs():
 @pytest.mark.parametrize("name", METHODS)
 def test_a_table_entry_names_the_parameters_of_its_loss(name: str):
     method = METHODS[name]
-    keywords = {
-        p.name
-        for p in inspect.signature(method.loss).parameters.values()
-        if p.kind == p.KEYWORD_ONLY
-    }
-    assert {*method.parameters, *method.needs} == keywords
+    assert set(method.needs) <= INPUTS
+    for parameter in method.parameters.values():
+        assert parameter.annotation is float and parameter.default is not parameter.empty
     assert set(method.parameters) <= set(ObjectiveSettings.model_fields)
     assert set(method.sources) <= {"expert", "teacher", "self"}
     counts = method.defaults["group"]
@@ -463,8 +526,12 @@ def test_the_gradient_is_that_of_the_objective_in_another_form(name: str):
         else:
             given = {"old_logprobs": old.log(), "reference_kl": kl}
             values = {field: getattr(settings, field) for field in method.parameters}
-            loss = method.loss(
-                logprobs, advantages, **values, **{need: given[need] for need in method.needs}
+            loss = value(
+                method.loss,
+                logprobs,
+                advantages,
+                **values,
+                **{need: given[need] for need in method.needs},
             )
         loss.sum().backward()
         gradients.append(logits.grad)
@@ -477,7 +544,7 @@ def test_every_loss_keeps_shape_type_and_inputs(name: str):
     for dtype in (torch.float32, F64):
         logprobs, advantages = LOGPROBS.to(dtype), ADVANTAGES.to(dtype)
         before = logprobs.clone(), advantages.clone()
-        loss = METHODS[name].loss(logprobs, advantages, **arguments(name, logprobs))
+        loss = value(METHODS[name].loss, logprobs, advantages, **arguments(name, logprobs))
         assert (loss.shape, loss.dtype) == (logprobs.shape, dtype)
         assert loss.isfinite().all()
         assert torch.equal(logprobs, before[0]) and torch.equal(advantages, before[1])
@@ -486,7 +553,7 @@ def test_every_loss_keeps_shape_type_and_inputs(name: str):
 @pytest.mark.parametrize("name", METHODS)
 def test_advantages_may_be_one_per_row_per_token_or_one(name: str):
     def loss(advantages: Tensor, logprobs: Tensor = LOGPROBS) -> Tensor:
-        return METHODS[name].loss(logprobs, advantages, **arguments(name, logprobs))
+        return value(METHODS[name].loss, logprobs, advantages, **arguments(name, logprobs))
 
     per_row = loss(ADVANTAGES)
     close(loss(ADVANTAGES[:, None].expand(2, 3)), per_row, 0)
@@ -504,7 +571,7 @@ def test_a_token_of_weight_zero_has_no_gradient(name: str):
     logprobs = logprobs.detach().requires_grad_()
     weights = torch.ones(3, 4, dtype=F64)
     weights[1, 2] = weights[2, 0] = 0
-    loss = METHODS[name].loss(logprobs, f64(1.5, -0.5, 0.3), **arguments(name, logprobs))
+    loss = value(METHODS[name].loss, logprobs, f64(1.5, -0.5, 0.3), **arguments(name, logprobs))
     (weights * loss).sum().backward()
     assert ((logprobs.grad != 0) == (weights != 0)).all()
 
@@ -512,7 +579,7 @@ def test_a_token_of_weight_zero_has_no_gradient(name: str):
 @pytest.mark.parametrize("name", [n for n in METHODS if METHODS[n].group_advantages])
 def test_an_advantage_of_zero_has_no_gradient(name: str):
     logprobs = LOGPROBS.clone().requires_grad_()
-    METHODS[name].loss(logprobs, f64(0, 1), **arguments(name, logprobs)).sum().backward()
+    value(METHODS[name].loss, logprobs, f64(0, 1), **arguments(name, logprobs)).sum().backward()
     assert (logprobs.grad[0] == 0).all()
     assert (logprobs.grad[1] != 0).all()
 
@@ -520,7 +587,7 @@ def test_an_advantage_of_zero_has_no_gradient(name: str):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_down_the_gradient_raises_what_was_better(name: str):
     logits, logprobs, _ = scored(rows=2)
-    METHODS[name].loss(logprobs, f64(1, 1), **arguments(name, logprobs)).sum().backward()
+    value(METHODS[name].loss, logprobs, f64(1, 1), **arguments(name, logprobs)).sum().backward()
     with torch.no_grad():
         stepped = (logits - 1e-3 * logits.grad).log_softmax(-1)
         targets = torch.isclose(logits.log_softmax(-1), logprobs[..., None])
@@ -550,7 +617,9 @@ def test_the_gradient_is_the_same_for_every_cut_into_micro_batches(name, reducti
             y = torch.nn.utils.rnn.pad_sequence([targets[i] for i in batch], batch_first=True)
             kept = torch.arange(x.shape[1]) < torch.tensor([lengths[i] for i in batch])[:, None]
             logprobs = (x @ weight).log_softmax(-1).gather(-1, y[..., None]).squeeze(-1)
-            loss = METHODS[name].loss(logprobs, advantages[batch], **arguments(name, logprobs))
+            loss = value(
+                METHODS[name].loss, logprobs, advantages[batch], **arguments(name, logprobs)
+            )
             (weights[batch][:, None] * kept * loss).sum().backward()
         assert weight.grad is not None
         return weight.grad.clone()

@@ -1,0 +1,285 @@
+"""Set-up of a run: data, policy, engine, learner and evaluation from a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from gft_lite.data.problems import load_problems, split_holdout
+from gft_lite.data.prompts import PromptFormat
+from gft_lite.evaluation.sets import SetEvaluator, open_scorer
+from gft_lite.planning.planner import Plan, resolve
+from gft_lite.policy.base import Policy
+from gft_lite.policy.batching import Row
+from gft_lite.policy.registry import load_policy
+from gft_lite.recipe.schema import Recipe
+from gft_lite.recipe.sections import DataSettings
+from gft_lite.rewards.scorer import Scorer
+from gft_lite.rollout.base import RolloutEngine, Sampling
+from gft_lite.rollout.distributed_engine import DistributedEngine
+from gft_lite.rollout.policy_engine import PolicyEngine
+from gft_lite.rollout.registry import find_engine, start_engine
+from gft_lite.rollout.sampling import Draw, make_prompt_format, sample
+from gft_lite.runs import checkpoint
+from gft_lite.runs.folder import RunFolder
+from gft_lite.runs.trackers import Trackers
+from gft_lite.training.groups import GroupBuilder, compose
+from gft_lite.training.kl_monitor import KlMonitor
+from gft_lite.training.learner import Learner
+from gft_lite.training.presampled_groups import open_presampled
+from gft_lite.types import Group, Problem
+from gft_lite.utils.distributed import Distributed
+from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.memory import GIB, free_ram, process_memory
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """The memory plan, if the model can be planned, and the process's bytes before loading it."""
+
+    plan: Plan | None
+    resting: int
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """The parts of a run; each owns its state, the loop only composes them.
+
+    `evaluate` gives the figures of what the engine serves on every evaluation set.
+    """
+
+    recipe: Recipe
+    folder: RunFolder
+    distributed: Distributed
+    console: Console
+    policy: Policy
+    engine: PolicyEngine
+    builder: GroupBuilder
+    learner: Learner
+    monitor: KlMonitor
+    trackers: Trackers
+    evaluate: Callable[[], dict[str, Any]]
+    eval_sets: Sequence[str]
+    memory: MemoryUse
+
+    def save_checkpoint(self, step: int) -> None:
+        """Write a checkpoint from the main process."""
+        if self.distributed.is_main:
+            self.learner.save(self.folder.checkpoints, step)
+
+    def restore(self) -> int:
+        """Return to the newest valid checkpoint; its step, 0 if there is none yet."""
+        saved = self.distributed.broadcast_from_main(
+            lambda: checkpoint.newest_valid(self.folder.checkpoints, self.print)
+        )
+        step = self.learner.restore(saved) if saved else 0
+        self.folder.truncate_after(step)
+        self.learner.response_tokens = self.distributed.broadcast_from_main(
+            lambda: sum(metrics["tokens"] for metrics in self.folder.metrics())
+        )
+        return step
+
+    def print(self, text: str) -> None:
+        """Print a line as it is, without markup."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What the recipe's data sections give."""
+
+    problems: Sequence[Problem]
+    held_out: Sequence[Problem]
+    eval_sets: Mapping[str, Sequence[Problem]]
+
+
+def setup_run(
+    recipe: Recipe, folder: RunFolder, distributed: Distributed, console: Console, stack: ExitStack
+) -> TrainingRun:
+    """Put a run together; `stack` closes what must be closed.
+
+    Raises: RecipeError for what only shows when data and model meet.
+    """
+    saved, presampled = recipe, open_presampled(recipe)
+    recipe = recipe.with_needed_engine()
+    scorer = stack.enter_context(_load_user_code(recipe))
+    recipe, plan = distributed.broadcast_from_main(lambda: _plan(recipe, distributed, console))
+    recipe = _settings_of_rank(recipe, distributed)
+    memory = MemoryUse(plan, process_memory("VmRSS"))
+    policy = _load_policy(recipe)
+    format = make_prompt_format(policy, recipe.data.prompt)
+    data = _load_data(recipe, policy, console)
+    stack.enter_context(folder.lock())
+    folder.create(saved.to_yaml())
+    if presampled:
+        own_folder = folder if distributed.is_main else None
+        presampled.begin(saved, own_folder, policy, data.problems)
+        described = presampled.describe(recipe, data.problems)
+        console.print(f"group.offline: {described}", markup=False, soft_wrap=True)
+    console.print(f"run folder: {folder.path}")
+    console.print(f"layout of micro-batches: {policy.layout}")
+    start = partial(start_engine, recipe.rollout, policy, folder.scratch)
+    sampler = DistributedEngine(start, console, distributed)
+    stack.callback(sampler.close)
+    names = recipe.log.trackers if distributed.is_main else []
+    trackers = Trackers(names, recipe.name, folder.path, recipe.model_dump(mode="json"))
+    stack.callback(trackers.close)
+    rows = distributed.cached_json(
+        folder.path / "kl_set.json", lambda: _sample_kl_set(recipe, sampler, format, data)
+    )
+    kl_rows = [Row(tuple(prompt), tuple(response)) for prompt, response in rows]
+    engine = PolicyEngine(sampler, policy, folder.scratch / "adapters")
+    gap = engine.start_checks(kl_rows[0], recipe.rollout.probe_limit)
+    sampler.on_restart = engine.check
+    served = f"engine: {sampler.name}, base {sampler.base}, log-prob gap {gap:.2g} nats"
+    console.print(served, soft_wrap=True)
+    grade = partial(_grade, scorer, distributed)
+    evaluator = SetEvaluator(format, grade, recipe.eval, _eval_sampling(recipe), recipe.seed)
+    return TrainingRun(
+        recipe=recipe,
+        folder=folder,
+        distributed=distributed,
+        console=console,
+        policy=policy,
+        engine=engine,
+        builder=GroupBuilder(recipe, data.problems, sampler, format, grade, presampled),
+        learner=Learner(policy, recipe, distributed, console),
+        monitor=KlMonitor(policy, recipe, kl_rows),
+        trackers=trackers,
+        evaluate=lambda: evaluator.evaluate(sampler, data.eval_sets),
+        eval_sets=list(data.eval_sets),
+        memory=memory,
+    )
+
+
+def _grade(scorer: Scorer, distributed: Distributed, groups: Sequence[Group]) -> list[Group]:
+    """The groups with rewards, graded by all processes."""
+    return distributed.all_gather(scorer.score(distributed.shard(groups)))
+
+
+def _eval_sampling(recipe: Recipe) -> Sampling:
+    settings = recipe.eval
+    return Sampling(
+        settings.temperature,
+        settings.top_p,
+        max_tokens=settings.max_tokens or recipe.rollout.max_tokens,
+        stop=tuple(recipe.rollout.stop),
+    )
+
+
+def _load_policy(recipe: Recipe) -> Policy:
+    if recipe.policy.threads:
+        torch.set_num_threads(recipe.policy.threads)
+    policy = load_policy(recipe.policy, recipe.seed, recipe.rollout)
+    policy.model.train()
+    return policy
+
+
+def _settings_of_rank(recipe: Recipe, distributed: Distributed) -> Recipe:
+    """The recipe with the GPU and the servers of this process."""
+    policy, rollout = recipe.policy, recipe.rollout
+    if (
+        distributed.world_size > 1
+        and policy.device in ("auto", "cuda")
+        and torch.cuda.is_available()
+    ):
+        policy = policy.model_copy(update={"device": f"cuda:{distributed.local_rank}"})
+    # One process a server: each loads its own adapters.
+    if servers := distributed.shard(rollout.servers):
+        rollout = rollout.model_copy(update={"servers": servers})
+    return recipe.model_copy(update={"policy": policy, "rollout": rollout})
+
+
+def _plan(recipe: Recipe, distributed: Distributed, console: Console) -> tuple[Recipe, Plan | None]:
+    """The recipe with each `auto` of the memory plan set for the free memory of this device."""
+    where = recipe.policy.device
+    on_gpu = where != "cpu" and torch.cuda.is_available()
+    device = "cuda" if where == "auto" else where
+    free, card = (
+        torch.cuda.mem_get_info(device)
+        if on_gpu
+        else (free_ram() // distributed.local_world_size, 0)
+    )
+    settled, plan = resolve(recipe, free, "cuda" if on_gpu else "cpu", card)
+    if plan:
+        for name in sorted(plan.chosen):
+            console.print(f"memory plan: {name}={plan.settings[name]}")
+        for problem in plan.problems:
+            console.print(f"memory plan: {problem}, and {free / GIB:.1f} GiB are free")
+    return settled, plan
+
+
+def _load_data(recipe: Recipe, policy: Policy, console: Console) -> _Data:
+    """Training problems, held-out problems and evaluation sets."""
+    # One token more: an engine must generate one token to score a completion.
+    reserve = recipe.rollout.max_tokens + 1
+    load = partial(_load, policy=policy, reserve=reserve, console=console)
+    problems, held_out = split_holdout(load("data", recipe.data), recipe.data.holdout)
+    eval_sets = {n: load(f"eval.sets.{n}", data) for n, data in recipe.eval.sets.items()}
+    problems = _with_demonstrations(problems, recipe, console)
+    return _Data(problems, held_out, eval_sets or ({"held_out": held_out} if held_out else {}))
+
+
+def _load(
+    field: str, settings: DataSettings, *, policy: Policy, reserve: int, console: Console
+) -> tuple[Problem, ...]:
+    if reserve >= policy.context:
+        raise RecipeError(
+            [f"rollout.max_tokens: must leave room for a prompt in the model's context of "
+             f"{policy.context} tokens, got {reserve - 1}."]
+        )  # fmt: skip
+    format = PromptFormat(policy.tokenizer, settings.prompt, f"{field}.prompt")
+    loaded = load_problems(settings, format, context=policy.context, reserve=reserve, field=field)
+    console.print(f"{field}: {loaded.describe()}")
+    for example in loaded.examples:
+        console.print(f"  {example}", markup=False)
+    return loaded.problems
+
+
+def _with_demonstrations(
+    problems: Sequence[Problem], recipe: Recipe, console: Console
+) -> tuple[Problem, ...]:
+    """The problems whose demonstrations can fill a group under the shortfall rule."""
+    kept = tuple(p for p in problems if compose(p, recipe.group) is not None)
+    short = sum(
+        len(p.experts) < recipe.group.expert or len(p.teachers) < recipe.group.teacher
+        for p in problems
+    )
+    if short:
+        console.print(
+            f"group.shortfall: {recipe.group.shortfall}: {short} of {len(problems)} problems have "
+            f"fewer demonstrations than the group asks for; {len(problems) - len(kept)} dropped"
+        )
+    if not kept:
+        raise RecipeError(
+            [f"group: must find its demonstrations in the data, but none of {len(problems)} "
+             "problems has them. Check data.columns.expert and .teacher, or group.shortfall."]
+        )  # fmt: skip
+    return kept
+
+
+def _load_user_code(recipe: Recipe) -> Scorer:
+    """The scorer; it and the engine are looked up before anything large is loaded."""
+    find_engine(recipe.rollout.engine)
+    return open_scorer(recipe.reward, conversational=recipe.data.prompt.style == "chat")
+
+
+def _sample_kl_set(
+    recipe: Recipe, engine: RolloutEngine, format: PromptFormat, data: _Data
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Prompts and the reference's own responses to them, which KL is measured on."""
+    problems = (data.held_out or data.problems)[: recipe.monitor.problems]
+    # The engine serves the base until its first sync.
+    if recipe.policy.reference == "adapter":
+        engine.sync(Path(recipe.policy.adapter or ""), 0)
+    sampling = Sampling(max_tokens=recipe.rollout.max_tokens, stop=tuple(recipe.rollout.stop))
+    draws = [Draw(problem, 1, (recipe.seed, "kl")) for problem in problems]
+    responses = sample(engine, format, draws, sampling)
+    return [(p.prompt_ids, r.token_ids) for p, [r] in zip(problems, responses, strict=True)]

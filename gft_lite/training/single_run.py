@@ -1,0 +1,105 @@
+"""One run from its first evaluation to its summary, without stages."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from gft_lite.evaluation.metrics import headline
+from gft_lite.recipe.schema import Recipe
+from gft_lite.runs.console import TrainingConsole
+from gft_lite.runs.folder import RunFolder, find_folder
+from gft_lite.runs.metrics import PhaseTimer
+from gft_lite.runs.model_card import write_card
+from gft_lite.training.loop import train_steps
+from gft_lite.training.setup import TrainingRun, setup_run
+from gft_lite.utils.distributed import Distributed
+from gft_lite.utils.memory import GIB
+
+PHASES = ("rollout", "reward", "train", "sync")
+
+
+def train_single(
+    recipe: Recipe, out: str | Path | None, *, resume: bool, distributed: Distributed,
+    console: Console,
+) -> RunFolder:  # fmt: skip
+    """Train without stages and return the run's folder.
+
+    Raises: RecipeError if the recipe or `out` is wrong, TrainError if training failed.
+    """
+    started = time.perf_counter()
+    folder = find_folder(recipe, out, resume=resume, distributed=distributed)
+    with ExitStack() as stack:
+        run = setup_run(recipe, folder, distributed, console, stack)
+        timer = PhaseTimer()
+        with timer("eval"):
+            console.print(f"evaluating the base on {', '.join(run.eval_sets) or 'nothing'}")
+            base = distributed.cached_json(folder.path / "eval" / "base.json", run.evaluate)
+        first = run.restore() if resume else 0
+        with run.engine.asleep():
+            run.learner.dry_step(run.builder.problems)
+        run.engine.sync(first)
+        with TrainingConsole(console, recipe.steps, first) as screen:
+            train_steps(run, first, screen)
+        console.print("evaluating the trained policy")
+        with timer("eval"):
+            trained = run.evaluate()
+        run.engine.close()
+        folder.write_json("eval/trained.json", trained)
+        if distributed.is_main:
+            run.policy.save_adapter(folder.adapter)
+        seconds = {"total": time.perf_counter() - started, "eval": timer.seconds["eval"]}
+        _print_memory(run)
+        folder.write_json("summary.json", _summary(run, base, trained, seconds))
+        if distributed.is_main:
+            write_card(folder)
+    # The last adapter that the engine loaded is also in the checkpoint.
+    shutil.rmtree(folder.scratch, ignore_errors=True)
+    distributed.barrier()
+    return folder
+
+
+def _print_memory(run: TrainingRun) -> None:
+    """The planned and the measured peak."""
+    steps = [m["peak_memory"] for m in run.folder.metrics() if "peak_memory" in m]
+    plan = run.memory.plan
+    if plan is None or not steps:
+        return
+    on_gpu = run.policy.device.type == "cuda"
+    # On a CPU the whole process is measured; what it held before loading is not in the plan.
+    measured = max(steps) - (0 if on_gpu else run.memory.resting)
+    planned = plan.predicted_peak if on_gpu else plan.peak
+    run.console.print(
+        f"memory: {planned / GIB:.2f} GiB planned at most, {measured / GIB:.2f} GiB measured"
+    )
+
+
+def _summary(
+    run: TrainingRun, base: dict[str, Any], trained: dict[str, Any], seconds: dict[str, float]
+) -> dict[str, Any]:
+    recipe, metrics = run.recipe, run.folder.metrics()
+    phases = {phase: sum(m["seconds"].get(phase, 0.0) for m in metrics) for phase in PHASES}
+    kl = run.monitor.held_out(run.learner.micro_batch_tokens)["forward"]
+    return {
+        "name": recipe.name,
+        "method": recipe.method,
+        "seed": recipe.seed,
+        "base": {**headline(base, recipe.eval.k), "kl": 0.0},
+        "trained": {**headline(trained, recipe.eval.k), "kl": kl},
+        "seconds": {**seconds, **phases},
+        "off_policy": run.builder.presampled is not None,
+        "problems": len(run.builder.problems),
+        "trajectories": sum(m["trajectories"] for m in metrics),
+        "sources": dict(sum((Counter(m["sources"]) for m in metrics), Counter())),
+        "rollout_tokens": sum(m["rollout_tokens"] for m in metrics),
+        "trained_tokens": sum(m["trained_tokens"] for m in metrics),
+        "steps": len(metrics),
+        "updates": sum(m["updates"] for m in metrics),
+        "skipped_steps": sum(m["skipped"] is not None for m in metrics),
+    }
