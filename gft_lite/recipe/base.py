@@ -18,8 +18,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from gft_lite.recipe.annotations import union_members
 from gft_lite.recipe.loader import gather
-from gft_lite.recipe.validation_errors import Places, explain, members
+from gft_lite.recipe.validation_errors import Places, explain
 from gft_lite.utils.errors import RecipeError
 
 
@@ -60,7 +61,7 @@ class Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        kinds = members(cls.model_fields[str(info.field_name)].annotation)
+        kinds = union_members(cls.model_fields[str(info.field_name)].annotation)
         number = (int in kinds or float in kinds) and bool not in kinds
         if isinstance(value, bool) and number:
             raise ValueError("must be a number")

@@ -23,6 +23,7 @@ from pydantic import (
 
 from gft_lite.objective.methods import METHODS
 from gft_lite.recipe.base import Settings, matching, named_in, read_settings
+from gft_lite.recipe.effects import EVALUATION, EVERYTHING, NO_RESULT, TRAINING
 from gft_lite.recipe.loader import Dumper, find_recipe, merge
 from gft_lite.recipe.method_parameters import check_objective
 from gft_lite.recipe.sections import (
@@ -52,24 +53,30 @@ class Recipe(Settings):
     """A whole experiment. `Recipe.load` reads one from YAML."""
 
     name: Annotated[
-        str, matching(r"\w[\w.-]*", "must be letters, digits, `_`, `-` and `.`, to name a folder")
+        str,
+        matching(r"\w[\w.-]*", "must be letters, digits, `_`, `-` and `.`, to name a folder"),
+        TRAINING,
     ] = "run"
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    method: Annotated[str, named_in(METHODS)] = "gft"
+    seed: Annotated[int, Field(ge=0, lt=2**31), EVERYTHING] = 0
+    method: Annotated[str, named_in(METHODS), TRAINING] = "gft"
     policy: PolicySettings = PolicySettings()
-    data: TrainingDataSettings = TrainingDataSettings()
+    data: Annotated[TrainingDataSettings, EVERYTHING] = TrainingDataSettings()
     group: GroupSettings = GroupSettings()
-    objective: Annotated[ObjectiveSettings, Field(validate_default=True)] = ObjectiveSettings()
+    objective: Annotated[ObjectiveSettings, Field(validate_default=True), TRAINING] = (
+        ObjectiveSettings()
+    )
     reward: RewardSettings = Field(default_factory=RewardSettings)
     rollout: RolloutSettings = RolloutSettings()
-    optim: OptimSettings = OptimSettings()
+    optim: Annotated[OptimSettings, TRAINING] = OptimSettings()
     train: TrainSettings = TrainSettings()
-    budget: BudgetSettings = BudgetSettings()
-    stages: list[Annotated[StageSettings, BeforeValidator(stage_shorthand)]] = []
+    budget: Annotated[BudgetSettings, TRAINING] = BudgetSettings()
+    stages: Annotated[
+        list[Annotated[StageSettings, BeforeValidator(stage_shorthand)]], TRAINING
+    ] = []
     monitor: MonitorSettings = MonitorSettings()
-    eval: EvalSettings = EvalSettings()
-    checkpoint: CheckpointSettings = CheckpointSettings()
-    log: LogSettings = LogSettings()
+    eval: Annotated[EvalSettings, EVALUATION] = EvalSettings()
+    checkpoint: Annotated[CheckpointSettings, NO_RESULT] = CheckpointSettings()
+    log: Annotated[LogSettings, NO_RESULT] = LogSettings()
 
     @model_validator(mode="before")
     @classmethod

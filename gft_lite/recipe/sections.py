@@ -17,6 +17,7 @@ from pydantic import (
 
 from gft_lite.objective.methods import METHODS
 from gft_lite.recipe.base import Fraction, Settings, Share, matching, named_in
+from gft_lite.recipe.effects import EVALUATION, EVERYTHING, NO_RESULT, SAMPLING, TRAINING
 from gft_lite.rewards.registry import REWARDS
 from gft_lite.utils.errors import short_repr
 
@@ -45,27 +46,27 @@ class PolicySettings(Settings):
     one pass. With backend `unsloth` attention and recomputation are Unsloth's own.
     """
 
-    backend: Literal["transformers", "unsloth"] = "transformers"
-    model: str = "lab"
-    revision: str | None = None
-    adapter: str | None = None
-    reference: Literal["base", "adapter"] = "base"
-    quantization: Literal["nf4", "int8", "none"] = "nf4"
-    double_quantization: bool = True
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    backend: Annotated[Literal["transformers", "unsloth"], EVALUATION] = "transformers"
+    model: Annotated[str, EVERYTHING] = "lab"
+    revision: Annotated[str | None, EVERYTHING] = None
+    adapter: Annotated[str | None, EVERYTHING] = None
+    reference: Annotated[Literal["base", "adapter"], EVALUATION] = "base"
+    quantization: Annotated[Literal["nf4", "int8", "none"], EVERYTHING] = "nf4"
+    double_quantization: Annotated[bool, EVERYTHING] = True
+    dtype: Annotated[Literal["auto", "bfloat16", "float16", "float32"], EVALUATION] = "auto"
     device: Annotated[
-        str, matching(r"auto|cpu|cuda(:\d+)?", "must be auto, cpu, cuda or cuda:N")
+        str, matching(r"auto|cpu|cuda(:\d+)?", "must be auto, cpu, cuda or cuda:N"), EVALUATION
     ] = "auto"
-    context: Annotated[int, Field(ge=8)] | None = None
-    threads: PositiveInt | None = None  # CPU threads of torch
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    gradient_checkpointing: Literal["auto"] | bool | NonNegativeInt = True
-    offload_checkpoints: Literal["auto"] | bool = False
-    offload_embedding: Literal["auto"] | bool = False
-    layout: Literal["auto", "shared", "packed", "padded"] = "auto"
-    fused_head: bool = True
-    trust_remote_code: bool = False
-    lora: LoraSettings = LoraSettings()
+    context: Annotated[Annotated[int, Field(ge=8)] | None, EVERYTHING] = None
+    threads: Annotated[PositiveInt | None, EVALUATION] = None  # CPU threads of torch
+    attention: Annotated[Literal["sdpa", "eager", "flash_attention_2"], EVALUATION] = "sdpa"
+    gradient_checkpointing: Annotated[Literal["auto"] | bool | NonNegativeInt, NO_RESULT] = True
+    offload_checkpoints: Annotated[Literal["auto"] | bool, NO_RESULT] = False
+    offload_embedding: Annotated[Literal["auto"] | bool, NO_RESULT] = False
+    layout: Annotated[Literal["auto", "shared", "packed", "padded"], TRAINING] = "auto"
+    fused_head: Annotated[bool, TRAINING] = True
+    trust_remote_code: Annotated[bool, EVALUATION] = False
+    lora: Annotated[LoraSettings, TRAINING] = LoraSettings()
 
     @model_validator(mode="after")
     def _reference_needs_adapter(self) -> PolicySettings:
@@ -169,11 +170,11 @@ class GroupSettings(Settings):
     responses were sampled before it, by the base or `policy.adapter`, and samples none.
     """
 
-    expert: NonNegativeInt = 1
-    teacher: NonNegativeInt = 3
-    self: NonNegativeInt = 4
-    shortfall: Literal["self", "repeat", "drop"] = "self"
-    offline: str | None = None
+    expert: Annotated[NonNegativeInt, SAMPLING] = 1
+    teacher: Annotated[NonNegativeInt, SAMPLING] = 3
+    self: Annotated[NonNegativeInt, SAMPLING] = 4
+    shortfall: Annotated[Literal["self", "repeat", "drop"], SAMPLING] = "self"
+    offline: Annotated[str | None, TRAINING] = None
 
     @model_validator(mode="after")
     def _not_empty(self) -> GroupSettings:
@@ -229,10 +230,13 @@ class RewardSettings(Settings):
     """The reward rule: a weighted sum of functions, graded in worker processes."""
 
     functions: Annotated[
-        list[RewardFunctionSettings], BeforeValidator(_reward_shorthand), Field(min_length=1)
+        list[RewardFunctionSettings],
+        BeforeValidator(_reward_shorthand),
+        Field(min_length=1),
+        EVERYTHING,
     ] = Field(default_factory=lambda: [RewardFunctionSettings(name="math")])
-    workers: PositiveInt = 2
-    timeout: PositiveFloat = 3.0
+    workers: Annotated[PositiveInt, NO_RESULT] = 2
+    timeout: Annotated[PositiveFloat, EVALUATION] = 3.0
 
 
 class RolloutSettings(Settings):
@@ -243,29 +247,33 @@ class RolloutSettings(Settings):
     `auto` leaves it to the memory plan. It gives it back while the trainer trains (`sleep`).
     `batch_size` is how many responses are sampled side by side; `auto` is what the plan finds to
     fit, 128 where there is no plan.
+    `resample` is how often flat groups are replaced by those of other problems.
     `eager` goes without CUDA graphs, which take memory and time at the start, for faster tokens.
     `servers` are the addresses of vLLM servers for engine `vllm_server`, which take requests in
     turn and read adapters under the same path; without any, one is started on this machine.
     """
 
-    engine: Annotated[str, named_in(ENGINE_NAMES)] = "auto"
+    engine: Annotated[str, named_in(ENGINE_NAMES), EVALUATION] = "auto"
     servers: Annotated[
         list[Annotated[str, matching(r"https?://\S+", "must be an http(s) address")]],
         BeforeValidator(_as_list),
+        NO_RESULT,
     ] = []
-    temperature: NonNegativeFloat = 1.0
-    top_p: Share = 1.0
-    top_k: NonNegativeInt = 0
-    max_tokens: PositiveInt = 1024
-    stop: Annotated[list[str], BeforeValidator(_as_list)] = []
-    batch_size: Literal["auto"] | PositiveInt = 128
-    resample: NonNegativeInt = 0  # How often flat groups are replaced by other problems'.
-    base: Literal["nf4_dequantised", "original", "plugin"] = "nf4_dequantised"
-    gpu_memory: Literal["auto"] | Annotated[float, Field(gt=0, lt=1)] = "auto"
-    kv_cache_mib: PositiveInt | None = None
-    eager: bool = False
-    sleep: bool = True
-    probe_limit: PositiveFloat = 0.2
+    temperature: Annotated[NonNegativeFloat, SAMPLING] = 1.0
+    top_p: Annotated[Share, SAMPLING] = 1.0
+    top_k: Annotated[NonNegativeInt, SAMPLING] = 0
+    max_tokens: Annotated[PositiveInt, EVERYTHING] = 1024
+    stop: Annotated[list[str], BeforeValidator(_as_list), EVERYTHING] = []
+    batch_size: Annotated[Literal["auto"] | PositiveInt, NO_RESULT] = 128
+    resample: Annotated[NonNegativeInt, TRAINING] = 0
+    base: Annotated[Literal["nf4_dequantised", "original", "plugin"], EVALUATION] = (
+        "nf4_dequantised"
+    )
+    gpu_memory: Annotated[Literal["auto"] | Annotated[float, Field(gt=0, lt=1)], NO_RESULT] = "auto"
+    kv_cache_mib: Annotated[PositiveInt | None, NO_RESULT] = None
+    eager: Annotated[bool, NO_RESULT] = False
+    sleep: Annotated[bool, NO_RESULT] = True
+    probe_limit: Annotated[PositiveFloat, NO_RESULT] = 0.2
 
     @model_validator(mode="after")
     def _servers_are_used(self) -> RolloutSettings:
@@ -299,14 +307,16 @@ class TrainSettings(Settings):
     `memory` is what the memory plan may fill; `auto` is what the device has free.
     """
 
-    steps: PositiveInt = 100
-    problems_per_step: PositiveInt = 16
-    updates_per_rollout: PositiveInt = 1
-    micro_batch_tokens: Literal["auto"] | PositiveInt = 8192
+    steps: Annotated[PositiveInt, TRAINING] = 100
+    problems_per_step: Annotated[PositiveInt, TRAINING] = 16
+    updates_per_rollout: Annotated[PositiveInt, TRAINING] = 1
+    micro_batch_tokens: Annotated[Literal["auto"] | PositiveInt, NO_RESULT] = 8192
     memory: Annotated[
-        str, matching(r"auto|\d+(\.\d+)? ?[GM]i?B", "must be auto or a size such as 8GiB")
+        str,
+        matching(r"auto|\d+(\.\d+)? ?[GM]i?B", "must be auto or a size such as 8GiB"),
+        NO_RESULT,
     ] = "auto"
-    drop_zero_advantage: bool = True
+    drop_zero_advantage: Annotated[bool, TRAINING] = True
 
     @model_validator(mode="after")
     def _updates_fit(self) -> TrainSettings:
@@ -354,8 +364,8 @@ def stage_shorthand(value: Any) -> Any:
 class MonitorSettings(Settings):
     """KL to the reference every n steps (0: never), on fixed held-out prompts."""
 
-    every: NonNegativeInt = 10
-    problems: PositiveInt = 16
+    every: Annotated[NonNegativeInt, TRAINING] = 10
+    problems: Annotated[PositiveInt, EVALUATION] = 16
 
 
 class EvalSettings(Settings):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from gft_lite.recipe.annotations import section_class, union_members
 from gft_lite.utils.errors import dotted_path, nearest, short_repr
 
 
@@ -59,7 +59,7 @@ def explain(
     for e in error.errors(include_url=False):
         unknown = e["type"] in ("extra_forbidden", UNKNOWN_FIELD)
         at, kind, union = _follow(schema, e["loc"][:-1] if unknown else e["loc"])
-        section = _section(kind)
+        section = section_class(kind)
         if unknown:
             fields = section.model_fields if section else {}
             known = e.get("ctx", {}).get("known", fields)
@@ -144,7 +144,7 @@ def _cross_fields(at: At, section: type[BaseModel], e: Any) -> list[_Problem]:
 def _value_below(schema: Any, value: Any, names: tuple[str, ...]) -> Any:
     """The value of a field below a section's raw input, as written or by default."""
     for name in names:
-        section = _section(schema)
+        section = section_class(schema)
         field = section.model_fields.get(name) if section else None
         default = field.get_default(call_default_factory=True) if field else None
         written = value if isinstance(value, Mapping) else dict(value)
@@ -187,12 +187,12 @@ def _follow(schema: Any, loc: At) -> tuple[At, Any, At | None]:
 
 def _child(annotation: Any, part: str | int) -> Any:
     """The type of a field, of an item or of a named section; None if there is no such part."""
-    for kind in members(annotation):
+    for kind in union_members(annotation):
         if get_origin(kind) in (list, tuple) and isinstance(part, int):
             return get_args(kind)[0]
         if get_origin(kind) is dict:
             return get_args(kind)[1]
-        section = _section(kind)
+        section = section_class(kind)
         if section and part in section.model_fields:
             return section.model_fields[str(part)].annotation
         if section and section.model_config.get("extra") == "allow":
@@ -200,26 +200,11 @@ def _child(annotation: Any, part: str | int) -> Any:
     return None
 
 
-def members(annotation: Any) -> list[Any]:
-    """The members of a union, or the type itself, without what annotates them."""
-    if get_origin(annotation) is Annotated:
-        return members(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, UnionType):
-        return [kind for member in get_args(annotation) for kind in members(member)]
-    return [annotation]
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    """The section that an annotation allows, if it allows one."""
-    kinds = (k for k in members(annotation) if isinstance(k, type) and issubclass(k, BaseModel))
-    return next(kinds, None)
-
-
 def _all_fields(schema: type[BaseModel], above: At = ()) -> list[str]:
     """The dotted path of every field, but for those inside of lists and named sections."""
     paths = []
     for name, field in schema.model_fields.items():
-        section = _section(field.annotation)
+        section = section_class(field.annotation)
         paths.append(dotted_path((*above, name)))
         paths += _all_fields(section, (*above, name)) if section else []
     return paths
