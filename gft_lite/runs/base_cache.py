@@ -1,40 +1,79 @@
-"""What runs with the same base share: its evaluation, and the samples that KL is measured on."""
+"""Results of the base that runs with the same base share: its evaluation and the KL set."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+from gft_lite.policy.batching import Row
+from gft_lite.recipe.effects import Affects, values_affecting
 from gft_lite.recipe.schema import Recipe
-from gft_lite.runs.folder import RunFolder
-from gft_lite.utils.files import atomic_write
+from gft_lite.runs.folder import DATA_IDENTITY, Evaluation, RunFolder, parse_evaluation
+from gft_lite.types import Problem
+from gft_lite.utils.files import atomic_write, read_json
 
 BASE_EVALUATION, KL_SET = "eval/base.json", "kl_set.json"
-
-_SECTIONS = {"seed", "policy", "data", "reward", "rollout", "monitor", "eval"}
-# Of these sections, what only training reads.
-_ONLY_TRAINING = {
-    "policy": {"lora"},
-    "rollout": {"temperature", "top_p", "top_k", "stop", "resample", "probe_limit"},
-    "monitor": {"every"},
-}
+_RECOMPUTE = "Remove the file: --resume then computes it again."
 
 
 def base_inputs(recipe: Recipe) -> str:
-    """Everything that a base's evaluation and KL set are computed from, as text to compare.
+    """Everything that the base evaluation and the KL set are computed from, as text to compare.
 
-    The seed is part of it: it draws the samples.
+    The seed is part of it, as the samples are drawn by it.
     """
-    tree = recipe.model_dump(mode="json", include=_SECTIONS, exclude=_ONLY_TRAINING)
-    if not recipe.data.holdout:  # The KL set's problems are training problems then.
-        tree["group"] = recipe.group.model_dump(exclude={"offline"})
-    return json.dumps(tree, sort_keys=True)
+    values = values_affecting(recipe, Affects.BASE)
+    if not recipe.data.holdout:  # The KL set has training problems then, which groups select.
+        groups = values_affecting(recipe, Affects.GROUPS)
+        values |= {name: groups[name] for name in groups if name.startswith("group.")}
+    return json.dumps(values, sort_keys=True)
 
 
 def copy_base_files(run: RunFolder, recipe: Recipe, donor: RunFolder, files: Sequence[str]) -> None:
-    """Begin a run with files of another, so that it does not compute them again."""
+    """Create a run with files of another run, and with the fingerprints of the same data."""
     run.create(recipe.to_yaml())
-    for name in files:
+    identity = [DATA_IDENTITY] if (donor.path / DATA_IDENTITY).exists() else []
+    for name in (*files, *identity):
         with atomic_write(run.path / name) as partial:
-            shutil.copy2(donor.path / name, partial)  # With the time of the evaluation.
+            shutil.copy2(donor.path / name, partial)  # Keeps the time of the evaluation.
+
+
+def read_base_evaluation(file: Path, sets: Mapping[str, Sequence[Problem]]) -> Evaluation:
+    """The base's results on each evaluation set.
+
+    Raises: UserError unless the file has exactly these sets with all their problems.
+    """
+
+    def parse(value: Any) -> Evaluation:
+        found = {name: r["correct"].keys() for name, r in parse_evaluation(value).items()}
+        if found != {name: {p.id for p in problems} for name, problems in sets.items()}:
+            raise ValueError("results of other sets or problems")
+        return value
+
+    rule = "must have the base's results on " + (", ".join(sets) or "no set")
+    return read_json(file, parse, rule, _RECOMPUTE)
+
+
+def read_kl_set(file: Path, problems: Sequence[Problem]) -> list[Row]:
+    """The responses to these problems on which the KL to the reference is measured.
+
+    Raises: UserError unless the file has one response to each.
+    """
+
+    def parse(value: Any) -> list[Row]:
+        rows = [Row(tuple(map(_token, prompt)), tuple(map(_token, response)))
+                for prompt, response in value]  # fmt: skip
+        if [row.prompt_ids for row in rows] != [p.prompt_ids for p in problems]:
+            raise ValueError("responses to other problems")
+        return rows
+
+    rule = f"must have one response to each of the {len(problems)} problems of the KL set"
+    return read_json(file, parse, rule, _RECOMPUTE)
+
+
+def _token(value: Any) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise TypeError(f"{value!r} is not a token id")
+    return value

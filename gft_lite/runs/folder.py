@@ -1,4 +1,4 @@
-"""What a run leaves behind and shows: metrics.jsonl, groups/, summary.json, the console."""
+"""The files of a run: recipe.yaml, metrics.jsonl, groups/, eval/, data.json, summary.json."""
 
 from __future__ import annotations
 
@@ -7,19 +7,33 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from gft_lite.recipe.effects import Affects, differences, values_affecting
 from gft_lite.recipe.schema import Recipe
-from gft_lite.types import Group, Response
+from gft_lite.types import Response, ScoredGroup
 from gft_lite.utils.distributed import Distributed
-from gft_lite.utils.errors import RecipeError
-from gft_lite.utils.files import LOCK, complete_lines, fsync, lock_folder, write_text_atomic
+from gft_lite.utils.errors import RecipeError, UserError, short_repr
+from gft_lite.utils.files import (
+    LOCK,
+    atomic_write,
+    check_output_path,
+    lock_folder,
+    read_json,
+    write_text_atomic,
+)
+from gft_lite.utils.jsonl import JsonlFile
 from gft_lite.utils.tables import import_pandas
+
+DATA_IDENTITY = "data.json"
+_RESTORE = "Restore the file from a copy, or train the run again."
+Evaluation = dict[str, dict[str, Any]]
 
 
 class RunFolder:
-    """The files of one run; reading never needs a model."""
+    """The files of one run; reading them does not need a model."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -27,162 +41,286 @@ class RunFolder:
         self.adapter = self.path / "adapter"
         self.scratch = self.path / "engine"
         self.bad_steps = self.path / "bad_steps"
+        self._metrics = JsonlFile(
+            self.path / "metrics.jsonl", _step_metrics, "must be the metrics of one step", _RESTORE
+        )
 
     def create(self, recipe: str) -> None:
-        """Make the folder and keep the resolved recipe in it."""
+        """Make the folder and write the resolved recipe to it."""
         write_text_atomic(self.path / "recipe.yaml", recipe)
 
     def lock(self) -> AbstractContextManager[None]:
-        """Keep other runs out. Raises: RecipeError while another process is at work there."""
+        """Lock the folder. Raises: RecipeError if another process has locked it."""
         return lock_folder(self.path)
 
-    def begun(self) -> bool:
-        """Whether there is more than what a start leaves that died before it had a recipe."""
-        left = self.path.iterdir() if self.path.is_dir() else ()
-        return any(p.name != LOCK and p.suffix != ".tmp" for p in left)
+    def is_started(self) -> bool:
+        """True if the folder holds more than a start leaves that ended before recipe.yaml."""
+        files = self.path.iterdir() if os.path.isdir(self.path) else ()
+        return any(p.name != LOCK and p.suffix != ".tmp" for p in files)
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """One dict a step, in order."""
-        return [json.loads(line) for line in complete_lines(self.path / "metrics.jsonl")]
-
-    def frame(self) -> Any:
-        """One line a step as a pandas DataFrame, nested names joined by "/": `reward/self`."""
-        return import_pandas().json_normalize(self.metrics(), sep="/")
-
-    def group_steps(self) -> list[int]:
-        """The steps whose groups were kept, in order."""
-        files = (self.path / "groups").glob("step-*.jsonl")
-        return sorted(int(file.stem.removeprefix("step-")) for file in files)
-
-    def groups(self, step: int) -> list[dict[str, Any]]:
-        """The groups of a step, each with its responses, rewards and advantages."""
-        return [json.loads(line) for line in complete_lines(self._groups_file(step))]
-
-    def summary(self) -> dict[str, Any]:
-        """The final figures."""
-        return json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
-
-    def write_json(self, name: str, value: Any) -> None:
-        """Write `name` in the run's folder, complete or not at all."""
-        write_text_atomic(self.path / name, json.dumps(value, indent=1))
+    # --- metrics ---------------------------------------------------------------------------
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """Add a step to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
-        fsync(self.path / "metrics.jsonl")
+        """Append the metrics of a step."""
+        self._metrics.append([metrics])
 
-    def write_groups(
-        self, step: int, groups: Sequence[Group], advantages: Sequence[Sequence[float]]
-    ) -> None:
-        """Write every response of a step with source, reward and advantage."""
-        self._write_groups(self._groups_file(step), groups, advantages)
+    def metrics(self) -> list[dict[str, Any]]:
+        """The metrics of all steps in order, with `stage` in those of a run with stages.
 
-    def save_bad_step(
-        self, step: int, groups: Sequence[Group], advantages: Sequence[Sequence[float]]
-    ) -> Path:
-        """Keep the groups of a step whose loss or gradient was not finite."""
-        file = self.bad_steps / f"step-{step:06d}.jsonl"
-        self._write_groups(file, groups, advantages)
-        return file
+        Raises: UserError for a line that is damaged or missing.
+        """
+        found = list(self._metrics)
+        _check_steps(self._metrics.path, found, _RESTORE)
+        if (self.path / "summary.json").exists():
+            steps = self.summary().get("steps", len(found))
+            if len(found) != steps:
+                rule = f"must have a line for each of the run's {steps} steps"
+                raise UserError([f"{self._metrics.path}: {rule}, got {len(found)}. {_RESTORE}"])
+        return found
+
+    def frame(self) -> Any:
+        """A pandas DataFrame with a row per step; nested names are joined by "/": `reward/self`."""
+        return import_pandas().json_normalize(self.metrics(), sep="/")
 
     def truncate_after(self, step: int) -> None:
-        """Drop what steps after `step` wrote, before they are run again."""
-        kept = [m for m in self.metrics() if m["step"] <= step]
-        text = "".join(json.dumps(m) + "\n" for m in kept)
-        write_text_atomic(self.path / "metrics.jsonl", text)
+        """Remove what later steps than `step` have written, before they are run again.
+
+        Raises: UserError unless metrics.jsonl holds the metrics of all steps up to `step`.
+        """
+        advice = (
+            f"Restore the file from a copy, or remove the folders in {self.checkpoints} from the "
+            "first missing step on: --resume then continues before it."
+        )
+        kept = list(islice(self._metrics, step))
+        _check_steps(self._metrics.path, kept, advice)
+        if len(kept) < step:
+            rule = f"must have the metrics of the {step} steps before the checkpoint"
+            raise UserError([f"{self._metrics.path}: {rule}, got {len(kept)}. {advice}"])
+        if len(self._metrics) > step:
+            (self.path / "summary.json").unlink(missing_ok=True)  # The run is not finished now.
+        self._metrics.keep_first(step)
         for later in self.group_steps():
             if later > step:
                 self._groups_file(later).unlink()
 
+    # --- groups ----------------------------------------------------------------------------
+
+    def group_steps(self) -> list[int]:
+        """The steps whose groups were written, in order."""
+        names = (file.stem.removeprefix("step-") for file in self.path.glob("groups/step-*.jsonl"))
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def groups(self, step: int, expected: int | None = None) -> list[dict[str, Any]]:
+        """The groups of a step, each with its responses, rewards and advantages.
+
+        `expected` is their number, which the step's metrics have under `groups`.
+        Raises: UserError for a line that is damaged or missing.
+        """
+        file = self._groups_file(step)
+        advice = "Restore the file from a copy, or remove it."
+        found = list(JsonlFile(file, _group, "must be a group with its responses", advice))
+        if expected is not None and file.exists() and len(found) != expected:
+            rule = f"must have a line for each of the step's {expected} groups"
+            raise UserError([f"{file}: {rule}, got {len(found)}. {advice}"])
+        return found
+
+    def write_groups(self, step: int, groups: Sequence[ScoredGroup]) -> None:
+        """Write every response of a step with source, reward and advantage."""
+        self._write_groups(self._groups_file(step), groups)
+
+    def save_bad_step(self, step: int, groups: Sequence[ScoredGroup]) -> Path:
+        """Write the groups of a step whose loss or gradient was not finite."""
+        file = self.bad_steps / f"step-{step:06d}.jsonl"
+        self._write_groups(file, groups)
+        return file
+
     def _groups_file(self, step: int) -> Path:
         return self.path / "groups" / f"step-{step:06d}.jsonl"
 
-    def _write_groups(
-        self, file: Path, groups: Sequence[Group], advantages: Sequence[Sequence[float]]
-    ) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("w", encoding="utf-8") as out:
-            for group, values in zip(groups, advantages, strict=True):
-                responses = [_response(r, a) for r, a in zip(group, values, strict=True)]
-                problem = {"id": group.problem.id, "text": group.problem.text,
-                           "answer": group.problem.answer}  # fmt: skip
+    def _write_groups(self, file: Path, groups: Sequence[ScoredGroup]) -> None:
+        with atomic_write(file) as partial, partial.open("w", encoding="utf-8") as out:
+            for scored in groups:
+                p = scored.group.problem
+                problem = {"id": p.id, "text": p.text, "answer": p.answer}
+                responses = [_response(r, a) for r, a in scored]
                 out.write(json.dumps({"problem": problem, "responses": responses}) + "\n")
-        fsync(file)
+
+    # --- single values ---------------------------------------------------------------------
+
+    def summary(self) -> dict[str, Any]:
+        """The final results. Raises: UserError if the file is damaged."""
+        rule = "must be the summary of a finished run"
+        return read_json(self.path / "summary.json", _summary, rule, _RESTORE)
+
+    def evaluation(self, name: str) -> Evaluation:
+        """The results of "base" or "trained" on each set; empty if there are none yet.
+
+        Raises: UserError if the file is damaged.
+        """
+        file = self.path / "eval" / f"{name}.json"
+        if not file.exists():
+            return {}
+        return read_json(file, parse_evaluation, "must have the results of each set", _RESTORE)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file in the folder atomically."""
+        write_text_atomic(self.path / name, json.dumps(value, indent=1))
+
+    def check_data(self, fingerprints: Mapping[str, str]) -> None:
+        """Compare the data with those of the run's first start, where they are recorded.
+
+        `fingerprints` maps fields such as `data` and `eval.sets.test` to hashes of their problems.
+        Raises: UserError that names every field whose data have changed.
+        """
+        file = self.path / DATA_IDENTITY
+        if not file.exists():
+            return self.write_json(DATA_IDENTITY, dict(fingerprints))
+        advice = "Remove the file to accept the data as they are now."
+        recorded = read_json(file, _fingerprints, "must have a fingerprint of each source", advice)
+        changed = [f"{name}: must be the data that the run was started with ({file}), got others. "
+                   "Restore them, or start a new run with another --out."
+                   for name, _, _ in differences(recorded, fingerprints)]  # fmt: skip
+        if changed:
+            raise UserError(changed)
+        return None
 
 
 class WorkerRunFolder(RunFolder):
-    """A run's folder to a process that helps another one: it writes its engine's files alone."""
+    """The run's folder in a process other than the main one, which writes only engine files."""
 
     def __init__(self, path: str | Path, rank: int) -> None:
         super().__init__(path)
         self.scratch = self.path / f"engine-{rank}"
 
     def lock(self) -> AbstractContextManager[None]:
-        """Nothing: the process that it helps has the folder."""
+        """No lock: the main process holds it."""
         return nullcontext()
 
     def _write_nothing(self, *_: Any, **__: Any) -> None:
         pass
 
-    create = write_json = append_metrics = truncate_after = _write_groups = _write_nothing
+    create = write_json = append_metrics = truncate_after = check_data = _write_nothing
+    _write_groups = _write_nothing
+
+
+# --- the form of the files -------------------------------------------------------------------
+
+
+def _step_metrics(line: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(line["step"], int):
+        raise TypeError("step: must be an integer")
+    return line
+
+
+def _check_steps(file: Path, metrics: Sequence[Mapping[str, Any]], advice: str) -> None:
+    """Check that steps count from 1, in every stage, without a gap. Raises: UserError."""
+    expected, stage = 1, None
+    for number, line in enumerate(metrics, start=1):
+        expected = expected if line.get("stage") == stage else 1
+        if line["step"] != expected:
+            rule = f"must be the metrics of step {expected}"
+            raise UserError(
+                [f"{file}:{number}: {rule}, got those of step {line['step']}. {advice}"]
+            )
+        expected, stage = expected + 1, line.get("stage")
+
+
+def _group(line: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(line["problem"]["id"], str) or not isinstance(line["responses"], list):
+        raise TypeError("problem or responses")
+    return line
+
+
+def _summary(value: Any) -> dict[str, Any]:
+    if not isinstance(value["trained"], dict):
+        raise TypeError("trained")
+    return value
+
+
+def _fingerprints(value: Any) -> dict[str, str]:
+    if not (isinstance(value, dict) and all(isinstance(v, str) for v in value.values())):
+        raise TypeError("not an object of texts")
+    return value
+
+
+def parse_evaluation(value: Any) -> Evaluation:
+    """The results of an evaluation by set. Raises: KeyError or TypeError for another value."""
+    for results in value.values():
+        if not (isinstance(results["problems"], int) and isinstance(results["correct"], dict)):
+            raise TypeError("problems or correct")
+    return value
 
 
 def _response(response: Response, advantage: float) -> dict[str, Any]:
-    """What the file keeps; log-probs are left out, which would be most of it."""
+    """A response as it is written: without log-probs, which would be most of the file."""
     kept = dataclasses.asdict(dataclasses.replace(response, logprobs=None))
     del kept["logprobs"]
     return {**kept, "advantage": advantage}
 
 
+# --- finding a run's folder ------------------------------------------------------------------
+
+
 def find_folder(
     recipe: Recipe, out: str | Path | None, *, resume: bool, distributed: Distributed
 ) -> RunFolder:
-    """The run's folder, not made yet; `runs/NAME`, numbered, by default.
+    """The run's folder, `runs/NAME` with a number if needed by default; it is not created yet.
 
-    Raises: RecipeError if `out` holds another run, or none that this recipe can resume.
+    Raises: UserError if `out` cannot be written to or holds another run.
     """
     path = distributed.broadcast_from_main(lambda: _find_path(recipe, out, resume))
     return RunFolder(path) if distributed.is_main else WorkerRunFolder(path, distributed.rank)
 
 
 def _find_path(recipe: Recipe, out: str | Path | None, resume: bool) -> Path:
-    path = Path(out) if out is not None else _default_folder(Path("runs") / recipe.name, resume)
-    saved = path / "recipe.yaml"
+    default = Path("runs") / recipe.name
     if not resume:
-        if path.exists() and (not path.is_dir() or RunFolder(path).begun()):
-            raise RecipeError(
-                [f"--out: must be a new or empty folder, got {str(path)!r}. "
-                 "Choose another, or continue the run in it with --resume."]
-            )  # fmt: skip
-    elif not saved.is_file():
-        raise RecipeError([f"--resume: must find a run to continue, got {str(path)!r}."])
-    elif Recipe.load(saved) != recipe:
+        check_output_path(default if out is None else out)
+    path = Path(out) if out is not None else _default_folder(default, resume)
+    saved = path / "recipe.yaml"
+    has_recipe, started = os.path.isfile(saved), RunFolder(path).is_started()
+    if not resume and started:
         raise RecipeError(
-            [f"--resume: must be given the run's own recipe, but {saved} differs. "
-             f"Continue with: gft-lite train {saved} --out {path} --resume"]
+            [f"--out: must be a new or empty folder, got {str(path)!r}. "
+             "Choose another, or continue the run in it with --resume."]
         )  # fmt: skip
-    _check_usable(path)
+    # A start that was killed before it wrote its recipe leaves a folder to begin in.
+    if resume and not has_recipe and (started or not os.path.isdir(path)):
+        raise RecipeError(
+            [f"--resume: must find a run to continue, got {short_repr(str(path))}. "
+             "Check --out, or start the run without --resume."]
+        )  # fmt: skip
+    if resume:
+        check_output_path(path)
+    if has_recipe:
+        _check_own_recipe(recipe, saved)
+    if path.is_dir():
+        with lock_folder(path):  # Fails before a model is loaded.
+            pass
     return path
 
 
-def _check_usable(path: Path) -> None:
-    """Told before a model is loaded, which may be beside that of the run at work there."""
-    there = next(p for p in (path, *path.parents) if p.exists())
-    if not os.access(there, os.W_OK):
+def _check_own_recipe(recipe: Recipe, saved: Path) -> None:
+    """Check that the recipe differs from the run's own only in fields without effect on results.
+
+    Raises: RecipeError with every other field that differs.
+    """
+    old, new = (values_affecting(r, Affects.RUN) for r in (Recipe.load(saved), recipe))
+    differing = [f"{name} ({short_repr(a)}, now {short_repr(b)})"
+                 for name, a, b in differences(old, new)]  # fmt: skip
+    if differing:
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise RecipeError(
-            [f"--out: must be a folder that can be written to, got {str(path)!r}. "
-             f"Make {str(there)!r} writable, or choose another."]
+            [f"--resume: must be given the run's own recipe, but {saved} differs in "
+             f"{', '.join(differing[:3])}{more}. "
+             f"Continue with: gft-lite train {saved} --out {saved.parent} --resume"]
         )  # fmt: skip
-    if path.is_dir():
-        with lock_folder(path):
-            pass
 
 
 def _default_folder(path: Path, resume: bool) -> Path:
     """`path`, or the first free `path-2`, `path-3`; when resuming, the newest of them."""
     number, candidate, newest = 1, path, path
-    while candidate.exists():
+    while os.path.lexists(candidate):
         newest = candidate
         number += 1
         candidate = path.with_name(f"{path.name}-{number}")
@@ -190,6 +328,6 @@ def _default_folder(path: Path, resume: bool) -> Path:
 
 
 def stage_folder(recipe: Recipe, run: RunFolder, number: int) -> RunFolder:
-    """Where a stage (from 0) of a staged run has its own run."""
+    """The folder of a stage, counted from 0, of a run with stages."""
     method = recipe.stages[number].method.replace(":", ".")
     return RunFolder(run.path / "stages" / f"{number + 1}-{method}")

@@ -1,4 +1,4 @@
-"""TODO: gft_lite/runs/metrics.py"""
+"""The metrics of a training step that follow from its graded groups, and a timer of its phases."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gft_lite.types import Group
 
 
 class PhaseTimer:
-    """Wall-clock seconds by phase."""
+    """Wall-clock seconds by phase: `with timer("rollout"): ...`."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -27,14 +27,18 @@ class PhaseTimer:
 
 
 def group_metrics(groups: Sequence[Group]) -> dict[str, Any]:
-    """What the scored groups of a step say: rewards by source and function, shares, lengths."""
+    """Mean rewards by source and by reward function, shares and lengths of graded groups.
+
+    Responses to which no reward function applies are left out of the means of rewards.
+    """
     responses = [r for group in groups for r in group]
     own = [r for r in responses if r.source == "self"]
     by_source: dict[str, list[float]] = {}
     parts: dict[str, list[float]] = {}
     for group in groups:
         for response, reward in zip(group, group.rewards, strict=True):
-            by_source.setdefault(response.source, []).append(reward)
+            if reward is not None:
+                by_source.setdefault(response.source, []).append(reward)
             for name, value in response.reward_parts.items():
                 parts.setdefault(name, []).append(value)
     return {

@@ -1,4 +1,4 @@
-"""TODO: gft_lite/runs/trackers.py"""
+"""Experiment trackers: TensorBoard, Weights & Biases and trackio."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from gft_lite.utils.tables import flatten
 
 
 class Trackers:
-    """TensorBoard, W&B and trackio by name, as accelerate drives them."""
+    """The trackers of a run by name, through accelerate's interface."""
 
     def __init__(self, names: Sequence[str], run: str, folder: Path, config: Any) -> None:
         self._trackers: list[Any] = []
         if not names:
             return
-        from accelerate import Accelerator  # Only a run with trackers pays for it.
+        from accelerate import Accelerator  # Slow to import, and only trackers need it here.
 
         accelerator = Accelerator(log_with=list(names), project_dir=str(folder))
         accelerator.init_trackers(run, config=flatten(config))
         self._trackers = accelerator.trackers
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Send a step's numbers."""
+        """Send every number of a step's metrics, with nested names joined by "/"."""
         values = {k: v for k, v in flatten(metrics).items() if isinstance(v, int | float)}
         for tracker in self._trackers:
             tracker.log(values, step=step)
 
     def close(self) -> None:
-        """Flush and finish."""
+        """Flush and close all trackers."""
         for tracker in self._trackers:
             tracker.finish()

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-MAX_SHOWN = 20  # Errors printed; as many as fit a screen.
+MAX_SHOWN = 20  # Errors in one message; more would not fit a terminal.
 
 
 class UserError(Exception):
@@ -26,24 +26,24 @@ class RecipeError(UserError):
 
 
 def nearest(name: object, known: Iterable[str], cutoff: float = 0.5) -> str | None:
-    """The known name most like `name`, if any is."""
+    """The known name that is most similar to `name`, None if none is similar."""
     by_lower = {k.lower(): k for k in known}
     close = difflib.get_close_matches(str(name).lower(), by_lower, n=1, cutoff=cutoff)
     return by_lower[close[0]] if close else None
 
 
 def dotted_path(at: Sequence[str | int]) -> str:
-    """A path as the command line writes it."""
+    """The path of a recipe field as it is written on the command line: `optim.lr`."""
     return ".".join(map(str, at))
 
 
 def short_repr(value: Any) -> str:
-    """A value as an error shows it, on one short line."""
+    """A value as one line of at most 60 characters, for an error text."""
     if isinstance(value, BaseModel | Mapping):
         return "a section"
     plain = {None: "null", True: "true", False: "false"}
     try:
         text = plain[value] if value is None or isinstance(value, bool) else repr(value)
-    except ValueError:  # Python writes no integers of more than 4300 digits.
+    except ValueError:  # Python does not convert integers of more than 4300 digits.
         text = "a very long number"
     return text if len(text) <= 60 else text[:57] + "..."

@@ -10,19 +10,18 @@ from pathlib import Path
 from typing import Any, BinaryIO, Generic, TypeVar
 
 from gft_lite.utils.errors import UserError, short_repr
-from gft_lite.utils.files import fsync
+from gft_lite.utils.files import INVALID, fsync
 
 T = TypeVar("T")
-# What `parse` may raise for an object that is not an entry.
-_INVALID = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
 _BLOCK = 1 << 16
 
 
 class JsonlFile(Generic[T]):
     """A file with one JSON object per line, to which lines are only appended.
 
-    `parse` converts the object of a line to an entry. `rule` and `advice` are used in the error
-    for a line that is not an entry: `FILE:LINE: RULE, got TEXT. ADVICE`.
+    `parse` converts the object of a line to an entry and raises one of `INVALID` for others.
+    `rule` and `advice` are used in the error for a line that is not an entry:
+    `FILE:LINE: RULE, got TEXT. ADVICE`.
     An incomplete last line, which a killed writer leaves, is not an entry; the next append
     removes it. One instance can be used by several threads.
     """
@@ -96,7 +95,7 @@ class JsonlFile(Generic[T]):
             if not isinstance(value, dict):
                 raise TypeError("not an object")
             return self._parse(value)
-        except _INVALID as error:
+        except INVALID as error:
             text = short_repr(line.decode(errors="replace").rstrip("\n"))
             number = 1 + sum(start < offset for start, _ in self._lines())
             rule = f"{self.path}:{number}: {self._rule}"

@@ -1,4 +1,4 @@
-"""Memory of this process and of the device, in bytes."""
+"""Memory of this process and of its device, in bytes."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ if TYPE_CHECKING:  # The planner imports this module and works without torch.
     import torch
 
 GIB = 1 << 30
-LOGIT_CHUNK_BYTES = 64 << 20  # The head's logits of a few tokens at a time, in fp32.
+LOGIT_CHUNK_BYTES = 64 << 20  # fp32 logits that the output head computes at a time.
 
 
 def free_ram() -> int:
-    """Bytes of RAM that this process may still take."""
+    """Bytes of RAM that are available to this process."""
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text(encoding="utf-8"))
     free = int(found[1]) * 1024 if found else os.sysconf("SC_PHYS_PAGES") * 4096
-    # A container may have less than its machine.
+    # A container's limit can be lower than the machine's memory.
     limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
     if (
         limit.exists()
@@ -33,7 +33,7 @@ def free_ram() -> int:
 
 
 def process_memory(kind: Literal["VmRSS", "VmHWM"]) -> int:
-    """Bytes of this process in RAM, now or at most so far; 0 where there is no /proc."""
+    """Bytes of this process in RAM, current (VmRSS) or peak (VmHWM); 0 without /proc."""
     status = Path("/proc/self/status")
     lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
     found = [int(line.split()[1]) * 1024 for line in lines if line.startswith(kind)]
@@ -41,8 +41,7 @@ def process_memory(kind: Literal["VmRSS", "VmHWM"]) -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most memory in bytes that torch held on the GPU since it was last asked, or that the
-    process held ever where there is no GPU."""
+    """Peak bytes that torch allocated on a GPU since the last call; the process's peak on a CPU."""
     if device.type != "cuda":
         return process_memory("VmHWM")
     import torch

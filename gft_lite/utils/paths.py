@@ -1,4 +1,4 @@
-"""Where the package and its shipped files are."""
+"""The folder of the installed package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM wait for the end of a step, so that a checkpoint can be written."""
+"""SIGINT and SIGTERM are handled at the end of a step, so that a checkpoint can be written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console
 
 
 class Interrupt:
-    """Which signals asked to stop."""
+    """The signals received so far."""
 
     def __init__(self) -> None:
         self.received: set[int] = set()
@@ -20,24 +20,23 @@ class Interrupt:
 
 @contextmanager
 def defer_signals(console: Console) -> Iterator[Interrupt]:
-    """Note the first SIGINT or SIGTERM instead of dying of it; a second one interrupts at once.
+    """Record the first SIGINT or SIGTERM; a second one of the same kind interrupts at once.
 
-    The second must be of the same kind: a launcher sends the other one after a Ctrl-C.
-
-    Off the main thread, where Python allows no handlers, signals do what they always do.
+    A launcher sends SIGTERM after a Ctrl-C, so the other kind does not interrupt. Outside the main
+    thread, where Python allows no handlers, nothing changes.
     """
     interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():
         yield interrupt
         return
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def record(number: int, frame: FrameType | None) -> None:
         if number in interrupt.received:
             raise KeyboardInterrupt
         interrupt.received.add(number)
         console.print("stopping after this step; once more stops at once")
 
-    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {s: signal.signal(s, record) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield interrupt
     finally:

@@ -1,7 +1,4 @@
-"""Unbiased pass@k, and intervals: bootstrap over problems, Student's t over seeds.
-
-The standard library suffices.
-"""
+"""Unbiased pass@k; bootstrap intervals over problems and Student's t intervals over seeds."""
 
 from __future__ import annotations
 
@@ -12,10 +9,10 @@ from statistics import fmean, stdev
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """The chance that at least one of k samples is right, estimated from n of them.
+    """The probability that at least one of k samples is correct, estimated from n samples.
 
-    Source: arXiv 2107.03374, Eq. 1, `1 - C(n - c, k) / C(n, k)`. The integers are exact and
-    divided once, so that no n is too large and no chance too small.
+    Source: arXiv 2107.03374, Eq. 1, `1 - C(n - c, k) / C(n, k)`, in exact integers with a single
+    division, which neither overflows nor loses small probabilities.
 
     Raises: ValueError unless 0 <= correct <= n and 1 <= k <= n.
     """
@@ -28,7 +25,7 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 
 
 def mean_pass_at_k(counts: Sequence[tuple[int, int]], k: int) -> float:
-    """The mean pass@k over problems, each of them `(n, correct)`.
+    """The mean pass@k over problems, each given as `(n, correct)`.
 
     Raises: ValueError without problems, and as `pass_at_k`.
     """
@@ -40,7 +37,7 @@ def mean_pass_at_k(counts: Sequence[tuple[int, int]], k: int) -> float:
 def bootstrap_interval(
     values: Sequence[float], *, level: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """The percentile bootstrap interval of a mean over problems; the same seed, the same answer.
+    """The percentile bootstrap interval of a mean over problems, deterministic for a seed.
 
     Source: B. Efron, "Bootstrap methods: another look at the jackknife", 1979.
 
@@ -58,9 +55,9 @@ def average_interval(
     resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """The bootstrap interval of the mean of several means, as of a table's average of benchmarks.
+    """The bootstrap interval of the mean over benchmarks of each benchmark's mean.
 
-    The problems of each benchmark are resampled among themselves; all benchmarks weigh the same.
+    Problems are resampled within their benchmark; all benchmarks have equal weight.
     Shapes: groups [B][N_b] -> (low, high).
     Raises: as `bootstrap_interval`.
     """
@@ -87,7 +84,7 @@ def paired_interval(
     resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """The bootstrap interval of mean(a) - mean(b), where both hold the same problems in order.
+    """The bootstrap interval of mean(a) - mean(b) over the same problems in the same order.
 
     Shapes: a [N], b [N] -> (low, high).
     Raises: ValueError for lengths that differ, and as `bootstrap_interval`.
@@ -99,7 +96,7 @@ def paired_interval(
 
 
 def t_interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, float]:
-    """Student's t-interval of a mean over few independent runs, such as one for each seed.
+    """Student's t interval of a mean over independent runs, such as one per seed.
 
     Shapes: values [N], N >= 2 -> (low, high).
     Raises: ValueError for fewer than two values.
@@ -108,7 +105,7 @@ def t_interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, 
         raise ValueError(f"values: must be at least two, got {len(values)}")
     degrees = len(values) - 1
     low, high = 0.0, math.pi / 2
-    for _ in range(60):  # Halving: the chance grows with the angle.
+    for _ in range(60):  # Bisection: the probability increases with the angle.
         middle = (low + high) / 2
         low, high = (middle, high) if _t_within(middle, degrees) < level else (low, middle)
     half = math.sqrt(degrees) * math.tan(low) * stdev(values) / math.sqrt(len(values))
@@ -116,7 +113,7 @@ def t_interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, 
 
 
 def _t_within(angle: float, degrees: int) -> float:
-    """The chance that Student's |t| is at most sqrt(degrees) * tan(angle).
+    """The probability that Student's |t| is at most sqrt(degrees) * tan(angle).
 
     Source: Abramowitz and Stegun, 26.7.3 and 26.7.4.
     """
@@ -131,7 +128,7 @@ def _t_within(angle: float, degrees: int) -> float:
 
 
 def _quantile(ordered: Sequence[float], q: float) -> float:
-    """The q-quantile of sorted values, linear between neighbours."""
+    """The q-quantile of sorted values, interpolated linearly."""
     place = q * (len(ordered) - 1)
     below = math.floor(place)
     above = min(below + 1, len(ordered) - 1)

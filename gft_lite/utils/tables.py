@@ -12,7 +12,7 @@ from rich.table import Table as RichTable
 
 
 def import_pandas() -> Any:
-    """The module. Raises: ModuleNotFoundError, naming the extra to install."""
+    """Import pandas. Raises: ModuleNotFoundError that names the extra to install."""
     try:
         import pandas
     except ModuleNotFoundError as error:
@@ -21,7 +21,7 @@ def import_pandas() -> Any:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested names joined by "/"; lists become text."""
+    """Flatten nested mappings, with names joined by "/" and lists as text."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
@@ -33,7 +33,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def results_table(columns: Mapping[str, Mapping[str, float]], title: str = "") -> RichTable:
-    """Figures by name down, models across."""
+    """A table with a row per figure and a column per model."""
     table = RichTable(title=title or None)
     table.add_column("")
     for name in columns:
@@ -56,7 +56,7 @@ _LATEX = {"\\": r"\textbackslash{}", **{c: f"\\{c}" for c in "&%$#_{}"},
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Cells as text; the first `labels` columns are names, the others numbers."""
+    """A table of text cells; the first `labels` columns are names, the others numbers."""
 
     title: str
     header: tuple[str, ...]
@@ -64,7 +64,7 @@ class Table:
     labels: int = 1
 
     def rich(self, width: int) -> RichTable:
-        """For a terminal of `width` columns, on its side where it is too wide; without title."""
+        """A rich table without title, transposed if it is wider than `width` columns."""
         cells = [self.header, *self.rows]
         natural = 1 + sum(3 + max(map(len, column)) for column in zip(*cells, strict=True))
         if natural > width and self.labels == 1:
@@ -77,14 +77,14 @@ class Table:
         return table
 
     def markdown(self) -> str:
-        """With the title as a heading."""
+        """A Markdown table below the title as a heading."""
         marks = [":--" if i < self.labels else "--:" for i in range(len(self.header))]
         rows = (self.header, marks, *self.rows)
         lines = ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in rows]
         return "\n".join([f"## {self.title}", "", *lines, ""])
 
     def latex(self) -> str:
-        """A floating table with booktabs' rules."""
+        """A LaTeX table float with booktabs rules."""
         align = "l" * self.labels + "r" * (len(self.header) - self.labels)
         header, *rows = (
             " & ".join(_escaped(cell) for cell in row) + r" \\" for row in (self.header, *self.rows)
@@ -100,7 +100,7 @@ def _escaped(text: str) -> str:
 
 
 def csv_text(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Lines as CSV; a column for every key, in the order of their appearance."""
+    """CSV with a column for every key, in the order of first appearance."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for line in lines for key in line)))
     writer.writeheader()
