@@ -1,13 +1,14 @@
-"""Checkpoints: adapter, optimiser and counters, as safetensors and JSON only.
+"""Checkpoints: adapter, optimiser state and counters, as safetensors and JSON only.
 
-Random numbers, learning rate and data position are functions of the seed and the step, so the
-step is all that has to be remembered of them.
+Random numbers, learning rate and data position are functions of the seed and the step and are not
+saved.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,22 +19,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from gft_lite.policy.base import Policy
-from gft_lite.utils.files import fsync, write_text_atomic
+from gft_lite.utils.files import INVALID, fsync, write_text_atomic
 
 MANIFEST = "manifest.json"
+_FILES = ("adapter/adapter_model.safetensors", "optimizer.safetensors", "state.json")
+_NAME = re.compile(r"step-\d+")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or none that is there can be trusted."""
+    """A checkpoint could not be written, or all that exist are damaged."""
 
 
 def save(
     folder: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, keep: int,
     **counters: int,
 ) -> Path:  # fmt: skip
-    """Write `folder/step-N`, complete or not at all, and remove all but the newest `keep`.
+    """Write `folder/step-N` atomically and remove all but the newest `keep` checkpoints.
 
-    Raises: CheckpointError when the disk takes no more; what was there stays.
+    Raises: CheckpointError if writing fails; older checkpoints stay as they were.
     """
     final = folder / f"step-{step:06d}"
     partial = folder / f"{final.name}.tmp"
@@ -45,7 +48,7 @@ def save(
         save_file(tensors, partial / "optimizer.safetensors")
         state = {"step": step, "counters": counters, "optimizer": numbers}
         (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        _seal(partial)
+        _write_manifest(partial)
         _remove([final])
         partial.rename(final)
         fsync(folder)
@@ -57,46 +60,56 @@ def save(
             f"checkpoint: could not write {final} ({error}). Older ones are untouched: {older}. "
             "Make room or lower checkpoint.keep, then continue with --resume."
         ) from error
-    # By way of another name, since half a folder must not pass for a checkpoint.
+    # Renamed first: a folder that is removed in part must not count as a checkpoint.
     _remove(old.rename(old.with_suffix(".tmp")) for old in list_checkpoints(folder)[:-keep])
     return final
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, oldest first."""
-    return sorted(p for p in folder.glob("step-*") if not p.suffix)
+    found = (p for p in folder.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir())
+    return sorted(found, key=step_of)
 
 
-def newest_valid(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that is as it was written; None if there never was one.
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("step-"))
 
-    Damaged ones after it are told, and renamed to count no more.
+
+def newest_valid(folder: Path, report: Callable[[str], None]) -> Path | None:
+    """The newest undamaged checkpoint, None if none was ever written.
+
+    Newer, damaged ones are reported and renamed to `step-N.damaged`.
     Raises: CheckpointError if all are damaged.
     """
     saved = list_checkpoints(folder)
     damaged: list[tuple[Path, str]] = []
     while saved and (damage := find_damage(saved[-1])):
         damaged.append((saved.pop(), damage))
-    told = [f"{checkpoint}: {damage}" for checkpoint, damage in damaged]
+    texts = [f"{checkpoint}: {damage}" for checkpoint, damage in damaged]
     if damaged and not saved:
         raise CheckpointError(
-            f"checkpoint: must be as it was written, got {'; '.join(told)}. There is none before "
+            f"checkpoint: must be as it was written, got {'; '.join(texts)}. There is none before "
             f"it. Remove {folder} to start again from the first step."
         )
-    for (checkpoint, _), text in zip(damaged, told, strict=True):
-        say(f"damaged checkpoint, going back to the one before: {text}")
-        checkpoint.rename(checkpoint.with_suffix(".damaged"))
+    for (checkpoint, _), text in zip(damaged, texts, strict=True):
+        report(f"damaged checkpoint, going back to the one before: {text}")
+        renamed = checkpoint.with_suffix(".damaged")
+        _remove([renamed])  # Of an earlier time at the same step.
+        checkpoint.rename(renamed)
     return saved[-1] if saved else None
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, if anything is."""
+    """The first damage found in a checkpoint's files, None if there is none."""
     try:
-        expected = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["sha256"]
+        expected = json.loads((checkpoint / MANIFEST).read_bytes())["sha256"]
+        if missing := [name for name in _FILES if name not in expected]:
+            return f"{MANIFEST} does not list {missing[0]}"
         for name, digest in expected.items():
             if _sha256(checkpoint / name) != digest:
                 return f"{name} has changed since it was written"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, *INVALID) as error:
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -104,7 +117,7 @@ def find_damage(checkpoint: Path) -> str | None:
 def restore(
     checkpoint: Path, policy: Policy, optimizer: torch.optim.Optimizer
 ) -> tuple[int, dict[str, int]]:
-    """Load a checkpoint into policy and optimiser; returns its step and counters."""
+    """Load a checkpoint into policy and optimiser and return its step and counters."""
     policy.load_adapter(checkpoint / "adapter")
     state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     tensors = load_file(checkpoint / "optimizer.safetensors")
@@ -114,8 +127,8 @@ def restore(
     return state["step"], state["counters"]
 
 
-def _seal(folder: Path) -> None:
-    """List the checksums of all files in MANIFEST, and have everything on the disk."""
+def _write_manifest(folder: Path) -> None:
+    """Write the checksums of all files to MANIFEST and sync everything to the disk."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     for path in (*files, *(p for p in folder.rglob("*") if p.is_dir())):
         fsync(path)
@@ -134,7 +147,7 @@ def _remove(folders: Iterable[Path]) -> None:
 
 
 def _flatten(state: dict[int, dict[str, Any]]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Optimiser state as tensors and plain numbers, keyed "parameter/name"."""
+    """Split optimiser state into tensors and numbers, keyed "parameter/name"."""
     tensors, numbers = {}, {}
     for index, entries in state.items():
         for name, value in entries.items():
