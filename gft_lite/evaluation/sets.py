@@ -8,7 +8,8 @@ from typing import Any
 
 from gft_lite.data.prompts import PromptFormat
 from gft_lite.evaluation.metrics import measure
-from gft_lite.recipe.sections import EvalSettings, RewardSettings
+from gft_lite.recipe.sections import RewardSettings
+from gft_lite.recipe.training_sections import EvalSettings
 from gft_lite.rewards.base import RewardError, RewardFunction
 from gft_lite.rewards.scorer import Scorer
 from gft_lite.rollout.base import RolloutEngine, Sampling
@@ -24,7 +25,9 @@ def open_scorer(settings: RewardSettings, *, conversational: bool) -> Scorer:
 
     Raises: RecipeError for a reward function that can't be found or built.
     """
-    functions = [RewardFunction(f.name, f.weight, f.parameters) for f in settings.functions]
+    functions = [
+        RewardFunction(f.name, f.weight, f.parameters, f.correct_above) for f in settings.functions
+    ]
     try:
         return Scorer(
             functions,

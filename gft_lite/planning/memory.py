@@ -93,8 +93,7 @@ class Job:
     @property
     def element(self) -> int:
         """Bytes of an activation, and of a weight that isn't quantised."""
-        dtype = self.recipe.policy.dtype
-        return 4 if dtype == "float32" or (dtype == "auto" and self.device == "cpu") else 2
+        return 4 if self.recipe.policy.resolved_dtype(self.device) == "float32" else 2
 
     @property
     def context(self) -> int:
@@ -142,8 +141,7 @@ class Job:
 
     def optimiser(self, *, gradients: bool) -> int:
         """AdamW's two states in fp32, or in 8 bits; and the gradients while there are any."""
-        name = self.recipe.optim.name
-        paged = name == "paged_adamw_8bit" or (name == "auto" and self.device == "cuda")
+        paged = self.recipe.optim.is_paged(self.device)
         return self.lora_parameters * ((2 if paged else 8) + 4 * gradients)
 
     # --- training --------------------------------------------------------------------------

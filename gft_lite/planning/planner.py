@@ -222,7 +222,9 @@ def plan_for(recipe: Recipe, gpu: str | None) -> tuple[Plan, list[Plan]]:
     """The recipe's plan on a GPU, by default the smallest of CARDS on which it fits, and what
     would fit on each of CARDS if the recipe left all of it to the plan."""
     recipe = recipe.with_needed_engine()
-    device: Device = "cpu" if recipe.policy.device == "cpu" else "cuda"
+    device: Device = (
+        "cpu" if recipe.policy.resolved_device(cuda_available=True) == "cpu" else "cuda"
+    )
     shape = find_shape(recipe.policy.model)
     job, open_job = Job(shape, recipe, device), Job(shape, with_auto(recipe), device)
     sizes = [size * GIB for size in CARDS] if gpu is None else [parse_size(gpu)]

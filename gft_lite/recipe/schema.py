@@ -27,20 +27,22 @@ from gft_lite.recipe.effects import EVALUATION, EVERYTHING, NO_RESULT, TRAINING
 from gft_lite.recipe.loader import Dumper, find_recipe, merge
 from gft_lite.recipe.method_parameters import check_objective
 from gft_lite.recipe.sections import (
-    BudgetSettings,
-    CheckpointSettings,
-    EvalSettings,
     GroupSettings,
-    LogSettings,
-    MonitorSettings,
     ObjectiveSettings,
-    OptimSettings,
     PolicySettings,
     PromptSettings,
     RewardSettings,
     RolloutSettings,
-    StageSettings,
     TrainingDataSettings,
+)
+from gft_lite.recipe.training_sections import (
+    BudgetSettings,
+    CheckpointSettings,
+    EvalSettings,
+    LogSettings,
+    MonitorSettings,
+    OptimSettings,
+    StageSettings,
     TrainSettings,
     stage_shorthand,
 )

@@ -1,4 +1,4 @@
-"""The sections of a recipe, each field with its rule and default."""
+"""Sections of a recipe about the model, the data, the loss, the reward and the rollout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from pydantic import (
     model_validator,
 )
 
-from gft_lite.objective.methods import METHODS
 from gft_lite.recipe.base import Fraction, Settings, Share, matching, named_in
 from gft_lite.recipe.effects import EVALUATION, EVERYTHING, NO_RESULT, SAMPLING, TRAINING
 from gft_lite.rewards.registry import REWARDS
@@ -67,6 +66,18 @@ class PolicySettings(Settings):
     fused_head: Annotated[bool, TRAINING] = True
     trust_remote_code: Annotated[bool, EVALUATION] = False
     lora: Annotated[LoraSettings, TRAINING] = LoraSettings()
+
+    def resolved_device(self, *, cuda_available: bool) -> str:
+        """The device to load the policy on: `auto` is the GPU where there is one."""
+        if self.device != "auto":
+            return self.device
+        return "cuda" if cuda_available else "cpu"
+
+    def resolved_dtype(self, device: str) -> Literal["bfloat16", "float16", "float32"]:
+        """The dtype of activations and unquantised weights; `auto` is float32 on the CPU only."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "bfloat16" if device.startswith("cuda") else "float32"
 
     @model_validator(mode="after")
     def _reference_needs_adapter(self) -> PolicySettings:
@@ -212,11 +223,17 @@ class ObjectiveSettings(Settings):
 
 
 class RewardFunctionSettings(Settings):
-    """One reward function and its weight in the sum."""
+    """One reward function and its weight in the sum.
+
+    `correct_above`: a response with a score above this is correct, which pass@k counts; by default
+    0.5 for math, choice and exact, and none for other functions. The first function with such a
+    threshold decides; without any, evaluations have the mean reward instead of pass@k.
+    """
 
     name: Annotated[str, named_in(REWARDS)]
     weight: float = 1.0
     parameters: dict[str, Any] = {}
+    correct_above: float | None = None
 
 
 def _reward_shorthand(value: Any) -> Any:
@@ -285,115 +302,3 @@ class RolloutSettings(Settings):
     def rows(self) -> int:
         """How many responses are sampled side by side."""
         return 128 if isinstance(self.batch_size, str) else self.batch_size
-
-
-class OptimSettings(Settings):
-    """The optimiser, its schedule, and what it does about gradients that are no numbers."""
-
-    name: Literal["auto", "adamw", "paged_adamw_8bit"] = "auto"
-    lr: PositiveFloat = 1e-4
-    schedule: Literal["constant", "cosine", "linear"] = "cosine"
-    warmup: Fraction = 0.05
-    weight_decay: NonNegativeFloat = 0.0
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    clip_norm: PositiveFloat = 1.0
-    max_bad_steps: PositiveInt = 3
-
-
-class TrainSettings(Settings):
-    """How long and in which portions: one step is one rollout of `problems_per_step` groups.
-
-    `drop_zero_advantage` leaves out rows that add nothing to the gradient, before the forward.
-    `memory` is what the memory plan may fill; `auto` is what the device has free.
-    """
-
-    steps: Annotated[PositiveInt, TRAINING] = 100
-    problems_per_step: Annotated[PositiveInt, TRAINING] = 16
-    updates_per_rollout: Annotated[PositiveInt, TRAINING] = 1
-    micro_batch_tokens: Annotated[Literal["auto"] | PositiveInt, NO_RESULT] = 8192
-    memory: Annotated[
-        str,
-        matching(r"auto|\d+(\.\d+)? ?[GM]i?B", "must be auto or a size such as 8GiB"),
-        NO_RESULT,
-    ] = "auto"
-    drop_zero_advantage: Annotated[bool, TRAINING] = True
-
-    @model_validator(mode="after")
-    def _updates_fit(self) -> TrainSettings:
-        if self.updates_per_rollout > self.problems_per_step:
-            rule = f"must be at most train.problems_per_step, which is {self.problems_per_step}"
-            raise ValueError(f"updates_per_rollout: {rule}")
-        return self
-
-
-class BudgetSettings(Settings):
-    """What may be spent, in place of `train.steps`, so that methods compare at equal cost.
-
-    `problems` counts visits of a problem, `trajectories` responses, `tokens` the tokens of
-    all responses of the groups; the step in which the amount is reached is the last.
-    """
-
-    problems: PositiveInt | None = None
-    trajectories: PositiveInt | None = None
-    tokens: PositiveInt | None = None
-
-    @model_validator(mode="after")
-    def _one_at_most(self) -> BudgetSettings:
-        given = [name for name, amount in self if amount is not None]
-        if len(given) > 1:
-            raise ValueError(f"must name one of problems, trajectories and tokens, not {given}")
-        return self
-
-
-class StageSettings(Settings):
-    """One stage of a staged run: a method, what differs from the recipe, and the reference.
-
-    `start` takes the policy at the start of the stage as the reference of its KL.
-    """
-
-    method: Annotated[str, named_in(METHODS)]
-    reference: Literal["base", "start"] = "base"
-    overrides: dict[str, Any] = {}
-
-
-def stage_shorthand(value: Any) -> Any:
-    """A stage may be written as the mere name of its method."""
-    return {"method": value} if isinstance(value, str) else value
-
-
-class MonitorSettings(Settings):
-    """KL to the reference every n steps (0: never), on fixed held-out prompts."""
-
-    every: Annotated[NonNegativeInt, TRAINING] = 10
-    problems: Annotated[PositiveInt, EVALUATION] = 16
-
-
-class EvalSettings(Settings):
-    """Base and trained policy on named sets, the first of which is the headline."""
-
-    sets: dict[str, DataSettings] = {}
-    samples: PositiveInt = 8
-    k: list[PositiveInt] = [1, 8]
-    temperature: NonNegativeFloat = 0.5
-    top_p: Share = 1.0
-    max_tokens: PositiveInt | None = None
-
-    @model_validator(mode="after")
-    def _enough_samples(self) -> EvalSettings:
-        if self.k and max(self.k) > self.samples:
-            raise ValueError(f"k: must be at most eval.samples, which is {self.samples}")
-        return self
-
-
-class CheckpointSettings(Settings):
-    """A checkpoint every n steps; the newest `keep` stay on the disk."""
-
-    every: PositiveInt = 25
-    keep: PositiveInt = 2
-
-
-class LogSettings(Settings):
-    """What is written beside metrics.jsonl."""
-
-    groups: bool = True
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []

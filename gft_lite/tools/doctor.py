@@ -243,7 +243,7 @@ def _step(policy: Policy, row: Row) -> tuple[float, float, bool]:
     """log p of the row before and after one step towards it, and whether the base has moved."""
     import torch
 
-    from gft_lite.recipe.sections import OptimSettings
+    from gft_lite.recipe.training_sections import OptimSettings
     from gft_lite.training.optim import make_optimizer
 
     [batch] = policy.batches([row], 1)

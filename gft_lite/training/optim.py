@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gft_lite.policy.base import Policy
-from gft_lite.recipe.sections import OptimSettings
+from gft_lite.recipe.training_sections import OptimSettings
 from gft_lite.utils.errors import RecipeError
 
 
@@ -17,9 +17,8 @@ def make_optimizer(policy: Policy, settings: OptimSettings) -> torch.optim.Optim
 
     Raises: RecipeError for a paged optimiser without CUDA.
     """
-    on_gpu = policy.device.type == "cuda"
-    paged = settings.name == "paged_adamw_8bit" or (settings.name == "auto" and on_gpu)
-    if paged and not on_gpu:
+    paged = settings.is_paged(policy.device.type)
+    if paged and policy.device.type != "cuda":
         raise RecipeError(
             ["optim.name: must be auto or adamw without CUDA, got 'paged_adamw_8bit'."]
         )

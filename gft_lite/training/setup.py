@@ -199,9 +199,8 @@ def _settings_of_rank(recipe: Recipe, distributed: Distributed) -> Recipe:
 
 def _plan(recipe: Recipe, distributed: Distributed, console: Console) -> tuple[Recipe, Plan | None]:
     """The recipe with each `auto` of the memory plan set for the free memory of this device."""
-    where = recipe.policy.device
-    on_gpu = where != "cpu" and torch.cuda.is_available()
-    device = "cuda" if where == "auto" else where
+    device = recipe.policy.resolved_device(cuda_available=torch.cuda.is_available())
+    on_gpu = device != "cpu" and torch.cuda.is_available()
     free, card = (
         torch.cuda.mem_get_info(device)
         if on_gpu

@@ -7,7 +7,8 @@ import torch
 from safetensors import SafetensorError
 
 from gft_lite.policy.registry import load_policy
-from gft_lite.recipe.sections import OptimSettings, PolicySettings
+from gft_lite.recipe.sections import PolicySettings
+from gft_lite.recipe.training_sections import OptimSettings
 from gft_lite.runs import checkpoint
 from gft_lite.training.optim import make_optimizer
 from gft_lite.utils.errors import RecipeError

@@ -21,7 +21,7 @@ import pytest
 from rich.console import Console
 
 from gft_lite.recipe.schema import Recipe
-from gft_lite.recipe.sections import OptimSettings
+from gft_lite.recipe.training_sections import OptimSettings
 from gft_lite.runs import checkpoint
 from gft_lite.runs.folder import RunFolder
 from gft_lite.training.optim import make_optimizer

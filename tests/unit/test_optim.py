@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
-from gft_lite.recipe.sections import OptimSettings
-from gft_lite.training.learner import Update, combined
+from gft_lite.recipe.training_sections import OptimSettings
 from gft_lite.training.optim import learning_rate
+from gft_lite.training.updates import Mean, Update, aggregate_updates
 
 
 def rates(**settings):
@@ -35,21 +36,28 @@ def test_warmup_rises_to_the_rate_and_the_rest_is_scheduled_after_it():
     assert rates(schedule="linear", warmup=0.2) == pytest.approx(expected)
 
 
-def test_combined_updates_weigh_tokens_and_keep_out_what_was_skipped():
-    sums = {"tokens": 10, "forwarded": 15, "entropy_sum": 5.0, "rectified_sum": 4.0}
-    ran = Update(0.1, 99, loss=2.0, grad_norm=1.0, **sums)
-    sums |= {"tokens": 30, "forwarded": 40, "rectified_sum": 6.0}
-    longer = Update(0.2, 88, loss=4.0, grad_norm=3.0, **sums)
-    assert combined([ran, Update(0.15, 99, skipped="flat"), longer]) == {
+def test_aggregated_metrics_are_means_per_token_without_skipped_updates():
+    means = {"entropy": Mean(5.0, 10), "rectified": Mean(4.0, 10), "prefix": Mean(3.0, 2)}
+    ran = Update(0.1, 99, 10, 15, loss=2.0, grad_norm=1.0, metrics=means)
+    means = {"entropy": Mean(5.0, 30), "rectified": Mean(6.0, 30), "prefix": Mean()}
+    longer = Update(0.2, 88, 30, 40, loss=4.0, grad_norm=3.0, metrics=means)
+    assert aggregate_updates([ran, Update(0.15, 99, skipped="flat"), longer]) == {
         "updates": 2, "skipped": "flat", "lr": 0.2, "trained_tokens": 40, "forwarded_tokens": 55,
         "micro_batch_tokens": 88, "loss": 3.0, "grad_norm": 2.0, "entropy": 0.25,
-        "rectified": 0.25,
+        "rectified": 0.25, "objective": {"rectified": 0.25, "prefix": 1.5},
     }  # fmt: skip
+
+
+def test_a_metric_is_a_mean_over_the_tokens_it_applies_to():
+    assert Mean.of(torch.tensor([1.0, float("nan"), 3.0])) == Mean(4.0, 2)
+    assert Mean.of(torch.tensor([True, False, True])) == Mean(2.0, 3)
+    assert Mean.of(torch.tensor([float("nan")])).value is None
+    assert math.isinf(Mean.of(torch.tensor([float("inf")])).value)
 
 
 def test_what_is_not_a_number_is_null_in_json():
     bad = Update(0.1, 99, tokens=1, loss=float("nan"), grad_norm=float("inf"), skipped="non_finite")
-    metrics = combined([bad])
+    metrics = aggregate_updates([bad])
     assert metrics["skipped"] == "non_finite"
     assert metrics["loss"] is None
     assert metrics["grad_norm"] is None

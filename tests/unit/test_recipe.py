@@ -837,3 +837,35 @@ def test_evaluation_prompts_as_training_does_unless_told_otherwise():
     recipe = Recipe.from_tree(tree)
     assert recipe.eval.sets["a"].prompt.template == "Q: {problem}"
     assert recipe.eval.sets["b"].prompt.template == "{problem}?"
+
+
+# --- what auto means -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "cuda_available", "expected"),
+    [("auto", True, "cuda"), ("auto", False, "cpu"), ("cpu", True, "cpu"),
+     ("cuda:1", False, "cuda:1")],
+)  # fmt: skip
+def test_the_device_that_auto_is(device: str, cuda_available: bool, expected: str):
+    policy = Recipe.from_tree({"policy": {"device": device}}).policy
+    assert policy.resolved_device(cuda_available=cuda_available) == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "expected"),
+    [("auto", "cpu", "float32"), ("auto", "cuda", "bfloat16"), ("auto", "cuda:1", "bfloat16"),
+     ("float16", "cpu", "float16"), ("float32", "cuda", "float32")],
+)  # fmt: skip
+def test_the_dtype_that_auto_is(dtype: str, device: str, expected: str):
+    policy = Recipe.from_tree({"policy": {"dtype": dtype}}).policy
+    assert policy.resolved_dtype(device) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "paged"),
+    [("auto", "cpu", False), ("auto", "cuda:0", True), ("adamw", "cuda", False),
+     ("paged_adamw_8bit", "cuda", True), ("paged_adamw_8bit", "cpu", True)],
+)  # fmt: skip
+def test_when_the_optimiser_is_paged(name: str, device: str, paged: bool):
+    assert Recipe.from_tree({"optim": {"name": name}}).optim.is_paged(device) is paged
