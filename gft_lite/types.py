@@ -39,6 +39,7 @@ class Response:
     reward function applies. `reward_parts` are the unweighted scores of each reward function.
     `verdict` is the outcome of grading, None before it: "not_applicable", "ok", "no_answer" (none
     stated), "unparsed" (not readable as mathematics), "timeout" (grading was killed) or "error".
+    `correct` is None before grading, and after it if no reward function decides correctness.
     """
 
     token_ids: tuple[int, ...]
@@ -49,6 +50,7 @@ class Response:
     reward: float | None = None
     reward_parts: Mapping[str, float] = field(default_factory=dict)
     verdict: str | None = None
+    correct: bool | None = None
 
     @property
     def truncated(self) -> bool:

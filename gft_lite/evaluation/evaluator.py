@@ -17,7 +17,7 @@ from rich.console import Console
 
 from gft_lite.data.prompts import PromptFormat
 from gft_lite.evaluation.examples import Examples
-from gft_lite.evaluation.metrics import average, compare, correct, distinct, measure, score
+from gft_lite.evaluation.metrics import average, compare, distinct, measure
 from gft_lite.evaluation.response_cache import ResponseCache, Sampler
 from gft_lite.evaluation.sets import open_scorer
 from gft_lite.evaluation.suites import Suite, find_file, load_benchmark
@@ -321,13 +321,14 @@ def _grade(
     with file.open("w", encoding="utf-8") as out:
         for group, named in zip(scored, keys, strict=True):
             problem = group.problem
-            graded = [(r.text, correct(r)) for r in group]
+            graded = [(r.text, r.correct) for r in group if r.correct is not None]
             shown = (problem.id, problem.text, problem.answer or "")
             work.examples.see(work.suite.title(name), shown, label, graded)
             line = {
                 "id": problem.id, "text": problem.text, "answer": problem.answer,
-                "columns": dict(problem.columns), "correct": sum(right for _, right in graded),
-                "samples": len(group), "scores": [score(r) for r in group],
+                "columns": dict(problem.columns),
+                "correct": sum(right for _, right in graded) if graded else None,
+                "samples": len(group), "scores": [r.reward for r in group],
                 "verdicts": [r.verdict for r in group], "keys": list(named),
             }  # fmt: skip
             out.write(json.dumps(line, default=str) + "\n")

@@ -1,4 +1,9 @@
-"""What graded responses say: accuracy, pass@k, lengths, diversity, and differences of models."""
+"""Figures of graded responses: pass@k or mean reward, lengths, diversity, and differences.
+
+Where a reward function decides correctness, the figures of a set are pass@k and `correct`, the
+number of correct responses by problem; otherwise they are `mean_reward` and `rewards`, the mean
+reward by problem.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from gft_lite.rewards.base import RewardError
 from gft_lite.rewards.choice_rule import chosen_letter
 from gft_lite.rewards.extract import stated_answer
 from gft_lite.rewards.latex import text_key
@@ -18,50 +24,87 @@ from gft_lite.utils.statistics import (
     pass_at_k,
 )
 
+MEAN_REWARD = "mean_reward"
 _AVERAGED = ("truncated", "no_answer", "length", "distinct")
-CORRECT = 0.5  # A score above this, of the recipe's first reward function, is a right answer.
 
 
 def measure(groups: Sequence[Group], ks: Sequence[int]) -> dict[str, Any]:
-    """pass@k with a 95% interval of pass@1, shares of truncated and unanswered, lengths."""
-    counts = [(len(g), sum(map(correct, g))) for g in groups]
+    """The figures of a graded set, with 95% bootstrap intervals over its problems.
+
+    Raises: RewardError if neither correctness nor any reward is known.
+    """
     responses = [r for g in groups for r in g]
-    accuracies = [pass_at_k(n, c, 1) for n, c in counts]
+    graded = all(r.correct is not None for r in responses)
     return {
-        **{f"pass@{k}": mean_pass_at_k(counts, k) for k in sorted({1, *ks})},
-        "pass@1_interval": bootstrap_interval(accuracies),
+        **(_accuracy(groups, ks) if graded else _mean_reward(groups)),
         "truncated": sum(r.truncated for r in responses) / len(responses),
         "no_answer": sum(r.verdict == "no_answer" for r in responses) / len(responses),
         "length": sum(len(r.token_ids) for r in responses) / len(responses),
         "problems": len(groups),
         "samples": len(responses),
+    }
+
+
+def _accuracy(groups: Sequence[Group], ks: Sequence[int]) -> dict[str, Any]:
+    counts = [(len(g), sum(bool(r.correct) for r in g)) for g in groups]
+    accuracies = [pass_at_k(n, c, 1) for n, c in counts]
+    return {
+        **{f"pass@{k}": mean_pass_at_k(counts, k) for k in sorted({1, *ks})},
+        "pass@1_interval": bootstrap_interval(accuracies),
         "correct": {g.problem.id: c for g, (_, c) in zip(groups, counts, strict=True)},
     }
 
 
-def score(response: Response) -> float:
-    """What the first reward function gave; it decides what a right answer is."""
-    return next(iter(response.reward_parts.values()), 0.0)
+def _mean_reward(groups: Sequence[Group]) -> dict[str, Any]:
+    """The mean over problems of their mean rewards; responses without a reward do not count."""
+    known = {g.problem.id: [r.reward for r in g if r.reward is not None] for g in groups}
+    rewards = {name: fmean(values) for name, values in known.items() if values}
+    if not rewards:
+        raise RewardError(
+            "rewards: must apply to at least one response of an evaluation, got None for all "
+            f"{sum(map(len, groups))}. Return numbers, or use a rule that compares the answer."
+        )
+    return {
+        MEAN_REWARD: fmean(rewards.values()),
+        f"{MEAN_REWARD}_interval": bootstrap_interval(list(rewards.values())),
+        "rewards": rewards,
+    }
+
+
+def main_figure(figures: Mapping[str, Any]) -> str:
+    """The name of the first figure of a set: "pass@1", or "mean_reward" without correctness."""
+    return MEAN_REWARD if MEAN_REWARD in figures else "pass@1"
+
+
+def by_problem(figures: Mapping[str, Any]) -> dict[str, float]:
+    """The accuracy, or without correctness the mean reward, of each problem by its id."""
+    if MEAN_REWARD in figures:
+        return dict(figures["rewards"])
+    samples = figures["samples"] / figures["problems"]
+    return {name: correct / samples for name, correct in figures["correct"].items()}
 
 
 def correct(response: Response) -> bool:
-    """Whether a graded response is a right answer."""
-    return score(response) > CORRECT
+    """True if a graded response is correct; False if no reward function decides that."""
+    return bool(response.correct)
 
 
 def headline(results: Mapping[str, Mapping[str, Any]], ks: Sequence[int]) -> dict[str, float]:
-    """The figures of the final table: pass@k of the first set, pass@1 of each further one."""
-    names = list(results)
-    figures = {f"pass@{k}": results[names[0]][f"pass@{k}"] for k in ks} if names else {}
-    for name in names[1:]:
-        figures[name] = results[name]["pass@1"]
-    return figures
+    """The figures of summary.json: pass@k of the first set, pass@1 of each further one by name.
+
+    Without correctness, `mean_reward` of the first set and the mean reward of each further one.
+    """
+    if not results:
+        return {}
+    (_, first), *others = results.items()
+    names = [MEAN_REWARD] if MEAN_REWARD in first else [f"pass@{k}" for k in ks]
+    return {n: first[n] for n in names} | {n: f[main_figure(f)] for n, f in others}
 
 
 def distinct(groups: Sequence[Group], marker: str | None = None) -> float:
-    """How many different answers the responses to a problem state, as written, on average.
+    """The number of distinct answers per problem, compared as text; the mean over problems.
 
-    `marker` is what stands before an answer, where that isn't a box or a phrase.
+    `marker`: the text before an answer, where it is not in a box or after a phrase.
     """
 
     def stated(text: str, kind: object) -> str | None:
@@ -74,34 +117,31 @@ def distinct(groups: Sequence[Group], marker: str | None = None) -> float:
     return fmean(len(each - {None}) for each in answers)
 
 
-def _accuracies(figures: Mapping[str, Any]) -> dict[str, float]:
-    """The accuracy on each problem, by its id."""
-    samples = figures["samples"] / figures["problems"]
-    return {name: correct / samples for name, correct in figures["correct"].items()}
-
-
 def average(benchmarks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The mean of each figure over benchmarks, all of which weigh the same."""
-    names = {n: None for f in benchmarks.values() for n in f if n.startswith("pass@")}
-    means = {
-        name: fmean(figures[name] for figures in benchmarks.values())
-        for name in [*(n for n in names if n != "pass@1_interval"), *_AVERAGED]
+    """The mean of each figure over benchmarks, with equal weights."""
+    all_figures = list(benchmarks.values())
+    [main] = {main_figure(figures) for figures in all_figures}
+    names = dict.fromkeys(n for f in all_figures for n in f if n == main or n.startswith("pass@"))
+    names.pop(f"{main}_interval", None)
+    values = [list(by_problem(figures).values()) for figures in all_figures]
+    return {
+        **{n: fmean(figures[n] for figures in all_figures) for n in [*names, *_AVERAGED]},
+        f"{main}_interval": average_interval(values),
     }
-    accuracies = [list(_accuracies(figures).values()) for figures in benchmarks.values()]
-    return {**means, "pass@1_interval": average_interval(accuracies)}
 
 
 def compare(
     a: Mapping[str, Mapping[str, Any]], b: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Accuracy of b minus a on the problems of each benchmark that both answered, and on average.
+    """The accuracy (or mean reward) of b minus that of a on their common problems.
 
-    The interval is the paired bootstrap's over problems.
+    By benchmark, and "average" with equal weights; the intervals are paired bootstraps over
+    problems.
     """
     found: dict[str, dict[str, Any]] = {}
     gains: list[list[float]] = []
     for name in (name for name in a if name in b):
-        before, after = _accuracies(a[name]), _accuracies(b[name])
+        before, after = by_problem(a[name]), by_problem(b[name])
         shared = [problem for problem in after if problem in before]
         if shared:
             pair = [after[i] for i in shared], [before[i] for i in shared]

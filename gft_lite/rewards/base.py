@@ -28,11 +28,15 @@ Rule = Callable[[str, str | None, str | None], Grade]
 
 @dataclass(frozen=True, slots=True)
 class RewardFunction:
-    """A reward function of a recipe: a name in REWARDS or a dotted path, weight, parameters."""
+    """A reward function of a recipe: a name in REWARDS or a dotted path, weight, parameters.
+
+    `correct_above`: a response with a score above this is correct; None: the rule's own threshold.
+    """
 
     name: str
     weight: float = 1.0
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    correct_above: float | None = None
 
 
 #: Sums and squares of rewards up to this magnitude are finite in float32.

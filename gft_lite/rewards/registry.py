@@ -17,11 +17,14 @@ class RewardEntry:
     """One built-in rule: its factory as "module:function", where it runs and what it needs.
 
     `in_worker`: graded in a worker process, since the rule may hang on hostile text.
+    `correct_above`: the score above which a response is correct; None if the rule does not
+    compare the answer.
     """
 
     make: str
     in_worker: bool
     needs_answer: bool
+    correct_above: float | None
     doc: str
 
 
@@ -29,19 +32,19 @@ _HERE = "gft_lite.rewards"
 
 REWARDS: dict[str, RewardEntry] = {
     "math": RewardEntry(
-        f"{_HERE}.math_rule:make", True, True,
+        f"{_HERE}.math_rule:make", True, True, 0.5,
         "1 if the stated final answer equals the gold answer mathematically (choice rows too)",
     ),
     "choice": RewardEntry(
-        f"{_HERE}.choice_rule:make", True, True,
+        f"{_HERE}.choice_rule:make", True, True, 0.5,
         "1 if the one chosen letter A-E, or the text of the answer, equals the gold answer",
     ),
     "exact": RewardEntry(
-        f"{_HERE}.exact_rule:make", False, True,
+        f"{_HERE}.exact_rule:make", False, True, 0.5,
         "1 if the text after the last `marker` equals the gold answer character by character",
     ),
     "format": RewardEntry(
-        f"{_HERE}.format_rule:make", True, False,
+        f"{_HERE}.format_rule:make", True, False, None,
         r"1 if the response matches `pattern` (default: exactly one closed \boxed{})",
     ),
 }  # fmt: skip
@@ -61,6 +64,13 @@ def load_function(path: str) -> Callable[..., Any]:
     if not callable(function):
         raise RewardError(f"reward {path!r}: must be a function, got a {type(function).__name__}.")
     return function
+
+
+def correctness_threshold(function: RewardFunction) -> float | None:
+    """The score above which a response is correct; None if the function does not decide that."""
+    if function.correct_above is None and function.name in REWARDS:
+        return REWARDS[function.name].correct_above
+    return function.correct_above
 
 
 def make_rule(function: RewardFunction) -> Rule:

@@ -19,7 +19,7 @@ from gft_lite.rewards.base import (
     Rule,
     check_magnitude,
 )
-from gft_lite.rewards.registry import REWARDS, make_rule
+from gft_lite.rewards.registry import REWARDS, correctness_threshold, make_rule
 from gft_lite.rewards.user_function import Rows, UserFunction
 from gft_lite.rewards.worker_pool import WorkerPool
 from gft_lite.types import Group, Response
@@ -66,10 +66,11 @@ class Scorer:
         self._lock = threading.Lock()
 
     def score(self, groups: Sequence[Group]) -> list[Group]:
-        """New groups whose responses have `reward`, `reward_parts` and `verdict`.
+        """New groups whose responses have `reward`, `reward_parts`, `verdict` and `correct`.
 
         `reward` is the weighted sum of the parts that apply, None if none does; `verdict` is the
-        most severe one of the parts.
+        most severe one of the parts; `correct` is decided by the first function that has a
+        threshold of correctness, and is None without any.
 
         Raises: RewardError if a user's function raises or returns no valid scores.
         """
@@ -114,7 +115,15 @@ class Scorer:
             reward=reward if applied else None,
             reward_parts={function.name: grade.score for function, grade in applied},
             verdict=max(verdicts, key=VERDICTS.index, default="not_applicable"),
+            correct=self._is_correct(grades),
         )
+
+    def _is_correct(self, grades: Sequence[Grade | None]) -> bool | None:
+        for function, grade in zip(self._functions, grades, strict=True):
+            threshold = correctness_threshold(function)
+            if threshold is not None:
+                return grade is not None and grade.score > threshold
+        return None
 
     def _grades(self, function: RewardFunction, rows: Rows) -> Sequence[Grade | None]:
         if function.name in self._users:

@@ -12,7 +12,6 @@ from typing import Any
 from gft_lite.rewards.base import Grade, RewardError, RewardFunction, check_magnitude
 from gft_lite.rewards.registry import load_function
 from gft_lite.types import Group, Response
-from gft_lite.utils.errors import short_repr
 from gft_lite.utils.user_code import user_errors_as
 
 Rows = Sequence[tuple[Group, Response]]
@@ -153,7 +152,9 @@ def _await(awaitable: Any) -> Any:
 
 
 def _safe_repr(value: Any) -> str:
+    """The repr of any object, on one short line."""
     try:
-        return " ".join(short_repr(value).split())
-    except Exception:  # the user's own __repr__
+        text = " ".join(repr(value).split())
+    except Exception:  # the user's own __repr__, or an integer of more than 4300 digits
         return f"a {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -346,6 +346,35 @@ def test_a_coroutine_is_awaited_where_an_event_loop_runs(user_module):
     assert [response.reward for response in scored] == [0.5, None]
 
 
+@pytest.mark.parametrize(
+    ("functions", "expected"),
+    [
+        ([RewardFunction("my_rewards:length")], [None, None]),
+        ([RewardFunction("format")], [None, None]),
+        ([RewardFunction("format"), RewardFunction("exact", 1.0, {"marker": "#"})], [True, False]),
+        ([RewardFunction("my_rewards:length", correct_above=2.0)], [False, True]),
+        ([RewardFunction("my_rewards:generator", correct_above=0.4)], [True, True]),
+        (
+            [RewardFunction("my_rewards:length"), RewardFunction("exact", 0.0, {"marker": "#"}),
+             RewardFunction("my_rewards:booleans", correct_above=0.5)],
+            [True, False],
+        ),
+    ],
+)  # fmt: skip
+def test_correctness_is_decided_by_the_first_function_with_a_threshold(
+    user_module, functions, expected
+):
+    with Scorer(functions) as scorer:
+        (scored,) = scorer.score([group(["#5", "abc"])])
+    assert [response.correct for response in scored] == expected
+
+
+def test_a_response_that_the_deciding_function_does_not_apply_to_is_not_correct(user_module):
+    with Scorer([RewardFunction("my_rewards:generator", correct_above=0.4)]) as scorer:
+        (scored,) = scorer.score([group(["a", "b"])])
+    assert [response.correct for response in scored] == [True, False]
+
+
 def test_parameters_reach_a_function_without_keyword_arguments(user_module):
     with Scorer([RewardFunction("my_rewards:named", 1.0, {"bonus": 0.5})]) as scorer:
         assert rewards(scorer.score([group(["a", "b"], level=1)])) == [0.5, 0.5]
@@ -385,7 +414,7 @@ def test_user_functions_get_the_arguments_of_trl(user_module, conversational):
         ("my_rewards:complex_number", "finite numbers or None, got 1j"),
         ("my_rewards:nested", r"finite numbers or None, got \[1.0\]"),
         ("my_rewards:huge", r"at most 1e\+15 in magnitude, got 1e\+308"),
-        ("my_rewards:huge_integer", "finite numbers or None, got a very long number"),
+        ("my_rewards:huge_integer", "finite numbers or None, got a int"),
         ("my_rewards:mapping", "list of numbers or None, got dict"),
         ("my_rewards:nothing", "list of numbers or None, got NoneType"),
         ("my_rewards:scalar", "must not raise, got TypeError: iteration over a 0-d tensor"),

@@ -1,4 +1,4 @@
-"""Averages, paired differences and diversity against hand-computed values; the tables' forms."""
+"""Figures of evaluations, with hand-computed values; the formats of the tables."""
 
 from __future__ import annotations
 
@@ -8,16 +8,25 @@ import io
 import pytest
 
 from gft_lite.evaluation.examples import Examples
-from gft_lite.evaluation.metrics import average, compare, distinct, measure
+from gft_lite.evaluation.metrics import (
+    average,
+    by_problem,
+    compare,
+    distinct,
+    headline,
+    main_figure,
+    measure,
+)
 from gft_lite.evaluation.tables import tables, to_csv
+from gft_lite.rewards.base import RewardError
 from gft_lite.types import Group, Problem, Response
 from gft_lite.utils.statistics import average_interval, bootstrap_interval
 from gft_lite.utils.tables import Table
 
 
 def graded(text, right, *, tokens=2, finish="stop", verdict="ok"):
-    return Response(tuple(range(tokens)), text, "self", finish, reward_parts={"math": float(right)},
-                    verdict=verdict)  # fmt: skip
+    return Response(tuple(range(tokens)), text, "self", finish, reward=float(right),
+                    correct=bool(right), verdict=verdict)  # fmt: skip
 
 
 def group(name, *responses, kind="math"):
@@ -40,6 +49,46 @@ def test_a_benchmark():
     assert found["pass@2"] == 0.5
     assert (found["truncated"], found["no_answer"], found["length"]) == (0.25, 0.25, 3.0)
     assert found["correct"] == {"a": 1, "b": 0}
+
+
+def rewarded(*rewards):
+    return [Response((1,), "", "self", reward=reward, verdict="ok") for reward in rewards]
+
+
+def test_without_a_rule_of_correctness_the_figure_is_the_mean_reward():
+    groups = [group("a", *rewarded(0.6, 1.0, None)), group("b", *rewarded(0.7, 0.5)),
+              group("c", *rewarded(None, None))]  # fmt: skip
+    found = measure(groups, [1, 2])
+    assert not any(name.startswith("pass@") or name == "correct" for name in found)
+    assert found["mean_reward"] == pytest.approx((0.8 + 0.6) / 2)
+    assert found["rewards"] == pytest.approx({"a": 0.8, "b": 0.6})
+    assert found["mean_reward_interval"] == pytest.approx((0.6, 0.8))
+    assert main_figure(found) == "mean_reward"
+    other = measure([group("a", *rewarded(0.9))], [1])
+    assert headline({"test": found, "more": other}, [1, 2]) == pytest.approx(
+        {"mean_reward": 0.7, "more": 0.9}
+    )
+    difference = compare({"x": found}, {"x": other})["x"]
+    assert difference["difference"] == pytest.approx(0.1)
+    assert difference["problems"] == 1
+    averaged = average({"x": {**found, "distinct": 1.0}, "y": {**other, "distinct": 1.0}})
+    assert averaged["mean_reward"] == pytest.approx((0.7 + 0.9) / 2)
+    assert averaged["mean_reward_interval"] == pytest.approx((0.75, 0.85))
+
+
+def test_with_a_rule_of_correctness_the_figures_are_pass_at_k():
+    found = figures({"a": 1, "b": 3})
+    assert main_figure(found) == "pass@1"
+    assert by_problem(found) == {"a": 0.25, "b": 0.75}
+    # a: 1 - C(3,2)/C(4,2) = 1/2, b: 1.
+    assert headline({"test": found, "more": figures({"c": 2})}, [1, 2]) == {
+        "pass@1": 0.5, "pass@2": 0.75, "more": 0.5,
+    }  # fmt: skip
+
+
+def test_an_evaluation_without_any_reward_is_an_error():
+    with pytest.raises(RewardError, match=r"at least one response .* got None for all 2"):
+        measure([group("a", *rewarded(None, None))], [1])
 
 
 def test_distinct_answers_are_counted_as_they_are_written():
