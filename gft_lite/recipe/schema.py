@@ -25,7 +25,7 @@ from gft_lite.objective.methods import METHODS
 from gft_lite.recipe.base import Settings, matching, named_in, read_settings
 from gft_lite.recipe.effects import EVALUATION, EVERYTHING, NO_RESULT, TRAINING
 from gft_lite.recipe.loader import Dumper, find_recipe, merge
-from gft_lite.recipe.method_parameters import check_objective
+from gft_lite.recipe.objective_schema import check_objective
 from gft_lite.recipe.sections import (
     GroupSettings,
     ObjectiveSettings,

@@ -12,7 +12,7 @@ import pytest
 
 from gft_lite.objective.losses import LossInputs, LossOutput
 from gft_lite.objective.methods import METHODS
-from gft_lite.recipe import method_parameters
+from gft_lite.recipe import objective_schema
 from gft_lite.recipe.method_parameters import bind_method, complete_objective
 from gft_lite.recipe.schema import Recipe
 from gft_lite.utils.errors import RecipeError
@@ -160,10 +160,10 @@ def sharpened_loss(
 @pytest.fixture
 def sharpened(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A built-in method with parameters that ObjectiveSettings does not have."""
-    method_parameters._builtin_schema.cache_clear()
+    objective_schema.builtin_schema.cache_clear()
     monkeypatch.setitem(METHODS, "sharpened", replace(METHODS["gft"], loss=sharpened_loss))
     yield
-    method_parameters._builtin_schema.cache_clear()
+    objective_schema.builtin_schema.cache_clear()
 
 
 @pytest.mark.usefixtures("sharpened")
