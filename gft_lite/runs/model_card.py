@@ -1,4 +1,4 @@
-"""The model card: what a reader of an adapter, or of a merged model, should know of its making."""
+"""Model cards of adapters and merged models: data, method, results, use and limits."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ from gft_lite.objective.methods import METHODS
 from gft_lite.recipe.base import HUB_ID
 from gft_lite.recipe.loader import Dumper
 from gft_lite.recipe.schema import Recipe
-from gft_lite.runs.folder import RunFolder, stage_folder
+from gft_lite.runs.export import lora_shape, read_end_tokens
+from gft_lite.runs.folder import Evaluation, RunFolder, stage_folder
 from gft_lite.utils.files import write_text_atomic
 from gft_lite.version import __version__
 
-_PLACES = ("model", "adapter", "source")  # Fields that may hold a path.
+_PATH_FIELDS = ("model", "adapter", "source")  # Fields that may hold a path.
 
 
 def write_card(run: RunFolder) -> None:
-    """Put the card of a finished run into its adapter's folder, in place of peft's general one."""
+    """Write the card of a finished run to its adapter's folder, in place of peft's generic card."""
     recipe = Recipe.load(run.path / "recipe.yaml")
     base = known_as(recipe.policy.model)
     lines = [
         _front_matter(base, recipe, library_name="peft", tags=["lora", *_tags(recipe)]),
         f"# {recipe.name}",
-        f"A LoRA adapter of {_shown(base)}, trained by gft-lite {__version__}.",
-        *_story(run),
+        f"A LoRA adapter of {_link(base)}, trained by gft-lite {__version__}.",
+        *_training(run),
         "## Use",
-        _use(base, recipe),
+        *_use(base, recipe, run.adapter),
         *_limits(recipe),
         *_recipe(recipe),
     ]
@@ -43,10 +44,10 @@ def write_card(run: RunFolder) -> None:
 def write_merged_card(
     folder: Path, base: str, adapter: str, run: RunFolder | None, figures: str
 ) -> None:
-    """Put the card of a merged model into its folder.
+    """Write the card of a merged model to its folder.
 
-    `adapter` is its name, `run` where it was trained if that is known, `figures` what the
-    comparison with the unmerged policy found.
+    `adapter` is the adapter's name, `run` the run that trained it if that is known, `figures` the
+    result of the comparison with the unmerged policy.
     """
     recipe = Recipe.load(run.path / "recipe.yaml") if run else None
     finished = run is not None and "@" not in adapter
@@ -54,10 +55,10 @@ def write_merged_card(
         _front_matter(base, recipe, library_name="transformers", tags=_tags(recipe)),
         f"# {_folder_name(adapter)}, merged",
         f"The LoRA adapter `{_folder_name(adapter)}`, merged by gft-lite {__version__} into "
-        f"{_shown(base)}: a plain model for transformers, vLLM and converters.",
+        f"{_link(base)}: a plain model for transformers, vLLM and converters.",
         figures,
-        *(["What follows tells of the adapter, before merging."] if run else []),
-        *(_story(run) if run and finished else []),
+        *(["The sections below describe the adapter before merging."] if run else []),
+        *(_training(run) if run and finished else []),
         *(_limits(recipe) if recipe else []),
         *(_recipe(recipe) if recipe else []),
     ]
@@ -65,7 +66,7 @@ def write_merged_card(
 
 
 def known_as(model: str) -> str:
-    """A model's name without where it lies on this machine."""
+    """A model's name without the folders of this machine."""
     return model if _on_hub(model) else _folder_name(model)
 
 
@@ -79,7 +80,7 @@ def _on_hub(name: str) -> bool:
     return bool(HUB_ID.fullmatch(name)) and not local
 
 
-def _shown(base: str) -> str:
+def _link(base: str) -> str:
     if base == "lab":
         return "`lab`, the tiny base that ships with gft-lite"
     return f"[{base}](https://huggingface.co/{base})" if _on_hub(base) else f"`{base}`"
@@ -91,7 +92,7 @@ def _tags(recipe: Recipe | None) -> list[str]:
 
 
 def _front_matter(base: str, recipe: Recipe | None, **fields: Any) -> str:
-    """What the hub reads; what is not known, such as the licence, is left out."""
+    """The metadata for the hub; unknown entries, such as the licence, are left out."""
     source = recipe.data.source if recipe else ""
     data = ModelCardData(
         base_model=base if _on_hub(base) else None,
@@ -105,12 +106,12 @@ def _front_matter(base: str, recipe: Recipe | None, **fields: Any) -> str:
 # --- sections --------------------------------------------------------------------------------
 
 
-def _story(run: RunFolder) -> list[str]:
+def _training(run: RunFolder) -> list[str]:
     """Method, data and results of a finished run, as Markdown."""
     recipe, summary = Recipe.load(run.path / "recipe.yaml"), run.summary()
     return [
         "## Method",
-        _method(recipe),
+        _method(recipe, run.adapter),
         "## Data",
         _data(recipe, summary),
         "## Results",
@@ -119,19 +120,20 @@ def _story(run: RunFolder) -> list[str]:
     ]
 
 
-def _method(recipe: Recipe) -> str:
+def _method(recipe: Recipe, adapter: Path) -> str:
     settings = [recipe.stage(i) for i in range(len(recipe.stages))] or [recipe]
     lines = []
     for each in settings:
         method = METHODS.get(each.method)
-        told = f": loss of a token `{method.formula}` ({method.citation})" if method else ""
+        loss = f": loss of a token `{method.formula}` ({method.citation})" if method else ""
         own = {name: getattr(each.objective, name) for name in method.parameters} if method else {}
         values = "".join(f", {name} {value:g}" for name, value in own.items())
-        lines.append(f"- `{each.method}`{told}{values}, learning rate {each.optim.lr:g}")
-    policy = recipe.policy
+        lines.append(f"- `{each.method}`{loss}{values}, learning rate {each.optim.lr:g}")
     base = {"nf4": "an NF4-quantised", "int8": "an int8-quantised", "none": "an unquantised"}
-    lines.append(f"- LoRA of rank {policy.lora.rank}, alpha {policy.lora.alpha}, "
-                 f"on {base[policy.quantization]} base")  # fmt: skip
+    rank, alpha = lora_shape(adapter)
+    lines.append(
+        f"- LoRA of rank {rank}, alpha {alpha:g}, on {base[recipe.policy.quantization]} base"
+    )
     return "\n".join(lines)
 
 
@@ -143,22 +145,16 @@ def _data(recipe: Recipe, summary: Mapping[str, Any]) -> str:
     return f"{summary['problems']:,} problems of `{source}`; trained on {responses}."
 
 
-def _sets(recipe: Recipe, run: RunFolder) -> dict[str, dict[str, Any]]:
-    """What the base and the trained policy scored on each set, if the run kept it."""
-    last = len(recipe.stages) - 1
-    homes = {"base": run, "trained": run}
+def _sets(recipe: Recipe, run: RunFolder) -> dict[str, Evaluation]:
+    """The results of the base and of the trained policy by set."""
+    first = last = run
     if recipe.stages:
-        homes = {"base": stage_folder(recipe, run, 0), "trained": stage_folder(recipe, run, last)}
-    return {
-        name: json.loads((home.path / "eval" / f"{name}.json").read_text(encoding="utf-8"))
-        for name, home in homes.items()
-    }
+        first, last = (stage_folder(recipe, run, i) for i in (0, len(recipe.stages) - 1))
+    return {"base": first.evaluation("base"), "trained": last.evaluation("trained")}
 
 
-def _results(
-    recipe: Recipe, summary: Mapping[str, Any], sets: Mapping[str, Mapping[str, Any]]
-) -> str:
-    """A table of the base beside the trained policy."""
+def _results(recipe: Recipe, summary: Mapping[str, Any], sets: Mapping[str, Evaluation]) -> str:
+    """A table with the results of the base and of the trained policy."""
     lines = ["| | base | trained |", "|---|---|---|"]
     for name, figures in sets["trained"].items():
         for figure in (key for key in figures if re.fullmatch(r"pass@\d+", key)):
@@ -169,9 +165,10 @@ def _results(
     reference = "the base" if last == "base" else "the adapter it started from"
     lines.append(f"| KL to {reference}, nats per token | 0 | {kl:z.3f} |")
     problems = {name: figures["problems"] for name, figures in sets["trained"].items()}
-    told = ", ".join(f"{count:,} problems of {name}" for name, count in problems.items())
-    if told:
-        lines.append(f"\nMeasured on {told}; in brackets 95% bootstrap intervals over problems.")
+    measured = ", ".join(f"{count:,} problems of {name}" for name, count in problems.items())
+    if measured:
+        intervals = "in brackets 95% bootstrap intervals over problems"
+        lines.append(f"\nMeasured on {measured}; {intervals}.")
     return "\n".join(lines)
 
 
@@ -190,63 +187,98 @@ def _effort(summary: Mapping[str, Any]) -> str:
     )
 
 
-def _use(base: str, recipe: Recipe) -> str:
-    """How to load the adapter with peft and to serve it with vLLM."""
-    model = "str(BASE)" if base == "lab" else repr(base)
-    given = "from gft_lite.lab import BASE\n" if base == "lab" else ""
+def _use(base: str, recipe: Recipe, adapter: Path) -> list[str]:
+    """How to load the adapter with peft, to generate with it, and to serve it with vLLM."""
+    ends = read_end_tokens(adapter)
     served = "gft_lite/lab/base" if base == "lab" else base
     # vLLM takes ranks from 8 up, powers of two.
-    rank = max(8, 1 << (recipe.policy.lora.rank - 1).bit_length())
+    rank = max(8, 1 << (lora_shape(adapter)[0] - 1).bit_length())
+    stops: dict[str, Any] = {"stop_token_ids": list(ends)} if ends else {}
+    stops |= {"stop": recipe.rollout.stop} if recipe.rollout.stop else {}
+    return [
+        "With this folder as `ADAPTER`:",
+        f"```python\n{_example(base, recipe, ends)}```",
+        f"```\nvllm serve {served} --enable-lora --max-lora-rank {rank} "
+        f"--lora-modules {recipe.name}=ADAPTER\n```",
+        *([f"Requests to vLLM need `{json.dumps(stops)[1:-1]}`."] if stops else []),
+    ]
+
+
+def _example(base: str, recipe: Recipe, ends: Mapping[int, str]) -> str:
+    """Python code that answers a problem with the prompts and the end tokens of training."""
+    model = "str(BASE)" if base == "lab" else repr(base)
+    import_base = "from gft_lite.lab import BASE\n" if base == "lab" else ""
+    prompt = recipe.data.prompt
+    question = f"{prompt.template!r}.replace('{{problem}}', 'What is 12 * 7?')"
+    chat = prompt.style == "chat"
+    if chat:
+        system = [] if prompt.system is None else [{"role": "system", "content": prompt.system}]
+        turns = "".join(f"{turn}, " for turn in system)
+        rendered = (
+            f'messages = [{turns}{{"role": "user", "content": {question}}}]\n'
+            "prompt = tokenizer.apply_chat_template(\n"
+            "    messages, add_generation_prompt=True, tokenize=False\n)\n"
+        )
+    else:
+        rendered = f"prompt = {question}\n"
+    tokenizer, listed = model, "end_tokens = tokenizer.eos_token_id\n"
+    if ends:
+        tokenizer = '"ADAPTER"'
+        listed = f"end_tokens = {list(ends)}  # {', '.join(ends.values())}\n"
+    stop = (
+        f", stop_strings={recipe.rollout.stop}, tokenizer=tokenizer" if recipe.rollout.stop else ""
+    )
     return (
-        "With this folder as `ADAPTER`:\n\n"
-        "```python\n"
         "from peft import PeftModel\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f"{given}\n"
+        f"{import_base}\n"
         f'base = AutoModelForCausalLM.from_pretrained({model}, dtype="auto")\n'
         'model = PeftModel.from_pretrained(base, "ADAPTER")\n'
-        f"tokenizer = AutoTokenizer.from_pretrained({model})\n"
-        "```\n\n"
-        "```\n"
-        f"vllm serve {served} --enable-lora --max-lora-rank {rank} "
-        f"--lora-modules {recipe.name}=ADAPTER\n"
-        "```\n\n"
-        f"Prompts were written in {recipe.data.prompt.style} style, see `data.prompt` below."
+        f"tokenizer = AutoTokenizer.from_pretrained({tokenizer})\n\n"
+        f"{rendered}"
+        f'inputs = tokenizer(prompt, add_special_tokens={not chat}, return_tensors="pt")\n'
+        f"{listed}"
+        "output = model.generate(\n"
+        "    input_ids=inputs.input_ids, attention_mask=inputs.attention_mask,\n"
+        f"    max_new_tokens={recipe.rollout.max_tokens}, do_sample=False, "
+        f"eos_token_id=end_tokens{stop},\n)\n"
+        "response = output[0, inputs.input_ids.shape[1] :]\n"
+        "print(tokenizer.decode(response, skip_special_tokens=True))\n"
     )
 
 
 def _limits(recipe: Recipe) -> list[str]:
-    lines = ["One run with one seed; measured on nothing but the sets above."]
+    lines = ["One run with one seed, measured only on the sets above."]
     if recipe.policy.quantization != "none":
         lines.append(
-            f"Trained on the base in {recipe.policy.quantization}: on the base in another "
-            "precision its log-probs are not quite those that were trained and measured."
+            f"Trained on the base in {recipe.policy.quantization}: with the base in another "
+            "precision, log-probs differ from those that were trained and measured."
         )
     rules = ", ".join(f"`{f.name}`" for f in recipe.reward.functions)
     lines.append(
-        f"The reward was a rule ({rules}), which sees no more of an answer than it was "
-        "written to see. Nothing was done about the biases and errors of base and data."
+        f"The reward was a rule ({rules}), which checks only what it was written to check. "
+        "Biases and errors of the base and the data were not addressed."
     )
     return ["## Limits", "\n".join(f"- {line}" for line in lines)]
 
 
 def _recipe(recipe: Recipe) -> list[str]:
-    """The resolved recipe, without the places of this machine."""
-    tree = _without_places(recipe.model_dump())
+    """The resolved recipe, without the folders of this machine."""
+    tree = _without_folders(recipe.model_dump())
     text = yaml.dump(tree, Dumper=Dumper, sort_keys=False, allow_unicode=True)
-    fence = "````"  # Templates and system prompts may hold the usual one.
+    fence = "````"  # Templates and system prompts may contain three backquotes.
     return ["## Recipe", f"<details>\n\n{fence}yaml\n{text}{fence}\n\n</details>"]
 
 
-def _without_places(value: Any, field: str = "") -> Any:
+def _without_folders(value: Any, field: str = "") -> Any:
     if isinstance(value, dict):
-        return {key: _without_places(v, key) for key, v in value.items()}
+        return {key: _without_folders(v, key) for key, v in value.items()}
     if isinstance(value, list):
-        return [_without_places(v, field) for v in value]
+        return [_without_folders(v, field) for v in value]
     if field == "servers":
         return "http://server"
     path = Path(value).expanduser() if isinstance(value, str) else Path()
-    # A system prompt may begin with a slash as well.
-    if path.is_absolute() and (field in _PLACES or path.exists()):
+    # A system prompt may begin with a slash too.
+    if path.is_absolute() and (field in _PATH_FIELDS or path.exists()):
         return _folder_name(value)
     return value

@@ -14,6 +14,7 @@ from rich.console import Console
 from gft_lite.evaluation.metrics import headline
 from gft_lite.recipe.schema import Recipe
 from gft_lite.runs.console import TrainingConsole
+from gft_lite.runs.export import save_final_adapter
 from gft_lite.runs.folder import RunFolder, find_folder
 from gft_lite.runs.metrics import PhaseTimer
 from gft_lite.runs.model_card import write_card
@@ -53,7 +54,7 @@ def train_single(
         run.engine.close()
         folder.write_json("eval/trained.json", trained)
         if distributed.is_main:
-            run.policy.save_adapter(folder.adapter)
+            save_final_adapter(run.policy, folder.adapter)
         seconds = {"total": time.perf_counter() - started, "eval": timer.seconds["eval"]}
         _print_memory(run)
         folder.write_json("summary.json", _summary(run, base, trained, seconds))
