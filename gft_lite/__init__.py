@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from gft_lite.evaluation.evaluator import evaluate
     from gft_lite.evaluation.suites import Suite
     from gft_lite.experiments.sweep_config import Sweep
-    from gft_lite.experiments.sweep_runner import SweepFolder, sweep
+    from gft_lite.experiments.sweep_results import SweepFolder
+    from gft_lite.experiments.sweep_runner import sweep
     from gft_lite.recipe import Recipe, RecipeError
     from gft_lite.runs.folder import RunFolder as Run
     from gft_lite.training.run import train
@@ -32,7 +33,7 @@ _MODULES = {
     "Run": "gft_lite.runs.folder:RunFolder",
     "Suite": "gft_lite.evaluation.suites:Suite",
     "Sweep": "gft_lite.experiments.sweep_config:Sweep",
-    "SweepFolder": "gft_lite.experiments.sweep_runner:SweepFolder",
+    "SweepFolder": "gft_lite.experiments.sweep_results:SweepFolder",
     "distill": "gft_lite.distillation.pipeline:distill",
     "evaluate": "gft_lite.evaluation.evaluator:evaluate",
     "sweep": "gft_lite.experiments.sweep_runner:sweep",

@@ -1,8 +1,7 @@
-"""The paper's questions on the laboratory: rates tuned, every setting run on several bases."""
+"""The lab study: the paper's comparisons on the lab task, with tuned rates and several bases."""
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import subprocess
@@ -19,15 +18,16 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from gft_lite.experiments.sweep_config import Sweep
+from gft_lite.experiments.sweep_config import MAX_RUNS, Sweep
 from gft_lite.experiments.sweep_runner import sweep
 from gft_lite.recipe.loader import Dumper, find_recipe
 from gft_lite.recipe.schema import Recipe
-from gft_lite.utils.errors import RecipeError
-from gft_lite.utils.files import write_text_atomic
+from gft_lite.utils.errors import UserError
+from gft_lite.utils.files import check_output_path, write_text_atomic
+from gft_lite.utils.jsonl import JsonlFile
 
 Figures = Mapping[str, float]
-Runs = dict[tuple[str, int], Figures]  # by base and seed: runs that share both are a pair
+Runs = dict[tuple[str, int], Figures]  # By base and seed: runs that share both are paired.
 
 FOLDER = "recipes/study"
 TUNE_SET = {"source": "lab", "split": "tune", "problems": 64}
@@ -39,12 +39,12 @@ FINAL_SETS = {
 
 @dataclass(frozen=True)
 class Design:
-    """What the study runs; methods are recipes of `recipes/study`.
+    """The settings of the study; methods are recipes of `recipes/study`.
 
-    `rates` is the grid of every method; one whose best rate is the lowest or the highest also
-    tries the one in `beyond` at that end. `bases` are pretraining seeds, 0 the shipped base.
-    Tuning has the seed 0, the runs that count have `seeds` others. `ratios` and `taus` are
-    those that the main runs of GFT, with 4:4 and 0.7, don't have.
+    `rates` are the learning rates tried with every method; if the best one is the lowest or the
+    highest, the rate of `beyond` at that end is tried as well. `bases` are pretraining seeds; 0 is
+    the shipped base. Tuning uses seed 0, the compared runs use `seeds` other ones. `ratios` and
+    `taus` are run besides those of the main GFT runs, 4:4 and 0.7.
     """
 
     methods: tuple[str, ...] = (
@@ -68,12 +68,12 @@ class Design:
 
 @dataclass(frozen=True)
 class Results:
-    """What the study found.
+    """The results of the study.
 
-    `tuning` has the mean pass@1 on the tune split by method and rate, `rates` the chosen ones,
-    `runs` the figures of every setting, such as `gft` or `tau 0.3`, and of `base`; `sources`
-    what a run of each method was given, `costs` CPU and wall seconds by part, `failed` the runs
-    that failed.
+    `tuning` has the mean pass@1 on the tune split by method and rate, `rates` the chosen rates,
+    `runs` the figures of every setting, such as `gft` or `tau 0.3`, and of `base`. `sources` counts
+    the responses of one run by method and source, `costs` CPU and wall-clock seconds by part.
+    `failed` names the failed runs.
     """
 
     design: Design
@@ -90,28 +90,32 @@ def study(
     out: str | Path, design: Design | None = None, *, jobs: int = 2,
     overrides: Sequence[str] = (), console: Console | None = None,
 ) -> Results:  # fmt: skip
-    """Run what is not done yet, and return what was found.
+    """Run the unfinished parts of the study and return the results of all.
 
-    Raises: RecipeError for wrong overrides or another study's folder; KeyboardInterrupt once
-    all runs stopped.
+    Raises: UserError for wrong options, overrides or the folder of another study;
+    KeyboardInterrupt after all runs have stopped.
     """
     design = design or Design()
+    check_output_path(out)
     recipe = _check(design, jobs, overrides)
-    work = _Work(Path(out), design, jobs, overrides, console or Console(stderr=True))
+    work = _Study(Path(out), design, jobs, overrides, console or Console(stderr=True))
     with work.measured("bases"):
         work.make_bases()
     tuning = work.tune()
+    if untuned := [method for method, scores in tuning.items() if not scores]:
+        failures = "\n".join(work.failed)
+        raise RuntimeError(f"no run to tune {', '.join(untuned)} succeeded:\n{failures}")
     rates = {method: best_rate(scores) for method, scores in tuning.items()}
     tuned = {method: work.write_tuned(method, rate) for method, rate in rates.items()}
-    work.part("main", list(tuned.values()))
+    work.run_part("main", list(tuned.values()))
     if design.stages:
-        work.part("stages", [work.write_staged(tuned, *pair) for pair in design.stages])
+        work.run_part("stages", [work.write_staged(tuned, *pair) for pair in design.stages])
     if design.ratios:
-        # A problem has three teachers: they repeat, or self samples would shift the ratio.
-        work.part("ratio", [tuned["gft"]], {"group": list(design.ratios)},
-                  {"group": {"shortfall": "repeat"}})  # fmt: skip
+        # A problem has three teachers; filling up with self samples would change the ratio.
+        repeat = {"group": {"shortfall": "repeat"}}
+        work.run_part("ratio", [tuned["gft"]], {"group": list(design.ratios)}, repeat)
     if design.taus:
-        work.part("tau", [tuned["gft"]], {"objective.tau": list(design.taus)})
+        work.run_part("tau", [tuned["gft"]], {"objective.tau": list(design.taus)})
     for name in ("ratio 4:4", "tau 0.7"):
         if "gft" in work.runs:
             work.runs[name] = work.runs["gft"]
@@ -121,13 +125,17 @@ def study(
 
 
 def _check(design: Design, jobs: int, overrides: Sequence[str]) -> Recipe:
-    """The first method's recipe; what is wrong is told before bases are made."""
+    """The recipe of the first method. Raises: UserError, before bases are pretrained."""
     problems = [
         f"--{name}: must be at least 1, got {value}."
         for name, value in (("jobs", jobs), ("seeds", design.seeds)) if value < 1
     ]  # fmt: skip
+    runs = len(design.methods) * len(design.bases) * design.seeds
+    if runs > MAX_RUNS:
+        rule = f"--seeds: must give at most {MAX_RUNS:,} runs of the methods, got {design.seeds:,}"
+        problems.append(f"{rule}, which are {runs:,}.")
     if problems:
-        raise RecipeError(problems)
+        raise UserError(problems)
     return Recipe.load(_shipped(design.methods[0]), overrides)
 
 
@@ -136,13 +144,13 @@ def _shipped(method: str) -> Path:
 
 
 def best_rate(scores: Mapping[float, float]) -> float:
-    """The rate with the best score, the lower one of equals."""
+    """The rate with the highest score; of equal scores, the lowest rate."""
     return max(sorted(scores), key=lambda rate: scores[rate])
 
 
 @dataclass
-class _Work:
-    """A study while it runs: its folder, and what has been found by now."""
+class _Study:
+    """A running study: its folder and the results so far."""
 
     out: Path
     design: Design
@@ -157,41 +165,41 @@ class _Work:
         """The mean pass@1 over the bases on the tune split, by method and rate."""
         design = self.design
         scores: dict[str, dict[float, float]] = {method: {} for method in design.methods}
-        self._try("tune", design.methods, design.rates, scores)
+        self._try_rates("tune", design.methods, design.rates, scores)
         ends = (min(design.rates), max(design.rates))
         for end, further in zip(ends, design.beyond, strict=True):
-            at_end = [method for method in design.methods if best_rate(scores[method]) == end]
+            at_end = [m for m in design.methods if scores[m] and best_rate(scores[m]) == end]
             if at_end and further not in design.rates:
-                self._try(f"tune-{further:g}", at_end, [further], scores)
+                self._try_rates(f"tune-{further:g}", at_end, [further], scores)
         return scores
 
-    def _try(
+    def _try_rates(
         self, name: str, methods: Sequence[str], rates: Sequence[float],
         scores: dict[str, dict[float, float]],
     ) -> None:  # fmt: skip
-        """Add the scores of some rates."""
+        """Run methods at some rates and add their scores to `scores`."""
         files = [_shipped(method) for method in methods]
         overrides = {"seed": 0, "eval": dict(self.design.tune_eval)}
         trials = self._sweep(name, files, {"optim.lr": list(rates)}, overrides, seeds=1)
         found: dict[tuple[str, float], list[float]] = {}
         for trial in trials:
-            at = trial["settings"]["recipe"], trial["settings"]["optim.lr"]
-            found.setdefault(at, []).append(trial["summary"]["trained"]["pass@1"])
+            key = trial["settings"]["recipe"], trial["settings"]["optim.lr"]
+            found.setdefault(key, []).append(trial["summary"]["trained"]["pass@1"])
         for (method, rate), values in found.items():
-            if len(values) == len(self.design.bases):  # A rate that failed anywhere is none.
+            if len(values) == len(self.design.bases):  # Rates with a failed run don't count.
                 scores[method][rate] = fmean(values)
 
-    def part(
+    def run_part(
         self, name: str, files: Sequence[Path], grid: Mapping[str, Any] | None = None,
         overrides: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        """Run settings on every base with every seed, and note their figures."""
+        """Run settings on every base with every seed and record their figures."""
         common = {"seed": 1, "eval": dict(self.design.eval), **(overrides or {})}
         for trial in self._sweep(name, files, grid or {}, common, self.design.seeds):
             summary, settings = trial["summary"], trial["settings"]
-            at = str(settings["policy.model"]), trial["seed"]
-            self.runs.setdefault(setting_name(settings), {})[at] = summary["trained"]
-            self.runs.setdefault("base", {})[at] = summary["base"]
+            run = str(settings["policy.model"]), trial["seed"]
+            self.runs.setdefault(setting_name(settings), {})[run] = summary["trained"]
+            self.runs.setdefault("base", {})[run] = summary["base"]
             if name == "main":
                 self.sources[settings["recipe"]] = summary["sources"]
 
@@ -199,7 +207,7 @@ class _Work:
         self, name: str, files: Sequence[Path], grid: Mapping[str, Any],
         overrides: Mapping[str, Any], seeds: int,
     ) -> list[dict[str, Any]]:  # fmt: skip
-        """The finished trials of a sweep, whose file stays in the folder."""
+        """Run a sweep, whose file is kept in the study's folder; returns the finished trials."""
         tree = {
             "name": name,
             "recipe": str(files[0].resolve()),
@@ -222,12 +230,12 @@ class _Work:
     # --- files -------------------------------------------------------------------------------
 
     def write_tuned(self, method: str, rate: float) -> Path:
-        """A method's recipe with its own rate."""
+        """Write the recipe of a method with the chosen rate; returns its path."""
         tree = {"extends": [str(_shipped(method).resolve())], "optim": {"lr": rate}}
         return self._write(f"recipes/{method}.yaml", tree)
 
     def write_staged(self, tuned: Mapping[str, Path], first: str, second: str) -> Path:
-        """Two methods after each other, each at its own rate, in the steps of one."""
+        """Write a recipe of two stages, each at its tuned rate, with the steps of one run."""
         recipe = Recipe.load(tuned[first], self.overrides)
         steps = recipe.train.steps // 2
         stages = [
@@ -250,7 +258,7 @@ class _Work:
         return "lab" if seed == 0 else str(self.out / "bases" / str(seed))
 
     def make_bases(self) -> None:
-        """Pretrain the bases that are not there yet."""
+        """Pretrain the missing bases."""
         missing = [s for s in self.design.bases if s and not Path(self._base(s)).exists()]
         with ThreadPoolExecutor(self.jobs) as pool:
             list(pool.map(self._pretrain, missing))
@@ -258,44 +266,49 @@ class _Work:
     def _pretrain(self, seed: int) -> None:
         self.console.print(f"pretraining the base of seed {seed}")
         final = Path(self._base(seed))
-        half_done = final.with_suffix(".new")
+        partial = final.with_suffix(".new")
         command = [sys.executable, "-P", "-m", "gft_lite.lab.pretrain",
-                   "--seed", str(seed), "--out", str(half_done)]  # fmt: skip
+                   "--seed", str(seed), "--out", str(partial)]  # fmt: skip
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL,
                        env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-        half_done.rename(final)
+        partial.rename(final)
 
     # --- costs -------------------------------------------------------------------------------
 
     @contextmanager
     def measured(self, part: str) -> Iterator[None]:
-        """Note the seconds that a part's processes take, however it ends."""
+        """Append the CPU and wall-clock seconds of a part to costs.jsonl, also if it fails."""
         began, before = time.perf_counter(), _cpu_seconds()
         try:
             yield
         finally:
             cpu, wall = _cpu_seconds() - before, time.perf_counter() - began
-            if cpu:  # Otherwise all was done already.
-                self.out.mkdir(parents=True, exist_ok=True)
-                with self._costs_file.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"part": part, "cpu": cpu, "wall": wall}) + "\n")
+            if cpu:  # 0 if every run was finished before.
+                self._cost_file.append([{"part": part, "cpu": cpu, "wall": wall}])
 
     @property
-    def _costs_file(self) -> Path:
-        return self.out / "costs.jsonl"
+    def _cost_file(self) -> JsonlFile[tuple[str, float, float]]:
+        return JsonlFile(
+            self.out / "costs.jsonl", _parse_cost, "must be a part and its seconds",
+            "Delete the line: only the table of costs has it.",
+        )  # fmt: skip
 
     def costs(self) -> dict[str, dict[str, float]]:
-        """CPU and wall seconds by part, of all the times that the study was started."""
+        """CPU and wall-clock seconds by part, summed over all starts of the study."""
         total: dict[str, dict[str, float]] = {}
-        for line in map(json.loads, self._costs_file.read_text(encoding="utf-8").splitlines()):
-            part = total.setdefault(line["part"], {"cpu": 0.0, "wall": 0.0})
-            part["cpu"] += line["cpu"]
-            part["wall"] += line["wall"]
+        for part, cpu, wall in self._cost_file:
+            sums = total.setdefault(part, {"cpu": 0.0, "wall": 0.0})
+            sums["cpu"] += cpu
+            sums["wall"] += wall
         return total
 
 
+def _parse_cost(line: Mapping[str, Any]) -> tuple[str, float, float]:
+    return str(line["part"]), float(line["cpu"]), float(line["wall"])
+
+
 def setting_name(settings: Mapping[str, Any]) -> str:
-    """What a trial's setting is called in `Results.runs`."""
+    """The name of a trial's setting in `Results.runs`."""
     if "group" in settings:
         return f"ratio {settings['group']}"
     if "objective.tau" in settings:
@@ -304,6 +317,6 @@ def setting_name(settings: Mapping[str, Any]) -> str:
 
 
 def _cpu_seconds() -> float:
-    """Of all children that have ended."""
+    """CPU seconds of all ended child processes."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime

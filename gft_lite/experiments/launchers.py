@@ -1,4 +1,9 @@
-"""Who runs a sweep's trials: processes of this machine, or a Ray cluster."""
+"""Launchers of sweep trials: local processes and Ray tasks, in the table `LAUNCHERS`.
+
+Adding a launcher:
+1. Write a class with the methods of `Launcher`; its constructor takes `jobs`.
+2. Name it in `LAUNCHERS`; `sweep --launcher NAME` then accepts it.
+"""
 
 from __future__ import annotations
 
@@ -15,58 +20,58 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing.connection import wait
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Protocol
 
 from gft_lite.recipe.schema import Recipe
 from gft_lite.rewards.base import RewardError
-from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.errors import UserError
 from gft_lite.utils.secrets import redact
 
-LOG = "log.txt"
+LOG = "log.txt"  # Of each trial, in its folder.
 
 
 class Launcher(Protocol):
-    """Runs up to `jobs` trials at the same time, each the begun run of a folder."""
+    """Runs up to `jobs` trials at the same time; the folder of each holds a recipe."""
 
     jobs: int
 
     def start(self, folder: Path) -> None:
-        """Begin a trial."""
+        """Start a trial."""
 
-    def ended(self, seconds: float) -> list[tuple[Path, str | None]]:
-        """The trials that ended, after waiting so long for one, and why they failed if they did."""
+    def wait(self, seconds: float) -> list[tuple[Path, str | None]]:
+        """Wait up to `seconds` for a trial to end; returns the ended ones and their failures."""
 
     def stop(self) -> None:
-        """Ask all trials to end after the step they are at."""
+        """Interrupt all trials; each ends after its current step."""
 
     def close(self) -> None:
-        """End whatever still runs."""
+        """End all processes."""
 
 
 def run_trial(folder: Path) -> str | None:
-    """Train a begun run to its end and return why that failed, if it did."""
-    with _output_to(folder / LOG), _ended_by_sigint():
+    """Train the run of a folder to its end; returns the error as text if training failed."""
+    with _redirect_output(folder / LOG), _exit_on_sigint():
         try:
             from rich.console import Console
 
             from gft_lite.training.run import train
 
-            _make_room()
+            _free_memory()
             train(Recipe.load(folder / "recipe.yaml"), folder, resume=True,
                   console=Console(stderr=True, width=100))  # fmt: skip
         except KeyboardInterrupt:
             return "interrupted"
-        except Exception as error:  # Whatever it is, the other trials go on.
+        except Exception as error:  # The other trials go on after any error.
             print(redact(traceback.format_exc()), file=sys.stderr)
-            told = isinstance(error, RecipeError | RewardError)
-            return redact(str(error) if told else f"{type(error).__name__}: {error}")
+            is_expected = isinstance(error, UserError | RewardError)
+            return redact(str(error) if is_expected else f"{type(error).__name__}: {error}")
     return None
 
 
-def _make_room() -> None:
-    """Give back what the trial before held, before this one loads its model."""
+def _free_memory() -> None:
+    """Release the memory of the previous trial before a model is loaded."""
     import torch
 
     gc.collect()
@@ -75,10 +80,10 @@ def _make_room() -> None:
 
 
 @contextmanager
-def _ended_by_sigint() -> Iterator[None]:
-    """End the process at SIGINT, except within a step, where training has its own way.
+def _exit_on_sigint() -> Iterator[None]:
+    """End the process on SIGINT; during a step, training installs its own handler.
 
-    Imports that catch everything would swallow a KeyboardInterrupt.
+    Imports that catch all exceptions would swallow a KeyboardInterrupt.
     """
     before = signal.signal(signal.SIGINT, lambda *_: os._exit(1))
     try:
@@ -88,8 +93,8 @@ def _ended_by_sigint() -> Iterator[None]:
 
 
 @contextmanager
-def _output_to(file: Path) -> Iterator[None]:
-    """Send all that this process writes to a file, what compiled code writes too."""
+def _redirect_output(file: Path) -> Iterator[None]:
+    """Redirect stdout and stderr to a file, also for output of compiled code."""
     kept = os.dup(1), os.dup(2)
     with file.open("a", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
@@ -108,9 +113,9 @@ def _output_to(file: Path) -> Iterator[None]:
 
 
 class LocalLauncher:
-    """Fresh interpreters, kept for one trial after the other: their imports are paid for once.
+    """Child processes that are reused by later trials, so that imports happen once.
 
-    A trial that fails takes its process with it, and whatever it left in memory.
+    The process of a failed trial is ended, so that its memory is released.
     """
 
     def __init__(self, jobs: int | None) -> None:
@@ -119,7 +124,7 @@ class LocalLauncher:
         self._busy: dict[Path, subprocess.Popen[str]] = {}
 
     def start(self, folder: Path) -> None:
-        """Begin a trial."""
+        """Start a trial."""
         self._idle = [process for process in self._idle if process.poll() is None]
         process = self._idle.pop() if self._idle else self._new_process()
         assert process.stdin is not None
@@ -127,19 +132,19 @@ class LocalLauncher:
         process.stdin.flush()
         self._busy[folder] = process
 
-    def ended(self, seconds: float) -> list[tuple[Path, str | None]]:
-        """The trials that ended, and why they failed if they did."""
+    def wait(self, seconds: float) -> list[tuple[Path, str | None]]:
+        """Wait up to `seconds` for a trial to end; returns the ended ones and their failures."""
         pipes: dict[Any, Path] = {p.stdout: folder for folder, p in self._busy.items()}
-        folders = [pipes[pipe] for pipe in wait(list(pipes), seconds)]
+        folders = [pipes[pipe] for pipe in connection.wait(list(pipes), seconds)]
         return [(folder, self._result(self._busy.pop(folder))) for folder in folders]
 
     def stop(self) -> None:
-        """Ask all trials to end after the step they are at."""
+        """Interrupt all trials; each ends after its current step."""
         for process in self._busy.values():
             process.send_signal(signal.SIGINT)
 
     def close(self) -> None:
-        """End whatever still runs."""
+        """End all processes."""
         for process in [*self._idle, *self._busy.values()]:
             _kill(process)
 
@@ -152,11 +157,11 @@ class LocalLauncher:
             stderr=subprocess.PIPE,
             text=True,
             encoding="utf-8",
-            errors="surrogateescape",  # A folder's name need not be valid text.
+            errors="surrogateescape",  # The name of a folder may not be valid UTF-8.
             env={
                 "OMP_NUM_THREADS": threads,
                 **os.environ,
-                "PYTHONIOENCODING": "utf-8:surrogateescape",  # Whatever the locale is.
+                "PYTHONIOENCODING": "utf-8:surrogateescape",  # In every locale.
             },
             start_new_session=True,  # The parent handles Ctrl-C.
         )
@@ -165,7 +170,7 @@ class LocalLauncher:
         assert process.stdout is not None
         assert process.stderr is not None
         line = process.stdout.readline()
-        reason = json.loads(line) if line else _cause_of_death(process)
+        reason = json.loads(line) if line else _exit_reason(process)
         if reason is None:
             self._idle.append(process)
         else:
@@ -173,16 +178,15 @@ class LocalLauncher:
         return reason
 
 
-def _cause_of_death(process: subprocess.Popen[str]) -> str:
+def _exit_reason(process: subprocess.Popen[str]) -> str:
     code = process.wait()
     if code < 0:
         name = signal.Signals(-code).name
-        return f"its process was killed by {name}" + (
-            ", perhaps for want of memory" if name == "SIGKILL" else ""
-        )
+        hint = ", possibly because memory ran out" if name == "SIGKILL" else ""
+        return f"its process was killed by {name}{hint}"
     assert process.stderr is not None
-    said = process.stderr.read().strip().splitlines()[-1:]
-    return ": ".join([f"its process ended with exit code {code}", *said])
+    last_line = process.stderr.read().strip().splitlines()[-1:]
+    return ": ".join([f"its process ended with exit code {code}", *last_line])
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
@@ -191,28 +195,28 @@ def _kill(process: subprocess.Popen[str]) -> None:
 
 
 def main() -> None:
-    """A process of the LocalLauncher: folders in, reasons of failure out, one a line."""
+    """The child process of LocalLauncher: reads folders and writes failures, one per line."""
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     folders: queue.SimpleQueue[str] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(folders,), daemon=True).start()
+    threading.Thread(target=_read_folders, args=(folders,), daemon=True).start()
     while True:
         print(json.dumps(run_trial(Path(folders.get()))), file=replies, flush=True)
 
 
-def _listen(folders: queue.SimpleQueue[str]) -> None:
+def _read_folders(folders: queue.SimpleQueue[str]) -> None:
     for line in sys.stdin:
         folders.put(line.rstrip("\n"))
-    os._exit(1)  # The sweep is gone; going on would spoil what its successor does.
+    os._exit(1)  # The sweep has ended; a restarted sweep may use the same folders.
 
 
 # --- Ray -------------------------------------------------------------------------------------
 
 
 class RayLauncher:
-    """Tasks of the Ray cluster at RAY_ADDRESS, or of a Ray that is started on this machine.
+    """Tasks of the Ray cluster at RAY_ADDRESS, by default of a new local Ray.
 
-    All machines must see the sweep's folder under the same path and have gft-lite installed.
-    Where the cluster has GPUs, every trial gets one.
+    All machines must have the sweep's folder under the same path and gft-lite installed. If the
+    cluster has GPUs, every trial gets one.
     """
 
     def __init__(self, jobs: int | None) -> None:
@@ -221,37 +225,38 @@ class RayLauncher:
             self._ray: Any = importlib.import_module("ray")
         except ModuleNotFoundError as error:
             advice = 'pip install "gft-lite[ray]", or use --launcher local.'
-            raise RecipeError([f"--launcher: ray is not installed. {advice}"]) from error
+            rule = "--launcher: ray must be installed, got no such module"
+            raise UserError([f"{rule}. {advice}"]) from error
         ray = self._ray
         size = {"num_cpus": jobs} if address == "local" else {}
         if address == "local":
-            # Ray listens on every network, and runs what anybody sends it unless it has a token.
+            # Ray listens on all interfaces and runs any code it receives unless it has a token.
             os.environ["RAY_AUTH_MODE"] = "token"
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-            ray._raylet.Config.initialize("")  # It has read the environment before.
+            ray._raylet.Config.initialize("")  # Reads the environment again.
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **size)
-        there = ray.cluster_resources()
-        gpus = int(there.get("GPU", 0))
-        self.jobs = jobs or gpus or int(there.get("CPU", 1))
+        resources = ray.cluster_resources()
+        gpus = int(resources.get("GPU", 0))
+        self.jobs = jobs or gpus or int(resources.get("CPU", 1))
         self._task = ray.remote(num_cpus=1, num_gpus=min(gpus, 1), max_retries=0)(_ray_trial)
         self._busy: dict[Any, Path] = {}
 
     def start(self, folder: Path) -> None:
-        """Begin a trial."""
+        """Start a trial."""
         self._busy[self._task.remote(str(folder), os.getcwd())] = folder
 
-    def ended(self, seconds: float) -> list[tuple[Path, str | None]]:
-        """The trials that ended, and why they failed if they did."""
+    def wait(self, seconds: float) -> list[tuple[Path, str | None]]:
+        """Wait up to `seconds` for a trial to end; returns the ended ones and their failures."""
         ready, _ = self._ray.wait(list(self._busy), timeout=seconds)
         return [(self._busy.pop(reference), self._result(reference)) for reference in ready]
 
     def stop(self) -> None:
-        """Ask all trials to end after the step they are at."""
+        """Interrupt all trials; each ends after its current step."""
         for reference in self._busy:
             self._ray.cancel(reference)
 
     def close(self) -> None:
-        """End whatever still runs."""
+        """End all processes."""
         for reference in self._busy:
             self._ray.cancel(reference, force=True)
         self._ray.shutdown()
@@ -264,7 +269,7 @@ class RayLauncher:
 
 
 def _ray_trial(folder: str, directory: str) -> str | None:
-    os.chdir(directory)  # Paths in recipes are seen from there.
+    os.chdir(directory)  # Recipes may have paths relative to it.
     return run_trial(Path(folder))
 
 

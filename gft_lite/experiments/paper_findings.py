@@ -1,4 +1,4 @@
-"""The paper's findings that the study tests, and the rule that decides; written before it ran."""
+"""The paper's findings that the lab study tests and the decision rule, fixed before it ran."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ BySetting = Mapping[str, Mapping[tuple[str, int], Mapping[str, float]]]
 
 
 def compare(runs: BySetting, better: str, worse: str, figure: str) -> Comparison | None:
-    """The difference of two settings over the runs that both have; None of fewer than two."""
+    """The difference of two settings over the runs that both have, None if fewer than two."""
     a, b = (
         {run: figures[figure] for run, figures in runs.get(name, {}).items() if figure in figures}
         for name in (better, worse)
@@ -88,7 +88,7 @@ def compare(runs: BySetting, better: str, worse: str, figure: str) -> Comparison
 
 
 def judge(finding: Finding, runs: BySetting) -> tuple[Verdict, list[Comparison]] | None:
-    """The verdict on a finding and its comparisons; None where a pair has not been run."""
+    """The verdict on a finding and its comparisons; None if a pair has not been run."""
     found = [compare(runs, *pair, finding.figure) for pair in finding.pairs]
     comparisons = [each for each in found if each]
     if len(comparisons) < len(finding.pairs):

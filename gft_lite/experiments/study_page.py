@@ -1,4 +1,4 @@
-"""The study as one Markdown page: the rule, verdicts, tables with intervals, plots, costs."""
+"""The lab study as a Markdown page: the rule, verdicts, tables with intervals, plots, costs."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from gft_lite.utils.files import write_text_atomic
 from gft_lite.utils.statistics import t_interval
 from gft_lite.utils.tables import Table
 
-READING = "## What we make of it"  # From here on the page is written by hand, and kept.
+INTERPRETATION = "## What we make of it"  # From this heading on, the text is kept.
 
 
 def write_page(results: Results, file: str | Path) -> Path:
-    """Write the page, and its plots into a folder beside it; what people wrote below stays."""
+    """Write the page, its plots into a folder beside it; the interpretation below is kept."""
     file = Path(file)
     folder = file.with_suffix("")
     old = file.read_text(encoding="utf-8") if file.exists() else ""
-    kept = old[old.index(READING) :] if READING in old else ""
+    kept = old[old.index(INTERPRETATION) :] if INTERPRETATION in old else ""
     parts = [
         _introduction(results),
         _findings(results),
         *(table.markdown() for table in _tables(results)),
-        *_pictures(results, folder),
+        *_plot_images(results, folder),
         *(table.markdown() for table in (_tuning(results), _bases(results), _costs(results))),
         "".join(f"Failed: {line}\n" for line in results.failed),
         kept,
@@ -96,7 +96,7 @@ def _finding(
 
 @dataclass(frozen=True, slots=True)
 class _Section:
-    """A table of settings, and where the paper has it."""
+    """The title, with the place in the paper, and the settings of a table."""
 
     title: str
     settings: tuple[str, ...]
@@ -121,9 +121,9 @@ def _tables(results: Results) -> list[Table]:
     figures = [*(f"pass@{k}" for k in ks), *further, "kl"]
     made = []
     for number, section in enumerate(_sections(results)):
-        main = number == 0  # Only there have methods their own rates and responses.
+        main = number == 0  # Only these runs differ in rates and responses.
         rows = [
-            (name, *(_given(results, name) if main else ()),
+            (name, *(_rate_and_sources(results, name) if main else ()),
              *(_spread([run[f] for run in results.runs[name].values()]) for f in figures))
             for name in section.settings if name in results.runs
         ]  # fmt: skip
@@ -133,10 +133,10 @@ def _tables(results: Results) -> list[Table]:
     return made
 
 
-def _given(results: Results, method: str) -> tuple[str, ...]:
-    """The rate, and the responses by source that one run was given."""
-    seen = results.sources.get(method, {})
-    counts = (f"{seen[s]:,}" if s in seen else "-" for s in ("expert", "teacher", "self"))
+def _rate_and_sources(results: Results, method: str) -> tuple[str, ...]:
+    """The learning rate and the numbers of responses by source of one run."""
+    sources = results.sources.get(method, {})
+    counts = (f"{sources[s]:,}" if s in sources else "-" for s in ("expert", "teacher", "self"))
     return f"{results.rates[method]:g}" if method in results.rates else "-", *counts
 
 
@@ -164,7 +164,7 @@ def _score(scores: Mapping[float, float], rate: float, chosen: float) -> str:
 
 
 def _bases(results: Results) -> Table:
-    """The untrained bases, and where GFT and SFT took each."""
+    """pass@1 of every base and of the policies that methods made of it."""
     names = [name for name in ("base", "sft", "gft", "grpo") if name in results.runs]
     rows = []
     for model in dict.fromkeys(model for model, _ in results.runs["base"]):
@@ -189,8 +189,8 @@ def _costs(results: Results) -> Table:
 # --- plots -----------------------------------------------------------------------------------
 
 
-def _pictures(results: Results, folder: Path) -> list[str]:
-    """Plots in `folder` as Markdown images; none without matplotlib."""
+def _plot_images(results: Results, folder: Path) -> list[str]:
+    """Write plots to `folder`; returns Markdown images, none without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         return []
     from gft_lite.report.plots import write_files

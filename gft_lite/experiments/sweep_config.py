@@ -1,4 +1,4 @@
-"""The sweep's schema: fields and their values, made into trials, each of them a checked recipe."""
+"""Schema of a sweep: a recipe and a grid of its fields, expanded to trials with checked recipes."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import hashlib
 import itertools
 import json
 import math
-import random
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Annotated, Any
 
 import yaml
@@ -24,12 +24,16 @@ from gft_lite.recipe.sections import GroupSettings
 from gft_lite.recipe.validation_errors import Places, explain
 from gft_lite.utils.errors import RecipeError, short_repr
 
+MAX_RUNS = 1_000  # Of one sweep.
+MAX_POINTS = 1_000_000  # Of a grid from which `random` points are drawn.
 _ON_COMMAND_LINE = ("overrides", "grid", "random", "random_seed", "seeds")
-_LONGEST_VALUE = 40  # of a folder's name, in characters
+# Limits of a trial's folder name, in characters.
+_MAX_VALUE, _MAX_NAME = 40, 200
+_DRAWS_PER_POINT = 100  # Before a range is taken to have too few distinct values.
 
 
 class Range(Settings):
-    """Values between two bounds, drawn evenly on a plain or on a logarithmic scale."""
+    """Values between two bounds, drawn uniformly on a linear or on a logarithmic scale."""
 
     uniform: tuple[float, float] | None = None
     log: tuple[float, float] | None = None
@@ -40,10 +44,12 @@ class Range(Settings):
             raise ValueError("must have one of uniform and log")
         if self.log and min(self.log) <= 0:
             raise ValueError("log: must have bounds above 0")
+        if self.uniform and not math.isfinite(self.uniform[1] - self.uniform[0]):
+            raise ValueError("uniform: must have bounds whose difference is finite")
         return self
 
-    def draw(self, rng: random.Random) -> float:
-        """A value with four digits, as many as anybody wants to read."""
+    def draw(self, rng: Random) -> float:
+        """A random value, rounded to four significant digits."""
         if self.log:
             value = math.exp(rng.uniform(*map(math.log, self.log)))
         else:
@@ -56,7 +62,7 @@ Values = Annotated[list[Any], Field(min_length=1)]
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One run of a sweep: its folder's name, what the grid set, and the recipe that comes of it."""
+    """One run of a sweep: the name of its folder, its values of the grid, and its recipe."""
 
     name: str
     settings: dict[str, Any]
@@ -66,10 +72,10 @@ class Trial:
 class Sweep(Settings):
     """A recipe, changed by `overrides`, at every point of a grid, with several seeds.
 
-    A field of the grid is any of the recipe's, such as `objective.tau`. `group` may have values
-    such as `6:2`, demonstrations to self samples; `recipe` has recipe files. `random` points
-    are drawn from the grid by `random_seed`; more of them keep the earlier ones. The `seeds`
-    count up from the recipe's own.
+    The grid can have every field of the recipe, such as `objective.tau`. Values of `group` can be
+    ratios of demonstrations to self samples, such as `6:2`; values of `recipe` are recipe files.
+    `random` points are drawn from the grid with `random_seed`; a larger `random` adds points to
+    those of a smaller one. The `seeds` count up from the seed of the recipe.
     """
 
     name: str = "sweep"
@@ -86,31 +92,45 @@ class Sweep(Settings):
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             rules.append("name: must be letters, digits, `_`, `-` and `.`, to name a folder")
         if "seed" in self.grid:
-            rules.append("grid: must leave the seed to `seeds`")
+            rules.append("grid: must not have the field seed, which `seeds` sets")
         if not all(isinstance(file, str) for file in self._files[1:]):
             rules.append("grid: must have a list of files as `recipe`")
-        ranges = [field for field, values in self.grid.items() if isinstance(values, Range)]
-        points = math.prod(len(v) for v in self.grid.values() if isinstance(v, list))
-        if ranges and not self.random:
-            rules.append(f"random: must say how many points to draw, as {ranges[0]} has a range")
-        elif not ranges and self.random and self.random > points:
-            rules.append(f"random: must be at most {points}, the points of the grid")
+        for field in self.grid:
+            rules += [f"grid: must not have both {field} and {other}, which is a part of it"
+                      for other in self.grid if other.startswith(f"{field}.")]  # fmt: skip
+        rules += self._wrong_counts()
         if rules:
             raise ValueError("\n".join(rules))
         return self
 
+    def _wrong_counts(self) -> Iterator[str]:
+        """Rules of `random` and of the number of runs, checked before any run is built."""
+        ranges = [field for field, values in self.grid.items() if isinstance(values, Range)]
+        points = math.prod(len(v) for v in self.grid.values() if isinstance(v, list))
+        if ranges and not self.random:
+            yield f"random: must be the number of points to draw, because {ranges[0]} has a range"
+        elif not ranges and self.random and self.random > points:
+            yield f"random: must be at most {points:,}, the points of the grid"
+        elif not ranges and self.random and points > MAX_POINTS:
+            yield f"grid: must have at most {MAX_POINTS:,} points to draw from, not {points:,}"
+        drawn = self.random or points
+        if drawn * self.seeds > MAX_RUNS:
+            field = "seeds" if self.seeds > 1 else "random" if self.random else "grid"
+            runs = f"{drawn * self.seeds:,} (points {drawn:,}, seeds {self.seeds:,})"
+            yield f"{field}: must give at most {MAX_RUNS:,} runs, not {runs}"
+
     @property
     def _files(self) -> list[Any]:
-        """The recipe, and those of the grid."""
+        """The recipe file and those of the grid."""
         values = self.grid.get("recipe", [])
         return [self.recipe, *(values if isinstance(values, list) else [values])]
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
-        """A sweep file, or a recipe and the rest of the sweep in `overrides`.
+        """Load a sweep file, or a recipe file with the fields of the sweep in `overrides`.
 
-        Overrides are of the sweep: `seeds=3`, `overrides.optim.lr=1e-3`, `grid={...}`. Raises:
-        RecipeError with every error of the sweep and of its recipes.
+        Overrides change fields of the sweep: `seeds=3`, `overrides.optim.lr=1e-3`, `grid={...}`.
+        Raises: RecipeError with every error of the sweep and of its recipes.
         """
         file = find_recipe(path)
         tree, places, problems = gather(file, overrides)
@@ -119,32 +139,32 @@ class Sweep(Settings):
         own = gather(file)[0]
         if {"recipe", "grid"} & set(own):
             return cls.from_tree(tree, places, file.parent)
-        asked = {key: tree[key] for key in _ON_COMMAND_LINE if key in tree}
-        tree = {"name": own.get("name", file.stem), "recipe": str(file), **asked}
+        given = {key: tree[key] for key in _ON_COMMAND_LINE if key in tree}
+        tree = {"name": own.get("name", file.stem), "recipe": str(file), **given}
         return cls.from_tree(tree, places)
 
     @classmethod
     def from_tree(
         cls, tree: Mapping[str, Any], places: Places | None = None, beside: Path | None = None
     ) -> Sweep:
-        """Check a nested dict, and every recipe that comes of it.
+        """Check a nested dict and the recipe of every trial.
 
-        Recipe files are looked for in the folder `beside`, then among the shipped ones.
+        Recipe files are relative to the folder `beside`, or else shipped files.
         Raises: RecipeError with every error found.
         """
         places = places or {}
         try:
-            made = cls.model_validate(tree)
+            plan = cls.model_validate(tree)
         except ValidationError as error:
             raise RecipeError(explain(error, cls, places)) from None
-        recipe, *others = (str(find_recipe(file, beside).resolve()) for file in made._files)
-        grid = {**made.grid, "recipe": others} if others else made.grid
-        made = made.model_copy(update={"recipe": recipe, "grid": grid})
-        made.trials(places)
-        return made
+        recipe, *others = (str(find_recipe(file, beside).resolve()) for file in plan._files)
+        grid = {**plan.grid, "recipe": others} if others else plan.grid
+        plan = plan.model_copy(update={"recipe": recipe, "grid": grid})
+        plan.trials(places)
+        return plan
 
     def to_yaml(self) -> str:
-        """The resolved sweep, as YAML that `load` reads back."""
+        """The resolved sweep as YAML, which `load` reads."""
         return yaml.dump(self.model_dump(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
     def trials(self, places: Places | None = None) -> list[Trial]:
@@ -155,39 +175,55 @@ class Sweep(Settings):
         short = {field: field.rpartition(".")[2] for field in self.grid}
         clash = Counter(short.values())
         label = {field: field if clash[last] > 1 else last for field, last in short.items()}
-        made: list[Trial] = []
-        problems: dict[str, None] = {}  # A value is wrong in many trials and told once.
+        trials: list[Trial] = []
+        problems: dict[str, None] = {}  # The same value can be wrong in many trials.
         for point in self._points():
             try:
                 recipe = self._recipe(point, places or {})
             except RecipeError as error:
                 problems |= dict.fromkeys(error.problems)
                 continue
+            if recipe.seed + self.seeds > 2**31:
+                rule = f"seed: must be at most 2**31 - {self.seeds}, got {recipe.seed}"
+                problems[f"{rule}. Choose a smaller seed, or fewer seeds."] = None
+            settings = {f: Path(v).stem if f == "recipe" else v for f, v in point.items()}
+            parts = [f"{label[f]}={_name_part(v)}" for f, v in settings.items()]
             for seed in range(recipe.seed, recipe.seed + self.seeds):
-                settings = {f: Path(v).stem if f == "recipe" else v for f, v in point.items()}
-                parts = [f"{label[f]}={_in_a_name(v)}" for f, v in settings.items()]
-                seeded = recipe.model_copy(update={"seed": seed})
-                made.append(Trial(",".join([*parts, f"seed={seed}"]), settings, seeded))
-        for name, times in Counter(trial.name for trial in made).items():
+                name = _folder_name([*parts, f"seed={seed}"])
+                trials.append(Trial(name, settings, recipe.model_copy(update={"seed": seed})))
+        for name, times in Counter(trial.name for trial in trials).items():
             if times > 1:
                 problems[f"grid: must not have a point twice, got {name}."] = None
         if problems:
             raise RecipeError(list(problems))
-        return made
+        return trials
 
     def _points(self) -> Iterator[dict[str, Any]]:
-        """The values of the fields of the grid, at each point."""
-        rng = random.Random(self.random_seed)
+        """The values of the fields of the grid at each point."""
+        rng = Random(self.random_seed)
         if any(isinstance(values, Range) for values in self.grid.values()):
-            for _ in range(self.random or 0):
-                yield {field: values.draw(rng) if isinstance(values, Range) else rng.choice(values)
-                       for field, values in self.grid.items()}  # fmt: skip
+            yield from self._drawn_points(rng)
             return
         points = list(itertools.product(*self.grid.values()))
         if self.random:
             rng.shuffle(points)
         for values in points[: self.random]:
             yield dict(zip(self.grid, values, strict=True))
+
+    def _drawn_points(self, rng: Random) -> Iterator[dict[str, Any]]:
+        """`random` distinct points. Raises: RecipeError if the ranges have too few values."""
+        drawn: set[str] = set()
+        for _ in range(_DRAWS_PER_POINT * (self.random or 0)):
+            point = {field: values.draw(rng) if isinstance(values, Range) else rng.choice(values)
+                     for field, values in self.grid.items()}  # fmt: skip
+            key = as_text(point)
+            if key not in drawn:
+                drawn.add(key)
+                yield point
+            if len(drawn) == self.random:
+                return
+        rule = f"random: must be at most the {len(drawn):,} distinct points that were drawn"
+        raise RecipeError([f"{rule}, got {self.random}. Draw fewer, or widen the ranges."])
 
     def _recipe(self, point: Mapping[str, Any], places: Places) -> Recipe:
         tree, at = read_tree(Path(point.get("recipe", self.recipe)))
@@ -207,14 +243,14 @@ class Sweep(Settings):
             composition = _composition(ratio, recipe.group, at)
             recipe = Recipe.from_tree(merge(tree, {"group": composition}), at)
         for number in range(len(recipe.stages)):
-            recipe.stage(number)  # Their settings are checked, too.
+            recipe.stage(number)  # Checks the settings of the stage.
         return recipe
 
 
 def grid_override(text: str) -> str:
-    """`objective.tau=0,0.5` of the command line as an override of a sweep.
+    """The override of a sweep for `--grid objective.tau=0,0.5`.
 
-    Raises: RecipeError unless it is a field and its values.
+    Raises: RecipeError if `text` is not a field with values.
     """
     field, _, values = (part.strip() for part in text.partition("="))
     if not field or not values:
@@ -229,9 +265,10 @@ def _nested(names: Sequence[str], value: Any) -> Any:
 
 
 def _composition(ratio: str, group: GroupSettings, places: Places) -> dict[str, int]:
-    """`6:2` is six demonstrations and two self samples, the experts as many as in `group`.
+    """The group of a ratio: `6:2` is six demonstrations and two self samples.
 
-    The rest are teachers, unless the group has experts only. Raises: RecipeError.
+    The number of experts is that of `group`; the other demonstrations are teachers, or experts if
+    `group` has no teachers but experts. Raises: RecipeError for other texts.
     """
     found = re.fullmatch(r"(\d+):(\d+)", ratio)
     if not found:
@@ -246,15 +283,23 @@ def _composition(ratio: str, group: GroupSettings, places: Places) -> dict[str, 
 
 
 def as_text(value: Any) -> str:
-    """A value of a grid, as one line."""
+    """A value of a grid on one line."""
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _in_a_name(value: Any) -> str:
-    """A value as a part of a folder's name; what can't be told from it is made one by a hash."""
+def _name_part(value: Any) -> str:
+    """A value as part of a folder name; a hash makes a shortened or changed one unique."""
     text = as_text(value)
     plain = re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII)
-    if len(plain) <= _LONGEST_VALUE and plain == text.replace(":", "-"):
+    if len(plain) <= _MAX_VALUE and plain == text.replace(":", "-"):
         return plain
-    digest = hashlib.blake2b(text.encode(), digest_size=3).hexdigest()
-    return f"{plain[:_LONGEST_VALUE]}-{digest}"
+    return f"{plain[:_MAX_VALUE]}-{_digest(text)}"
+
+
+def _folder_name(parts: Sequence[str]) -> str:
+    name = ",".join(parts)
+    return name if len(name) <= _MAX_NAME else f"{name[:_MAX_NAME]}-{_digest(name)}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=3).hexdigest()

@@ -114,6 +114,11 @@ def all_series(runs: Sequence[Run], sweeps: Sequence[Sweep]) -> list[Series]:
     return found
 
 
+def objective_metrics(step: Mapping[str, Any]) -> Mapping[str, float | None]:
+    """The means that the loss reported in a step, by name; runs of older versions have one."""
+    return step.get("objective") or {"rectified": step.get("rectified")}
+
+
 def _labels(paths: Sequence[Path]) -> list[str]:
     """The folders' names, as much of the path before them as tells them apart."""
     for depth in range(1, max((len(path.parts) for path in paths), default=1) + 1):

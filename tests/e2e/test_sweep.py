@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from gft_lite import Sweep
 from gft_lite.cli import main
 from gft_lite.experiments.sweep_config import grid_override
-from gft_lite.experiments.sweep_runner import SweepFolder, sweep
+from gft_lite.experiments.sweep_results import SweepFolder
+from gft_lite.experiments.sweep_runner import sweep
 from gft_lite.training.run import train
 from gft_lite.utils.errors import RecipeError
 

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from gft_lite.cli import main
-from gft_lite.experiments.lab_study import Design, Results, _Work, best_rate, setting_name
+from gft_lite.experiments.compare_methods import compare as compare_methods
+from gft_lite.experiments.lab_study import (
+    Design,
+    Results,
+    _Study,
+    best_rate,
+    setting_name,
+    study,
+)
 from gft_lite.experiments.paper_findings import FINDINGS, RULE, Finding, compare, judge
-from gft_lite.experiments.study_page import READING, write_page
+from gft_lite.experiments.study_page import INTERPRETATION, write_page
 from gft_lite.recipe.schema import Recipe
+from gft_lite.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -116,7 +126,7 @@ class TestDesign:
         assert setting_name({**settings, "policy.model": "lab"}) == name
 
     def test_stages_share_the_steps_of_one_run_at_their_own_rates(self, tmp_path):
-        work = _Work(tmp_path, Design(), 1, [], None)
+        work = _Study(tmp_path, Design(), 1, [], None)
         tuned = {"sft": work.write_tuned("sft", 5e-4), "grpo": work.write_tuned("grpo", 8e-3)}
         recipe = Recipe.load(work.write_staged(tuned, "sft", "grpo"))
         first, second = recipe.stage(0), recipe.stage(1)
@@ -188,11 +198,11 @@ class TestPage:
 
     def test_what_people_wrote_stays(self, results, tmp_path):
         file = write_page(results, tmp_path / "page.md")
-        written = file.read_text() + f"\n{READING}\n\nIt is so.\n"
+        written = file.read_text() + f"\n{INTERPRETATION}\n\nIt is so.\n"
         file.write_text(written)
         results.runs["gft"]["lab", 1]["pass@1"] = 0.6
         again = write_page(results, file).read_text()
-        assert again.endswith(f"{READING}\n\nIt is so.\n")
+        assert again.endswith(f"{INTERPRETATION}\n\nIt is so.\n")
         assert "0.600 [-0.671" not in again
         assert write_page(results, file).read_text() == again
 
@@ -204,22 +214,48 @@ class TestPage:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("options", "message"),
     [
-        (["--seeds", "0"], "--seeds: must be at least 1, got 0."),
-        (["--jobs", "0"], "--jobs: must be at least 1, got 0."),
-        (["train.stepps=3"], "train.stepps"),
+        ({"design": Design(seeds=0)}, "--seeds: must be at least 1, got 0."),
+        ({"design": Design(seeds=10**9)}, "--seeds: must give at most 1,000 runs of the methods"),
+        ({"jobs": 0}, "--jobs: must be at least 1, got 0."),
+        ({"overrides": ["train.stepps=3"]}, "train.stepps: unknown field"),
     ],
 )
-def test_wrong_input_is_told_before_anything_runs(words, said, tmp_path, capsys):
-    out = tmp_path / "study"
-    assert main(["lab", "study", "--out", str(out), *words]) == 2
-    assert said in capsys.readouterr().err
-    assert not out.exists()
+def test_wrong_options_are_errors_before_anything_runs(options, message, tmp_path):
+    with pytest.raises(UserError, match=re.escape(message)):
+        study(tmp_path / "study", **options)
+    assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "gft,nonsense"], "--methods: nonsense: must be a recipe file"),
+        (["train.stepps=3"], "train.stepps: unknown field"),
+        (["--out", ""], "--out: must be a folder that can be written to, got ''."),
+    ],
+)
+def test_a_comparison_is_checked_before_its_first_run(
+    arguments, message, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["lab", "compare", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_comparison_does_not_mix_recipes(tmp_path):
+    finished = tmp_path / "sft-0"
+    finished.mkdir()
+    (finished / "recipe.yaml").write_text(Recipe.load("recipes/lab_sft.yaml").to_yaml())
+    (finished / "summary.json").write_text("{}")
+    with pytest.raises(UserError, match="--out: must be a new folder or one of the same recipes"):
+        compare_methods(["sft"], 1, tmp_path, ["train.steps=3"])
 
 
 def test_costs_add_up_over_starts(tmp_path):
-    work = _Work(tmp_path, Design(), 1, [], None)
+    work = _Study(tmp_path, Design(), 1, [], None)
     lines = [{"part": "tune", "cpu": 2.0, "wall": 1.5}, {"part": "main", "cpu": 8.0, "wall": 4.0},
              {"part": "tune", "cpu": 3.0, "wall": 2.0}]  # fmt: skip
     (tmp_path / "costs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

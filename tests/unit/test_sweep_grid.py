@@ -9,13 +9,22 @@ import sys
 import pytest
 
 from gft_lite.experiments.sweep_config import Sweep, grid_override
-from gft_lite.experiments.sweep_runner import _begin, _by_settings, _Job, _next, table
+from gft_lite.experiments.sweep_results import results_by_settings, settings_figures
+from gft_lite.experiments.sweep_runner import _Job, _next, _start
 from gft_lite.recipe.schema import Recipe
 from gft_lite.runs.base_cache import base_inputs
 from gft_lite.runs.folder import RunFolder
 from gft_lite.utils.errors import RecipeError
 from gft_lite.utils.files import write_text_atomic
 from gft_lite.utils.statistics import t_interval
+
+MANY = ",".join(map(str, range(1, 101)))
+LONG_FIELDS = (
+    "policy.lora.rank", "policy.lora.alpha", "policy.threads", "data.max_prompt_tokens",
+    "data.problems", "data.seed", "train.problems_per_step", "train.updates_per_rollout",
+    "rollout.kv_cache_mib", "rollout.batch_size", "monitor.every", "monitor.problems",
+)  # fmt: skip
+FOUR_FIELDS = ("train.steps", "eval.samples", "monitor.every", "monitor.problems")
 
 
 def plan(*overrides, grid=(), recipe="recipes/lab.yaml"):
@@ -96,6 +105,11 @@ class TestGrid:
         made = plan(grid=["data.problems=40", "monitor.problems=4,5"])
         assert names(made)[0] == "data.problems=40,monitor.problems=4,seed=0"
 
+    def test_a_long_name_is_shortened_and_stays_unique(self):
+        made = names(plan("seeds=2", grid=[f"{field}=1" for field in LONG_FIELDS]))
+        assert len(set(made)) == 2
+        assert all(len(name) <= 207 and re.fullmatch(r"[\w=,.-]+", name) for name in made)
+
 
 class TestRandom:
     def test_points_are_drawn_once_and_more_keep_the_earlier(self):
@@ -105,6 +119,11 @@ class TestRandom:
         assert len(set(nine)) == 9
         assert set(nine) < set(names(plan(grid=grid)))
         assert names(plan("random=4", "random_seed=1", grid=grid)) != four
+
+    def test_a_point_drawn_twice_is_drawn_again(self):
+        """Two of the three values that four digits have between the bounds."""
+        made = plan("random=3", grid=["optim.lr={uniform: [0.1, 0.1002]}"])
+        assert {t.settings["optim.lr"] for t in made.trials()} == {0.1, 0.1001, 0.1002}
 
     def test_ranges(self):
         grid = ["optim.lr={log: [1e-4, 1e-2]}", "objective.tau={uniform: [0.5, 1]}"]
@@ -134,15 +153,30 @@ class TestMistakes:
         [
             (["group=6;2"], [], "group: must be demonstrations:self, such as 6:2, got '6;2'."),
             (["group=0:0"], [], "group.self: must be at least 1 when expert and teacher are 0"),
-            (["seed=1,2"], [], "grid: must leave the seed to `seeds`"),
+            (["seed=1,2"], [], "grid: must not have the field seed"),
             (["objective.tau=1,1"], [], "grid: must not have a point twice, got tau=1,seed=0."),
             (["objective.tau"], [], "--grid: must be field=value,value,..., got 'objective.tau'."),
             (["objective.tau=1"], ["random=2"], "random: must be at most 1, the points of"),
-            (["optim.lr={log: [1, 2]}"], [], "random: must say how many points to draw"),
+            (["optim.lr={log: [1, 2]}"], [], "random: must be the number of points to draw"),
             (["optim.lr={log: [0, 2]}"], ["random=2"], "log: must have bounds above 0"),
             (["recipe=1"], [], "grid: must have a list of files as `recipe`"),
             (["recipe=recipes/lap.yaml"], [], "Did you mean recipes/lab.yaml?"),
             ([], ["seeds=0"], "seeds: must be greater than 0, got 0."),
+            ([], ["seeds=999999999"],
+             "seeds: must give at most 1,000 runs, not 999,999,999 (points 1, seeds 999,999,999)"),
+            (["optim.lr={log: [1e-4, 1]}"], ["random=1001"],
+             "random: must give at most 1,000 runs, not 1,001"),
+            ([f"{field}={MANY}" for field in FOUR_FIELDS], [],
+             "grid: must give at most 1,000 runs, not 100,000,000"),
+            ([f"{field}={MANY}" for field in FOUR_FIELDS], ["random=5"],
+             "grid: must have at most 1,000,000 points to draw from, not 100,000,000"),
+            (["optim.lr={uniform: [0.10001, 0.1001]}"], ["random=3"],
+             "random: must be at most the 2 distinct points that were drawn, got 3."),
+            (["optim.lr={uniform: [-1e308, 1e308]}"], ["random=3"],
+             "uniform: must have bounds whose difference is finite"),
+            ([], ["seeds=10", "overrides.seed=2147483640"],
+             "seed: must be at most 2**31 - 10, got 2147483640."),
+            (["group=6:2", "group.self=1"], [], "grid: must not have both group and group.self"),
             ([], ["overrides.stages=[gft, {method: sft, overrides: {optim: {lr: 0}}}]"],
              "optim.lr: must be greater than 0, got 0."),
         ],
@@ -238,7 +272,7 @@ class TestWhatTrialsShare:
         order = []
         for _ in range(2):  # Of each seed one: the other's base is the same.
             order.append(_next(jobs))
-            _begin(order[-1], jobs)
+            _start(order[-1], jobs)
         assert order == [tau0_seed0, tau0_seed1]
         assert _next(jobs) is None
         self.evaluate(tau0_seed1, "seed 1")
@@ -246,7 +280,7 @@ class TestWhatTrialsShare:
         tau0_seed0.end("it broke", stopping=False)  # Without having evaluated its base.
         assert (tau0_seed0.state, tau0_seed0.reason) == ("failed", "it broke")
         assert _next(jobs) is tau5_seed0
-        _begin(tau5_seed1, jobs)
+        _start(tau5_seed1, jobs)
         for name in ("eval/base.json", "kl_set.json"):
             assert (tau5_seed1.run.path / name).read_text() == "seed 1"
         assert Recipe.load(tau5_seed1.run.path / "recipe.yaml") == tau5_seed1.trial.recipe
@@ -255,17 +289,17 @@ class TestWhatTrialsShare:
         jobs = work(grid=["eval.samples=8,16"])
         order = []
         while job := _next(jobs):
-            _begin(job, jobs)
+            _start(job, jobs)
             order.append((job.trial.recipe.seed, job.trial.recipe.eval.samples))
         assert order == [(0, 8), (0, 16), (1, 8), (1, 16)]
         assert not any(job.has_base for job in jobs)
 
     def test_of_a_staged_run_the_first_stage_has_the_base(self, work):
         jobs = work("overrides.stages=[sft, gft]")
-        _begin(jobs[0], jobs)
+        _start(jobs[0], jobs)
         self.evaluate(jobs[0])
         assert jobs[0].base_run.path == jobs[0].run.path / "stages" / "1-sft"
-        _begin(jobs[2], jobs)
+        _start(jobs[2], jobs)
         assert (jobs[2].run.path / "stages" / "1-sft" / "eval" / "base.json").exists()
         assert Recipe.load(jobs[2].base_run.path / "recipe.yaml").method == "sft"
         assert len(Recipe.load(jobs[2].run.path / "recipe.yaml").stages) == 2
@@ -288,7 +322,7 @@ def trial(tau, score, state="done"):
 def test_figures_are_means_over_the_seeds_that_are_done():
     done = [trial(0, 0.2), trial(0, 0.4), trial(0, 0.6), trial(1, 0.5)]
     others = [trial(0, 0, "failed"), trial(1, 0, "interrupted"), trial(2, 0, "failed")]
-    found = _by_settings([*done, *others])
+    found = settings_figures([*done, *others])
     assert [(f["settings"]["objective.tau"], f["done"], f["failed"]) for f in found] == [
         (0, 3, 1), (1, 1, 0), (2, 0, 1),
     ]  # fmt: skip
@@ -298,7 +332,7 @@ def test_figures_are_means_over_the_seeds_that_are_done():
     assert figure["high"] == pytest.approx(0.4 + 4.302653 * 0.2 / 3**0.5)
     assert figure["low"] == pytest.approx(0.4 - 4.302653 * 0.2 / 3**0.5)
     assert found[1]["figures"]["pass@1"] == {"mean": 0.5, "low": None, "high": None}
-    shown = table({"name": "x", "interval": "t", "settings": found})
+    shown = results_by_settings({"name": "x", "interval": "t", "settings": found})
     assert shown.header == ("objective.tau", "done", "failed", "pass@1", "rectified")
     assert shown.rows[0] == ("0", "3", "1", "0.400 ±0.497", "0.000 ±0.000")
     assert shown.rows[1:] == (("1", "1", "0", "0.500", "0.500"), ("2", "0", "1", "-", "-"))
