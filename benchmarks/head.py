@@ -43,18 +43,17 @@ def fused(policy: LoraPolicy, hidden: Tensor, targets: Tensor, weights: Tensor) 
     def loss(scores: TokenScores, span: slice) -> Tensor:
         return (weights[span] * scores.logprobs).sum()
 
-    return policy._fused_head(hidden, targets, loss)[:2]
+    return policy.head.loss_gradient(hidden, targets, loss)[:2]
 
 
 def chunked(policy: LoraPolicy, hidden: Tensor, targets: Tensor, weights: Tensor) -> Any:
-    """Chunks that backward computes once more."""
-    logprobs, _ = policy._over_chunks(policy._score_chunk, hidden.requires_grad_(), targets)
-    return _backward(logprobs, hidden, weights)
+    """Chunks that the backward pass recomputes."""
+    return _backward(policy.head.scores(hidden.requires_grad_(), targets).logprobs, hidden, weights)
 
 
 def full(policy: LoraPolicy, hidden: Tensor, targets: Tensor, weights: Tensor) -> Any:
     """All logits at once."""
-    logits = policy._head(hidden.requires_grad_()).log_softmax(-1)
+    logits = policy.head.module(hidden.requires_grad_()).log_softmax(-1)
     with torch.no_grad():
         (logits.exp() * logits).sum(-1)
     return _backward(logits.gather(-1, targets[:, None])[:, 0], hidden, weights)
@@ -65,7 +64,16 @@ def trl(policy: LoraPolicy, hidden: Tensor, targets: Tensor, weights: Tensor) ->
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as WIDTH
 
-    given = (policy._head.weight, None, targets, 1.0, WIDTH, None, 1.0, ("log_probs", "entropy"))
+    given = (
+        policy.head.module.weight,
+        None,
+        targets,
+        1.0,
+        WIDTH,
+        None,
+        1.0,
+        ("log_probs", "entropy"),
+    )
     logprobs, *_ = ChunkedLogProbFunction.apply(hidden.requires_grad_(), *given)
     return _backward(logprobs, hidden, weights)
 

@@ -1,11 +1,12 @@
-"""The policy: a frozen (quantised) base with a trainable LoRA adapter.
+"""The policy: a frozen, quantised base with a trainable LoRA adapter.
 
-May import `recipe` and the foundation.
+Loads models and adapters, computes token log-probs and gradients, writes adapters, and provides
+the base that an engine serves. May import `recipe` and the foundation.
 
 Adding a back end:
 1. Write `policy/NAME_policy.py` with `load(settings, seed, rollout) -> Policy` (see `base.py`).
-2. Name it in `BACKENDS` (`registry.py`) and in `policy.backend` (`recipe/sections.py`).
-3. Test it with the tests of `tests/integration/test_policy.py`.
+2. Add it to `BACKENDS` (`registry.py`) and to `policy.backend` (`recipe/sections.py`).
+3. Run the tests of `tests/integration/test_policy.py` on it.
 """
 
 from gft_lite.policy.base import Policy

@@ -1,7 +1,9 @@
 """Attention over the segments of a packed line: a prompt once, its responses after it.
 
-A transformers decoder takes it as its attention function; without segments (generation, padded
-rows) it is transformers' own sdpa.
+Registered with transformers as an attention function. Without segments, in generation and for
+padded rows, it calls transformers' own sdpa.
+
+Axis suffixes: H query heads, H_kv key and value heads, S tokens of the line, D size of a head.
 """
 
 from __future__ import annotations
@@ -21,16 +23,16 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from gft_lite.policy.batching import Segment
 
 NAME = "gft_lite_segments"
-# Segments that are computed side by side may differ in length by this factor.
+# The longest segment of a tile has at most this multiple of the length of the shortest.
 TILE_PADDING = 1.25
 
 
 class Unsupported(RuntimeError):
-    """The model's attention does something that segments don't."""
+    """The model's attention has a feature that segment attention lacks."""
 
 
 class SegmentAttention:
-    """Causal attention within each segment and to the whole of its prompt."""
+    """Causal attention within each segment, and from it to every token of its prompt."""
 
     def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
         self._segments = segments
@@ -42,24 +44,24 @@ class SegmentAttention:
         self, query: Tensor, key: Tensor, value: Tensor, scale: float | None,
         window: int | None = None, dropout: float = 0.0,
     ) -> Tensor:  # fmt: skip
-        """Attend, to no more than the last `window` tokens.
+        """The attention output, restricted to the last `window` tokens if given.
 
         Shapes: query [1, H, S, D], key and value [1, H_kv, S, D] -> [1, S, H, D].
         """
-        # The flash kernel of torch is for half precision on CUDA, without dropout.
+        # torch's flash kernel supports half precision on CUDA, without dropout.
         half = query.dtype in (torch.bfloat16, torch.float16)
         if query.device.type != "cpu" and half and not dropout:
             self._varlen = self._varlen or _Varlen(self._segments, self._device)
             return self._varlen(query, key, value, scale, window)
         if not self._tiles:
-            self._tiles = [_Tile(part, self._device) for part in _alike(self._segments)]
+            self._tiles = [_Tile(part, self._device) for part in _group_by_length(self._segments)]
             self._order = torch.cat([tile.places for tile in self._tiles]).argsort()
         parts = [tile(query, key, value, scale, window, dropout) for tile in self._tiles]
         return torch.cat(parts)[self._order].unsqueeze(0)
 
 
 class _Varlen:
-    """Torch's flash attention for segments of any length; each key gathered once per segment."""
+    """torch's flash attention for segments of any length; keys are copied once per segment."""
 
     def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
         keys = [[*range(s.prompt_start, s.prompt_end), *range(s.start, s.end)] for s in segments]
@@ -85,23 +87,23 @@ class _Varlen:
 
 
 class _Tile:
-    """Segments of like length with prompts of one length, side by side.
+    """A batch of segments of similar length whose prompts have equal length.
 
-    A shorter segment is filled up with its last token: what is computed there is dropped, and
-    no real token looks so far ahead.
+    Shorter segments are padded with their last token. The outputs there are dropped, and the
+    causal mask hides the padding from all real tokens.
     """
 
     def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
         longest = max(s.end - s.start for s in segments)
         self._prompt = segments[0].prompt_end - segments[0].prompt_start
         own = [[min(s.start + i, s.end - 1) for i in range(longest)] for s in segments]
-        seen = [[*range(s.prompt_start, s.prompt_end), *o]
+        keys = [[*range(s.prompt_start, s.prompt_end), *o]
                 for s, o in zip(segments, own, strict=True)]  # fmt: skip
         real = [
             line * longest + i for line, s in enumerate(segments) for i in range(s.end - s.start)
         ]
         self._queries = torch.tensor(own, device=device)
-        self._keys = torch.tensor(seen, device=device)
+        self._keys = torch.tensor(keys, device=device)
         self._real = torch.tensor(real, device=device)
         self.places = self._queries.flatten()[self._real]
 
@@ -109,7 +111,10 @@ class _Tile:
         self, query: Tensor, key: Tensor, value: Tensor, scale: float | None,
         window: int | None, dropout: float,
     ) -> Tensor:  # fmt: skip
-        """Shapes: as above -> [tokens, H, D], in the order of `places`."""
+        """The output of the tile's tokens, in the order of `places`.
+
+        Shapes: as in SegmentAttention -> [tokens, H, D].
+        """
         queries = query[0][:, self._queries].transpose(0, 1)
         keys, values = (x[0][:, self._keys].transpose(0, 1) for x in (key, value))
         square = not self._prompt and window is None
@@ -120,25 +125,26 @@ class _Tile:
         return out.transpose(1, 2).flatten(0, 1)[self._real]
 
     def _mask(self, window: int | None) -> Tensor:
-        """Which of its [prompt + longest] keys each of the [longest] queries sees."""
+        """True where a query attends to a key. Shape: [longest, prompt + longest]."""
         own = self._queries.shape[1]
         all_keys = torch.ones(own, self._prompt + own, dtype=torch.bool, device=self.places.device)
         mask = all_keys.tril(self._prompt)
         return mask.triu(self._prompt - window + 1) if window else mask
 
 
-def _alike(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
-    """Segments that may share a tile."""
+def _group_by_length(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
+    """Segments grouped into tiles."""
     tile: list[Segment] = []
     for s in sorted(segments, key=lambda s: (s.prompt_end - s.prompt_start, s.start - s.end)):
-        if tile and not _joins(s, tile[0]):
+        if tile and not _fits_tile(s, tile[0]):
             yield tile
             tile = []
         tile.append(s)
     yield tile
 
 
-def _joins(segment: Segment, longest: Segment) -> bool:
+def _fits_tile(segment: Segment, longest: Segment) -> bool:
+    """True if a tile whose longest segment is `longest` may hold `segment`."""
     same_prompt = (
         segment.prompt_end - segment.prompt_start == longest.prompt_end - longest.prompt_start
     )
@@ -152,13 +158,14 @@ def _attend(
     segments: SegmentAttention | None = None, scaling: float | None = None, dropout: float = 0.0,
     sliding_window: int | None = None, **others: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
+    """The attention function that transformers calls. Raises: Unsupported."""
     if segments is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
         )
-    special = [n for n in ("softcap", "s_aux", "position_bias") if others.get(n) is not None]
-    if special:
-        raise Unsupported(f"attention with {', '.join(special)}")
+    unsupported = [n for n in ("softcap", "s_aux", "position_bias") if others.get(n) is not None]
+    if unsupported:
+        raise Unsupported(f"attention with {', '.join(unsupported)}")
     return segments(query, key, value, scaling, sliding_window, dropout), None
 
 

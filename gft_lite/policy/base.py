@@ -1,4 +1,4 @@
-"""TODO: gft_lite/policy/base.py"""
+"""The Policy protocol and the values that its methods return."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """Log-probs of the response tokens and the entropy of each distribution; [T], nats.
+    """Log-probs of the response tokens and the entropy of each distribution; all [T], nats.
 
     `reference_kl`, on request, is the exact KL(reference || policy) over the vocabulary.
     """
@@ -46,16 +46,16 @@ class Divergence:
 
 @dataclass(frozen=True, slots=True)
 class ServedBase:
-    """The model that an engine should load, a folder or a hub id, and in words which that is."""
+    """The model that an engine loads: its folder or hub id, and a description of its origin."""
 
     location: str
     about: str
 
 
 class Policy(Protocol):
-    """What the loops and the rollout engines know of a policy."""
+    """The trained model as training loops and rollout engines use it."""
 
-    model: Any  # a peft.PeftModel
+    model: Any  # A peft.PeftModel.
     tokenizer: Any
     settings: PolicySettings
     config: Any
@@ -73,7 +73,7 @@ class Policy(Protocol):
         """The base alone, for the length of a `with`."""
 
     def reference(self) -> AbstractContextManager[None]:
-        """The frozen reference: the base, or the adapter that training started from."""
+        """The frozen reference (the base, or the adapter at the start), without dropout."""
 
     def save_adapter(self, folder: Path) -> Path:
         """Write the adapter as a plain PEFT adapter; the folder appears only when complete."""
@@ -85,8 +85,7 @@ class Policy(Protocol):
         """Rows as micro-batches in the policy's layout."""
 
     def token_scores(self, batch: MicroBatch, *, reference_kl: bool = False) -> TokenScores:
-        """Log-probs and, on request, KL to the reference, with gradient when grad mode is on,
-        and entropy of the response tokens."""
+        """Scores of the response tokens, with gradient if grad mode is on."""
 
     def backward(
         self,
@@ -104,13 +103,13 @@ class Policy(Protocol):
         """
 
     def divergence(self, batch: MicroBatch) -> Divergence:
-        """How far the policy is from the reference, exactly, by swapping the adapter."""
+        """The exact KLs between policy and reference, from one forward pass of each."""
 
     def next_token_logits(self, input_ids: Tensor, cache: Any, **kwargs: Tensor) -> Tensor:
         """fp32 logits [B, V] of the token after `input_ids` [B, S], continuing `cache`."""
 
     def serving_base(self, kind: str) -> ServedBase:
-        """What an engine should load to serve this policy's base; `kind` is `rollout.base`."""
+        """The model that an engine loads to serve this base; `kind` is `rollout.base`."""
 
 
 @contextmanager

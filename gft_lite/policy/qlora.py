@@ -1,5 +1,4 @@
-"""QLoRA (arXiv 2305.14314): a frozen NF4, int8 or plain base from transformers and bitsandbytes,
-and a LoRA adapter from peft."""
+"""The back end `transformers`: QLoRA (arXiv 2305.14314) on transformers, bitsandbytes, peft."""
 
 from __future__ import annotations
 
@@ -19,11 +18,11 @@ from gft_lite.policy.lora import REFERENCE, TRAINED, LoraPolicy
 from gft_lite.policy.registry import model_location
 from gft_lite.policy.weight_checks import (
     adapter_folder,
+    check_adapter_base,
     check_missing_weights,
-    fitting_weights,
-    refuse_other_base,
-    refuse_pickle,
-    refuse_unknown_heads,
+    check_no_pickle,
+    check_plain_head,
+    read_fitting_weights,
 )
 from gft_lite.recipe.sections import PolicySettings, RolloutSettings
 from gft_lite.utils.errors import RecipeError
@@ -32,18 +31,16 @@ from gft_lite.utils.errors import RecipeError
 def load(
     settings: PolicySettings, seed: int = 0, rollout: RolloutSettings | None = None
 ) -> LoraPolicy:
-    """Load base, tokenizer and adapter; serving it is others' work, whatever `rollout` says.
+    """Load base, tokenizer and adapter; `rollout` is not used.
 
-    Raises: RecipeError when a name or rank is wrong.
+    Raises: RecipeError if the recipe's model or adapter can't be loaded.
     """
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = _dtype(settings.dtype, device)
+    device = settings.resolved_device(cuda_available=torch.cuda.is_available())
+    dtype = getattr(torch, settings.resolved_dtype(device))
     where = model_location(settings.model)
-    refuse_pickle(Path(where), "*.safetensors", "policy.model")
+    check_no_pickle(Path(where), "*.safetensors", "policy.model")
     common = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **common)
@@ -57,7 +54,7 @@ def load(
             output_loading_info=True,
             **common,
         )
-    # What is broken in tokenizer, configuration or weights leads to any of the others.
+    # Broken tokenizers, configurations and weights raise any of these.
     except (
         OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError
     ) as error:  # fmt: skip
@@ -71,10 +68,10 @@ def load(
         rule = "must have a tokenizer with a vocabulary, such as tokenizer.json"
         raise RecipeError([f"policy.model: {rule}, got {settings.model!r} without."])
     check_missing_weights(base, report, settings.model)
-    refuse_unknown_heads(base.config)
+    check_plain_head(base.config)
     for module in base.modules():
         if isinstance(module, Linear4bit):
-            # An eval() forward would repack the weights to a bf16 kernel that rounds them.
+            # A forward pass in eval mode would repack the weights for a bf16 kernel that rounds.
             module.support_avx512bf16_for_cpu = False
     model = _adapt(base, settings, seed)
     _checkpoint_layers(base, settings)
@@ -83,15 +80,10 @@ def load(
     return LoraPolicy(model, tokenizer, settings, dtype)
 
 
-def _dtype(name: str, device: str) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if device.startswith("cuda") else torch.float32
-    return getattr(torch, name)
-
-
 def _quantization(
     settings: PolicySettings, dtype: torch.dtype
 ) -> transformers.BitsAndBytesConfig | None:
+    """The configuration of `policy.quantization`, None for an unquantised base."""
     if settings.quantization == "none":
         return None
     if settings.quantization == "int8":
@@ -105,7 +97,7 @@ def _quantization(
 
 
 def _adapt(base: Any, settings: PolicySettings, seed: int) -> PeftModel:
-    """Put the adapter on the base: a fresh one drawn from `seed`, or the one to start from."""
+    """Add an adapter to the base: a new one, initialised from `seed`, or `policy.adapter`."""
     model: PeftModel
     if settings.adapter is None:
         with torch.random.fork_rng():
@@ -125,13 +117,13 @@ def _adapt(base: Any, settings: PolicySettings, seed: int) -> PeftModel:
             parameter.data = parameter.data.float()
     for module in model.modules():
         if isinstance(module, LoraLayer):
-            # Autocast takes the masters down to the activations; peft would take these up.
+            # Autocast casts the masters to the activations' dtype; peft would do the opposite.
             module.cast_input_dtype_enabled = False
     return model
 
 
 def _checkpoint_layers(base: Any, settings: PolicySettings) -> None:
-    """Recompute the first layers, as many as the recipe says, in the backward."""
+    """Recompute the first `policy.gradient_checkpointing` layers in the backward pass."""
     wanted = settings.gradient_checkpointing
     if not wanted:
         return
@@ -142,7 +134,7 @@ def _checkpoint_layers(base: Any, settings: PolicySettings) -> None:
 
 
 def _keep_on_cpu(base: Any) -> None:
-    """Look tokens up in the CPU's memory, and send the few rows that were asked for."""
+    """Keep the input embedding in the CPU's memory and copy only the rows that are looked up."""
     embedding = base.get_input_embeddings()
     if embedding.weight is base.get_output_embeddings().weight:
         raise RecipeError(
@@ -156,11 +148,12 @@ def _keep_on_cpu(base: Any) -> None:
 
 
 def _start_from(base: Any, adapter: str, settings: PolicySettings) -> PeftModel:
+    """Load `policy.adapter` as the trained adapter and, if set, as the reference."""
     try:
         found = adapter_folder(adapter)
         model = PeftModel.from_pretrained(base, found, is_trainable=True)
-        refuse_other_base(model.peft_config[TRAINED], adapter, settings)
-        fitting_weights(model, TRAINED, found, "policy.adapter")
+        check_adapter_base(model.peft_config[TRAINED], adapter, settings)
+        read_fitting_weights(model, TRAINED, found, "policy.adapter")
         if settings.reference == "adapter":
             model.load_adapter(found, adapter_name=REFERENCE)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

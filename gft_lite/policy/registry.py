@@ -1,4 +1,4 @@
-"""TODO: gft_lite/policy/registry.py"""
+"""The table of back ends, and `load_policy`, which calls the one that the recipe names."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class BackendEntry:
-    """The module whose `load` makes the policy, and the package and extra that it needs, with a
-    CUDA GPU, beside ours."""
+    """A back end: the module with its `load`, and the optional package that it requires.
+
+    A back end with `needs` also requires a CUDA GPU; the extra has the package's name.
+    """
 
     module: str
     needs: str | None = None
 
 
-# Importing this table imports no back end.
+# Importing this table does not import the back ends.
 BACKENDS: dict[str, BackendEntry] = {
     "transformers": BackendEntry("gft_lite.policy.qlora"),
     "unsloth": BackendEntry("gft_lite.policy.unsloth_policy", needs="unsloth"),
@@ -34,30 +36,31 @@ BACKENDS: dict[str, BackendEntry] = {
 def load_policy(
     settings: PolicySettings, seed: int = 0, rollout: RolloutSettings | None = None
 ) -> Policy:
-    """Load the base that the recipe names and put a fresh, or the given, adapter on it.
+    """Load the recipe's base with a new adapter, or with `policy.adapter`.
 
-    `rollout` is for a back end that can serve the base as well. Raises: RecipeError.
+    `rollout` is for back ends that also serve the base. Raises: RecipeError.
     """
     entry = BACKENDS[settings.backend]
-    _refuse_missing(entry, settings, rollout)
-    # bitsandbytes reports every cast of every forward, and at import a package we don't use.
+    _check_available(entry, settings, rollout)
+    # bitsandbytes logs every cast in every forward pass, and an unused package at import.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     return importlib.import_module(entry.module).load(settings, seed, rollout)
 
 
-def _refuse_missing(
+def _check_available(
     entry: BackendEntry, settings: PolicySettings, rollout: RolloutSettings | None
 ) -> None:
-    """What the back end needs and is not there, told before anything heavy is imported."""
+    """Check GPU and package of the back end before importing it. Raises: RecipeError."""
     backend = settings.backend
     if entry.needs is None:
         if rollout and rollout.engine == "unsloth":
-            rule = "must be another one than unsloth, which serves policy.backend unsloth alone"
+            rule = "must be another one than unsloth, which requires policy.backend unsloth"
             raise RecipeError([f"rollout.engine: {rule}, with policy.backend {backend}."])
         return
     import torch
 
-    if settings.device == "cpu" or not torch.cuda.is_available():
+    gpu = torch.cuda.is_available()
+    if not gpu or settings.resolved_device(cuda_available=gpu) == "cpu":
         raise RecipeError(
             [f"policy.backend: must be transformers without a CUDA GPU, got {backend}, which needs "
              "one. Leave it out."]

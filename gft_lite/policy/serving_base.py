@@ -1,6 +1,6 @@
-"""The policy's base for a rollout engine, which has none of the trainer's quantisation.
+"""The policy's base as a rollout engine loads it: a dequantised copy in the user's cache.
 
-It is written once and kept in the user's cache, under a hash of the trainer's own numbers.
+The copy is written once, under a hash of the trainer's weights.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from gft_lite.policy.base import Policy, ServedBase
 from gft_lite.policy.registry import model_location
 from gft_lite.utils.errors import RecipeError
 
-KEPT = 3  # An 8B model's copy has 16 GB.
-SHARD = 1 << 30  # Bytes of weights that are in RAM at a time.
+KEPT = 3  # Copies in the cache; that of an 8B model has 16 GB.
+SHARD = 1 << 30  # Bytes of dequantised weights in RAM at a time.
 
-# A parameter, and the module that knows how it is quantised, if it is.
+# A parameter and the module that may hold its quantisation state.
 Weight = tuple[nn.Module | None, Any]
 
 
 def serving_base(policy: Policy, kind: str) -> ServedBase:
-    """The model that an engine should load.
+    """The model that an engine loads.
 
-    "nf4_dequantised" has the very numbers that the trainer computes with; "original" is the
-    model as published, and "plugin" too, which vLLM quantises as the trainer did.
-    Raises: RecipeError when the cache can't be written.
+    `nf4_dequantised` has exactly the weights that the trainer computes with; `original` and
+    `plugin` are the published model, which vLLM's plugin quantises as the trainer did.
+    Raises: RecipeError if the cache can't be written.
     """
     if kind != "nf4_dequantised" or policy.settings.quantization == "none":
         about = "original" if policy.settings.quantization == "none" else kind
@@ -51,22 +51,22 @@ def serving_base(policy: Policy, kind: str) -> ServedBase:
     bases = cache_folder() / "bases"
     try:
         bases.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # One process writes; the others wait for it, and find it there.
+        # One process writes the copy; the others wait for the lock and reuse the copy.
         with _locked(bases, fcntl.LOCK_EX):
-            folder, how = _kept(policy, bases)
-            removed = _forget_old(bases, folder)
-            _use(policy, folder)
+            folder, how = _find_or_write(policy, bases)
+            removed = _remove_old(bases, folder)
+            _hold(policy, folder)
     except OSError as error:
         raise RecipeError(
             [f"GFT_LITE_CACHE: must be a folder with room for the engine's copy of the base, got "
              f"{str(bases.parent)!r} ({error}). Make room, or set it to a folder elsewhere."]
         ) from error  # fmt: skip
-    gone = f"; {', '.join(removed)} removed, {KEPT} are kept" if removed else ""
-    return ServedBase(str(folder), f"nf4_dequantised ({folder}, {how}{gone})")
+    note = f"; {', '.join(removed)} removed, {KEPT} are kept" if removed else ""
+    return ServedBase(str(folder), f"nf4_dequantised ({folder}, {how}{note})")
 
 
 def cache_folder() -> Path:
-    """Where gft-lite keeps what it can make again."""
+    """The folder for files that gft-lite can recreate."""
     if own := os.environ.get("GFT_LITE_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gft-lite"
@@ -75,8 +75,8 @@ def cache_folder() -> Path:
 # --- the cache ---------------------------------------------------------------------------------
 
 
-def _kept(policy: Policy, bases: Path) -> tuple[Path, str]:
-    """The folder of the policy's base, written unless it is there, and which of both it was."""
+def _find_or_write(policy: Policy, bases: Path) -> tuple[Path, str]:
+    """The folder of the policy's copy, and whether it was "reused" or written now."""
     started = time.perf_counter()
     weights = _weights(policy)
     partial = bases / "partial"
@@ -84,7 +84,7 @@ def _kept(policy: Policy, bases: Path) -> tuple[Path, str]:
     partial.mkdir()
     _write_descriptions(policy, partial)
     folder = bases / _digest(weights, policy.dtype, partial)
-    if _whole(folder, weights, partial):
+    if _is_complete(folder, weights, partial):
         shutil.rmtree(partial)
         return folder, "reused"
     _write_weights(weights, policy.dtype, partial)
@@ -94,8 +94,11 @@ def _kept(policy: Policy, bases: Path) -> tuple[Path, str]:
 
 
 def _digest(weights: Mapping[str, Weight], dtype: torch.dtype, descriptions: Path) -> str:
-    """A hash of all that is served: the numbers as the trainer has them, and what describes
-    them. Another file, quantisation or version of bitsandbytes shows in the numbers."""
+    """A hash of the trainer's weights and of the files in `descriptions`.
+
+    It covers the model's files, the quantisation and the version of bitsandbytes, since each of
+    them changes the weights.
+    """
     digest = hashlib.sha256(str(dtype).encode())
     for file in sorted(descriptions.iterdir()):
         digest.update(f"\0{file.name}\0".encode() + file.read_bytes())
@@ -107,13 +110,13 @@ def _digest(weights: Mapping[str, Weight], dtype: torch.dtype, descriptions: Pat
     return digest.hexdigest()[:16]
 
 
-def _whole(folder: Path, weights: Mapping[str, Weight], descriptions: Path) -> bool:
-    """Whether a kept base has every file and every tensor, none of them cut."""
+def _is_complete(folder: Path, weights: Mapping[str, Weight], descriptions: Path) -> bool:
+    """True if a copy has every file and every tensor, and no file is truncated."""
     found = {}
     try:
         same = all(filecmp.cmp(f, folder / f.name, False) for f in descriptions.iterdir())
         for file in folder.glob("*.safetensors"):
-            with safe_open(file, "pt") as opened:  # Fails for a file that is cut.
+            with safe_open(file, "pt") as opened:  # Raises for a truncated file.
                 for name in opened.keys():  # noqa: SIM118
                     found[name] = tuple(opened.get_slice(name).get_shape())
     except (OSError, SafetensorError):
@@ -121,8 +124,8 @@ def _whole(folder: Path, weights: Mapping[str, Weight], descriptions: Path) -> b
     return same and found == {name: _shape(*weight) for name, weight in weights.items()}
 
 
-def _forget_old(bases: Path, new: Path) -> list[str]:
-    """Remove all but the bases used last; those that a process serves from stay."""
+def _remove_old(bases: Path, new: Path) -> list[str]:
+    """Remove all but the most recently used copies, except those that a process holds."""
     others = [folder for folder in bases.iterdir() if folder != new]
     others.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
     removed = []
@@ -136,8 +139,8 @@ def _forget_old(bases: Path, new: Path) -> list[str]:
     return removed
 
 
-def _use(policy: Policy, folder: Path) -> None:
-    """Keep the folder from being removed for as long as the policy lives."""
+def _hold(policy: Policy, folder: Path) -> None:
+    """Lock the folder against removal for the lifetime of the policy."""
     os.utime(folder)
     descriptor = os.open(folder, os.O_RDONLY)
     weakref.finalize(policy, os.close, descriptor)
@@ -146,6 +149,7 @@ def _use(policy: Policy, folder: Path) -> None:
 
 @contextmanager
 def _locked(folder: Path, how: int) -> Iterator[None]:
+    """An flock of kind `how` on a folder, for the length of a `with`."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, how)
@@ -158,7 +162,7 @@ def _locked(folder: Path, how: int) -> Iterator[None]:
 
 
 def _write_descriptions(policy: Policy, folder: Path) -> None:
-    """Configuration and tokenizer of a model without quantisation."""
+    """Write the configuration, without quantisation, and the tokenizer."""
     config = copy.deepcopy(policy.config)
     del config.quantization_config
     config.save_pretrained(folder)
@@ -167,8 +171,10 @@ def _write_descriptions(policy: Policy, folder: Path) -> None:
 
 
 def savable(generation: Any) -> Any:
-    """A copy of a GenerationConfig that transformers agrees to write: some are published with a
-    temperature and without `do_sample`."""
+    """A copy of a GenerationConfig that passes the validation of `save_pretrained`.
+
+    Some models are published with a temperature and without `do_sample`.
+    """
     generation = copy.deepcopy(generation)
     try:
         generation.validate(strict=True)
@@ -178,7 +184,7 @@ def savable(generation: Any) -> Any:
 
 
 def _weights(policy: Policy) -> dict[str, Weight]:
-    """The base's parameters under their original names."""
+    """The base's parameters by their original names."""
     base = policy.model.get_base_model()
     modules = dict(base.named_modules())
     found: dict[str, Weight] = {}
@@ -191,7 +197,7 @@ def _weights(policy: Policy) -> dict[str, Weight]:
 
 
 def _write_weights(weights: Mapping[str, Weight], dtype: torch.dtype, folder: Path) -> None:
-    """Write them without quantisation, in files that fit into RAM one at a time."""
+    """Write the dequantised weights, one shard in RAM at a time."""
     sizes = {n: torch.empty(_shape(*w), dtype=dtype, device="meta") for n, w in weights.items()}
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD)
     for file, names in split.filename_to_tensors.items():
@@ -203,7 +209,7 @@ def _write_weights(weights: Mapping[str, Weight], dtype: torch.dtype, folder: Pa
 
 
 def _plain(module: nn.Module | None, weight: Any) -> Tensor:
-    """A weight as the module's forward uses it, without quantisation."""
+    """A weight as the module's forward pass uses it, dequantised."""
     if isinstance(module, Linear4bit):
         return dequantize_4bit(weight.data, weight.quant_state)
     if isinstance(module, Linear8bitLt):
@@ -212,15 +218,16 @@ def _plain(module: nn.Module | None, weight: Any) -> Tensor:
 
 
 def _scales(module: nn.Module | None, weight: Any) -> dict[str, Tensor]:
-    """What a quantised weight is made of beside its codes."""
+    """The quantisation state of a weight: scales and codebooks beside its codes."""
     if isinstance(module, Linear4bit):
         return weight.quant_state.as_dict(packed=True)
     if isinstance(module, Linear8bitLt):
-        # bitsandbytes moves the scales to the module's state at the first forward.
+        # bitsandbytes moves the scales to the module's state in the first forward pass.
         scales: Any = weight.SCB if weight.SCB is not None else module.state.SCB
         return {"scales": scales}
     return {}
 
 
 def _shape(module: nn.Module | None, weight: Any) -> tuple[int, ...]:
+    """The shape of the dequantised weight."""
     return tuple(weight.quant_state.shape if isinstance(module, Linear4bit) else weight.shape)

@@ -1,5 +1,4 @@
-"""Unsloth behind the same policy: its kernels for the base and LoRA and, where the recipe says
-so, vLLM on the very weights that the trainer has."""
+"""The back end `unsloth`: its kernels and, for rollout.engine unsloth, vLLM on shared weights."""
 
 from __future__ import annotations
 
@@ -21,34 +20,37 @@ from gft_lite.policy.scoring import autocast
 from gft_lite.policy.vllm_process import engine_environment, isolated_process_state
 from gft_lite.policy.weight_checks import (
     adapter_folder,
-    refuse_other_base,
-    refuse_pickle,
-    refuse_unknown_heads,
+    check_adapter_base,
+    check_no_pickle,
+    check_plain_head,
 )
 from gft_lite.recipe.sections import PolicySettings, RolloutSettings
 from gft_lite.utils.errors import RecipeError, short_repr
 
 
 class UnslothPolicy(LoraPolicy):
-    """Unsloth's forward knows packed rows by their positions and, where it has its own kernels
-    for a model, takes the cache as tuples."""
+    """Unsloth separates packed rows by their positions; its own kernels take the cache as tuples.
+
+    `_tuples` is True once a forward pass has returned its cache as tuples.
+    """
 
     _tuples = False
 
     def _choose_layout(self) -> Layout:
+        """`packed` if supported, else `padded`. Raises: RecipeError."""
         wanted = self.settings.layout
-        if wanted != "padded" and self._can("packed"):
+        if wanted != "padded" and self._supports("packed"):
             return "packed"
         if wanted == "packed":
             raise RecipeError(
-                [f"policy.layout: must be one that {self.config.model_type} can do with backend "
-                 "unsloth, got 'packed'. Use auto."]
+                [f"policy.layout: must be one that {self.config.model_type} supports with "
+                 "backend unsloth, got 'packed'. Use auto."]
             )  # fmt: skip
         return "padded"
 
     def next_token_logits(self, input_ids: Tensor, cache: Any, **kwargs: Tensor) -> Tensor:
         """fp32 logits [B, V] of the token after `input_ids` [B, S], continuing `cache`."""
-        past = None  # What comes back then tells which kind of cache it is.
+        past = None  # Without a cache, Unsloth returns one of the model's kind.
         if cache.get_seq_length():
             past = tuple((x.keys, x.values) for x in cache.layers) if self._tuples else cache
         with autocast(self.device, self.dtype):
@@ -60,6 +62,7 @@ class UnslothPolicy(LoraPolicy):
 
 
 def _layer(keys: Tensor, values: Tensor) -> DynamicLayer:
+    """A layer of transformers' cache from Unsloth's tuple."""
     layer = DynamicLayer()
     layer.lazy_initialization(keys, values)
     layer.keys, layer.values = keys, values
@@ -69,15 +72,15 @@ def _layer(keys: Tensor, values: Tensor) -> DynamicLayer:
 def load(
     settings: PolicySettings, seed: int = 0, rollout: RolloutSettings | None = None
 ) -> UnslothPolicy:
-    """Load base, tokenizer and adapter and, for rollout.engine unsloth, vLLM below them.
+    """Load base, tokenizer and adapter and, for rollout.engine unsloth, vLLM on the same weights.
 
-    Raises: RecipeError when a name or rank is wrong, or when Unsloth can't load it.
+    Raises: RecipeError if the recipe's model or adapter can't be loaded.
     """
-    # Else it fetches a file from the hub to be counted.
+    # Unsloth's usage statistics download a file from the hub.
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
     where = model_location(settings.model)
-    refuse_pickle(Path(where), "*.safetensors", "policy.model")
-    device = "cuda" if settings.device == "auto" else settings.device
+    check_no_pickle(Path(where), "*.safetensors", "policy.model")
+    device = settings.resolved_device(cuda_available=True)
     try:
         adapter = adapter_folder(settings.adapter) if settings.adapter else None
         with torch.random.fork_rng():
@@ -93,7 +96,7 @@ def load(
              f"{short_repr(settings.adapter)}, got {reason}. Or leave policy.backend out."]
         ) from error  # fmt: skip
     dtype = base.get_input_embeddings().weight.dtype
-    # Unsloth moves its checkpoints to RAM itself.
+    # Unsloth itself moves its checkpoints to RAM.
     own = settings.model_copy(update={"offload_checkpoints": False})
     policy = UnslothPolicy(model, tokenizer, own, dtype)
     if adapter:
@@ -106,20 +109,20 @@ def load(
 def _base(
     where: str, settings: PolicySettings, device: str, seed: int, rollout: RolloutSettings | None
 ) -> Any:
-    """The base as Unsloth loads it, with the generation settings of its files."""
+    """The base as Unsloth loads it, with the generation config of its files."""
     from unsloth import FastLanguageModel
 
     common = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     config = transformers.AutoConfig.from_pretrained(where, **common)
-    refuse_unknown_heads(config)
+    check_plain_head(config)
     limit = config.max_position_embeddings
     served = _served(settings, rollout)
     environment = engine_environment(torch.device("cuda"))
     with isolated_process_state(environment) if served else nullcontext():
         base, _ = FastLanguageModel.from_pretrained(
             model_name=where,
-            use_exact_model_name=True,  # Not the model that Unsloth has quantised its own way.
-            max_seq_length=min(settings.context or limit, limit),  # It cuts what is longer.
+            use_exact_model_name=True,  # Not a copy that Unsloth quantised.
+            max_seq_length=min(settings.context or limit, limit),  # Unsloth truncates longer rows.
             dtype=None if settings.dtype == "auto" else getattr(torch, settings.dtype),
             load_in_4bit=settings.quantization == "nf4",
             device_map={"": device},
@@ -132,7 +135,7 @@ def _base(
             **common,
         )
     if served:
-        # A model made of vLLM's weights knows none of the EOS tokens that are listed there.
+        # A model built on vLLM's weights lacks the EOS tokens of generation_config.json.
         with suppress(OSError):
             listed: Any = transformers.GenerationConfig
             base.generation_config = listed.from_pretrained(where, **common)
@@ -140,7 +143,7 @@ def _base(
 
 
 def _served(settings: PolicySettings, rollout: RolloutSettings | None) -> dict[str, Any]:
-    """Unsloth's arguments for a vLLM that shares the weights; none where it is not wanted."""
+    """Unsloth's arguments for a vLLM that shares the weights; none for other engines."""
     if rollout is None or rollout.engine != "unsloth":
         return {}
     share = 0.5 if rollout.gpu_memory == "auto" else rollout.gpu_memory  # Unsloth's default.
@@ -155,13 +158,13 @@ def _served(settings: PolicySettings, rollout: RolloutSettings | None) -> dict[s
 
 
 def _adapt(base: Any, adapter: Path | None, settings: PolicySettings, seed: int) -> Any:
-    """Put a fresh adapter on the base, of the shape of the one to start from if there is one."""
+    """Add a new adapter to the base, of the shape of `policy.adapter` if it is set."""
     from unsloth import FastLanguageModel
 
     lora = settings.lora
     shape: Any = PeftConfig.from_pretrained(str(adapter)) if adapter else None
     if shape:
-        refuse_other_base(shape, settings.adapter or "", settings)
+        check_adapter_base(shape, settings.adapter or "", settings)
     if shape and shape.r != lora.rank:
         raise RecipeError(
             [f"policy.lora.rank: must be {shape.r}, the rank of {settings.adapter}, "
@@ -184,7 +187,7 @@ def _adapt(base: Any, adapter: Path | None, settings: PolicySettings, seed: int)
 
 
 def _checkpointing(settings: PolicySettings) -> bool | str:
-    """Unsloth's own checkpoints wait in RAM."""
+    """Unsloth's argument for gradient checkpointing; "unsloth" offloads checkpoints to RAM."""
     if settings.offload_checkpoints and settings.gradient_checkpointing:
         return "unsloth"
     return bool(settings.gradient_checkpointing)

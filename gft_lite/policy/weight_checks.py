@@ -1,4 +1,4 @@
-"""Models and adapters as they must be on the disk: no pickle, nothing missing, nothing foreign."""
+"""Checks of the weights of models and adapters: no pickles, every tensor present and in size."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-def refuse_pickle(folder: Path, weights: str, field: str) -> None:
-    """Pickled weights can run any code when they are read."""
+def check_no_pickle(folder: Path, weights: str, field: str) -> None:
+    """Require weights as safetensors, since unpickling can run any code. Raises: RecipeError."""
     if folder.is_dir() and not any(folder.glob(weights)):
         pickles = sorted(f.name for f in folder.iterdir() if f.suffix in PICKLES)
         got = f"{pickles[0]}, a pickle, which can run code when it is read" if pickles else "none"
@@ -32,14 +32,17 @@ def refuse_pickle(folder: Path, weights: str, field: str) -> None:
 
 
 def check_missing_weights(base: Any, report: dict[str, Any], model: str) -> None:
-    """transformers fills weights that are missing with random numbers, and takes 4-bit ones of
-    any size."""
-    sized = [
+    """Require every weight of the model in its size. Raises: RecipeError.
+
+    transformers initialises missing weights at random and accepts 4-bit weights of any size.
+    `report` is the loading info of `from_pretrained`.
+    """
+    wrong_size = [
         name
         for name, module in base.named_modules()
-        if isinstance(module, Linear4bit) and not _has_its_size(module, module.weight)
+        if isinstance(module, Linear4bit) and not _has_right_size(module, module.weight)
     ]
-    for what, names in (("lack", report["missing_keys"]), ("have another size of", sized)):
+    for what, names in (("lack", report["missing_keys"]), ("have another size of", wrong_size)):
         if names:
             raise RecipeError(
                 [f"policy.model: must have all the weights of its config.json, got {model!r}, "
@@ -47,13 +50,17 @@ def check_missing_weights(base: Any, report: dict[str, Any], model: str) -> None
             )  # fmt: skip
 
 
-def _has_its_size(module: Linear4bit, weight: Any) -> bool:
+def _has_right_size(module: Linear4bit, weight: Any) -> bool:
+    """True if the quantised weight has the shape that the layer declares."""
     state = getattr(weight, "quant_state", None)
     return state is not None and tuple(state.shape) == (module.out_features, module.in_features)
 
 
-def refuse_unknown_heads(config: Any) -> None:
-    """Some architectures rescale their logits after the head, which the chunks would miss."""
+def check_plain_head(config: Any) -> None:
+    """Require logits that are the output of the head; `OutputHead` does not rescale them.
+
+    Raises: RecipeError.
+    """
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, name, None) not in (None, 1, 1.0):
             raise RecipeError(
@@ -63,17 +70,19 @@ def refuse_unknown_heads(config: Any) -> None:
 
 
 def adapter_folder(adapter: str) -> Path:
-    """Where the files of a PEFT adapter are, a folder or a hub id, without pickles among them."""
+    """The folder of a PEFT adapter, downloaded if `adapter` is a hub id. Raises: RecipeError."""
     found = Path(adapter)
     if not found.is_dir():
         found = Path(snapshot_download(adapter, allow_patterns=["adapter_config.json", WEIGHTS]))
-    refuse_pickle(found, WEIGHTS, "policy.adapter")
+    check_no_pickle(found, WEIGHTS, "policy.adapter")
     return found
 
 
-def refuse_other_base(config: Any, adapter: str, settings: PolicySettings) -> None:
-    """An adapter, by its configuration, of another base of the same shape would load. A folder
-    may be any base."""
+def check_adapter_base(config: Any, adapter: str, settings: PolicySettings) -> None:
+    """Require that an adapter's config names the recipe's model, if both are hub ids.
+
+    The weights of an adapter of another base of the same shape would load. Raises: RecipeError.
+    """
     named = str(getattr(config, "base_model_name_or_path", None))
     on_hub = HUB_ID.fullmatch(named) and not Path(named).exists()
     if on_hub and named != settings.model and not Path(settings.model).exists():
@@ -83,10 +92,10 @@ def refuse_other_base(config: Any, adapter: str, settings: PolicySettings) -> No
         )  # fmt: skip
 
 
-def fitting_weights(model: Any, name: str, folder: Path, field: str) -> dict[str, Tensor]:
-    """The weights in an adapter's folder, which must be those of the model's adapter.
+def read_fitting_weights(model: Any, name: str, folder: Path, field: str) -> dict[str, Tensor]:
+    """The weights in an adapter's folder, which must match the model's adapter `name`.
 
-    peft itself leaves out what it does not know, and what is missing as it was.
+    peft itself ignores unknown tensors and keeps the old values of missing ones.
     Raises: RecipeError.
     """
     rule = f"{field}: must have the weights of a LoRA adapter of this model and configuration"

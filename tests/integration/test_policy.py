@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gft_lite import lab
+from gft_lite.objective.losses import LossInputs
 from gft_lite.objective.methods import METHODS
 from gft_lite.objective.reduction import token_weights
-from gft_lite.policy import lora
+from gft_lite.policy import scoring
 from gft_lite.policy.batching import Row, cut
 from gft_lite.policy.lora import LoraPolicy
 from gft_lite.policy.registry import load_policy
@@ -46,7 +47,8 @@ def gradient(policy, batches, method="gft", **parameters):
     policy.model.zero_grad()
     for batch in batches:
         scores = policy.token_scores(batch)
-        per_token = METHODS[method].loss(scores.logprobs, batch.advantages, **parameters)
+        inputs = LossInputs(scores.logprobs, batch.advantages)
+        per_token = METHODS[method].loss(inputs, **parameters).per_token
         (batch.weights * per_token).sum().backward()
     return torch.cat([p.grad.flatten() for p in policy.parameters().values()]).double()
 
@@ -64,7 +66,7 @@ def test_chunks_change_nothing(lab_policy, monkeypatch):
     move(lab_policy)
     batches = cut(rows(lab_policy), 10**6)
     whole = gradient(lab_policy, batches)
-    monkeypatch.setattr(lora, "LOGIT_CHUNK_BYTES", 4 * lab_policy.config.vocab_size * 5)
+    monkeypatch.setattr(scoring, "LOGIT_CHUNK_BYTES", 4 * lab_policy.config.vocab_size * 5)
     assert (gradient(lab_policy, batches) - whole).norm() / whole.norm() < 1e-5
 
 
@@ -176,7 +178,7 @@ def test_divergence_is_zero_at_the_start_and_exact_afterwards(lab_policy, full_d
 @pytest.mark.parametrize("chunked", [False, True])
 def test_reference_kl_is_exact_and_so_is_its_gradient(lab_policy, chunked, monkeypatch):
     if chunked:
-        monkeypatch.setattr(lora, "LOGIT_CHUNK_BYTES", 4 * lab_policy.config.vocab_size * 5)
+        monkeypatch.setattr(scoring, "LOGIT_CHUNK_BYTES", 4 * lab_policy.config.vocab_size * 5)
     [batch] = cut(rows(lab_policy), 10**6)
     start = lab_policy.token_scores(batch, reference_kl=True)
     assert start.reference_kl.abs().max() == 0
@@ -208,7 +210,7 @@ def test_reference_kl_is_exact_and_so_is_its_gradient(lab_policy, chunked, monke
 @pytest.mark.parametrize("reference_kl", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_loss_gets_detached_entropy_for_its_slice(lab_policy, fused, reference_kl, monkeypatch):
-    monkeypatch.setattr(lora, "LOGIT_CHUNK_BYTES", 4 * lab_policy.config.vocab_size * 5)
+    monkeypatch.setattr(scoring, "LOGIT_CHUNK_BYTES", 4 * lab_policy.config.vocab_size * 5)
     policy = LoraPolicy(
         lab_policy.model,
         lab_policy.tokenizer,
