@@ -1,4 +1,4 @@
-"""Text to token ids and back: prompts, demonstrations and decoded responses of one tokenizer."""
+"""Text to token ids and back: prompts, demonstrations and responses of one tokenizer."""
 
 from __future__ import annotations
 
@@ -6,22 +6,21 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from gft_lite.data.base import Unusable
+from gft_lite.data.chat_template import ChatTemplate
 from gft_lite.recipe.sections import PromptSettings
-from gft_lite.types import FinishReason
+from gft_lite.types import FinishReason, Response, Source
 from gft_lite.utils.errors import RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# Plain letters: no chat template trims, escapes or parses them.
-_SENTINEL = "QZSENTINELZQ"
-
-
 class PromptFormat:
-    """How one recipe's prompts and responses are written in one model's tokens.
+    """The prompts and responses of one recipe in the tokens of one model.
 
-    `field` is where the recipe says so, for error texts.
+    `field` is the settings' place in the recipe, for error texts.
+    Raises: RecipeError in chat style, for a chat template that is missing or unusable.
     """
 
     def __init__(
@@ -29,54 +28,102 @@ class PromptFormat:
     ) -> None:
         self.tokenizer = tokenizer
         self.prompt = prompt
-        self.field = field
+        self.chat = (
+            ChatTemplate(tokenizer, prompt.system, field) if prompt.style == "chat" else None
+        )
 
-    def render(self, problem: str) -> str:
-        """The prompt as text. Raises: RecipeError if a chat template is needed and unusable."""
-        # Not str.format: problems and templates are full of braces.
-        text = self.prompt.template.replace("{problem}", problem)
-        if self.prompt.style == "plain":
-            return text
-        return self._chat(self._user_turn(text), add_generation_prompt=True)
+    def render(self, problem: str, history: Sequence[tuple[str, str]] = ()) -> str:
+        """The prompt as text.
 
-    def prompt_ids(self, problem: str) -> tuple[int, ...]:
+        `history` has the earlier (problem, answer) turns of a conversation; a plain prompt has
+        none.
+        """
+        if self.chat is None:
+            return self._fill(problem)
+        turns = [(self._fill(earlier), answer) for earlier, answer in history]
+        return self.chat.prompt(self._fill(problem), turns)
+
+    def prompt_ids(self, problem: str, history: Sequence[tuple[str, str]] = ()) -> tuple[int, ...]:
         """The prompt's token ids, with the tokenizer's BOS once and no EOS."""
-        plain = self.prompt.style == "plain"
-        ids = self._encode(self.render(problem), special=plain)
+        plain = self.chat is None
+        ids = self._encode(self.render(problem, history), special=plain)
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if bos is not None and ids[:2] == [bos, bos]:
             ids = ids[1:]
-        # Some tokenizers close every text; a prompt must stay open.
+        # Some tokenizers add EOS to every text; a prompt must stay open.
         if plain and eos is not None and len(ids) > 1 and ids[-1] == eos:
             ids = ids[:-1]
         return tuple(ids)
 
+    def response_text(self, text: str) -> str:
+        """What follows the prompt for the demonstration `text`, up to the end of turn.
+
+        In plain style the end of turn (EOS) is not part of the text.
+        Raises: Unusable for a demonstration that can't follow the prompt.
+        """
+        # Data sets often write the end token into the text.
+        ends = tuple(map(self._token_text, self.stop_ids))
+        while (stripped := text.rstrip()).endswith(ends):
+            text = stripped.removesuffix(next(e for e in ends if stripped.endswith(e)))
+        if any(end in text for end in ends):
+            raise Unusable("an end token inside its text")
+        return text if self.chat is None else self.chat.response(text)
+
     def response_ids(
         self, text: str, max_tokens: int | None = None
     ) -> tuple[tuple[int, ...], FinishReason]:
-        """A demonstration's token ids, ended by `end_id`, or cut to `max_tokens` without it."""
-        ids = self._encode(text, special=False)
-        # Data sets often write the end token into the text.
+        """A demonstration's token ids, ended by `end_id`, or cut to `max_tokens` without it.
+
+        Raises: Unusable for a demonstration that can't follow the prompt.
+        """
+        text = self.response_text(text)
+        # Tokenised after the end of the prompt: some tokenizers treat a text's first word apart.
+        before = "" if self.chat is None else self.chat.generation_prompt
+        ids, prefix = (self._encode(t, special=False) for t in (before + text, before))
+        # Where tokens span the boundary, the prompt's own tokens decide.
+        aligned = ids[: len(prefix)] == prefix
+        ids = ids[len(prefix) :] if aligned else self._encode(text, special=False)
         ids = ids if ids and ids[-1] == self.end_id else [*ids, self.end_id]
         if max_tokens is not None and len(ids) > max_tokens:
             return tuple(ids[:max_tokens]), "length"
         return tuple(ids), "stop"
 
     def text(self, ids: Sequence[int]) -> str:
-        """The text of a response, without special tokens."""
+        """The text of a response: all of its tokens but the end tokens.
+
+        Every response is graded by this text, demonstrations and samples alike.
+        """
         kept = list(ids)
         while kept and kept[-1] in self.stop_ids:
             kept.pop()
-        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        return str(self.tokenizer.decode(kept, **options))
+        return self._decode(kept)
+
+    def token_ids(self, text: str) -> tuple[int, ...]:
+        """Any text as tokens, without an end."""
+        return tuple(self._encode(text, special=False))
+
+    def demonstration(self, text: str, source: Source) -> Response:
+        """A demonstration as a response. Raises: Unusable if it can't follow the prompt."""
+        ids, finish_reason = self.response_ids(text)
+        return Response(ids, self.text(ids), source, finish_reason)
+
+    def fits(self, text: str, max_tokens: int) -> bool:
+        """Whether a demonstration has at most `max_tokens` tokens, its end token included.
+
+        Raises: Unusable if it can't follow the prompt.
+        """
+        # Tokenisers write at least a byte with each token; a few come from normalisation.
+        if 2 * len(self.response_text(text).encode()) + 2 <= max_tokens:
+            return True
+        return self.response_ids(text, max_tokens)[1] == "stop"
 
     @cached_property
     def end_id(self) -> int:
-        """The token that ends a response: the chat turn's end in chat style, else EOS.
+        """The token that ends a response: the chat template's end of turn, else EOS.
 
         Raises: RecipeError if there is none.
         """
-        end = self._turn_end() if self.prompt.style == "chat" else None
+        end = None if self.chat is None else self.chat.end_id
         end = self.tokenizer.eos_token_id if end is None else end
         if not isinstance(end, int):
             rule = "must have a tokenizer with an EOS token to end responses with, got none"
@@ -85,38 +132,21 @@ class PromptFormat:
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """The tokens at which sampling stops: `end_id`, and EOS where it is another one."""
+        """The tokens at which sampling stops: `end_id`, and EOS if it is another token."""
         eos = self.tokenizer.eos_token_id
         return (self.end_id,) if eos in (None, self.end_id) else (self.end_id, eos)
 
-    def _turn_end(self) -> int | None:
-        """The first added token that the chat template writes after an assistant's words."""
-        answered = [*self._user_turn("?"), {"role": "assistant", "content": _SENTINEL}]
-        tail = self._chat(answered, add_generation_prompt=False).rpartition(_SENTINEL)[2]
-        added = self.tokenizer.added_tokens_decoder
-        return next((i for i in self._encode(tail, special=False) if i in added), None)
-
-    def _user_turn(self, text: str) -> list[dict[str, str]]:
-        system = self.prompt.system
-        first = [] if system is None else [{"role": "system", "content": system}]
-        return [*first, {"role": "user", "content": text}]
-
-    def _chat(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-        if not self.tokenizer.chat_template:
-            rule = "must be plain for a model without a chat template, got 'chat'"
-            raise RecipeError([f"{self.field}.style: {rule}. Or train a chat-tuned model."])
-        from jinja2 import TemplateError
-
-        try:
-            rendered = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except TemplateError as error:
-            what = "system" if self.prompt.system is not None else "style"
-            rule = f"must suit the model's chat template, which says: {error}"
-            raise RecipeError([f"{self.field}.{what}: {rule}. Leave {what} out."]) from None
-        return str(rendered)
+    def _fill(self, problem: str) -> str:
+        # Not str.format: problems and templates are full of braces.
+        return self.prompt.template.replace("{problem}", problem)
 
     def _encode(self, text: str, *, special: bool) -> list[int]:
-        # verbose=False: load_problems counts over-long prompts, a warning per row says nothing.
+        # verbose=False: load_problems counts long prompts, a warning for each row adds nothing.
         return list(self.tokenizer.encode(text, add_special_tokens=special, verbose=False))
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return str(self.tokenizer.decode(list(ids), **options))
+
+    def _token_text(self, token_id: int) -> str:
+        return self._decode([token_id])

@@ -6,9 +6,18 @@ import subprocess
 import sys
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from transformers import PreTrainedTokenizerFast
 
+from gft_lite.data.base import Unusable
 from gft_lite.data.prompts import PromptFormat
 from gft_lite.recipe.sections import PromptSettings
 from gft_lite.utils.errors import RecipeError
@@ -18,9 +27,6 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 BOS_TEMPLATE = "{{ bos_token }}" + CHATML
-NO_SYSTEM = (
-    "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-)
 SPECIAL = ["<eos>", "<bos>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -116,12 +122,12 @@ def test_demonstration_ends_with_the_turn_end_in_chat_style():
     [
         ("{{ m.content }}<|im_end|><eos>\n", "<|im_end|>"),
         ("{{ m.content | trim }} <eos>", "<eos>"),
-        ("{{ m.content }}<|im_start|>{{ m.content }}\n<|im_end|>", "<|im_end|>"),
         ("{{ m.content }}\n", "<eos>"),  # nothing ends the turn: EOS stands in
     ],
 )
 def test_the_turn_end_is_what_the_template_writes_after_the_answer(ending, expected):
-    tokenizer = byte_tokenizer("{% for m in messages %}<|im_start|>" + ending + "{% endfor %}")
+    template = "{% for m in messages %}<|im_start|>" + ending + "{% endfor %}"
+    tokenizer = byte_tokenizer(template + "{% if add_generation_prompt %}<|im_start|>{% endif %}")
     format = PromptFormat(tokenizer, PromptSettings(style="chat"))
     assert format.end_id == ids_of(tokenizer, expected)[0]
 
@@ -138,14 +144,26 @@ def test_long_demonstrations_are_cut_without_an_end(limit, kept, reason):
     assert (ids[-1] == tokenizer.eos_token_id) == (reason == "stop")
 
 
-def test_an_end_token_written_in_the_data_is_not_doubled():
-    tokenizer = byte_tokenizer(CHATML)
-    format = PromptFormat(tokenizer, PromptSettings(style="chat"))
-    assert format.response_ids("abc<|im_end|>") == format.response_ids("abc")
+@pytest.mark.parametrize("style", ["chat", "plain"])
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|im_end|>\n", "<|im_end|>\n<eos>", " <eos><eos> "])
+def test_an_end_token_written_in_the_data_is_not_doubled(style, end):
+    # The EOS of a chat model is often another token than its end of turn; both stop it.
+    names = {} if style == "chat" else {"eos_token": "<|im_end|>"}
+    end = end if style == "chat" else end.replace("<eos>", "<|im_end|>")
+    format = PromptFormat(byte_tokenizer(CHATML, **names), PromptSettings(style=style))
+    assert format.response_ids("abc" + end) == format.response_ids("abc" + end[: end.find("<")])
 
 
-def test_text_drops_special_tokens_and_keeps_spaces():
-    # A tokenizer that would decode " , " to "," if it were let.
+@pytest.mark.parametrize("style", ["chat", "plain"])
+def test_a_demonstration_with_an_end_token_inside_is_unusable(style):
+    format = PromptFormat(byte_tokenizer(CHATML), PromptSettings(style=style))
+    for text in ("abc<eos>def", "<eos>def<eos>"):
+        with pytest.raises(Unusable, match="an end token inside its text"):
+            format.response_ids(text)
+
+
+def test_text_keeps_spaces_and_all_tokens_but_the_end():
+    # A tokenizer that would decode " , " to "," by default.
     tokenizer = byte_tokenizer(
         CHATML,
         clean_up_tokenization_spaces=True,
@@ -154,6 +172,38 @@ def test_text_drops_special_tokens_and_keeps_spaces():
     format = PromptFormat(tokenizer, PromptSettings(style="chat"))
     ids, _ = format.response_ids(" a , b . \u00e9\n")
     assert format.text([*ids, tokenizer.eos_token_id]) == " a , b . \u00e9\n"
+    start, end, eos = ids_of(tokenizer, "<|im_start|>", "<|im_end|>", "<eos>")
+    assert format.text([start, ids[1], eos, start, end, eos]) == "<|im_start|>a<eos><|im_start|>"
+    assert format.text([end, eos]) == format.text([]) == ""
+
+
+@pytest.mark.parametrize("style", ["chat", "plain"])
+@pytest.mark.parametrize("special", [True, False])
+def test_a_demonstration_and_a_sample_of_equal_tokens_have_equal_texts(style, special):
+    tokenizer = byte_tokenizer(CHATML)
+    tokenizer.add_tokens([AddedToken(t, special=special) for t in ("<think>", "</think>")])
+    format = PromptFormat(tokenizer, PromptSettings(style=style))
+    demonstration = format.demonstration("<think>1+1</think>It is 2.", "expert")
+    assert demonstration.text == "<think>1+1</think>It is 2."
+    assert format.text(demonstration.token_ids) == demonstration.text
+    assert (demonstration.source, demonstration.finish_reason) == ("expert", "stop")
+    assert tokenizer.convert_tokens_to_ids("</think>") in demonstration.token_ids
+
+
+def test_a_text_that_the_tokenizer_changes_is_graded_as_it_is_trained_on():
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    demonstration = PromptFormat(tokenizer, PromptSettings()).demonstration(
+        "x\u00b2 \uff11", "teacher"
+    )
+    assert demonstration.text == "x2 1"
+
+
+@pytest.mark.parametrize(("limit", "fits"), [(4, True), (3, False), (1, False), (1000, True)])
+def test_whether_a_demonstration_fits_counts_its_end(limit, fits):
+    format = PromptFormat(byte_tokenizer(CHATML), PromptSettings(style="chat"))
+    assert len(format.response_ids("abc")[0]) == 4
+    assert format.fits("abc", limit) is fits
 
 
 def test_a_turn_end_that_is_not_marked_special_is_dropped_from_the_text():
@@ -166,18 +216,9 @@ def test_a_turn_end_that_is_not_marked_special_is_dropped_from_the_text():
 
 
 def test_chat_style_without_a_template_names_the_field():
-    format = PromptFormat(byte_tokenizer(), PromptSettings(style="chat"), "eval.sets.hard.prompt")
     with pytest.raises(RecipeError, match=r"^eval\.sets\.hard\.prompt\.style: must be plain"):
-        format.prompt_ids("1+1?")
+        PromptFormat(byte_tokenizer(), PromptSettings(style="chat"), "eval.sets.hard.prompt")
     assert PromptFormat(byte_tokenizer(), PromptSettings()).prompt_ids("1+1?")
-
-
-def test_a_template_that_refuses_the_system_message_names_the_field():
-    tokenizer = byte_tokenizer(NO_SYSTEM + CHATML)
-    format = PromptFormat(tokenizer, PromptSettings(style="chat", system="Be brief."))
-    with pytest.raises(RecipeError, match=r"^data\.prompt\.system: .*no system role"):
-        format.prompt_ids("1+1?")
-    assert PromptFormat(tokenizer, PromptSettings(style="chat")).prompt_ids("1+1?")
 
 
 def test_no_eos_is_an_error_only_where_a_response_must_end():

@@ -1,0 +1,236 @@
+"""Prompts and responses as a model's own chat template writes them, checked when it is loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+from gft_lite.data.base import Unusable
+from gft_lite.utils.errors import RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Turn = tuple[str, str | None]  # A user's text, and the assistant's answer once there is one.
+
+# Plain letters: no chat template trims, escapes or parses them.
+_SYSTEM, _QUESTION, _ANSWER = "QZSYSTEMZQ", "QZQUESTIONZQ", "QZANSWERZQ"
+# The mark of a template that prints a list of content parts instead of their texts.
+_PRINTED_PARTS = re.compile(r"""['"]text['"]\s*:""")
+_SHOWN = 60  # characters of a rendering in an error
+_PLAIN = "Or use style: plain, with the turns written in template"
+_ADVICE = {
+    "system": "Leave system out, or write it in template.",
+    "style": f"Correct chat_template.jinja in the model's folder. {_PLAIN}.",
+    "end": f"Use a tokenizer that has it. {_PLAIN}.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Renderer:
+    """Renders conversations by a tokenizer's chat template, with an optional system message.
+
+    The content of the roles `in_parts` is given as a list of parts, not as text.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    system: str | None
+    in_parts: frozenset[str] = frozenset()
+
+    def render(self, turns: Iterable[Turn], *, generation_prompt: bool) -> str:
+        """The conversation as text, closed or with the prompt for an answer at its end."""
+        messages: list[dict[str, Any]] = []
+        if self.system is not None:
+            messages.append(self._message("system", self.system))
+        for question, answer in turns:
+            messages.append(self._message("user", question))
+            if answer is not None:
+                messages.append(self._message("assistant", answer))
+        rendered = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=generation_prompt
+        )
+        return str(rendered)
+
+    def _message(self, role: str, text: str) -> dict[str, Any]:
+        parts = [{"type": "text", "text": text}]
+        return {"role": role, "content": parts if role in self.in_parts else text}
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Renderings of sentinels, which show what a template writes around the messages.
+
+    `prompt` ends with the generation prompt, `closed` is the same without it; `conversation` has
+    the answer. `end` is what follows the answer up to and including the token `end_id`; None for
+    a template that writes no end of turn.
+    """
+
+    prompt: str
+    closed: str
+    conversation: str
+    end: str = ""
+    end_id: int | None = None
+
+    @property
+    def before_answer(self) -> str:
+        """The conversation up to the answer."""
+        return self.conversation.partition(_ANSWER)[0]
+
+    @property
+    def after_answer(self) -> str:
+        """What follows the answer in the conversation."""
+        return self.conversation.partition(_ANSWER)[2]
+
+
+class ChatTemplate:
+    """A tokenizer's chat template.
+
+    A prompt is the template's rendering with its generation prompt. A response is what the
+    template's rendering of the whole conversation has after the prompt, up to its end of turn.
+    `field` is the prompt's place in the recipe, for error texts.
+    Raises: RecipeError for a template that loses or reorders messages, whose prompt differs from
+    its conversation, or whose end of turn is no token.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, system: str | None = None, field: str = "prompt"
+    ) -> None:
+        if not tokenizer.chat_template:
+            rule = "must be plain for a model without a chat template, got 'chat'"
+            raise RecipeError([f"{field}.style: {rule}. Or train a chat-tuned model."])
+        in_parts = _find_roles_in_parts(tokenizer, system is not None, field)
+        self._renderer = Renderer(tokenizer, system, in_parts)
+        self._sample = _take_sample(self._renderer)
+        self.end_id = self._sample.end_id
+
+    @property
+    def generation_prompt(self) -> str:
+        """The end of every prompt, after the question."""
+        return self._sample.prompt.rpartition(_QUESTION)[2]
+
+    def prompt(self, question: str, history: Sequence[tuple[str, str]] = ()) -> str:
+        """The prompt for a question after the (question, answer) turns of `history`."""
+        return self._renderer.render([*history, (question, None)], generation_prompt=True)
+
+    def response(self, answer: str) -> str:
+        """What the template writes for an answer after the prompt, its end of turn included.
+
+        Raises: Unusable for an answer that the template changes or doesn't write after the prompt.
+        """
+        sample = self._sample
+        prompt = self.prompt(_QUESTION)  # Rendered anew: some templates write the date.
+        whole = self._renderer.render([(_QUESTION, answer)], generation_prompt=False)
+        if _without_spaces(answer) not in _without_spaces(whole.partition(_QUESTION)[2]):
+            raise Unusable("text that the chat template leaves out")
+        if not whole.startswith(prompt):
+            opening = sample.prompt[len(sample.before_answer) :]
+            raise Unusable(f"no {opening!r} at its start, with which the prompt ends")
+        if not whole.endswith(sample.after_answer):
+            raise Unusable("an end that the chat template changes")
+        end = len(whole) - len(sample.after_answer)
+        return whole[len(prompt) : end] + sample.end
+
+
+def _find_roles_in_parts(
+    tokenizer: PreTrainedTokenizerBase, with_system: bool, field: str
+) -> frozenset[str]:
+    """The roles whose content the template reads as parts: none, all, or some.
+
+    Raises: RecipeError for a template that is right with none of them.
+    """
+    roles = ("assistant", "system", "user") if with_system else ("assistant", "user")
+    some = (c for n in range(1, len(roles)) for c in combinations(roles, n))
+    first: RecipeError | None = None
+    for in_parts in map(frozenset, ((), roles, *some)):
+        try:
+            _check(Renderer(tokenizer, _SYSTEM if with_system else None, in_parts), field)
+        except RecipeError as error:
+            first = first or error
+        else:
+            return in_parts
+    raise first or RecipeError([])
+
+
+def _check(renderer: Renderer, field: str) -> None:
+    """Render sentinels. Raises: RecipeError with the difference if the rendering is not right."""
+    from jinja2 import TemplateError
+
+    has_system = renderer.system is not None
+    # A template is a program: these are what the values of a message can raise in it.
+    try:
+        sample = _take_sample(renderer)
+    except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
+        what, advice = ("system", "Leave system out.") if has_system else ("style", f"{_PLAIN}.")
+        reason = " ".join(str(error).split())[: 3 * _SHOWN]
+        rule = f"must suit the model's chat template, which says: {reason}"
+        raise RecipeError([f"{field}.{what}: {rule}. {advice}"]) from None
+    whole = sample.conversation
+    given = {"system": _SYSTEM, "style": _QUESTION} if has_system else {"style": _QUESTION}
+    for what, text in given.items():
+        if text not in sample.prompt or text not in whole:
+            lost = "the system message" if what == "system" else "the problem"
+            rule = f"must suit the model's chat template, which leaves {lost} out of the prompt"
+            raise RecipeError([f"{field}.{what}: {rule} {_end_of(sample.prompt)}. {_ADVICE[what]}"])
+    expected = [*given.values(), _ANSWER]
+    if re.findall("|".join(expected), whole) != expected or _PRINTED_PARTS.search(whole):
+        rule = "must suit the model's chat template, which writes the conversation as"
+        raise RecipeError([f"{field}.style: {rule} {_end_of(whole)}. {_ADVICE['style']}"])
+    if not _prompt_fits(sample):
+        in_prompt, in_conversation = _difference(sample.prompt, sample.before_answer)
+        rule = (f"must suit the model's chat template, which writes {in_conversation!r} before "
+                f"an answer, but {in_prompt!r} as its generation prompt")  # fmt: skip
+        raise RecipeError([f"{field}.style: {rule}. {_ADVICE['style']}"])
+    if sample.end_id is None and sample.after_answer.strip():
+        rule = f"must have an end of turn that is a token, got {sample.after_answer!r} as text"
+        raise RecipeError([f"{field}.style: {rule}. {_ADVICE['end']}"])
+
+
+def _prompt_fits(sample: Sample) -> bool:
+    """True if the prompt is the beginning of a conversation, or what answers begin with.
+
+    The prompt may be longer than the text before an answer: it opens a block of thoughts. It may
+    be shorter: responses then begin with the rest (an empty block of thoughts), but that can't be
+    the role of a template without a generation prompt.
+    """
+    prompt, before = sample.prompt, sample.before_answer
+    if prompt.startswith(before):
+        return True
+    no_generation_prompt = prompt == sample.closed
+    rest = before[len(prompt) :]
+    return before.startswith(prompt) and not (no_generation_prompt and rest.strip())
+
+
+def _take_sample(renderer: Renderer) -> Sample:
+    sample = Sample(
+        prompt=renderer.render([(_QUESTION, None)], generation_prompt=True),
+        closed=renderer.render([(_QUESTION, None)], generation_prompt=False),
+        conversation=renderer.render([(_QUESTION, _ANSWER)], generation_prompt=False),
+    )
+    after, tokenizer = sample.after_answer, renderer.tokenizer
+    tokens = {i: t.content for i, t in tokenizer.added_tokens_decoder.items()}
+    if tokenizer.eos_token is not None:
+        tokens[tokenizer.eos_token_id] = tokenizer.eos_token
+    # The first token after the answer; the longest of those that begin there.
+    places = [(after.find(t), -len(t), i) for i, t in tokens.items() if t.strip() and t in after]
+    if not places:
+        return sample
+    place, negative_length, end_id = min(places)
+    return replace(sample, end=after[: place - negative_length], end_id=end_id)
+
+
+def _difference(first: str, second: str) -> tuple[str, str]:
+    """Both texts from shortly before their first difference."""
+    equal = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    start = max(next(equal, min(len(first), len(second))) - _SHOWN // 2, 0)
+    return first[start : start + _SHOWN], second[start : start + _SHOWN]
+
+
+def _end_of(text: str) -> str:
+    return repr(text if len(text) <= 3 * _SHOWN else f"...{text[-3 * _SHOWN :]}")
+
+
+def _without_spaces(text: str) -> str:
+    return "".join(text.split())
