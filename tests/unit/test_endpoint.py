@@ -1,4 +1,4 @@
-"""What an endpoint makes of addresses and answers; its patience is in test_vllm_server.py."""
+"""The HTTP client: addresses, responses, limits; retries are tested in test_vllm_server.py."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ANSWERS = {
 
 @pytest.fixture(scope="module")
 def server():
-    """A server that answers as the table says, and notes the headers it is sent."""
+    """A server that answers by the table and records the headers of the last request."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -36,7 +36,7 @@ def server():
             self.wfile.write(content)
 
         def log_message(self, *_):
-            """Say nothing."""
+            """Log nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -53,41 +53,41 @@ def endpoint(server):
     endpoint.close()
 
 
-def test_answers_are_parsed_if_they_are_json(endpoint):
+def test_json_responses_are_parsed(endpoint):
     assert list(endpoint.models()) == ["base", "own"]
     assert endpoint.get("text") == "Success"
     assert endpoint.get(f"{endpoint.root}/v1/text") == "Success"
 
 
 @pytest.mark.parametrize(
-    ("path", "text", "status", "passing"),
+    ("path", "text", "status", "transient"),
     [
         ("refused", "answered 400: no such thing", 400, False),
         ("unknown", 'answered 401: {"error": "who is ***"}', 401, False),
         ("long", f"answered 500: {'x' * 500} ...", 500, True),
-        ("broken", "answered with broken JSON", None, True),
+        ("broken", "answered with broken JSON", 200, True),
     ],
 )
-def test_refusals_say_why_and_show_no_key(endpoint, path, text, status, passing):
+def test_errors_have_the_reason_and_not_the_key(endpoint, path, text, status, transient):
     with pytest.raises(EndpointError) as caught:
         endpoint.get(path)
     assert str(caught.value).startswith(f"{endpoint.url}: {text}")
-    assert (caught.value.status, caught.value.passing) == (status, passing)
+    assert (caught.value.status, caught.value.transient) == (status, transient)
 
 
-def test_what_is_no_such_server_is_told(server):
+def test_errors_for_other_servers_and_closed_ports(server):
     with pytest.raises(EndpointError, match="must be an OpenAI-compatible server") as caught:
         Endpoint(f"{server.url}/other", retries=0).models()
-    assert not caught.value.passing
+    assert not caught.value.transient
     with pytest.raises(
-        EndpointError, match=r"127\.0\.0\.1:1/v1: gave no answer.*refused"
+        EndpointError, match=r"127\.0\.0\.1:1/v1: gave no answer: Connection refused"
     ) as caught:
         Endpoint("http://127.0.0.1:1", retries=0).models()
-    assert caught.value.passing
+    assert caught.value.transient
 
 
 @pytest.mark.parametrize(
-    ("url", "base", "near", "exposes"),
+    ("url", "base", "loopback", "exposes"),
     [
         ("http://127.0.0.1:8000/", "http://127.0.0.1:8000/v1", True, False),
         ("http://localhost:8000/v1/", "http://localhost:8000/v1", True, False),
@@ -96,10 +96,10 @@ def test_what_is_no_such_server_is_told(server):
         ("https://api.example.org/openai", "https://api.example.org/openai", False, False),
     ],
 )
-def test_addresses(url, base, near, exposes):
+def test_addresses(url, base, loopback, exposes):
     endpoint = Endpoint(url, KEY)
     assert endpoint.url == base
-    assert (endpoint.on_this_machine, endpoint.exposes_key) == (near, exposes)
+    assert (endpoint.is_loopback, endpoint.exposes_key) == (loopback, exposes)
     assert not Endpoint(url).exposes_key
 
 
@@ -114,7 +114,7 @@ def test_no_other_key_of_the_user_and_no_proxy_gets_the_request(server, monkeypa
     assert f"Bearer {KEY}" in server.headers.values()
 
 
-def test_the_first_variable_that_is_set_has_the_key(monkeypatch):
+def test_the_key_is_read_from_the_first_variable_that_is_set(monkeypatch):
     monkeypatch.delenv("GFT_LITE_FIRST_KEY", raising=False)
     monkeypatch.setenv("GFT_LITE_SECOND_KEY", "two")
     assert key_from("GFT_LITE_FIRST_KEY", "GFT_LITE_SECOND_KEY") == "two"
