@@ -1,34 +1,36 @@
-"""TODO: gft_lite/distillation/answer_store.py"""
+"""Append-only store of teacher responses, which makes a distillation resumable."""
 
 from __future__ import annotations
 
-import json
-import threading
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from gft_lite.distillation.teachers import TeacherRequest, TeacherResponse
-from gft_lite.utils.files import whole_lines
+from gft_lite.utils.jsonl import JsonlFile
 
 
 class AnswerStore:
-    """Answers by key, a JSON line each, appended as they come; used by several threads."""
+    """Teacher responses by request key, one JSON line each; thread-safe.
+
+    Raises: UserError for a line that is not a response.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._lock = threading.Lock()
-        self._known: dict[str, TeacherResponse] = {}
-        for line in whole_lines(path):
-            entry = json.loads(line)
-            key = entry.pop("key")
-            self._known[key] = TeacherResponse(**entry)
+        self._file = JsonlFile(
+            path, _parse, "must be a stored teacher response", "Remove the line to sample it again."
+        )
+        self._responses = dict(self._file)
 
-    def get(self, question: TeacherRequest) -> TeacherResponse | None:
-        """The answer that was kept, if there is one."""
-        return self._known.get(question.key)
+    def get(self, request: TeacherRequest) -> TeacherResponse | None:
+        """Return the response stored by an earlier call of the command, if there is one."""
+        return self._responses.get(request.key)
 
-    def keep(self, question: TeacherRequest, answer: TeacherResponse) -> None:
-        """Append an answer; it survives whatever ends the process afterwards."""
-        line = json.dumps({"key": question.key, **asdict(answer)}) + "\n"
-        with self._lock, self.path.open("a", encoding="utf-8") as file:
-            file.write(line)
+    def append(self, request: TeacherRequest, response: TeacherResponse) -> None:
+        """Write a response to the disk at once, so that a crash loses none."""
+        self._file.append([{"key": request.key, **asdict(response)}])
+
+
+def _parse(entry: Mapping[str, Any]) -> tuple[str, TeacherResponse]:
+    return str(entry["key"]), TeacherResponse.from_json(entry)

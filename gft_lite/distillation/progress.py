@@ -1,4 +1,4 @@
-"""TODO: gft_lite/distillation/progress.py"""
+"""State of a distillation: graded teacher responses, failures, counts and cost."""
 
 from __future__ import annotations
 
@@ -10,87 +10,120 @@ from typing import Any
 
 from gft_lite.distillation.teachers import TeacherRequest, TeacherResponse, TeacherSettings
 
+# The verdict on a response that cannot follow the recipe's prompt, such as one with an end token
+# of the policy inside its text.
+UNUSABLE = "unusable"
+
 
 @dataclass(frozen=True, slots=True)
-class Graded:
-    """An answer and what the reward rule says of it."""
+class GradedResponse:
+    """A teacher response with its grade.
 
-    answer: TeacherResponse
-    reward: float
+    `reward` is None if no reward function applies, `right` if none decides correctness.
+    """
+
+    response: TeacherResponse
+    reward: float | None
     verdict: str
-    right: bool
+    right: bool | None
 
 
 @dataclass
 class Distillation:
-    """The answers so far, and what went wrong in this call."""
+    """All graded responses by request key, and the failures of this call of the command.
 
-    asking: TeacherSettings
-    questions: Sequence[TeacherRequest]
-    graded: dict[str, Graded] = field(default_factory=dict)
+    `asked` and `asked_tokens` count requests and completion tokens of this call, the other
+    counts include responses from the answer store.
+    """
+
+    settings: TeacherSettings
+    requests: Sequence[TeacherRequest]
+    graded: dict[str, GradedResponse] = field(default_factory=dict)
     failures: Counter[str] = field(default_factory=Counter)
     asked: int = 0
     asked_tokens: int = 0
-    right: int = 0
+    _right: int = 0
+    _judged: int = 0
+    _reward_sum: float = 0.0
+    _rewards: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     started: float = field(default_factory=time.perf_counter)
 
-    def offered(self, number: int) -> tuple[list[Graded], Counter[str]]:
-        """The answers that a problem's row gets, in the order of sampling, and what else came.
+    def demonstrations(self, index: int) -> tuple[list[GradedResponse], Counter[str]]:
+        """The responses for the row of problem `index`, in sampling order, and the rest by reason.
 
-        Left out: an answer that was cut off, which would teach to stop in the middle, one
-        without any text, and the repetition of one that is there.
+        Left out: truncated responses, which would teach the policy to stop in the middle, empty
+        and unusable ones, and duplicates.
         """
-        first = number * self.asking.samples
-        found: dict[str, Graded] = {}
-        others: Counter[str] = Counter()
-        for question in self.questions[first : first + self.asking.samples]:
-            graded = self.graded.get(question.key)
+        first = index * self.settings.samples
+        by_text: dict[str, GradedResponse] = {}
+        left_out: Counter[str] = Counter()
+        for request in self.requests[first : first + self.settings.samples]:
+            graded = self.graded.get(request.key)
             if graded is None:
-                others["missing"] += 1
-            elif graded.answer.finish_reason == "length":
-                others["truncated"] += 1
-            elif not graded.answer.text.strip():
-                others["empty"] += 1
-            elif graded.answer.text in found:
-                others["duplicates"] += 1
+                left_out["missing"] += 1
+            elif graded.response.finish_reason == "length":
+                left_out["truncated"] += 1
+            elif not graded.response.text.strip():
+                left_out["empty"] += 1
+            elif graded.verdict == UNUSABLE:
+                left_out[UNUSABLE] += 1
+            elif graded.response.text in by_text:
+                left_out["duplicates"] += 1
             else:
-                found[graded.answer.text] = graded
-        return list(found.values()), others
+                by_text[graded.response.text] = graded
+        return list(by_text.values()), left_out
 
-    def add(self, graded: Mapping[str, Graded]) -> None:
-        """Take further answers, whether asked for now or kept before."""
+    def add(self, graded: Mapping[str, GradedResponse]) -> None:
+        """Add graded responses, whether new or from the answer store."""
         self.graded |= graded
-        self.right += sum(g.right for g in graded.values())
-        self.prompt_tokens += sum(g.answer.prompt_tokens for g in graded.values())
-        self.completion_tokens += sum(g.answer.completion_tokens for g in graded.values())
+        judged = [g.right for g in graded.values() if g.right is not None]
+        rewards = [g.reward for g in graded.values() if g.reward is not None]
+        self._right += sum(judged)
+        self._judged += len(judged)
+        self._reward_sum += sum(rewards)
+        self._rewards += len(rewards)
+        self.prompt_tokens += sum(g.response.prompt_tokens for g in graded.values())
+        self.completion_tokens += sum(g.response.completion_tokens for g in graded.values())
+
+    @property
+    def right(self) -> int | None:
+        """The number of correct responses, None if no reward function decides correctness."""
+        return None if self.graded and not self._judged else self._right
+
+    def mean_reward(self) -> float | None:
+        """The mean of the rewards, None if there are none."""
+        return self._reward_sum / self._rewards if self._rewards else None
 
     def cost(self) -> float | None:
-        """Dollars for all answers, None without a price."""
-        price_in, price_out = self.asking.price_in, self.asking.price_out
+        """The price of all responses in dollars, None if no price is set."""
+        price_in, price_out = self.settings.price_in, self.settings.price_out
         if price_in is None and price_out is None:
             return None
-        spent = self.prompt_tokens * (price_in or 0) + self.completion_tokens * (price_out or 0)
-        return spent / 1e6
+        total = self.prompt_tokens * (price_in or 0) + self.completion_tokens * (price_out or 0)
+        return total / 1e6
 
     def summary(self) -> dict[str, Any]:
-        """The figures of the whole data set, and the pace of this call."""
-        rows = [self.offered(i) for i in range(len(self.questions) // self.asking.samples)]
-        others = sum((other for _, other in rows), Counter[str]())
-        seconds = time.perf_counter() - self.started
+        """Counts over the whole data set and the throughput of this call, for `summary.json`."""
+        rows = [self.demonstrations(i) for i in range(len(self.requests) // self.settings.samples)]
+        left_out = sum((reasons for _, reasons in rows), Counter[str]())
+        right, seconds = self.right, time.perf_counter() - self.started
         return {
             "problems": len(rows),
-            "wanted": len(self.questions),
+            "wanted": len(self.requests),
             "asked": self.asked,
             "reused": len(self.graded) - self.asked + self.failures.total(),
             "answered": len(self.graded),
             "failed": self.failures.total(),
-            "right": self.right,
-            "acceptance": self.right / len(self.graded) if self.graded else None,
-            "problems_without_right_answer": sum(not any(g.right for g in r) for r, _ in rows),
-            "offered": sum(len(answers) for answers, _ in rows),
-            **{name: others[name] for name in ("duplicates", "truncated", "empty")},
+            "right": right,
+            "acceptance": right / len(self.graded) if right is not None and self.graded else None,
+            "mean_reward": self.mean_reward(),
+            "problems_without_right_answer": (
+                None if right is None else sum(not any(g.right for g in r) for r, _ in rows)
+            ),
+            "offered": sum(len(responses) for responses, _ in rows),
+            **{name: left_out[name] for name in ("duplicates", "truncated", "empty", UNUSABLE)},
             "verdicts": dict(Counter(g.verdict for g in self.graded.values()).most_common()),
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,

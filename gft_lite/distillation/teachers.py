@@ -1,4 +1,4 @@
-"""Who answers `gft-lite distill`: an OpenAI-compatible endpoint, or a model on this machine."""
+"""The protocol of teacher back ends, their settings, requests and responses."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, get_args
 
 from pydantic import (
     Field,
@@ -22,47 +22,57 @@ from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import PromptSettings
 from gft_lite.recipe.validation_errors import explain
 from gft_lite.types import FinishReason, Problem
-from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.errors import UserError
+
+MAX_CONCURRENCY = 1024  # A thread each.
+MAX_TOKEN_COUNT = 10**9  # Of one response; sums of larger counts overflow floats.
+MIN_PER_MINUTE = 1e-3  # Longer pauses overflow time.sleep.
+Price = Annotated[float, Field(ge=0, le=1e6)]
 
 
 class TeacherSettings(Settings):
-    """How a teacher is asked: `samples` answers to each problem, of the first `limit` problems.
+    """How to sample from a teacher: `samples` responses for each of the first `limit` problems.
 
-    `max_tokens` and `system` are the recipe's where they are not given; prices are dollars per
-    million tokens; `column` is the name of the new column.
+    `max_tokens` and `system` default to the recipe's; `timeout` limits a request to an endpoint in
+    total, in seconds; prices are in dollars per million tokens; `column` is the name of the new
+    column.
     """
 
     model: str | None = None
     samples: PositiveInt = 3
     temperature: NonNegativeFloat = 0.7
     top_p: Share = 1.0
-    max_tokens: PositiveInt | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKEN_COUNT)] | None = None
     system: str | None = None
     limit: PositiveInt | None = None
-    concurrency: PositiveInt = 8
-    requests_per_minute: PositiveFloat | None = None
-    price_in: NonNegativeFloat | None = None
-    price_out: NonNegativeFloat | None = None
+    concurrency: Annotated[int, Field(ge=1, le=MAX_CONCURRENCY)] = 8
+    timeout: PositiveFloat = 600.0
+    requests_per_minute: Annotated[float, Field(ge=MIN_PER_MINUTE)] | None = None
+    price_in: Price | None = None
+    price_out: Price | None = None
     column: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")] = "teacher"
 
     @model_validator(mode="after")
-    def _samples_differ(self) -> TeacherSettings:
+    def _check_samples_differ(self) -> TeacherSettings:
         if self.samples > 1 and self.temperature == 0:
             raise ValueError("samples: must be 1 at temperature 0, where all are the same")
         return self
 
     @classmethod
     def from_tree(cls, tree: Mapping[str, Any]) -> TeacherSettings:
-        """Check what the user gave. Raises: RecipeError with every error found."""
+        """Validate the user's values. Raises: UserError with every error found."""
         try:
             return cls.model_validate(tree)
         except ValidationError as error:
-            raise RecipeError(explain(error, cls, {})) from None
+            raise UserError(explain(error, cls, {})) from None
 
 
 @dataclass(frozen=True, slots=True)
 class TeacherRequest:
-    """One of the answers that a problem is to get; `prompt` is messages or token ids."""
+    """One sample of one problem; `prompt` is chat messages or token ids.
+
+    `key` identifies teacher, prompt, sampling settings and seed in the answer store.
+    """
 
     problem: Problem
     prompt: Sequence[Any]
@@ -72,48 +82,71 @@ class TeacherRequest:
 
 @dataclass(frozen=True, slots=True)
 class TeacherResponse:
-    """What a teacher said; `finish_reason` is "length" for all that is no whole answer."""
+    """A teacher's response; `finish_reason` is "length" for every incomplete one."""
 
     text: str
     finish_reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
 
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> TeacherResponse:
+        """Read a stored response. Raises: KeyError, TypeError or ValueError for anything else."""
+        reason = entry["finish_reason"]
+        if not isinstance(entry["text"], str) or reason not in get_args(FinishReason):
+            raise TypeError("text must be a string, finish_reason stop or length")
+        counts = (token_count(entry[f"{kind}_tokens"]) for kind in ("prompt", "completion"))
+        return cls(entry["text"], reason, *counts)
 
-Keep = Callable[[TeacherRequest, TeacherResponse], None]
-Say = Callable[[str], None]
-Events = Generator[list[tuple[TeacherRequest, TeacherResponse | str]], None, None]
+
+def token_count(value: Any) -> int:
+    """A number of tokens as JSON has it. Raises: ValueError for anything else."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= MAX_TOKEN_COUNT or value != int(value):
+        raise ValueError("a token count must be a whole number from 0 to 10^9")
+    return int(value)
+
+
+OnResponse = Callable[[TeacherRequest, TeacherResponse], None]
+Log = Callable[[str], None]
+# A batch of finished requests: each with its response, or with the reason of its failure.
+Results = list[tuple[TeacherRequest, TeacherResponse | str]]
 
 
 class TeacherError(RuntimeError):
-    """The teacher went away while it was asked."""
+    """The teacher stopped responding during the distillation."""
 
 
 class Teacher(Protocol):
-    """Who can be asked; `name` is what the data set says of who answered."""
+    """A back end that answers problems; `name` is written to the data set."""
 
     name: str
 
     def start(self, scratch: Path, stack: ExitStack) -> str:
-        """Make ready to answer; returns what tells this teacher's answers from all others'."""
+        """Load what is needed; returns the identity that the keys of stored responses contain."""
 
     def prompt(self, problem: Problem) -> Sequence[Any]:
-        """How a problem is put to this teacher, as JSON."""
+        """The prompt of a problem as JSON-compatible values."""
 
-    def answers(self, questions: Sequence[TeacherRequest], keep: Keep, proven: bool) -> Events:
-        """Ask; answers are kept as they come, then told, and so is why there is none.
+    def generate(
+        self, requests: Sequence[TeacherRequest], on_response: OnResponse, has_answered: bool
+    ) -> Generator[Results, None, None]:
+        """Yield results in batches; `on_response` gets each response as soon as it arrives.
 
-        `proven` says that such a question has been answered before.
+        `has_answered` is True if the store holds a response of this teacher: a failure is then
+        not a sign that all requests will fail.
         """
 
 
-def prompt_text(recipe: Recipe, asking: TeacherSettings, style: str) -> PromptSettings:
-    """The recipe's prompt in the teacher's style."""
+def prompt_settings(recipe: Recipe, settings: TeacherSettings, style: str) -> PromptSettings:
+    """The recipe's prompt settings in the teacher's style, with the teacher's system prompt.
+
+    Raises: UserError for a system prompt that a plain prompt cannot hold.
+    """
     own = recipe.data.prompt
-    # An empty one is none.
-    system = (own.system if asking.system is None else asking.system) or None
+    system = (own.system if settings.system is None else settings.system) or None
     if style == "plain" and system is not None:
-        raise RecipeError(["system: must be empty for a teacher without a chat template."])
+        raise UserError(["system: must be empty for a teacher without a chat template."])
     return PromptSettings.model_validate(
         {"style": style, "template": own.template, "system": system}
     )

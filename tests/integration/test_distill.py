@@ -1,4 +1,4 @@
-"""`gft-lite distill`: a model on this machine, a real vLLM server, and one that misbehaves."""
+"""`gft-lite distill` with a local model, with a real vLLM server and with a faulty one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import PolicySettings
 from gft_lite.runs.folder import RunFolder
-from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.errors import UserError
 from gft_lite.utils.openai_client import Endpoint, EndpointError
 
 KEY = "GFT_LITE_TEACHER_KEY"
@@ -60,16 +60,16 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def ask(teacher, out, *overrides, **asking):
+def run_distill(teacher, out, *overrides, **settings):
     recipe = Recipe.load("r.yaml", overrides)
-    return distill(recipe, str(teacher), out, TeacherSettings(**asking), console=QUIET)
+    return distill(recipe, str(teacher), out, TeacherSettings(**settings), console=QUIET)
 
 
 # --- a model on this machine -----------------------------------------------------------------
 
 
-def test_what_a_teacher_says_is_trained_on(here, capsys):
-    """From the command line to the groups of a run, with figures counted from the file."""
+def test_teacher_responses_are_trained_on(here, capsys):
+    """From the command line to the groups of a run, with counts taken from the file."""
     arguments = [
         "r.yaml",
         "--teacher",
@@ -123,47 +123,47 @@ def test_what_a_teacher_says_is_trained_on(here, capsys):
     for response in taught:
         assert response["reward"] == graded[response["text"]]
 
-    # A run may be the teacher too, and it is its adapter that answers.
+    # A run can be the teacher: its adapter samples.
     greedy = ["--samples", "1", "--temperature", "0", "--out", "g.jsonl"]
-    said = []
+    texts = []
     for teacher in ("lab", "run"):
         asked = [*greedy, "--teacher", teacher, "rollout.engine=transformers"]
         assert main(["distill", "r.yaml", *asked]) == 0
-        said.append([row["teacher"] for row in read(here / "g.jsonl")])
-    assert said[0] != said[1]
+        texts.append([row["teacher"] for row in read(here / "g.jsonl")])
+    assert texts[0] != texts[1]
 
 
-def test_the_same_command_asks_for_nothing_twice(here):
-    first = ask("lab", "a.jsonl", samples=2, limit=4)
+def test_stored_responses_are_not_sampled_again(here):
+    first = run_distill("lab", "a.jsonl", samples=2, limit=4)
     text = (here / "a.jsonl").read_bytes()
-    again = ask("lab", "a.jsonl", samples=2, limit=4)
+    again = run_distill("lab", "a.jsonl", samples=2, limit=4)
     assert (first["asked"], first["reused"]) == (8, 0)
     assert (again["asked"], again["reused"], again["answered"]) == (0, 8, 8)
     assert (here / "a.jsonl").read_bytes() == text
-    more = ask("lab", "a.jsonl", samples=3, limit=5)
+    more = run_distill("lab", "a.jsonl", samples=3, limit=5)
     assert (more["asked"], more["reused"]) == (7, 8)
-    other = ask("lab", "a.jsonl", "seed=1", samples=3, limit=5)
+    other = run_distill("lab", "a.jsonl", "seed=1", samples=3, limit=5)
     assert (other["asked"], other["reused"]) == (15, 0)
-    # Another rule grades the same answers anew.
+    # Stored responses are graded by the current reward rule.
     marked = "reward.functions=[{name: exact, parameters: {marker: '@@'}}]"
-    regraded = ask("lab", "a.jsonl", marked, samples=3, limit=5)
+    regraded = run_distill("lab", "a.jsonl", marked, samples=3, limit=5)
     assert (regraded["asked"], regraded["right"]) == (0, 0)
 
 
-def test_a_prompt_that_fills_the_context_is_told(here):
+def test_a_prompt_that_fills_the_context_is_a_failure(here):
     long = {"nr": 12, "q": "1+" * 2000, "a": "1", "gold": {"solution": "#1"}}
     with (here / "rows.jsonl").open("a") as file:
         file.write(json.dumps(long) + "\n")
-    summary = ask("lab", "a.jsonl", samples=1)
+    summary = run_distill("lab", "a.jsonl", samples=1)
     assert (summary["answered"], summary["failed"]) == (12, 1)
     [reason] = summary["failures"]
     assert "context" in reason
     assert [row["nr"] for row in read(here / "a.jsonl") if not row["teacher"]] == [12]
 
 
-def test_parquet_holds_the_same(here):
-    ask("lab", "a.jsonl", samples=2, limit=6)
-    ask("lab", "a.parquet", samples=2, limit=6)
+def test_parquet_equals_jsonl(here):
+    run_distill("lab", "a.jsonl", samples=2, limit=6)
+    run_distill("lab", "a.parquet", samples=2, limit=6)
     (here / "no.yaml").write_text("extends: [r.yaml, a.distill/data.yaml]\n")
     data = Recipe.load("no.yaml").data
     assert data.source == "a.parquet"
@@ -179,7 +179,7 @@ def test_parquet_holds_the_same(here):
 
 
 def test_a_second_teacher_has_its_own_column(here):
-    ask("lab", "one.jsonl", samples=2)
+    run_distill("lab", "one.jsonl", samples=2)
     (here / "two.yaml").write_text("extends: [r.yaml, one.distill/data.yaml]\n")
     recipe = Recipe.load("two.yaml", ["seed=5"])
     distill(recipe, "lab", "two.jsonl", TeacherSettings(samples=1, column="other"), console=QUIET)
@@ -233,17 +233,17 @@ def server(tmp_path_factory):
 
 
 @needs_vllm
-def test_a_server_and_this_machine_say_the_same(here, server, monkeypatch):
-    """Greedy, in fp32, through the chat template of the same model, by either engine."""
+def test_a_server_and_a_local_engine_respond_equally(here, server, monkeypatch):
+    """Greedy, in fp32, with the same chat template, on either engine."""
     monkeypatch.setenv(KEY, TOKEN)
     greedy = {"samples": 1, "temperature": 0}
-    there = ask(server, "there.jsonl", **greedy)
+    there = run_distill(server, "there.jsonl", **greedy)
     rows = read(here / "there.jsonl")
     assert there["answered"] == 12
     assert {row["teacher_model"] for row in rows} == {"big"}
     for engine in ("transformers", "vllm"):
         exact = ("policy.quantization=none", f"rollout.engine={engine}")
-        local = ask("lab", f"{engine}.jsonl", *exact, **greedy)
+        local = run_distill("lab", f"{engine}.jsonl", *exact, **greedy)
         texts = [row["teacher"] for row in read(here / f"{engine}.jsonl")]
         assert texts == [row["teacher"] for row in rows]
         alike = ("right", "completion_tokens", "prompt_tokens", "truncated")
@@ -251,17 +251,19 @@ def test_a_server_and_this_machine_say_the_same(here, server, monkeypatch):
 
 
 @needs_vllm
-def test_a_server_s_samples_depend_on_the_seed_alone(here, server, monkeypatch):
+def test_samples_of_a_server_depend_only_on_the_seed(here, server, monkeypatch):
     monkeypatch.setenv(KEY, TOKEN)
     for out, seed, concurrency in (("a", 0, 8), ("b", 0, 1), ("c", 1, 8)):
-        ask(server, f"{out}.jsonl", f"seed={seed}", concurrency=concurrency, samples=2, limit=6)
+        run_distill(
+            server, f"{out}.jsonl", f"seed={seed}", concurrency=concurrency, samples=2, limit=6
+        )
     # The order of the rows is that of data.seed.
     a, b, c = ([row["teacher"] for row in read(here / f"{out}.jsonl")] for out in "abc")
     assert a == b != c
 
 
 @needs_vllm
-def test_a_server_lets_us_in_or_not(here, server, monkeypatch, capsys):
+def test_a_server_checks_the_key_and_the_model(here, server, monkeypatch, capsys):
     """Exit code 2, the reason, and no key anywhere."""
     command = ["distill", "r.yaml", "--teacher", server, "--out", "a.jsonl", "--limit", "2"]
     for key, model, reason in (
@@ -270,49 +272,49 @@ def test_a_server_lets_us_in_or_not(here, server, monkeypatch, capsys):
     ):
         monkeypatch.setenv(KEY, key)
         assert main([*command, "--model", model]) == 2
-        told = capsys.readouterr().err
-        assert told.splitlines()[-1].startswith("teacher: must answer, but ")
-        assert re.search(reason, told)
-        assert key not in told
+        error = capsys.readouterr().err
+        assert error.splitlines()[-1].startswith("teacher: must answer, but ")
+        assert re.search(reason, error)
+        assert key not in error
     assert main(command) == 0
     files = [path for path in here.rglob("*") if path.is_file()]
     assert "responses.jsonl" in {path.name for path in files}
     assert not [path for path in files if TOKEN.encode() in path.read_bytes()]
 
 
-# --- a server that misbehaves ----------------------------------------------------------------
+# --- a faulty server --------------------------------------------------------------------------
 
 
-class Double:
-    """Speaks the protocol; `reply(body, number)` gives the status and the answer's text or error.
+class ScriptedServer:
+    """An endpoint; `reply(body, number)` returns a status and the text of the answer or error.
 
-    `asked` are the bodies in the order of arrival, `keys` the keys they came with.
+    `bodies` are the requests in order of arrival, `keys` their Authorization headers.
     """
 
     def __init__(self, reply):
-        self.asked, self.keys, self.answered = [], [], []
-        double, lock = self, threading.Lock()
+        self.bodies, self.keys, self.answered = [], [], []
+        scripted, lock = self, threading.Lock()
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def do_GET(self):
-                self.send(200, {"data": [{"id": "double"}]})
+                self.send(200, {"data": [{"id": "scripted"}]})
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with lock:
-                    double.asked.append(body)
-                    double.keys.append(self.headers["Authorization"])
-                    number = len(double.asked) - 1
-                status, said, *rest = reply(body, number)
+                    scripted.bodies.append(body)
+                    scripted.keys.append(self.headers["Authorization"])
+                    number = len(scripted.bodies) - 1
+                status, text, *rest = reply(body, number)
                 if status == 200:
-                    choice = {"message": {"content": said}, "finish_reason": (*rest, "stop")[0]}
+                    choice = {"message": {"content": text}, "finish_reason": (*rest, "stop")[0]}
                     usage = {"prompt_tokens": 5, "completion_tokens": 7}
                     self.send(200, {"choices": [choice], "usage": usage})
-                    double.answered.append(body)
+                    scripted.answered.append(body)
                 else:
-                    self.send(status, {"error": {"message": said}})
+                    self.send(status, {"error": {"message": text}})
 
             def send(self, status, value):
                 data = json.dumps(value).encode()
@@ -338,29 +340,31 @@ class Double:
         self._server.server_close()
 
     def seeds(self):
-        return Counter(body["seed"] for body in self.asked)
+        return Counter(body["seed"] for body in self.bodies)
 
 
 def text_of(body):
     return body["messages"][-1]["content"]
 
 
-def test_what_is_asked(here):
-    with Double(lambda body, number: (200, f"#{number}")) as double:
-        ask(double.url, "a.jsonl", samples=2, limit=3, temperature=0.3, top_p=0.9, max_tokens=11)
+def test_requests_hold_prompt_and_sampling_settings(here):
+    with ScriptedServer(lambda body, number: (200, f"#{number}")) as scripted:
+        run_distill(
+            scripted.url, "a.jsonl", samples=2, limit=3, temperature=0.3, top_p=0.9, max_tokens=11
+        )
     source = {row["q"] for row in read(here / "rows.jsonl")}
-    assert len(double.seeds()) == len(double.asked) == 6
-    assert all(0 <= seed < 2**31 for seed in double.seeds())
-    assert set(Counter(map(text_of, double.asked)).values()) == {2}
-    for body in double.asked:
-        assert set(map(text_of, double.asked)) < source
+    assert len(scripted.seeds()) == len(scripted.bodies) == 6
+    assert all(0 <= seed < 2**31 for seed in scripted.seeds())
+    assert set(Counter(map(text_of, scripted.bodies)).values()) == {2}
+    for body in scripted.bodies:
+        assert set(map(text_of, scripted.bodies)) < source
         assert {k: v for k, v in body.items() if k not in ("seed", "messages")} == {
-            "model": "double", "temperature": 0.3, "top_p": 0.9, "max_tokens": 11,
+            "model": "scripted", "temperature": 0.3, "top_p": 0.9, "max_tokens": 11,
         }  # fmt: skip
 
 
-def test_each_answer_is_kept_for_what_it_is(here):
-    """By its number within its problem: whole, the same again, cut, empty, broken Unicode."""
+def test_each_kind_of_response_is_counted(here):
+    """By number within the problem: complete, duplicate, truncated, empty, broken Unicode."""
     numbers = Counter()
     replies = [(200, "#a"), (200, "#a"), (200, "#b", "length"), (200, ""), (200, "#c\ud83d")]
 
@@ -368,8 +372,10 @@ def test_each_answer_is_kept_for_what_it_is(here):
         numbers[text_of(body)] += 1
         return replies[numbers[text_of(body)] - 1]
 
-    with Double(reply) as double:
-        summary = ask(double.url, "a.jsonl", samples=5, limit=2, concurrency=1, price_in=1)
+    with ScriptedServer(reply) as scripted:
+        summary = run_distill(
+            scripted.url, "a.jsonl", samples=5, limit=2, concurrency=1, price_in=1
+        )
     for row in read(here / "a.jsonl"):
         assert (row["teacher"], row["teacher_rewards"]) == (["#a", "#c?"], [0.0, 0.0])
     figures = {"answered": 10, "offered": 4, "duplicates": 2, "truncated": 2, "empty": 2,
@@ -377,18 +383,18 @@ def test_each_answer_is_kept_for_what_it_is(here):
     assert {name: summary[name] for name in figures} == figures
 
 
-def test_too_many_requests_are_no_failure(here):
+def test_rate_limited_requests_are_retried(here):
     def reply(body, number):
         return (429, "slow down") if number % 3 == 0 else (200, f"#{number}")
 
-    with Double(reply) as double:
-        summary = ask(double.url, "a.jsonl", samples=2, limit=6)
+    with ScriptedServer(reply) as scripted:
+        summary = run_distill(scripted.url, "a.jsonl", samples=2, limit=6)
     assert (summary["answered"], summary["failed"]) == (12, 0)
-    assert len(double.asked) > 12
+    assert len(scripted.bodies) > 12
 
 
-def test_a_question_that_fails_is_asked_again_by_the_same_command(here, capsys):
-    """However many failures there are: the others are answered."""
+def test_failed_requests_are_sent_again_by_the_same_command(here, capsys):
+    """Any number of failures of one problem leaves the other problems unaffected."""
     bad = json.loads((here / "rows.jsonl").read_text().splitlines()[3])["q"]
     broken = [True]
 
@@ -396,41 +402,44 @@ def test_a_question_that_fails_is_asked_again_by_the_same_command(here, capsys):
         fails = broken[0] and text_of(body) == bad
         return (400, "this one is too long") if fails else (200, f"#{number}")
 
-    with Double(reply) as double:
-        command = ["distill", "r.yaml", "--teacher", double.url, "--out", "a.jsonl"]
+    with ScriptedServer(reply) as scripted:
+        command = ["distill", "r.yaml", "--teacher", scripted.url, "--out", "a.jsonl"]
         for expected in (120, 10):
-            asked = len(double.asked)
+            asked = len(scripted.bodies)
             assert main([*command, "--samples", "10"]) == 1
-            assert len(double.asked) - asked == expected
+            assert len(scripted.bodies) - asked == expected
             assert "failed: 10 times: " in capsys.readouterr().out
             left = {row["q"] for row in read(here / "a.jsonl") if not row["teacher"]}
             assert left == {bad}
         broken[0] = False
         assert main([*command, "--samples", "10"]) == 0
-        assert [text_of(body) for body in double.asked[130:]] == [bad] * 10
+        assert [text_of(body) for body in scripted.bodies[130:]] == [bad] * 10
     assert all(len(row["teacher"]) == 10 for row in read(here / "a.jsonl"))
 
 
-def test_an_endpoint_that_refuses_every_question_is_not_asked_all(here):
+def test_an_endpoint_that_rejects_all_requests_stops_the_command(here):
     reason = "no such thing as a temperature"
-    with Double(lambda *_: (400, reason)) as double, pytest.raises(TeacherError, match=reason):
-        ask(double.url, "a.jsonl", samples=10, concurrency=2)
-    assert len(double.asked) <= 8 + 2
+    with (
+        ScriptedServer(lambda *_: (400, reason)) as scripted,
+        pytest.raises(TeacherError, match=reason),
+    ):
+        run_distill(scripted.url, "a.jsonl", samples=10, concurrency=2)
+    assert len(scripted.bodies) <= 8 + 2
 
 
-def test_a_teacher_that_went_away_is_not_asked_hundreds_of_times(here):
+def test_consecutive_failures_stop_the_command(here):
     def reply(body, number):
         return (200, f"#{number}") if number < 5 else (500, "out of order")
 
-    with Double(reply) as double, pytest.raises(TeacherError, match="out of order"):
-        ask(double.url, "a.jsonl", samples=100, concurrency=4)
-    # The five, eight failures in a row, and three that were in flight by then.
-    assert len(double.seeds()) <= 5 + 8 + 3
+    with ScriptedServer(reply) as scripted, pytest.raises(TeacherError, match="out of order"):
+        run_distill(scripted.url, "a.jsonl", samples=100, concurrency=4)
+    # Five answers, eight consecutive failures, three requests in flight.
+    assert len(scripted.seeds()) <= 5 + 8 + 3
     assert not (here / "a.jsonl").exists()
     assert len(read(here / "a.distill/responses.jsonl")) == 5
 
 
-def test_parameters_that_an_endpoint_refuses_are_not_sent_again(here):
+def test_parameters_that_an_endpoint_rejects_are_not_sent_again(here):
     def reply(body, number):
         if "seed" in body:
             return 422, "extra fields not permitted: seed"
@@ -438,27 +447,29 @@ def test_parameters_that_an_endpoint_refuses_are_not_sent_again(here):
             return 400, "Unsupported parameter: use 'max_completion_tokens' instead."
         return 200, f"#{number}"
 
-    with Double(reply) as double:
-        summary = ask(double.url, "a.jsonl", samples=2, limit=6, concurrency=2, max_tokens=9)
+    with ScriptedServer(reply) as scripted:
+        summary = run_distill(
+            scripted.url, "a.jsonl", samples=2, limit=6, concurrency=2, max_tokens=9
+        )
     assert (summary["answered"], summary["failed"]) == (12, 0)
-    assert double.answered[-1]["max_completion_tokens"] == 9
-    assert len(double.asked) <= 12 + 2 * 2
+    assert scripted.answered[-1]["max_completion_tokens"] == 9
+    assert len(scripted.bodies) <= 12 + 2 * 2
 
 
-def test_an_account_s_key_is_for_its_own_server(here, monkeypatch):
+def test_the_key_of_an_openai_account_is_sent_to_openai_only(here, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "0123456789-of-an-account")
     monkeypatch.delenv(KEY, raising=False)
-    with Double(lambda body, number: (200, f"#{number}")) as double:
-        ask(double.url, "a.jsonl", samples=1, limit=2)
+    with ScriptedServer(lambda body, number: (200, f"#{number}")) as scripted:
+        run_distill(scripted.url, "a.jsonl", samples=1, limit=2)
         monkeypatch.setenv(KEY, TOKEN)
-        ask(double.url, "b.jsonl", samples=1, limit=2)
-    assert double.keys[2:] == [f"Bearer {TOKEN}"] * 2
-    assert "0123456789-of-an-account" not in str(double.keys)
+        run_distill(scripted.url, "b.jsonl", samples=1, limit=2)
+    assert scripted.keys[2:] == [f"Bearer {TOKEN}"] * 2
+    assert "0123456789-of-an-account" not in str(scripted.keys)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_distillation_goes_on(here, how):
-    """A kill loses what was in flight, and Ctrl-C not even that, whatever it interrupts."""
+def test_a_stopped_distillation_can_be_continued(here, how):
+    """A kill loses the requests in flight, Ctrl-C loses nothing."""
     (here / "slow.py").write_text(
         "import time\ndef reward(completions, **_):\n"
         "    time.sleep(0.2)\n    return [0.0] * len(completions)\n"
@@ -470,19 +481,19 @@ def test_a_stopped_distillation_goes_on(here, how):
         return 200, f"#{number}"
 
     kept = here / "a.distill/responses.jsonl"
-    with Double(reply) as double:
-        command = [sys.executable, "-m", "gft_lite", "distill", "r.yaml", "--teacher", double.url,
+    with ScriptedServer(reply) as scripted:
+        command = [sys.executable, "-m", "gft_lite", "distill", "r.yaml", "--teacher", scripted.url,
                    "--out", "a.jsonl", "--samples", "20", "--concurrency", "4",
                    "reward.functions=[slow:reward]"]  # fmt: skip
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        while len(double.answered) < 8:
+        while len(scripted.answered) < 8:
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.01)
         process.send_signal(how)
         errors = process.communicate(timeout=60)[1]
         pause[0] = 0
         assert not (here / "a.jsonl").exists()
-        before = len(double.asked)
+        before = len(scripted.bodies)
         assert before < 240
         if how == signal.SIGINT:
             assert process.returncode == 130, errors
@@ -492,27 +503,27 @@ def test_a_stopped_distillation_goes_on(here, how):
             assert before - 4 <= kept.read_bytes().count(b"\n") <= before
             with kept.open("ab") as file:
                 file.write(b'{"key": "half')
-        summary = ask(double.url, "a.jsonl", samples=20, concurrency=8)
+        summary = run_distill(scripted.url, "a.jsonl", samples=20, concurrency=8)
         assert (summary["answered"], summary["failed"]) == (240, 0)
-        twice = sum(count - 1 for count in double.seeds().values())
+        twice = sum(count - 1 for count in scripted.seeds().values())
         assert twice <= (0 if how == signal.SIGINT else 4)
-        assert len(double.seeds()) == 240
+        assert len(scripted.seeds()) == 240
     assert sum(len(row["teacher"]) for row in read(here / "a.jsonl")) == 240
 
 
 def test_one_command_at_a_time(here):
-    """A second one on the same file is told so, and asks nothing."""
+    """A second command on the same file is an error and sends no request."""
     second = []
 
     def reply(body, number):
         if not second:
             second.append(None)
-            with pytest.raises(RecipeError, match="must not be in use by another run"):
-                ask(double.url, "a.jsonl", samples=1, limit=2)
-            second[0] = len(double.asked)
+            with pytest.raises(UserError, match="must not be in use by another run"):
+                run_distill(scripted.url, "a.jsonl", samples=1, limit=2)
+            second[0] = len(scripted.bodies)
         return 200, f"#{number}"
 
-    with Double(reply) as double:
-        ask(double.url, "a.jsonl", samples=1, limit=2, concurrency=1)
+    with ScriptedServer(reply) as scripted:
+        run_distill(scripted.url, "a.jsonl", samples=1, limit=2, concurrency=1)
     assert second == [1]
-    assert len(double.asked) == 2
+    assert len(scripted.bodies) == 2

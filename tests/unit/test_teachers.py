@@ -1,4 +1,4 @@
-"""Distillation without a teacher: what is asked, kept, offered, counted and written."""
+"""Distillation without a server: settings, prompts, the answer store, counts, written files."""
 
 from __future__ import annotations
 
@@ -10,44 +10,45 @@ import yaml
 
 from gft_lite.cli import main
 from gft_lite.distillation.answer_store import AnswerStore
-from gft_lite.distillation.console import table
-from gft_lite.distillation.endpoint_teacher import EndpointTeacher, Pace, _read
-from gft_lite.distillation.pipeline import find_teacher, fragment
-from gft_lite.distillation.progress import Distillation, Graded
+from gft_lite.distillation.console import summary_table
+from gft_lite.distillation.data_set import recipe_fragment
+from gft_lite.distillation.endpoint_teacher import EndpointTeacher, RateLimiter, parse_completion
+from gft_lite.distillation.pipeline import find_teacher
+from gft_lite.distillation.progress import Distillation, GradedResponse
 from gft_lite.distillation.teachers import (
     TeacherRequest,
     TeacherResponse,
     TeacherSettings,
-    prompt_text,
+    prompt_settings,
 )
 from gft_lite.recipe.schema import Recipe
 from gft_lite.types import Problem
-from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.errors import UserError
 from gft_lite.utils.openai_client import EndpointError
 
 PROBLEM = Problem("p", "1+1=", "2")
 
 
-def question(key, prompt=()):
+def request(key, prompt=()):
     return TeacherRequest(PROBLEM, prompt, 7, key)
 
 
 def graded(text, right=False, finish_reason="stop", tokens=(10, 100)):
-    return Graded(TeacherResponse(text, finish_reason, *tokens), float(right), "ok", right)
+    return GradedResponse(TeacherResponse(text, finish_reason, *tokens), float(right), "ok", right)
 
 
-def test_what_a_row_is_offered_and_what_is_counted():
-    """Two problems of five questions: the second has one answer, cut off and right."""
-    asking = TeacherSettings(samples=5, price_in=2, price_out=10)
-    work = Distillation(asking, [question(str(i)) for i in range(10)])
-    work.add({"0": graded("b"), "2": graded("a", right=True)})
-    work.add({"1": graded("b"), "3": graded(" \n"), "4": graded("ab", finish_reason="length")})
-    work.add({"7": graded("c", right=True, finish_reason="length", tokens=(0, 50))})
-    work.asked, work.asked_tokens = 3, 250
-    work.failures.update(["no answer", "no answer"])
-    texts = [[g.answer.text for g in work.offered(i)[0]] for i in (0, 1)]
+def test_demonstrations_of_a_row_and_counts():
+    """Two problems with five requests each: the second has one response, truncated and correct."""
+    settings = TeacherSettings(samples=5, price_in=2, price_out=10)
+    state = Distillation(settings, [request(str(i)) for i in range(10)])
+    state.add({"0": graded("b"), "2": graded("a", right=True)})
+    state.add({"1": graded("b"), "3": graded(" \n"), "4": graded("ab", finish_reason="length")})
+    state.add({"7": graded("c", right=True, finish_reason="length", tokens=(0, 50))})
+    state.asked, state.asked_tokens = 3, 250
+    state.failures.update(["no answer", "no answer"])
+    texts = [[g.response.text for g in state.demonstrations(i)[0]] for i in (0, 1)]
     assert texts == [["b", "a"], []]
-    summary = work.summary()
+    summary = state.summary()
     expected = {
         "problems": 2, "wanted": 10, "asked": 3, "failed": 2, "reused": 5, "answered": 6,
         "right": 2, "acceptance": 2 / 6, "problems_without_right_answer": 1, "offered": 2,
@@ -55,29 +56,31 @@ def test_what_a_row_is_offered_and_what_is_counted():
         "completion_tokens": 550, "cost": (50 * 2 + 550 * 10) / 1e6, "verdicts": {"ok": 6},
     }  # fmt: skip
     assert {name: summary[name] for name in expected} == expected
-    shown = dict(zip(*(column.cells for column in table(summary | _NAMES).columns), strict=True))
-    assert shown["right"] == "2 (33.3% of the answers)"
-    assert shown["cost"] == "$0.0056"
+    cells = dict(
+        zip(*(column.cells for column in summary_table(summary | _NAMES).columns), strict=True)
+    )
+    assert cells["right"] == "2 (33.3% of the answers)"
+    assert cells["cost"] == "$0.0056"
 
 
 _NAMES = {"file": "x.jsonl", "teacher": "t"}
 
 
-def test_nothing_answered_has_no_acceptance_and_no_price_no_cost():
-    summary = Distillation(TeacherSettings(samples=1), [question("0")]).summary()
+def test_no_acceptance_without_responses_and_no_cost_without_prices():
+    summary = Distillation(TeacherSettings(samples=1), [request("0")]).summary()
     assert (summary["acceptance"], summary["cost"], summary["answered"]) == (None, None, 0)
-    assert "cost" not in table(summary | _NAMES).columns[0].cells
+    assert "cost" not in summary_table(summary | _NAMES).columns[0].cells
 
 
-def test_a_kill_leaves_whole_answers(tmp_path):
+def test_a_killed_writer_leaves_complete_responses(tmp_path):
     path = tmp_path / "responses.jsonl"
     whole = TeacherResponse("a\n\u2028é", "stop", 3, 4)
-    AnswerStore(path).keep(question("k1"), whole)
+    AnswerStore(path).append(request("k1"), whole)
     path.write_bytes(path.read_bytes() + b'{"key": "k2", "te')
     store = AnswerStore(path)
-    store.keep(question("k3"), whole)
+    store.append(request("k3"), whole)
     again = AnswerStore(path)
-    assert [again.get(question(k)) for k in ("k1", "k2", "k3")] == [whole, None, whole]
+    assert [again.get(request(k)) for k in ("k1", "k2", "k3")] == [whole, None, whole]
 
 
 @pytest.mark.parametrize(
@@ -92,14 +95,14 @@ def test_a_kill_leaves_whole_answers(tmp_path):
         ({"concurrency": "0", "limit": "0"}, "limit: "),
     ],
 )
-def test_wrong_numbers_are_told_by_name(given, error):
-    with pytest.raises(RecipeError) as told:
+def test_an_error_names_each_wrong_setting(given, error):
+    with pytest.raises(UserError) as caught:
         TeacherSettings.from_tree(given)
-    assert error in str(told.value)
-    assert len(told.value.problems) == len(given)
+    assert error in str(caught.value)
+    assert len(caught.value.problems) == len(given)
 
 
-def test_numbers_of_the_command_line_are_numbers():
+def test_settings_from_text():
     assert TeacherSettings.from_tree({"samples": "2", "top_p": "0.9"}) == TeacherSettings(
         samples=2, top_p=0.9
     )
@@ -126,29 +129,29 @@ def test_numbers_of_the_command_line_are_numbers():
         *((broken, None) for broken in ("<html>", {}, {"choices": []}, {"choices": [{}]}, None)),
     ],
 )  # fmt: skip
-def test_what_endpoints_answer(answer, expected):
+def test_completions_are_parsed(answer, expected):
     if expected is None:
-        with pytest.raises(EndpointError, match="no chat completion"):
-            _read(answer)
+        with pytest.raises(EndpointError, match="without a valid chat completion"):
+            parse_completion(answer)
     else:
-        assert _read(answer) == expected
+        assert parse_completion(answer) == expected
 
 
-def test_requests_keep_their_distance():
-    pace = Pace(3000)
+def test_requests_are_spaced_evenly():
+    limiter = RateLimiter(3000)
     start = time.monotonic()
     for _ in range(6):
-        pace.wait()
+        limiter.wait()
     assert time.monotonic() - start >= 5 * 60 / 3000
     start = time.monotonic()
     time.sleep(0.05)
-    for _ in range(2):  # What was not used is not made up for.
-        pace.wait()
+    for _ in range(2):  # An unused interval is not added to later ones.
+        limiter.wait()
     assert time.monotonic() - start >= 0.05 + 60 / 3000
 
 
 @pytest.mark.parametrize(
-    ("system", "asked", "turns"),
+    ("system", "override", "turns"),
     [
         (None, None, ["Q {1}: 1+1="]),
         ("Think.", None, ["Think.", "Q {1}: 1+1="]),
@@ -156,27 +159,27 @@ def test_requests_keep_their_distance():
         ("Think.", "", ["Q {1}: 1+1="]),
     ],
 )
-def test_the_turns_of_a_chat(system, asked, turns):
+def test_the_messages_of_a_chat(system, override, turns):
     prompt = {"style": "chat", "template": "Q {1}: {problem}", "system": system}
     recipe = Recipe.from_tree({"data": {"prompt": prompt}})
     teacher = object.__new__(EndpointTeacher)
-    teacher._prompt = prompt_text(recipe, TeacherSettings(system=asked), "chat")
+    teacher._prompt = prompt_settings(recipe, TeacherSettings(system=override), "chat")
     messages = teacher.prompt(PROBLEM)
     assert [m["content"] for m in messages] == turns
     assert [m["role"] for m in messages] == ["system", "user"][2 - len(turns) :]
 
 
-def test_the_fragment_keeps_what_columns_mean(tmp_path):
+def test_the_fragment_keeps_the_meaning_of_the_columns(tmp_path):
     columns = {"problem": ["q", "o"], "answer": "a.b", "expert": "e", "teacher": ["t1", "teacher"]}
     recipe = Recipe.from_tree({"data": {"source": "x/y", "split": "dev", "columns": columns}})
     path = tmp_path / "x.yaml"
-    path.write_text(fragment(recipe, tmp_path / "out.jsonl", "teacher"))
+    path.write_text(recipe_fragment(recipe, tmp_path / "out.jsonl", "teacher"))
     data = Recipe.load(path).data
     assert (data.source, data.shuffle) == (str(tmp_path / "out.jsonl"), False)
     assert data.columns == recipe.data.columns
-    path.write_text(fragment(recipe, tmp_path / "out.jsonl", "qwen"))
+    path.write_text(recipe_fragment(recipe, tmp_path / "out.jsonl", "qwen"))
     assert Recipe.load(path).data.columns.teacher == ["t1", "teacher", "qwen"]
-    lab = yaml.safe_load(fragment(Recipe(), tmp_path / "o.jsonl", "teacher"))
+    lab = yaml.safe_load(recipe_fragment(Recipe(), tmp_path / "o.jsonl", "teacher"))
     assert lab["data"]["columns"]["expert"] == ["expert"]
 
 
@@ -191,13 +194,13 @@ def test_the_fragment_keeps_what_columns_mean(tmp_path):
         ("ftp://host.example/v1", "TARGET: must be lab, a hub id"),
     ],
 )
-def test_teachers_that_can_not_be_asked(teacher, error, monkeypatch):
+def test_unusable_teachers(teacher, error, monkeypatch):
     monkeypatch.setenv("GFT_LITE_TEACHER_KEY", "0123456789-of-the-teacher")
-    with pytest.raises(RecipeError) as told:
+    with pytest.raises(UserError) as caught:
         find_teacher(teacher, Recipe(), TeacherSettings(), print)
-    assert error in str(told.value)
-    assert "pass" not in str(told.value).replace("password", "")
-    assert "0123456789" not in str(told.value)
+    assert error in str(caught.value)
+    assert "pass" not in str(caught.value).replace("password", "")
+    assert "0123456789" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -211,17 +214,17 @@ def test_teachers_that_can_not_be_asked(teacher, error, monkeypatch):
         (["policy.model=no/such-model"], "policy.model: "),
     ],
 )
-def test_the_command_tells_what_is_wrong(arguments, error, tmp_path, monkeypatch, capsys):
+def test_wrong_arguments_end_in_exit_code_2(arguments, error, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     mine = tmp_path / "mine.jsonl"
-    mine.write_text("not to be touched\n")
+    mine.write_text("do not overwrite\n")
     assert main(["distill", "recipes/lab.yaml", "--teacher", "lab", *arguments]) == 2
     assert error in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine.jsonl"]
-    assert mine.read_text() == "not to be touched\n"
+    assert mine.read_text() == "do not overwrite\n"
 
 
-def test_code_from_elsewhere_needs_leave(tmp_path, monkeypatch, capsys):
+def test_code_from_elsewhere_needs_allow_code(tmp_path, monkeypatch, capsys):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     (tmp_path / "x.yaml").write_text(json.dumps({"reward": {"functions": ["os:system"]}}))
