@@ -1,6 +1,6 @@
-"""Tools around a run: doctor, chat, merge.
+"""Tools for users: `doctor`, `chat`, `merge`.
 
-May import `training` and everything below it.
+May import `training` and everything below it; not `experiments`.
 """
 
-__all__: list[str] = []
+__all__ = ["chat", "doctor", "merge"]

@@ -1,7 +1,8 @@
-"""A quick look at a run, an adapter or a model: ask, and read the answer as it is written."""
+"""`gft-lite chat`: a conversation with a run, an adapter or a model, printed token by token."""
 
 from __future__ import annotations
 
+import io
 import math
 import re
 import sys
@@ -21,19 +22,19 @@ from gft_lite.recipe.sections import PromptSettings
 from gft_lite.rollout.base import Sampling
 from gft_lite.rollout.sampling import make_prompt_format, sample_seed
 from gft_lite.rollout.transformers_engine import draw
-from gft_lite.tools.merge import prompt_of
-from gft_lite.utils.errors import RecipeError
+from gft_lite.tools.merge import prompt_settings_of
+from gft_lite.utils.errors import UserError
 
 HELP = "/base: adapter off or on, and the last question again   /reset   /quit   Ctrl-C: stop"
 MAX_TOKENS = 512
-# What a model writes must not steer the terminal.
+# Control characters in a model's text could change the state of the terminal.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Chat:
-    """A policy that is asked question after question; `on_base` answers without the adapter.
+    """A conversation with a policy; `on_base` switches its adapter off.
 
-    A plain prompt knows of no earlier turns, a chat template does.
+    Earlier turns are part of a chat prompt, but not of a plain one.
     """
 
     def __init__(
@@ -42,28 +43,28 @@ class Chat:
         if target.policy.threads:
             torch.set_num_threads(target.policy.threads)
         self.policy = load_policy(target.policy)
-        usual = prompt_of(target, self.policy.tokenizer)
-        prompt = PromptSettings.model_validate({"style": style}) if style else usual
+        default = prompt_settings_of(target, self.policy.tokenizer)
+        prompt = PromptSettings.model_validate({"style": style}) if style else default
         self.format = make_prompt_format(self.policy, prompt, "prompt")
         self.sampling = sampling
         self.has_adapter = target.adapter is not None
         self.on_base = base or not self.has_adapter
         self.turns: list[tuple[str, str]] = []
         self.question: str | None = None
-        self._asked = 0
+        self._questions = 0
 
     def ask(self, question: str, write: Callable[[str], object]) -> None:
-        """Answer a question, handing over each piece of text as it comes.
+        """Answer a question; `write` gets each piece of text as soon as it is sampled.
 
-        An answer that is broken off is no turn of the conversation.
-        Raises: RecipeError for a prompt that the context has no room for.
+        An interrupted answer does not become a turn of the conversation.
+        Raises: UserError for a prompt that does not fit into the context.
         """
         self.question = question
-        self._asked += 1
+        self._questions += 1
         self._answer(question, write)
 
-    def again(self, write: Callable[[str], object]) -> None:
-        """Answer the last question once more, with the same seed."""
+    def ask_again(self, write: Callable[[str], object]) -> None:
+        """Answer the last question again with the same seed."""
         if self.question is None:
             return
         if self.turns and self.turns[-1][0] == self.question:
@@ -71,44 +72,29 @@ class Chat:
         self._answer(self.question, write)
 
     def reset(self) -> None:
-        """Forget all turns."""
+        """Remove all turns."""
         self.turns, self.question = [], None
 
     def _answer(self, question: str, write: Callable[[str], object]) -> None:
         ids: list[int] = []
-        decoder = DecodeStream(skip_special_tokens=True)
-        for token in self._tokens(self._prompt_ids(question)):
+        decoder = DecodeStream(skip_special_tokens=False)
+        for token in self._sample(self.format.prompt_ids(question, self.turns)):
             ids.append(token)
+            if token in self.policy.eos_ids:
+                break
             if piece := decoder.step(self.policy.tokenizer.backend_tokenizer, token):
                 write(piece)
         self.turns.append((question, self.format.text(ids)))
 
-    def _prompt_ids(self, question: str) -> tuple[int, ...]:
-        ids = self.format.prompt_ids(question)
-        prompt = self.format.prompt
-        if not self.turns or prompt.style == "plain":
-            return ids
-        system = prompt.system
-        messages = [] if system is None else [{"role": "system", "content": system}]
-        for asked, answer in [*self.turns, (question, "")]:
-            text = prompt.template.replace("{problem}", asked)
-            messages += [{"role": "user", "content": text},
-                         {"role": "assistant", "content": answer}]  # fmt: skip
-        return tuple(
-            self.policy.tokenizer.apply_chat_template(
-                messages[:-1], add_generation_prompt=True, return_dict=False
-            )
-        )
-
     @torch.no_grad()
-    def _tokens(self, prompt_ids: tuple[int, ...]) -> Iterator[int]:
-        """The answer's token ids, drawn as rollouts are."""
+    def _sample(self, prompt_ids: tuple[int, ...]) -> Iterator[int]:
+        """Token ids after the prompt, sampled as in rollouts, until the length limit."""
         policy, sampling = self.policy, self.sampling
         room = min(sampling.max_tokens, policy.context - len(prompt_ids))
         if room < 1 or not prompt_ids:
-            rule = f"must have 1 to {policy.context - 1} tokens with all before it"
-            raise RecipeError([f"prompt: {rule}, got {len(prompt_ids)}. /reset forgets the rest."])
-        generator = torch.Generator().manual_seed(sample_seed(0, "chat", self._asked))
+            rule = f"must have 1 to {policy.context - 1} tokens with all earlier turns"
+            raise UserError([f"prompt: {rule}, got {len(prompt_ids)}. /reset removes the turns."])
+        generator = torch.Generator().manual_seed(sample_seed(0, "chat", self._questions))
         cache = DynamicCache(config=policy.config)
         ids = torch.tensor([prompt_ids])
         for _ in range(room):
@@ -116,15 +102,13 @@ class Chat:
                 logits = policy.next_token_logits(ids.to(policy.device), cache).cpu()
             token = int(draw(logits, torch.rand(1, generator=generator), sampling))
             yield token
-            if token in policy.eos_ids:
-                return
             ids = torch.tensor([[token]])
 
 
 def sampling_for(targets: Sequence[Target], temperature: float, tokens: int | None) -> Sampling:
-    """How the one target answers; by default as long as in its run, if it is one.
+    """The sampling settings for the one target; `tokens` defaults to its run's `max_tokens`.
 
-    Raises: RecipeError for what can't be sampled with.
+    Raises: UserError for several targets or values outside their range.
     """
     problems = []
     if len(targets) != 1:
@@ -134,39 +118,41 @@ def sampling_for(targets: Sequence[Target], temperature: float, tokens: int | No
     if tokens is not None and tokens < 1:
         problems.append(f"--max-tokens: must be at least 1, got {tokens}.")
     if problems:
-        raise RecipeError(problems)
+        raise UserError(problems)
     run = targets[0].run
     if tokens is None:
         tokens = Recipe.load(run / "recipe.yaml").rollout.max_tokens if run else MAX_TOKENS
     return Sampling(temperature, max_tokens=tokens)
 
 
-def show(piece: str) -> None:
-    """Write a piece of an answer to standard output, without what would steer a terminal."""
+def write_text(piece: str) -> None:
+    """Write a piece of an answer to standard output, with control characters replaced."""
     sys.stdout.write(_CONTROL.sub("\ufffd", piece))
     sys.stdout.flush()
 
 
 def answer_once(chat: Chat, question: str) -> None:
     """Answer one question on standard output."""
-    chat.ask(question, show)
-    show("\n")
+    chat.ask(question, write_text)
+    write_text("\n")
 
 
-def talk(chat: Chat, console: Console) -> None:
-    """Answer the lines of standard input, from a terminal or not, until it ends."""
+def interact(chat: Chat, console: Console) -> None:
+    """Answer each line of standard input until its end; on a terminal, with a prompt."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # Lone surrogates can't be tokenized.
     terminal = sys.stdin.isatty()
     if terminal:
-        import readline  # noqa: F401  # Gives input() its line editing and history.
+        import readline  # noqa: F401  # Gives input() line editing and a history.
 
         console.print(HELP, style="dim", highlight=False)
     while True:
         try:
-            line = input(_prompt(chat) if terminal else "").strip()
+            line = input(_input_prompt(chat) if terminal else "").strip()
             if line == "/quit":
                 return
             if line:
-                _obey(chat, line, console)
+                _handle_line(chat, line, console)
         except EOFError:
             return
         except KeyboardInterrupt:
@@ -175,12 +161,12 @@ def talk(chat: Chat, console: Console) -> None:
             console.print("\nstopped; Ctrl-D leaves", style="dim")
 
 
-def _prompt(chat: Chat) -> str:
+def _input_prompt(chat: Chat) -> str:
     return "base> " if chat.on_base else "> "
 
 
-def _obey(chat: Chat, line: str, console: Console) -> None:
-    """A command, or a question."""
+def _handle_line(chat: Chat, line: str, console: Console) -> None:
+    """Run a command that begins with "/", or answer a question."""
     try:
         if line == "/reset":
             chat.reset()
@@ -190,11 +176,11 @@ def _obey(chat: Chat, line: str, console: Console) -> None:
             name = "the base alone" if chat.on_base else "with the adapter"
             console.print(name, style="dim")
             if chat.has_adapter and chat.question is not None:
-                chat.again(show)
-                show("\n")
+                chat.ask_again(write_text)
+                write_text("\n")
         elif line.startswith("/"):
             console.print(HELP, style="dim", highlight=False)
         else:
             answer_once(chat, line)
-    except RecipeError as error:
+    except UserError as error:
         console.print(str(error), markup=False, highlight=False)

