@@ -5,20 +5,27 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from gft_lite.cli.common import DONE, add_allow_code, refuse_foreign_models
+from gft_lite.cli.common import (
+    DONE,
+    MAX_TOKENS,
+    add_allow_code,
+    check_model_trust,
+    non_negative,
+    whole_number,
+)
 from gft_lite.recipe.sections import PolicySettings
 
 
 def add(commands: Any) -> None:
-    """Tell argparse of the command."""
+    """Add the command to the parser."""
     parser = commands.add_parser("chat", help="ask a run, an adapter or a model, for a quick look")
     parser.add_argument("target", metavar="TARGET", help="lab, a hub id, or the folder of a "
                         "model, an adapter or a run; RUN@step-N is a checkpoint")  # fmt: skip
     parser.add_argument("--prompt", metavar="TEXT", help="answer this one, and leave")
     parser.add_argument("--base", action="store_true", help="begin with the adapter off")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T",
+    parser.add_argument("--temperature", type=non_negative, default=0.0, metavar="T",
                         help="default: 0, the likeliest token each time")  # fmt: skip
-    parser.add_argument("--max-tokens", type=int, metavar="N",
+    parser.add_argument("--max-tokens", type=whole_number(1, MAX_TOKENS), metavar="N",
                         help="of an answer (default: as in the run, or 512)")  # fmt: skip
     parser.add_argument("--style", choices=["plain", "chat"], help="of the prompt (default: as in "
                         "the run, else chat where the model has a template)")  # fmt: skip
@@ -29,16 +36,16 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run it; returns the exit code."""
+    """Run the command and return its exit code."""
     from gft_lite.evaluation.targets import find_targets
 
-    asked = {"quantization": options.quantization} if options.quantization else {}
-    targets = find_targets([options.target], PolicySettings.model_validate(asked))
+    given = {"quantization": options.quantization} if options.quantization else {}
+    targets = find_targets([options.target], PolicySettings.model_validate(given))
     if not options.allow_code:
-        refuse_foreign_models(targets)
+        check_model_trust(targets)
     from rich.console import Console
 
-    from gft_lite.tools.chat import Chat, answer_once, sampling_for, talk
+    from gft_lite.tools.chat import Chat, answer_once, interact, sampling_for
 
     sampling = sampling_for(targets, options.temperature, options.max_tokens)
     console = Console(stderr=True)
@@ -47,5 +54,5 @@ def run(options: argparse.Namespace) -> int:
     if options.prompt is not None:
         answer_once(chat, options.prompt)
     else:
-        talk(chat, console)
+        interact(chat, console)
     return DONE

@@ -1,22 +1,30 @@
-"""What several commands share: exit codes, arguments, and the question of whose code may run."""
+"""Shared by the commands: exit codes, common arguments, argument types, checks of trust."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal
 
 from gft_lite.recipe.schema import Recipe
+from gft_lite.utils.errors import short_repr
+from gft_lite.utils.files import check_output_path
 
 if TYPE_CHECKING:
     from gft_lite.evaluation.targets import Target
 
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+MAX_SEEDS = 1000  # Of a sweep or study, each of them a run.
+MAX_TOKENS = 1 << 20  # Of an answer.
+
+
+# --- arguments -------------------------------------------------------------------------------
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
-    """A recipe and what to change in it."""
+    """Add the arguments RECIPE and key=value."""
     parser.add_argument("recipe", help="a recipe file, or a shipped one: recipes/lab.yaml")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="optim.lr=1e-5 group.self=6"
@@ -24,23 +32,64 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def add_allow_code(parser: argparse.ArgumentParser) -> None:
-    """Leave to run other people's code."""
+    """Add the flag --allow-code."""
     words = "run code that a file from outside the working directory names"
     parser.add_argument("--allow-code", action="store_true", help=words)
 
 
-def refuse_foreign_recipe(options: argparse.Namespace, recipe: Recipe) -> None:
-    """Without --allow-code no recipe from elsewhere may name code."""
+def whole_number(low: int, high: int) -> Callable[[str], int]:
+    """The type of an argument that is a whole number from `low` to `high`."""
+
+    def convert(text: str) -> int:
+        rule = f"must be a whole number from {low:,} to {high:,}, got {short_repr(text)}"
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(rule) from None
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(rule)
+        return value
+
+    return convert
+
+
+def non_negative(text: str) -> float:
+    """The type of an argument that is a finite number and at least 0."""
+    rule = f"must be a number and at least 0, got {short_repr(text)}"
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(rule) from None
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(rule)
+    return value
+
+
+def output_path(flag: str, kind: Literal["folder", "file"]) -> Callable[[str], str]:
+    """The type of the argument `flag`, a folder or file that the command writes."""
+
+    def convert(text: str) -> str:
+        check_output_path(text, flag, kind)
+        return text
+
+    return convert
+
+
+# --- trust -----------------------------------------------------------------------------------
+
+
+def check_recipe_trust(options: argparse.Namespace, recipe: Recipe) -> None:
+    """Raises: UserError if a recipe from elsewhere names code and --allow-code is not given."""
     if not options.allow_code:
-        from gft_lite.cli.trust import named_code, refuse_foreign_code
+        from gft_lite.cli.trust import check_code_trust, named_code
 
-        refuse_foreign_code(named_code(recipe), [options.recipe])
+        check_code_trust(named_code(recipe), [options.recipe])
 
 
-def refuse_foreign_models(targets: Sequence[Target]) -> None:
-    """Without --allow-code no run from elsewhere may name a model whose code is trusted."""
-    from gft_lite.cli.trust import refuse_foreign_code, remote_code
+def check_model_trust(targets: Sequence[Target]) -> None:
+    """Raises: UserError if the recipe of a run from elsewhere trusts the code of a model."""
+    from gft_lite.cli.trust import check_code_trust, remote_code
 
     for target in targets:
         if target.run:
-            refuse_foreign_code(remote_code(target.policy), [target.run / "recipe.yaml"])
+            check_code_trust(remote_code(target.policy), [target.run / "recipe.yaml"])

@@ -1,4 +1,4 @@
-"""The entry point of `gft-lite`: arguments, commands, and errors as exit codes."""
+"""The entry point of `gft-lite`: parses arguments, runs a command, maps errors to exit codes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from gft_lite.cli import (
     chat,
@@ -24,7 +25,7 @@ from gft_lite.cli import (
 )
 from gft_lite.cli.common import FAILED, INTERRUPTED, WRONG_INPUT
 from gft_lite.rewards.base import RewardError
-from gft_lite.utils.errors import UserError
+from gft_lite.utils.errors import UserError, short_repr
 from gft_lite.utils.secrets import redact
 from gft_lite.version import __version__
 
@@ -42,42 +43,84 @@ COMMANDS = (
     methods,
     lab,
 )
+# Set by `accelerate launch` for each process.
+_RANK_VARIABLES = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns 0 done, 2 the user's input is wrong, 1 we failed, 130 interrupted."""
+    """Run a command and return its exit code.
+
+    0: done; 2: the user's input is wrong; 1: any other failure; 130: interrupted. argparse raises
+    SystemExit with the code for --help and for arguments that it cannot parse.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # Not every locale has every character.
-    options, rest = _parser().parse_known_args(arguments)
-    # argparse takes positionals in one block only; overrides may stand after flags too.
-    stray = [word for word in rest if word.startswith("-") or "=" not in word]
-    if stray:
-        _parser().error(f"unrecognized arguments: {' '.join(stray)}")
-    if hasattr(options, "overrides"):
-        options.overrides += rest
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and options.run is not train.run:
-        _parser().error("only train runs in several processes")
-    # Traceback or not is the choice of who debugs, not of who types a recipe.
-    debug = bool(os.environ.get("GFT_LITE_DEBUG"))
+    options = argparse.Namespace()
     try:
+        options = _parse(sys.argv[1:] if arguments is None else arguments)
         return options.run(options)
-    except (UserError, RewardError) as error:  # The latter while the user's function ran.
+    # A RewardError comes from the user's reward function while it runs.
+    except (UserError, RewardError) as error:
         print(redact(str(error)), file=sys.stderr)
         return WRONG_INPUT
     except KeyboardInterrupt:
-        again = getattr(options, "again", "continue with --resume")
-        print(f"interrupted; {again}", file=sys.stderr)
+        print(f"interrupted; {getattr(options, 'again', 'continue with --resume')}",
+              file=sys.stderr)  # fmt: skip
         return INTERRUPTED
     except Exception as error:
-        if debug:
+        # Developers set the variable to see the traceback.
+        if os.environ.get("GFT_LITE_DEBUG"):
             raise
         print(redact(f"{type(error).__name__}: {error}"), file=sys.stderr)
         print("GFT_LITE_DEBUG=1 shows where.", file=sys.stderr)
         return FAILED
 
 
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Raises: UserError or SystemExit for arguments and variables that are not valid."""
+    for text in arguments:
+        # Bytes that are not UTF-8 arrive as lone surrogates, which cannot be written to files.
+        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise UserError([f"arguments: must be UTF-8, got {short_repr(text)}. Rename the file."])
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse accepts positional arguments in one block only; overrides may follow flags.
+    unknown = [word for word in rest if word.startswith("-") or "=" not in word]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(map(short_repr, unknown))}")
+    if rest and not hasattr(options, "overrides"):
+        parser.error(f"unrecognized arguments: {' '.join(map(short_repr, rest))}")
+    if rest:
+        options.overrides += rest
+    numbers = {name: _number(name, low) for name, low in _RANK_VARIABLES.items()}
+    if numbers["WORLD_SIZE"] > 1 and options.run is not train.run:
+        parser.error("only train runs in several processes")
+    return options
+
+
+def _number(name: str, low: int) -> int:
+    """The value of an environment variable, `low` if it is not set. Raises: UserError."""
+    text = os.environ.get(name, str(low))
+    try:
+        value = int(text)
+    except ValueError:
+        value = low - 1
+    if value < low:
+        rule = f"must be a whole number and at least {low}"
+        raise UserError([f"{name}: {rule}, got {short_repr(text)}. Unset the variable."])
+    return value
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports an error on one line, as the rest of the program does."""
+
+    def error(self, message: str) -> NoReturn:
+        line = " ".join(message.removeprefix("argument ").split())
+        self.exit(WRONG_INPUT, f"{line}. See {self.prog} --help.\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="gft-lite", description="Group Fine-Tuning of language models on one GPU."
     )
     parser.add_argument("--version", action="version", version=f"gft-lite {__version__}")

@@ -6,11 +6,11 @@ import argparse
 import os
 from typing import Any
 
-from gft_lite.cli.common import DONE, add_allow_code, refuse_foreign_models
+from gft_lite.cli.common import DONE, add_allow_code, check_model_trust, output_path
 
 
 def add(commands: Any) -> None:
-    """Tell argparse of the command."""
+    """Add the command to the parser."""
     words = "evaluate models, adapters, runs or their checkpoints, and compare them"
     parser = commands.add_parser("eval", help=words)
     parser.add_argument(
@@ -21,7 +21,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--suite", required=True, metavar="NAME|FILE",
                         help="paper, retention, diversity, lab, or your own YAML")  # fmt: skip
     parser.add_argument("--data-dir", metavar="DIR", help="NAME.jsonl there replaces the hub")
-    parser.add_argument("--out", metavar="DIR",
+    parser.add_argument("--out", type=output_path("--out", "folder"), metavar="DIR",
                         help="default: evals/SUITE, or eval/SUITE in the one run")  # fmt: skip
     parser.add_argument("--regrade", action="store_true",
                         help="grade the responses in --out again, without a model")  # fmt: skip
@@ -38,7 +38,7 @@ _SUITE_FLAGS = {
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run it; returns the exit code."""
+    """Run the command and return its exit code."""
     targets = [t for t in options.targets if "=" not in t or os.path.exists(t)]
     overrides = [t for t in options.targets if t not in targets] + options.overrides
     for flag, key in _SUITE_FLAGS.items():
@@ -49,11 +49,11 @@ def run(options: argparse.Namespace) -> int:
 
     suite = Suite.load(options.suite, overrides)
     if not options.allow_code:
-        from gft_lite.cli.trust import named_code, refuse_foreign_code
+        from gft_lite.cli.trust import check_code_trust, named_code
         from gft_lite.evaluation.targets import find_targets
 
-        refuse_foreign_code(named_code(suite), filter(os.path.isfile, [options.suite]))
-        refuse_foreign_models(find_targets(targets, suite.policy))
+        check_code_trust(named_code(suite), filter(os.path.isfile, [options.suite]))
+        check_model_trust(find_targets(targets, suite.policy))
     from rich.console import Console
 
     from gft_lite.evaluation.evaluator import evaluate

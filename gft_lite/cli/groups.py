@@ -5,27 +5,34 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from gft_lite.cli.common import DONE, add_allow_code, add_recipe, refuse_foreign_recipe
+from gft_lite.cli.common import (
+    DONE,
+    add_allow_code,
+    add_recipe,
+    check_recipe_trust,
+    output_path,
+    whole_number,
+)
 from gft_lite.recipe.schema import Recipe
 
 
 def add(commands: Any) -> None:
-    """Tell argparse of the command."""
+    """Add the command to the parser."""
     words = "sample and score a recipe's groups once, for training without rollouts"
     parser = commands.add_parser("groups", help=words)
     add_recipe(parser)
-    parser.add_argument("--out", metavar="DIR",
+    parser.add_argument("--out", type=output_path("--out", "folder"), metavar="DIR",
                         help="default: the recipe's group.offline, else groups/NAME")  # fmt: skip
-    parser.add_argument("--visits", type=int, default=1, metavar="N",
+    parser.add_argument("--visits", type=whole_number(1, 1000), default=1, metavar="N",
                         help="draw at most N groups of each problem (default: 1)")  # fmt: skip
     add_allow_code(parser)
     parser.set_defaults(run=run, again="the same command continues")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run it; returns the exit code."""
+    """Run the command and return its exit code."""
     recipe = Recipe.load(options.recipe, options.overrides)
-    refuse_foreign_recipe(options, recipe)
+    check_recipe_trust(options, recipe)
     from rich.console import Console
 
     from gft_lite.training.presample import presample

@@ -10,7 +10,7 @@ from gft_lite.recipe.schema import Recipe
 
 
 def add(commands: Any) -> None:
-    """Tell argparse of the command."""
+    """Add the command to the parser."""
     parser = commands.add_parser("methods", help="the table of training methods")
     parser.set_defaults(run=run)
 
@@ -26,7 +26,7 @@ Numbers are defaults: group, objective and optim.lr in the recipe change them.\
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run it; returns the exit code."""
+    """Run the command and return its exit code."""
     from rich.console import Console
     from rich.table import Table
 

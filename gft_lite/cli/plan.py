@@ -10,7 +10,7 @@ from gft_lite.recipe.schema import Recipe
 
 
 def add(commands: Any) -> None:
-    """Tell argparse of the command."""
+    """Add the command to the parser."""
     parser = commands.add_parser("plan", help="how much memory a recipe takes, and what fits")
     add_recipe(parser)
     parser.add_argument("--gpu", metavar="SIZE|NAME", help="8GiB, rtx4090, h200 (default: the "
@@ -20,7 +20,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run it; returns the exit code."""
+    """Run the command and return its exit code."""
     recipe = Recipe.load(options.recipe, options.overrides)
     from gft_lite.planning.planner import CARDS, plan_for, what_would_fit
 
@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     from gft_lite.planning import tables as plan_table
 
     console = Console()
-    console.print(plan_table.headline(plan.job), highlight=False)
+    console.print(plan_table.headline(plan.model), highlight=False)
     for table in (
         plan_table.components(plan, options.gpu),
         plan_table.settings(plan),
@@ -47,6 +47,6 @@ def run(options: argparse.Namespace) -> int:
     for problem in plan.problems:
         console.print(f"does not fit: {problem}", highlight=False)
     if plan.problems:
-        fitting = what_would_fit(plan.job, plan.limit)
+        fitting = what_would_fit(plan.model, plan.limit)
         console.print(f"would fit: {fitting}", highlight=False, soft_wrap=True)
     return DONE

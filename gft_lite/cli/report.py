@@ -6,18 +6,24 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from gft_lite.cli.common import DONE, add_allow_code
+from gft_lite.cli.common import DONE, add_allow_code, output_path, whole_number
 from gft_lite.recipe.schema import Recipe
 
 
 def add(commands: Any) -> None:
-    """Tell argparse of the command."""
+    """Add the command to the parser."""
     parser = commands.add_parser("report", help="runs and sweeps as one page to read and browse")
     parser.add_argument("folders", nargs="+", metavar="RUN_OR_SWEEP", help="their folders")
-    parser.add_argument("--out", metavar="FILE", default="report.html",
+    parser.add_argument("--out", type=output_path("--out", "file"), metavar="FILE",
+                        default="report.html",
                         help="default: report.html")  # fmt: skip
-    parser.add_argument("--plots", metavar="DIR", help="every plot as SVG and PNG as well")
-    parser.add_argument("--groups", type=int, default=8, metavar="N",
+    parser.add_argument(
+        "--plots",
+        type=output_path("--plots", "folder"),
+        metavar="DIR",
+        help="every plot as SVG and PNG as well",
+    )
+    parser.add_argument("--groups", type=whole_number(0, 10**6), default=8, metavar="N",
                         help="groups shown of each step shown (default: 8)")  # fmt: skip
     parser.add_argument("--no-tokens", dest="tokens", action="store_false",
                         help="load no model: groups without p of each token")  # fmt: skip
@@ -26,14 +32,14 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run it; returns the exit code."""
+    """Run the command and return its exit code."""
     from gft_lite.report.page import write_report
 
     if options.tokens and not options.allow_code:
-        from gft_lite.cli.trust import refuse_foreign_code, remote_code
+        from gft_lite.cli.trust import check_code_trust, remote_code
 
         for file in (f for folder in options.folders for f in Path(folder).rglob("recipe.yaml")):
-            refuse_foreign_code(remote_code(Recipe.load(file).policy), [file])
+            check_code_trust(remote_code(Recipe.load(file).policy), [file])
     page = write_report(
         options.folders, options.out, plots=options.plots, tokens=options.tokens,
         groups=options.groups,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from gft_lite.cli.common import DONE, FAILED, add_allow_code
+from gft_lite.cli.common import DONE, FAILED, MAX_SEEDS, add_allow_code, output_path, whole_number
 
 
 def add(commands: Any) -> None:
-    """Tell argparse of the command."""
+    """Add the command to the parser."""
     parser = commands.add_parser("sweep", help="a run at every point of a grid, with several seeds")
     parser.add_argument("recipe", help="a sweep file such as recipes/sweeps/tau.yaml, or a recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes every run")
@@ -18,19 +18,31 @@ def add(commands: Any) -> None:
         help="objective.tau=0,0.5,1; group=6:2,4:4 is demonstrations:self; "
         "optim.lr={log: [1e-4, 1e-2]} with --random; may be given several times",
     )  # fmt: skip
-    parser.add_argument("--seeds", type=int, metavar="N", help="runs at each point (default: 1)")
-    parser.add_argument("--random", type=int, metavar="N", help="draw so many points of the grid")
-    parser.add_argument("--jobs", type=int, metavar="N",
+    parser.add_argument(
+        "--seeds",
+        type=whole_number(1, MAX_SEEDS),
+        metavar="N",
+        help="runs at each point (default: 1)",
+    )
+    parser.add_argument(
+        "--random", type=whole_number(1, 10**5), metavar="N", help="draw so many points of the grid"
+    )
+    parser.add_argument("--jobs", type=whole_number(1, 1024), metavar="N",
                         help="runs at a time (default: 1; with ray what fits)")  # fmt: skip
     parser.add_argument("--launcher", default="local", metavar="NAME", help="local or ray")
-    parser.add_argument("--out", metavar="DIR", help="default: runs/sweeps/NAME")
+    parser.add_argument(
+        "--out",
+        type=output_path("--out", "folder"),
+        metavar="DIR",
+        help="default: runs/sweeps/NAME",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the sweep's runs and stop")
     add_allow_code(parser)
     parser.set_defaults(run=run, again="the same command continues")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run it; returns the exit code."""
+    """Run the command and return its exit code."""
     from gft_lite.experiments.sweep_config import Sweep, grid_override
 
     overrides = [*(f"overrides.{text}" for text in options.overrides),
@@ -45,19 +57,20 @@ def run(options: argparse.Namespace) -> int:
             print(f"# {trial.name}")
         return DONE
     if not options.allow_code:
-        from gft_lite.cli.trust import named_code, refuse_foreign_code
+        from gft_lite.cli.trust import check_code_trust, named_code
 
         code = (line for trial in plan.trials() for line in named_code(trial.recipe))
         recipes = plan.model_dump()["grid"].get("recipe", [])
-        refuse_foreign_code(code, [options.recipe, plan.recipe, *recipes])
+        check_code_trust(code, [options.recipe, plan.recipe, *recipes])
     from rich.console import Console
 
-    from gft_lite.experiments.sweep_runner import sweep, table
+    from gft_lite.experiments.sweep_results import results_by_settings
+    from gft_lite.experiments.sweep_runner import sweep
 
     folder = sweep(plan, options.out, jobs=options.jobs, launcher=options.launcher)
     results = folder.results()
     console = Console()
-    means = table(results)
+    means = results_by_settings(results)
     console.print(means.title, style="bold", highlight=False)
     console.print(means.rich(console.width))
     failed = [trial for trial in results["trials"] if trial["state"] == "failed"]

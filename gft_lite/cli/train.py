@@ -5,15 +5,20 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from gft_lite.cli.common import DONE, add_allow_code, add_recipe, refuse_foreign_recipe
+from gft_lite.cli.common import DONE, add_allow_code, add_recipe, check_recipe_trust, output_path
 from gft_lite.recipe.schema import Recipe
 
 
 def add(commands: Any) -> None:
-    """Tell argparse of the command."""
+    """Add the command to the parser."""
     parser = commands.add_parser("train", help="train as a recipe says")
     add_recipe(parser)
-    parser.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/NAME)")
+    parser.add_argument(
+        "--out",
+        type=output_path("--out", "folder"),
+        metavar="DIR",
+        help="the run's folder (default: runs/NAME)",
+    )
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
     add_allow_code(parser)
@@ -21,12 +26,12 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run it; returns the exit code."""
+    """Run the command and return its exit code."""
     recipe = Recipe.load(options.recipe, options.overrides)
     if options.dry_run:
         print(recipe.to_yaml(), end="")
         return DONE
-    refuse_foreign_recipe(options, recipe)
+    check_recipe_trust(options, recipe)
     from rich.console import Console
 
     from gft_lite.runs.folder import WorkerRunFolder

@@ -1,5 +1,4 @@
-"""Whose code a recipe may run, and whose servers it may use: the user's own, and anybody else's
-once the user has agreed."""
+"""Code and servers that a recipe names: those of files from elsewhere need `--allow-code`."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import PolicySettings
 from gft_lite.rewards.registry import REWARDS
 from gft_lite.rollout.registry import ENGINES
-from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.errors import UserError
 from gft_lite.utils.paths import PACKAGE
 
 if TYPE_CHECKING:
@@ -23,22 +22,22 @@ if TYPE_CHECKING:
 _SHIPPED = (PACKAGE.parent / "recipes", PACKAGE.parent / "configs", PACKAGE / "shipped")
 
 
-def refuse_foreign_code(code: Iterable[str], files: Iterable[str | Path]) -> None:
-    """Refuse `code`, named by `files`, if anything of them was written by somebody else.
+def check_code_trust(code: Iterable[str], files: Iterable[str | Path]) -> None:
+    """Check that `code`, which `files` name, may run without --allow-code.
 
-    That is what lies outside the working directory and is not shipped, as a file or as a base
-    that it extends. Raises: RecipeError with all the code that would run.
+    Raises: UserError with all the code that would run if one of the files, or a base that it
+    extends, is outside the working directory and not shipped.
     """
     named = list(dict.fromkeys(code))
-    foreign = sorted({file for path in files for file in _sources(path) if not _ours(file)})
+    foreign = sorted({file for path in files for file in _sources(path) if not _is_trusted(file)})
     if named and foreign:
         rule = "must be given to run code or use servers that a file from elsewhere may name"
         got = f"got {', '.join(foreign)} with {', '.join(named)}"
-        raise RecipeError([f"--allow-code: {rule}, {got}. Look at it, then add --allow-code."])
+        raise UserError([f"--allow-code: {rule}, {got}. Look at it, then add --allow-code."])
 
 
 def named_code(settings: Recipe | Suite) -> Iterator[str]:
-    """`field: dotted path` of everything that would run and is not in our tables, and servers."""
+    """`field: dotted path` of all code that is not in a table of the package, and all servers."""
     named = [("rollout.engine", settings.rollout.engine, set(ENGINES))]
     named += [("reward.functions", f.name, set(REWARDS)) for f in settings.reward.functions]
     if isinstance(settings, Recipe):
@@ -53,17 +52,17 @@ def named_code(settings: Recipe | Suite) -> Iterator[str]:
 
 
 def remote_code(policy: PolicySettings) -> Iterator[str]:
-    """The code that comes with a model, where the settings trust it."""
+    """The code in the model's repository, if the settings trust it."""
     if policy.trust_remote_code:
         yield f"policy.trust_remote_code: true, the code of {policy.model}"
 
 
 def _sources(path: str | Path) -> set[str]:
-    """The files that a file's values were written in: itself and what it extends."""
+    """The file and all files that it extends."""
     places = gather(find_recipe(path))[1]
     return {place.file for place in places.values()} - {COMMAND_LINE}
 
 
-def _ours(file: str) -> bool:
-    found = Path(file).resolve()
-    return any(found.is_relative_to(root.resolve()) for root in (Path.cwd(), *_SHIPPED))
+def _is_trusted(file: str) -> bool:
+    path = Path(file).resolve()
+    return any(path.is_relative_to(root.resolve()) for root in (Path.cwd(), *_SHIPPED))

@@ -17,7 +17,7 @@ from gft_lite.rewards.base import RewardFunction
 from gft_lite.rewards.registry import REWARDS
 from gft_lite.rewards.scorer import Scorer
 from gft_lite.types import Group, Problem, Response
-from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.errors import RecipeError, UserError
 from gft_lite.utils.secrets import find_secret, redact
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,15 +123,15 @@ def test_with_allow_code_it_runs(here, capsys):
 
 
 def test_ones_own_code_and_foreign_recipes_without_code_need_no_flag(here):
-    from gft_lite.cli.trust import named_code, refuse_foreign_code
+    from gft_lite.cli.trust import check_code_trust, named_code
 
     own = write(here / "sub" / "other.yaml", "reward: {functions: 'other:reward'}\n")
     plain = write(here.parent / "downloads" / "x.yaml", "extends: recipes/lab.yaml\nseed: 5\n")
     for path in (own, plain, "recipes/lab.yaml", ROOT / "recipes" / "lab.yaml"):
-        refuse_foreign_code(named_code(Recipe.load(path)), [path])
+        check_code_trust(named_code(Recipe.load(path)), [path])
     assert list(named_code(Recipe.load(own))) == ["reward.functions: other:reward"]
-    with pytest.raises(RecipeError, match="--allow-code"):
-        refuse_foreign_code(named_code(Recipe.load(own)), [own, plain])
+    with pytest.raises(UserError, match="--allow-code"):
+        check_code_trust(named_code(Recipe.load(own)), [own, plain])
 
 
 def test_a_suite_and_a_run_from_elsewhere_need_allow_code(here, capsys):
