@@ -1,7 +1,7 @@
-"""What training and rollouts take of the memory, by formulas.
+"""Peak memory of training and of rollouts, by formulas.
 
-No torch here, so that `gft-lite plan` answers at once. tests/integration/test_memory_measured.py
-holds the formulas against measured peaks; what is marked as an estimate was not measured.
+tests/integration/test_memory_measured.py compares the formulas with measured peaks. Constants
+marked "estimate" were not measured.
 """
 
 from __future__ import annotations
@@ -14,47 +14,57 @@ from typing import Literal
 from gft_lite.objective.methods import METHODS
 from gft_lite.planning.model_shape import ModelShape
 from gft_lite.recipe.schema import Recipe
-from gft_lite.utils.errors import RecipeError, nearest
+from gft_lite.utils.errors import UserError, nearest
 from gft_lite.utils.memory import GIB, LOGIT_CHUNK_BYTES
 
-CONTEXT = int(0.6 * GIB)  # Estimate: CUDA's context and its libraries' workspaces.
-FRAGMENTATION = 0.08  # Estimate: what torch's allocator on CUDA holds beyond what is in use.
-# glibc keeps freed blocks of up to 32 MiB: the most that we measured, of what a micro-batch takes.
-# With MALLOC_MMAP_THRESHOLD_=65536 there is none of it, and steps take half as long again.
-HEAP = 2.5
-ENGINE_TOKENS = 8192  # Estimate: vLLM tries a forward of so many tokens when it starts.
-GRAPHS = int(0.6 * GIB)  # Estimate: vLLM's CUDA graphs with LoRA, which stay while it sleeps.
-ASLEEP = int(0.3 * GIB)  # Estimate: what else it keeps on the card then.
-# Estimates: GiB that the driver leaves of the nominal size, rounded down.
+CUDA_CONTEXT_BYTES = int(0.6 * GIB)  # Estimate: CUDA context and workspaces of its libraries.
+# Estimate: memory that torch's CUDA allocator holds beyond the memory in use, as a share of it.
+FRAGMENTATION = 0.08
+# glibc keeps freed blocks of up to 32 MiB: the largest measured multiple of what a micro-batch
+# takes. MALLOC_MMAP_THRESHOLD_=65536 avoids it and makes steps half as long again.
+GLIBC_HEAP_FACTOR = 2.5
+VLLM_PROFILE_TOKENS = 8192  # Estimate: tokens of the forward that vLLM profiles at its start.
+CUDA_GRAPH_BYTES = int(0.6 * GIB)  # Estimate: vLLM's CUDA graphs with LoRA, kept during sleep.
+VLLM_SLEEP_BYTES = int(0.3 * GIB)  # Estimate: what else vLLM keeps on the card during sleep.
+# GiB of memory that the driver leaves of the nominal size, rounded down (estimates).
 GPUS = {
     "rtx3060": 12, "rtx3090": 24, "rtx4060": 8, "rtx4070": 12, "rtx4080": 16, "rtx4090": 24,
     "rtx5080": 16, "rtx5090": 32, "t4": 15, "l4": 22, "a10": 22, "l40s": 44, "a6000": 48,
     "a100-40": 39, "a100": 79, "h100": 79, "h200": 139,
 }  # fmt: skip
+MAX_SIZE = 1024**2 * GIB  # Larger sizes are typing errors.
 
 Device = Literal["cuda", "cpu"]
-Components = dict[str, int]
+Components = dict[str, int]  # Bytes by component.
 
 
 def parse_size(text: str, field: str = "--gpu") -> int:
-    """Bytes of a size such as 8GiB or 24GB, or of a GPU's memory by its name."""
+    """Bytes of a size such as 8GiB or 24GB, or of a GPU's memory by its name.
+
+    Raises: UserError that names `field`.
+    """
     if found := re.fullmatch(r"(\d+(?:\.\d+)?) ?([GM])(i?)B", text, re.IGNORECASE):
-        unit = 1024 if found[3] else 1000
-        return int(float(found[1]) * unit ** (3 if found[2] in "gG" else 2))
+        unit = (1024 if found[3] else 1000) ** (3 if found[2] in "gG" else 2)
+        amount = float(found[1])
+        if not 1 <= amount * unit <= MAX_SIZE:
+            rule = f"must be larger than 0 and at most {MAX_SIZE // GIB} GiB"
+            raise UserError([f"{field}: {rule}, got {text!r}. Give the size of a GPU's memory."])
+        return int(amount * unit)
     name = text.lower().replace(" ", "")
     if name in GPUS:
         return GPUS[name] * GIB
     close = nearest(name, GPUS)
     hint = f"Did you mean {close}?" if close else f"Known names: {', '.join(GPUS)}."
     rule = "must be a size such as 24GiB or a GPU's name"
-    raise RecipeError([f"{field}: {rule}, got {text!r}. {hint}"])
+    raise UserError([f"{field}: {rule}, got {text!r}. {hint}"])
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A micro-batch: its tokens, those of responses, and the keys that attention gathers.
+    """A micro-batch: all its tokens, its response tokens, and the keys that attention gathers.
 
-    `mask_cells` are cells of the masks that each layer keeps for its backward (CPU only).
+    `mask_cells` are the cells of the attention masks that each layer saves for the backward pass
+    (CPU only).
     """
 
     tokens: int
@@ -65,8 +75,11 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The settings that the plan is about; `gradient_checkpointing` is a number of layers,
-    `gpu_memory` is vLLM's share of the card, 0 where it has none."""
+    """A value for every setting that the plan decides.
+
+    `gradient_checkpointing` is a number of layers, `gpu_memory` vLLM's share of the card, 0
+    without vLLM.
+    """
 
     micro_batch_tokens: int
     gradient_checkpointing: int
@@ -78,11 +91,10 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """A recipe's training of a model on a kind of device: all bytes follow from it.
+class MemoryModel:
+    """Bytes that the training of a model by a recipe takes on a kind of device.
 
-    T are the tokens of a micro-batch, L the model's layers, e the bytes of an element; `card` is
-    the GPU's whole memory, of which vLLM takes a share.
+    `card` is the GPU's whole memory in bytes, of which vLLM takes a share.
     """
 
     shape: ModelShape
@@ -92,23 +104,23 @@ class Job:
 
     @property
     def element(self) -> int:
-        """Bytes of an activation, and of a weight that isn't quantised."""
+        """Bytes of an activation and of an unquantised weight."""
         return 4 if self.recipe.policy.resolved_dtype(self.device) == "float32" else 2
 
     @property
     def context(self) -> int:
-        """The most tokens of prompt and response together."""
+        """Tokens of the longest sequence that the model accepts."""
         return min(self.recipe.policy.context or self.shape.context, self.shape.context)
 
     @property
     def prompt(self) -> int:
-        """The most tokens of a prompt."""
-        room = max(1, self.context - self.recipe.rollout.max_tokens - 1)
-        return min(self.recipe.data.max_prompt_tokens or room, room)
+        """Tokens of the longest prompt."""
+        available = max(1, self.context - self.recipe.rollout.max_tokens - 1)
+        return min(self.recipe.data.max_prompt_tokens or available, available)
 
     @property
     def longest_row(self) -> int:
-        """The most tokens of a prompt with one response."""
+        """Tokens of the longest prompt with its longest response."""
         return min(self.context, self.prompt + self.recipe.rollout.max_tokens)
 
     @property
@@ -122,11 +134,14 @@ class Job:
         targets = self.recipe.policy.lora.target_modules
         return targets == "all-linear" or any(name == t.rpartition(".")[2] for t in targets)
 
-    # --- what stays ------------------------------------------------------------------------
+    # --- permanent memory ------------------------------------------------------------------
 
     def base(self, offload_embedding: bool) -> int:
-        """The frozen base. NF4: half a byte, and a scale for each 64 weights: in fp32, or a
-        byte and an fp32 scale of scales for each 256."""
+        """Bytes of the frozen base.
+
+        NF4 takes half a byte a weight and a scale per 64 weights: fp32, or with double
+        quantisation a byte, and an fp32 scale per 256 scales (arXiv 2305.14314).
+        """
         policy, n = self.recipe.policy, self.shape.linear_parameters
         plain = self.shape.plain_parameters
         if offload_embedding and not self.shape.tied:
@@ -139,24 +154,24 @@ class Job:
             return n + 4 * rows + plain * self.element
         return (n + plain) * self.element
 
-    def optimiser(self, *, gradients: bool) -> int:
-        """AdamW's two states in fp32, or in 8 bits; and the gradients while there are any."""
+    def optimizer(self, *, gradients: bool) -> int:
+        """Bytes of AdamW's two states in fp32 or 8 bits, and of the gradients on request."""
         paged = self.recipe.optim.is_paged(self.device)
         return self.lora_parameters * ((2 if paged else 8) + 4 * gradients)
 
     # --- training --------------------------------------------------------------------------
 
     def batch(self, budget: int) -> Batch:
-        """The largest micro-batch that a token budget makes, taken to be all responses.
+        """The largest micro-batch under a token budget, of response tokens only.
 
-        Responses half as long as they may be, with a prompt before each: that many keys does
-        attention gather where a prompt's responses share it.
+        The keys are those of responses of half the maximum length, each after its prompt, where
+        attention gathers the keys of a prompt for every response that shares it.
         """
         recipe, half = self.recipe, max(1, self.recipe.rollout.max_tokens // 2)
         size = recipe.group.size
-        whole = self.prompt + size * recipe.rollout.max_tokens
+        group_tokens = self.prompt + size * recipe.rollout.max_tokens
         problems = math.ceil(recipe.train.problems_per_step / recipe.train.updates_per_rollout)
-        tokens = max(self.longest_row, min(budget, problems * whole))
+        tokens = max(self.longest_row, min(budget, problems * group_tokens))
         keys, cells = 1.0, 0.0
         if recipe.policy.layout in ("auto", "shared") and size > 1:
             group = self.prompt + size * half
@@ -164,40 +179,43 @@ class Job:
             cells = half * (self.prompt + half) / group
         return Batch(tokens, tokens, int(keys * tokens), int(cells * tokens))
 
-    def saved(self, batch: Batch) -> int:
-        """What one layer keeps for its backward when it isn't recomputed."""
+    def saved_activations(self, batch: Batch) -> int:
+        """Bytes that a layer without recomputation saves for its backward pass."""
         s, e = self.shape, self.element
         query, key = s.heads * s.head_size, s.kv_heads * s.head_size
         rank = self.recipe.policy.lora.rank * sum(map(self._adapted, s.linears))
-        norms = 2 * (4 * s.hidden + 4)  # Each keeps its input and a factor, in fp32.
+        norms = 2 * (4 * s.hidden + 4)  # The fp32 input of each norm, and a factor.
         if s.qk_norm:
             norms += 4 * (query + key) + 4 * (s.heads + s.kv_heads)
         # Norm outputs, query, attention output and its log-sums, four tensors of the MLP, LoRA.
         per_token = norms + e * (2 * s.hidden + 2 * query + 4 * s.mlp + rank) + 4 * s.heads
         dropout = self.recipe.policy.lora.dropout
         if self.device == "cpu" and self.recipe.policy.layout != "padded" and not dropout:
-            per_token += e * query  # The output in tiles, beside the one in order.
+            per_token += e * query  # The attention output in tiles and in order.
         if dropout:
-            # Each linear keeps its own input after dropout, and a mask, in place of a shared one.
+            # Each linear saves its own input after dropout and a mask, not a shared input.
             inputs = sum(i for name, (i, _) in s.linears.items() if self._adapted(name))
             mask = e if self.device == "cpu" else 1
             per_token += (e + mask) * inputs - e * (2 * s.hidden + s.mlp)
         masks = e * batch.mask_cells if self.device == "cpu" else 0
         return per_token * batch.tokens + 2 * e * key * batch.keys + masks
 
-    def moments(self, choice: Choice, batch: Batch) -> dict[str, Components]:
-        """What a micro-batch takes beside what stays, when the head runs, when the last norm's
-        backward runs, and when that of the last layer does; one of them is the peak."""
+    def peak_candidates(self, choice: Choice, batch: Batch) -> dict[str, Components]:
+        """Bytes of a micro-batch at the three moments one of which is the peak.
+
+        They are the output head, the backward pass of the last norm, and that of the last layer.
+        Permanent memory is not included.
+        """
         s, e, t = self.shape, self.element, batch.tokens
         recomputed = min(choice.gradient_checkpointing, s.layers)
         kept = s.layers - recomputed
-        waiting = min(recomputed, 2) if choice.offload_checkpoints else recomputed
-        checkpoints = waiting * e * s.hidden * t
-        saved = self.saved(batch)
+        on_device = min(recomputed, 2) if choice.offload_checkpoints else recomputed
+        checkpoints = on_device * e * s.hidden * t
+        saved = self.saved_activations(batch)
         norm = (4 * s.hidden + 4) * t
-        # The embedding has no gradient, and so the first layer's first norm keeps nothing.
+        # The embedding has no gradient, so the first norm of the first layer saves nothing.
         trunk = kept * saved - (0 if recomputed else norm)
-        # What the head reads, its gradient, and the reference's.
+        # The input of the head and its gradient, and the reference's input for an exact KL.
         states = (3 if self._exact_kl else 2) * e * s.hidden * batch.targets
         in_layer = (2 * e * s.mlp + (2 * s.hidden if e == 2 else 0)) * t
         return {
@@ -224,7 +242,7 @@ class Job:
         return method is not None and "reference_kl" in method.needs
 
     def head(self, batch: Batch) -> int:
-        """The logits of a chunk of tokens, with what is computed from them in fp32."""
+        """Bytes of the logits of a chunk of tokens, and of what is computed from them in fp32."""
         row, targets = 4 * self.shape.vocabulary, batch.targets
         chunk = max(1, LOGIT_CHUNK_BYTES // row)
         if self._exact_kl or not self.recipe.policy.fused_head:
@@ -233,119 +251,123 @@ class Job:
 
     def training(self, choice: Choice, batch: Batch | None = None) -> Components:
         """Bytes by component at the peak of training, with what vLLM keeps on the card."""
-        worst = max(
-            self.moments(choice, batch or self.batch(choice.micro_batch_tokens)).values(),
-            key=lambda moment: sum(moment.values()),
-        )
+        candidates = self.peak_candidates(choice, batch or self.batch(choice.micro_batch_tokens))
+        peak = max(candidates.values(), key=lambda parts: sum(parts.values()))
         parameters = self.lora_parameters
-        # Autocast's copies of the adapter, of the layers that are in use.
+        # Autocast's copies of the adapter, in the layers that are not recomputed.
         copied = max(self.shape.layers - choice.gradient_checkpointing, 1) / self.shape.layers
         own = {
             "base": self.base(choice.offload_embedding),
             "lora": 4 * parameters + (int(2 * parameters * copied) if self.element == 2 else 0),
-            "optimiser": self.optimiser(gradients=True),
-            **worst,
+            "optimiser": self.optimizer(gradients=True),
+            **peak,
         }
         engine: Components = {}
-        if self.beside(choice):
-            kept = ASLEEP + (0 if self.recipe.rollout.eager else GRAPHS)
-            engine = {"engine": kept} if self.sleeps else self.engine(choice)
+        if self.shares_device(choice):
+            asleep = VLLM_SLEEP_BYTES + (0 if self.recipe.rollout.eager else CUDA_GRAPH_BYTES)
+            engine = {"engine": asleep} if self.sleeps else self.engine(choice)
         return own | engine | self._overhead(own)
 
     def _overhead(self, own: Components) -> Components:
+        """Bytes that CUDA and the allocator take beyond `own`."""
         if self.device == "cpu":
-            passing = sum(own.get(name, 0) for name in ("checkpoints", "activations", "head"))
-            return {"fragmentation": int(HEAP * passing)}
-        return {"context": CONTEXT, "fragmentation": int(FRAGMENTATION * sum(own.values()))}
+            temporary = sum(own.get(name, 0) for name in ("checkpoints", "activations", "head"))
+            return {"fragmentation": int(GLIBC_HEAP_FACTOR * temporary)}
+        return {
+            "context": CUDA_CONTEXT_BYTES,
+            "fragmentation": int(FRAGMENTATION * sum(own.values())),
+        }
 
     # --- rollouts --------------------------------------------------------------------------
 
     @property
     def kv_per_token(self) -> int:
-        """Keys and values of one token in all layers."""
+        """Bytes of the keys and values of one token in all layers."""
         return 2 * self.shape.layers * self.shape.kv_heads * self.shape.head_size * self.element
 
     def rollout(self, choice: Choice) -> Components:
-        """Bytes by component at the peak of a rollout; what the trainer keeps stays meanwhile."""
+        """Bytes by component at the peak of a rollout, with the trainer's permanent memory."""
         own = {
             "base": self.base(choice.offload_embedding),
             "lora": 4 * self.lora_parameters,
-            "optimiser": self.optimiser(gradients=False),
+            "optimiser": self.optimizer(gradients=False),
         }
-        if self.beside(choice) and self.device == "cuda":
-            # Estimate: a forward of one row without gradient, which the probe takes.
+        if self.shares_device(choice) and self.device == "cuda":
+            # Estimate: the forward pass without gradient of one row, for the check of a sync.
             s, e = self.shape, self.element
             own["activations"] = self.longest_row * (3 * e * (s.mlp + s.hidden) + 8 * s.hidden)
             own["head"] = 3 * LOGIT_CHUNK_BYTES
         engine = self.engine(choice)
-        inside = own | engine if choice.engine == "transformers" else own
-        return own | engine | self._overhead(inside)
+        allocated_by_torch = own | engine if choice.engine == "transformers" else own
+        return own | engine | self._overhead(allocated_by_torch)
 
-    def beside(self, choice: Choice) -> bool:
-        """Whether a vLLM of ours shares the device with the trainer."""
-        server = choice.engine == "vllm_server" and not self.recipe.rollout.servers
-        return choice.engine in ("vllm", "unsloth") or server
+    def shares_device(self, choice: Choice) -> bool:
+        """True if the run starts a vLLM on the trainer's device."""
+        own_server = choice.engine == "vllm_server" and not self.recipe.rollout.servers
+        return choice.engine in ("vllm", "unsloth") or own_server
 
     @property
     def sleeps(self) -> bool:
-        """Whether vLLM gives the card's memory back while the trainer trains."""
+        """True if vLLM frees the card's memory during training."""
         rollout = self.recipe.rollout
         return self.device == "cuda" and rollout.sleep and rollout.engine != "unsloth"
 
     @property
     def engine_weights(self) -> int:
-        """vLLM's copy of the base; while it sleeps, it is in RAM."""
+        """Bytes of vLLM's copy of the base, which is in RAM during sleep."""
         if self.recipe.rollout.engine == "unsloth":
-            return 0  # The trainer's own.
+            return 0  # It shares the trainer's weights.
         if self.recipe.rollout.base == "plugin":
             return self.base(False)
         return (self.shape.linear_parameters + self.shape.plain_parameters) * self.element
 
     def engine(self, choice: Choice) -> Components:
-        """What the engine itself takes; vLLM on CUDA takes its share of the card."""
+        """Bytes of the engine by component; vLLM on CUDA takes its share of the card."""
         if choice.engine == "transformers":
-            return self._own_engine(choice.batch_size)
-        if not self.beside(choice):
+            return self._transformers_engine(choice.batch_size)
+        if not self.shares_device(choice):
             return {}
         s, e, settings = self.shape, self.element, self.recipe.rollout
         workspace = 0
         if self.device == "cuda":
-            workspace = ENGINE_TOKENS * e * 3 * (s.mlp + s.hidden)
+            workspace = VLLM_PROFILE_TOKENS * e * 3 * (s.mlp + s.hidden)
             workspace += choice.batch_size * s.vocabulary * 4 * 3
-            workspace += 0 if settings.eager else GRAPHS
-            workspace += CONTEXT if choice.engine == "vllm_server" else 0
+            workspace += 0 if settings.eager else CUDA_GRAPH_BYTES
+            workspace += CUDA_CONTEXT_BYTES if choice.engine == "vllm_server" else 0
         taken = self.engine_weights + workspace
         if settings.kv_cache_mib is not None:
             kv = settings.kv_cache_mib << 20
         elif self.device == "cuda":
             kv = max(0, int(choice.gpu_memory * self.card) - taken)
         else:
-            kv = max(64 << 20, self.least_cache)
+            kv = max(64 << 20, self.smallest_cache)
         return {"engine": taken, "kv_cache": kv}
 
     @property
-    def least_cache(self) -> int:
-        """One sequence as long as the context allows, which vLLM needs to start."""
+    def smallest_cache(self) -> int:
+        """Bytes of one sequence of the context's length, without which vLLM does not start."""
         return self.kv_per_token * self.context
 
-    def full_cache(self, rows: int) -> int:
-        """So many sequences as long as they can get; more is of no use."""
+    def largest_cache(self, rows: int) -> int:
+        """Bytes of `rows` sequences of the greatest length; a larger cache has no use."""
         longest = max(self.recipe.rollout.max_tokens, self.recipe.eval.max_tokens or 0)
         return self.kv_per_token * rows * min(self.context, self.prompt + longest)
 
-    def _own_engine(self, rows: int) -> Components:
-        """Generation with the trainer's model: at the first forward, over the prompts, or at the
-        last token's, when the keys and values are all there."""
+    def _transformers_engine(self, rows: int) -> Components:
+        """Bytes of generation with the trainer's model: at its first or at its last forward.
+
+        The first one computes the prompts, the last one has all keys and values.
+        """
         s, e = self.shape, self.element
-        whole = self.full_cache(rows)
-        # Logits in the model's precision and in fp32; on the CPU, what is drawn from, in fp64.
+        cache = self.largest_cache(rows)
+        # Logits in the model's dtype and in fp32; on the CPU, probabilities in fp64.
         drawing = rows * s.vocabulary * (e + 4 if self.device == "cuda" else 4 + 2 * 8 + 1)
-        moments: list[Components] = [
+        candidates: list[Components] = [
             {
                 "engine": rows * self.prompt * 4 * e * (s.mlp + s.hidden),
                 "kv_cache": self.kv_per_token * rows * self.prompt,
             },
-            # A layer's cache grows by copying it.
-            {"engine": drawing, "kv_cache": whole + whole // (2 * s.layers)},
+            # The cache of a layer grows by copying it.
+            {"engine": drawing, "kv_cache": cache + cache // (2 * s.layers)},
         ]
-        return max(moments, key=lambda moment: sum(moment.values()))
+        return max(candidates, key=lambda parts: sum(parts.values()))

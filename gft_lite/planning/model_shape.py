@@ -1,22 +1,25 @@
-"""The shape of a model, from its config.json: what the memory plan knows of it."""
+"""The sizes of a model that the memory plan needs, from its config.json."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.errors import RecipeError, short_repr
 from gft_lite.utils.paths import PACKAGE
 
 SHIPPED = "configs/models/shapes"
-# Dense decoders with a gated MLP: the formulas were measured on these.
+# Dense decoders with a gated MLP, for which the formulas were compared with measurements.
 KNOWN_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _REQUIRED = (
     "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size",
 )  # fmt: skip
+_OPTIONAL = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+_MAX_SIZE, _MAX_LAYERS = 10**9, 1000  # No model has more.
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +40,24 @@ class ModelShape:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], name: str = "config.json") -> ModelShape:
-        """The shape in a config.json. Raises: RecipeError for what the formulas don't cover."""
+        """The shape that a config.json describes.
+
+        Raises: RecipeError for a model type without formulas and for missing or impossible sizes.
+        """
         kind = config.get("model_type")
         if kind not in KNOWN_TYPES:
-            raise _unplannable(f"a model of type {', '.join(KNOWN_TYPES)}", f"{kind!r} in {name}")
-        missing = [key for key in _REQUIRED if not isinstance(config.get(key), int)]
-        if missing:
-            raise _unplannable("a config.json with its sizes", f"{name} without {missing}")
+            got = f"{short_repr(kind)} in {name}"
+            raise _unplannable(f"a model of type {', '.join(KNOWN_TYPES)}", got)
+        sizes = {key: config.get(key) for key in _REQUIRED}
+        sizes |= {key: config[key] for key in _OPTIONAL if config.get(key) is not None}
+        wrong = [key for key, size in sizes.items() if not _is_size(size)]
+        if sizes["num_hidden_layers"] not in range(_MAX_LAYERS + 1):
+            wrong = list(dict.fromkeys([*wrong, "num_hidden_layers"]))
+        if wrong:
+            raise _unplannable(
+                "a config.json with its sizes",
+                f"{name} with {', '.join(f'{key}: {short_repr(sizes[key])}' for key in wrong)}",
+            )
         heads = config["num_attention_heads"]
         return cls(
             hidden=config["hidden_size"],
@@ -55,13 +69,13 @@ class ModelShape:
             vocabulary=config["vocab_size"],
             tied=bool(config.get("tie_word_embeddings", False)),
             context=config.get("max_position_embeddings") or 1 << 30,
-            qkv_bias=config.get("attention_bias", kind == "qwen2"),
+            qkv_bias=bool(config.get("attention_bias", kind == "qwen2")),
             qk_norm=kind == "qwen3",
         )
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """(inputs, outputs) of each linear of a layer: what is quantised and adapted."""
+        """(inputs, outputs) of each linear of a layer, which are quantised and adapted."""
         query, key = self.heads * self.head_size, self.kv_heads * self.head_size
         return {
             "q_proj": (self.hidden, query),
@@ -93,38 +107,50 @@ class ModelShape:
 
 
 def find_shape(model: str) -> ModelShape:
-    """The shape of a recipe's `policy.model`: `lab`, a folder, a config.json, or a hub id whose
-    shape is shipped or already in the hub's cache.
+    """The shape of a recipe's `policy.model`.
 
-    Raises: RecipeError for a model that is none of these, or that the formulas don't cover.
+    The model is `lab`, a folder, a config.json, or a hub id whose shape is shipped or in the
+    hub's cache.
+
+    Raises: RecipeError for any other model and for one without formulas.
     """
     path = PACKAGE / "lab" / "base" if model == "lab" else Path(model)
     roots = (PACKAGE.parent, PACKAGE / "shipped")
     shipped = [root / SHIPPED / f"{model}.json" for root in roots]
     for file in (path / "config.json", path, *shipped):
-        if file.is_file():
-            return ModelShape.from_config(_read(file), str(file))
-    from huggingface_hub import try_to_load_from_cache  # Slower than all the rest.
+        if os.path.isfile(file):
+            return ModelShape.from_config(_read_config(file), str(file))
+    if cached := _cached_config(model):
+        return ModelShape.from_config(_read_config(cached), model)
+    ids = [f.relative_to(root / SHIPPED).with_suffix("").as_posix()
+           for root in roots for f in sorted((root / SHIPPED).rglob("*.json"))]  # fmt: skip
+    raise RecipeError(
+        [f"policy.model: must be lab, a folder with a config.json, or one of {', '.join(ids)} to "
+         f"be planned, got {short_repr(model)}. Give the path of its config.json."]
+    )  # fmt: skip
+
+
+def _cached_config(model: str) -> Path | None:
+    """The config.json of a hub id in the hub's cache."""
+    # Imported here because it takes longer than everything else in a plan.
+    from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
         cached = try_to_load_from_cache(model, "config.json")
     except HFValidationError:
-        cached = None
-    if isinstance(cached, str):
-        return ModelShape.from_config(_read(Path(cached)), model)
-    ids = [f.relative_to(root / SHIPPED).with_suffix("").as_posix()
-           for root in roots for f in sorted((root / SHIPPED).rglob("*.json"))]  # fmt: skip
-    raise RecipeError(
-        [f"policy.model: must be lab, a folder with a config.json, or one of {', '.join(ids)} to "
-         f"be planned, got {model!r}. Give the path of its config.json."]
-    )  # fmt: skip
+        return None
+    return Path(cached) if isinstance(cached, str) else None
 
 
-def _read(file: Path) -> Mapping[str, Any]:
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _MAX_SIZE
+
+
+def _read_config(file: Path) -> Mapping[str, Any]:
     try:
         config = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _unplannable("a readable config.json", f"{file} ({error})") from None
     if not isinstance(config, Mapping):
         raise _unplannable("a config.json with an object", str(file))
@@ -134,5 +160,5 @@ def _read(file: Path) -> Mapping[str, Any]:
 def _unplannable(rule: str, got: str) -> RecipeError:
     return RecipeError(
         [f"policy.model: must be {rule} to be planned, got {got}. "
-         "Set what is auto in policy and train yourself."]
+         "Choose the values that are auto in policy yourself."]
     )  # fmt: skip

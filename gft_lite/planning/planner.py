@@ -1,4 +1,4 @@
-"""What a recipe's memory settings should be: the fastest that fit on a card, and why not."""
+"""The choice of a recipe's memory settings: the fastest that fit on a card."""
 
 from __future__ import annotations
 
@@ -9,33 +9,34 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gft_lite.planning.memory import Choice, Components, Device, Job, parse_size
+from gft_lite.planning.memory import Choice, Components, Device, MemoryModel, parse_size
 from gft_lite.planning.model_shape import find_shape
 from gft_lite.recipe.schema import Recipe
 from gft_lite.utils.errors import RecipeError
 from gft_lite.utils.memory import GIB
 
 CARDS = (8, 12, 16, 24, 48, 80)  # GiB
-# NF4 weights are read as fast as so many tokens are multiplied (an estimate for 4090 to H100).
-DEQUANTISATION = 300
-OFFLOADING = {"offload_checkpoints": 0.02, "offload_embedding": 0.01}  # Estimate: share of time.
-TOKENS = {"cuda": (2048, 4096, 8192, 16384), "cpu": (1024, 2048, 4096, 8192)}
+# Reading the NF4 weights takes the time of multiplying this many tokens (estimate, 4090 to H100).
+DEQUANTIZATION_TOKENS = 300
+# Estimate: the share of a step's time that offloading takes.
+OFFLOADING_COST = {"offload_checkpoints": 0.02, "offload_embedding": 0.01}
+TOKEN_BUDGETS = {"cuda": (2048, 4096, 8192, 16384), "cpu": (1024, 2048, 4096, 8192)}
 BATCH_SIZES = (128, 64, 32, 16, 8, 4, 2, 1)
-AUTO = ("train.micro_batch_tokens", "policy.gradient_checkpointing",
-        "policy.offload_checkpoints", "policy.offload_embedding", "rollout.engine",
-        "rollout.batch_size", "rollout.gpu_memory")  # fmt: skip
-# What engines settle for themselves where the model can't be planned.
-OPTIONAL = {"rollout.engine", "rollout.batch_size", "rollout.gpu_memory"}
+AUTO_FIELDS = ("train.micro_batch_tokens", "policy.gradient_checkpointing",
+               "policy.offload_checkpoints", "policy.offload_embedding", "rollout.engine",
+               "rollout.batch_size", "rollout.gpu_memory")  # fmt: skip
+# Fields for which the engines have values of their own if a model can't be planned.
+ENGINE_FIELDS = {"rollout.engine", "rollout.batch_size", "rollout.gpu_memory"}
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Settings for a recipe on a card of `limit` bytes, and the memory that they take.
 
-    `problems` is empty if all of it fits.
+    `problems` says what does not fit.
     """
 
-    job: Job
+    model: MemoryModel
     limit: int
     choice: Choice
     training: Components
@@ -44,21 +45,21 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """Bytes of the card at the worse of the two phases."""
+        """Bytes of the card at the peak of training and rollouts."""
         return max(sum(self.training.values()), sum(self.rollout.values()))
 
     @property
     def predicted_peak(self) -> int:
-        """Bytes that torch has allocated at the peak of training, as it counts them itself."""
+        """Bytes that torch counts as allocated at the peak of training."""
         outside = ("context", "fragmentation", "engine", "kv_cache")
         own = sum(size for name, size in self.training.items() if name not in outside)
-        # As its source has it, torch goes on counting what sleeps in its process.
-        inside = self.job.engine(self.choice) if self.choice.engine == "vllm" else {}
+        # By its source, torch goes on counting the memory of a vLLM that sleeps in its process.
+        inside = self.model.engine(self.choice) if self.choice.engine == "vllm" else {}
         return own + sum(inside.values())
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settled values by their names in the recipe."""
+        """The value of every setting, by its name in the recipe."""
         c = self.choice
         share = {"rollout.gpu_memory": c.gpu_memory} if c.gpu_memory else {}
         return {
@@ -73,12 +74,12 @@ class Plan:
 
     @property
     def chosen(self) -> frozenset[str]:
-        """The fields that the recipe left to the plan."""
-        recipe = self.job.recipe
+        """The fields that are `auto` in the recipe."""
+        recipe = self.model.recipe
         return frozenset(name for name in self.settings if _value(recipe, name) == "auto")
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, as JSON has it."""
+        """The plan as `gft-lite plan --json` prints it."""
         return {
             "limit": self.limit, "fits": not self.problems, "problems": list(self.problems),
             "settings": self.settings, "chosen": sorted(self.chosen), "peak": self.peak,
@@ -86,99 +87,106 @@ class Plan:
         }  # fmt: skip
 
 
-def choose(job: Job, limit: int) -> Plan:
-    """The fastest settings that fit in `limit` bytes; where none do, those that take least.
+def choose(model: MemoryModel, limit: int) -> Plan:
+    """The fastest settings that fit in `limit` bytes, or those that take least if none fits.
 
-    Fields that the recipe fixes stay. vLLM goes before all else, for its speed; then what a
-    step costs decides: recomputed layers, dequantisation per micro-batch, offloading.
+    Values that the recipe sets are kept. vLLM is preferred to all else for its speed; otherwise
+    the cost of a step decides: recomputed layers, dequantisation per micro-batch, offloading.
     """
-    job = job if job.card else replace(job, card=limit)
-    return min((_plan(job, limit, choice) for choice in _choices(job, limit)), key=_rank)
+    model = model if model.card else replace(model, card=limit)
+    return min((_plan(model, limit, choice) for choice in _choices(model, limit)), key=_rank)
 
 
 def _rank(plan: Plan) -> tuple[float, ...]:
-    """Lower is better."""
+    """The order of preference, lower first."""
     if plan.problems:
         phases = (plan.training, plan.rollout)
         return (1, sum(max(sum(parts.values()), plan.limit) for parts in phases))
-    return (0, plan.choice.engine != "vllm", _cost(plan.job, plan.choice))
+    return (0, plan.choice.engine != "vllm", _step_cost(plan.model, plan.choice))
 
 
-def _cost(job: Job, choice: Choice) -> float:
-    """Time of a step relative to forward and backward without any of it.
+def _step_cost(model: MemoryModel, choice: Choice) -> float:
+    """Time of a step relative to one without recomputation, dequantisation and offloading.
 
-    A forward counts 2, the backward of activations 2, recomputing a forward once more.
+    The forward counts 2, the backward with respect to activations 2, a recomputed forward 2.
     """
-    recomputed = min(choice.gradient_checkpointing, job.shape.layers) / job.shape.layers
-    cost = (4 + 2 * recomputed) / 4 * (1 + DEQUANTISATION / choice.micro_batch_tokens)
-    return cost * (1 + sum(share for name, share in OFFLOADING.items() if getattr(choice, name)))
+    recomputed = min(choice.gradient_checkpointing, model.shape.layers) / model.shape.layers
+    dequantization = DEQUANTIZATION_TOKENS / choice.micro_batch_tokens
+    offloading = sum(share for name, share in OFFLOADING_COST.items() if getattr(choice, name))
+    return (4 + 2 * recomputed) / 4 * (1 + dequantization) * (1 + offloading)
 
 
-def _choices(job: Job, limit: int) -> Iterator[Choice]:
-    """Every combination that the recipe leaves open, with the most rows that a rollout takes."""
-    cuda, layers = job.device == "cuda", job.shape.layers
+def _choices(model: MemoryModel, limit: int) -> Iterator[Choice]:
+    """Every combination that the recipe allows, with the most rows that a rollout can hold."""
+    cuda, layers = model.device == "cuda", model.shape.layers
 
     def options(name: str, candidates: Iterable[Any]) -> list[Any]:
-        value = _value(job.recipe, name)
+        value = _value(model.recipe, name)
         return list(candidates) if value == "auto" else [value]
 
-    sizes = sorted({job.batch(t).tokens for t in (1, *TOKENS[job.device])})
-    trunks = itertools.product(
+    sizes = sorted({model.batch(t).tokens for t in (1, *TOKEN_BUDGETS[model.device])})
+    training = itertools.product(
         options("train.micro_batch_tokens", sizes),
         options("policy.gradient_checkpointing", range(layers + 1)),
         options("policy.offload_checkpoints", (False, True) if cuda else (False,)),
     )
     rollouts = itertools.product(
-        options("policy.offload_embedding", {False, cuda and not job.shape.tied}),
+        options("policy.offload_embedding", {False, cuda and not model.shape.tied}),
         options("rollout.engine", ("vllm", "transformers") if cuda else ("transformers",)),
     )
     fitting = []
     for offload, engine in rollouts:
-        sized = [_shared(job, limit, Choice(0, 0, False, offload, engine, rows))
+        sized = [_with_share(model, limit, Choice(0, 0, False, offload, engine, rows))
                  for rows in options("rollout.batch_size", BATCH_SIZES)]  # fmt: skip
-        fitting.append(next((c for c in sized if not _rollout_problems(job, limit, c)), sized[-1]))
-    for (tokens, n, offload), rollout in itertools.product(trunks, fitting):
+        fits = (c for c in sized if not _rollout_problems(model, limit, c))
+        fitting.append(next(fits, sized[-1]))
+    for (tokens, n, offload), rollout in itertools.product(training, fitting):
         n = {True: layers, False: 0}[n] if isinstance(n, bool) else min(n, layers)
-        # Offloading would take what the other layers save along.
-        if not offload or n == layers or job.recipe.policy.offload_checkpoints is True:
+        # Offloading moves the saved activations of the layers without recomputation as well.
+        if not offload or n == layers or model.recipe.policy.offload_checkpoints is True:
             yield replace(rollout, micro_batch_tokens=tokens, gradient_checkpointing=n,
                           offload_checkpoints=offload)  # fmt: skip
 
 
-def _shared(job: Job, limit: int, choice: Choice, *, training: bool = False) -> Choice:
-    """With vLLM's share of the card: the recipe's, or what the trainer leaves at a rollout, and
-    in `training` if it is to stay; but no more KV cache than its rows can fill."""
-    if job.device != "cuda" or not job.beside(choice):
+def _with_share(
+    model: MemoryModel, limit: int, choice: Choice, *, training: bool = False
+) -> Choice:
+    """The choice with vLLM's share of the card: the recipe's, or all that is free in a rollout.
+
+    With `training`, the memory must be free in training as well. The KV cache gets no more than
+    its rows can fill.
+    """
+    if model.device != "cuda" or not model.shares_device(choice):
         return choice
-    asked = job.recipe.rollout.gpu_memory
-    if not isinstance(asked, str):
-        return replace(choice, gpu_memory=asked)
+    share = model.recipe.rollout.gpu_memory
+    if not isinstance(share, str):
+        return replace(choice, gpu_memory=share)
     bare = replace(choice, gpu_memory=0.0)
-    taken = sum(job.rollout(bare).values())
+    taken = sum(model.rollout(bare).values())
     if training:
-        taken = max(taken, sum(job.training(bare).values()))
-    room = max(0, min(limit - taken, job.full_cache(choice.batch_size)))
-    share = (sum(job.engine(bare).values()) + room) / job.card
-    return replace(choice, gpu_memory=min(math.floor(10_000 * share) / 10_000, 0.99))
+        taken = max(taken, sum(model.training(bare).values()))
+    cache = max(0, min(limit - taken, model.largest_cache(choice.batch_size)))
+    wanted = (sum(model.engine(bare).values()) + cache) / model.card
+    return replace(choice, gpu_memory=min(math.floor(10_000 * wanted) / 10_000, 0.99))
 
 
-def _plan(job: Job, limit: int, choice: Choice) -> Plan:
-    if not job.sleeps:
-        choice = _shared(job, limit, choice, training=True)
-    training, rollout = job.training(choice), job.rollout(choice)
-    problems = _rollout_problems(job, limit, choice)
+def _plan(model: MemoryModel, limit: int, choice: Choice) -> Plan:
+    if not model.sleeps:
+        choice = _with_share(model, limit, choice, training=True)
+    training, rollout = model.training(choice), model.rollout(choice)
+    problems = _rollout_problems(model, limit, choice)
     if sum(training.values()) > limit:
         problems = [f"training needs {sum(training.values()) / GIB:.1f} GiB", *problems]
-    return Plan(job, limit, choice, training, rollout, tuple(problems))
+    return Plan(model, limit, choice, training, rollout, tuple(problems))
 
 
-def _rollout_problems(job: Job, limit: int, choice: Choice) -> list[str]:
-    """Why a rollout doesn't fit, if it doesn't."""
-    parts = job.rollout(choice)
+def _rollout_problems(model: MemoryModel, limit: int, choice: Choice) -> list[str]:
+    """What of a rollout does not fit."""
+    parts = model.rollout(choice)
     needed, cache = sum(parts.values()), parts.get("kv_cache", 0)
-    if job.beside(choice) and cache < job.least_cache:
+    if model.shares_device(choice) and cache < model.smallest_cache:
         return [f"engine, {choice.engine}, has {cache / GIB:.1f} GiB left for the KV cache, and "
-                f"one sequence needs {job.least_cache / GIB:.1f} GiB"]  # fmt: skip
+                f"one sequence needs {model.smallest_cache / GIB:.1f} GiB"]  # fmt: skip
     return [f"rollout needs {needed / GIB:.1f} GiB"] if needed > limit else []
 
 
@@ -188,8 +196,8 @@ def _value(recipe: Recipe, name: str) -> Any:
 
 
 def with_auto(recipe: Recipe) -> Recipe:
-    """The recipe with all that the plan can settle left to it."""
-    for name in AUTO:
+    """The recipe with `auto` for every field that the plan can decide."""
+    for name in AUTO_FIELDS:
         recipe = _with(recipe, name, "auto")
     return recipe
 
@@ -200,64 +208,68 @@ def _with(recipe: Recipe, name: str, value: Any) -> Recipe:
     return recipe.model_copy(update={section: part})
 
 
-def what_would_fit(job: Job, limit: int) -> str:
-    """Overrides under which the recipe fits: its own rows, or the longest shorter ones."""
-    recipe = with_auto(job.recipe)
+def what_would_fit(model: MemoryModel, limit: int) -> str:
+    """Overrides under which the recipe fits, with shorter responses where it takes them."""
+    recipe = with_auto(model.recipe)
     max_tokens = recipe.rollout.max_tokens
     while max_tokens:
         shorter = _with(recipe, "rollout.max_tokens", max_tokens)
-        plan = choose(replace(job, recipe=shorter), limit)
+        plan = choose(replace(model, recipe=shorter), limit)
         if not plan.problems:
             settings = plan.settings | {"rollout.max_tokens": max_tokens}
             return " ".join(
                 f"{name}={str(value).lower() if isinstance(value, bool) else value}"
                 for name, value in settings.items()
-                if value != _value(job.recipe, name)
+                if value != _value(model.recipe, name)
             )
         max_tokens //= 2
     return "a smaller model"
 
 
 def plan_for(recipe: Recipe, gpu: str | None) -> tuple[Plan, list[Plan]]:
-    """The recipe's plan on a GPU, by default the smallest of CARDS on which it fits, and what
-    would fit on each of CARDS if the recipe left all of it to the plan."""
-    recipe = recipe.with_needed_engine()
-    device: Device = (
-        "cpu" if recipe.policy.resolved_device(cuda_available=True) == "cpu" else "cuda"
-    )
-    shape = find_shape(recipe.policy.model)
-    job, open_job = Job(shape, recipe, device), Job(shape, with_auto(recipe), device)
+    """The recipe's plan on a GPU, and on each of CARDS its plan with every field `auto`.
+
+    Without a GPU, the plan is for the smallest of CARDS on which the recipe fits.
+
+    Raises: UserError for an unknown GPU or a model without formulas.
+    """
     sizes = [size * GIB for size in CARDS] if gpu is None else [parse_size(gpu)]
-    plans = (choose(job, size) for size in sizes)
-    plan = next((p for p in plans if not p.problems), None) or choose(job, sizes[-1])
-    return plan, [choose(open_job, size * GIB) for size in CARDS]
+    recipe = recipe.with_needed_engine()
+    on_gpu = recipe.policy.resolved_device(cuda_available=True) != "cpu"
+    model = MemoryModel(find_shape(recipe.policy.model), recipe, "cuda" if on_gpu else "cpu")
+    plans = (choose(model, size) for size in sizes)
+    plan = next((p for p in plans if not p.problems), None) or choose(model, sizes[-1])
+    open_model = replace(model, recipe=with_auto(recipe))
+    return plan, [choose(open_model, size * GIB) for size in CARDS]
 
 
 def resolve(recipe: Recipe, free: int, device: Device, card: int = 0) -> tuple[Recipe, Plan | None]:
-    """The recipe with every `auto` of the plan settled, and the plan.
+    """The recipe with a value for every `auto` of AUTO_FIELDS, and the plan.
 
-    `free` bytes of the `card` may be used, unless `train.memory` says how many. Without an
-    `auto`, a model that can't be planned has no plan, and a plan that doesn't fit is only returned.
-    Raises: RecipeError when something is `auto` and nothing fits, or the model can't be planned.
+    `free` bytes of the `card` may be used, unless `train.memory` sets a limit. Without an `auto`,
+    a model without formulas has no plan, and a plan that does not fit is no error.
+
+    Raises: UserError if a field is `auto` and nothing fits, or the model can't be planned.
     """
-    limit = free if recipe.train.memory == "auto" else parse_size(recipe.train.memory)
+    memory = recipe.train.memory
+    limit = free if memory == "auto" else parse_size(memory, "train.memory")
     if recipe.rollout.engine == "auto" and importlib.util.find_spec("vllm") is None:
         recipe = _with(recipe, "rollout.engine", "transformers")
-    undecided = [name for name in AUTO if _value(recipe, name) == "auto"]
-    asked = set(undecided) - OPTIONAL
+    undecided = {name for name in AUTO_FIELDS if _value(recipe, name) == "auto"} - ENGINE_FIELDS
     try:
-        plan = choose(Job(find_shape(recipe.policy.model), recipe, device, card), limit)
+        shape = find_shape(recipe.policy.model)
     except RecipeError:
-        if asked:
+        if undecided:
             raise
         return recipe, None
-    if plan.problems and asked:
+    plan = choose(MemoryModel(shape, recipe, device, card), limit)
+    if plan.problems and undecided:
         raise RecipeError(
-            [f"{', '.join(sorted(asked))}: must leave a way to fit in {limit / GIB:.1f} GiB, got "
-             f"a recipe whose {' and '.join(plan.problems)}. What would fit: "
-             f"{what_would_fit(plan.job, limit)}."]
+            [f"{', '.join(sorted(undecided))}: must leave a way to fit in {limit / GIB:.1f} GiB, "
+             f"got a recipe whose {' and '.join(plan.problems)}. What would fit: "
+             f"{what_would_fit(plan.model, limit)}."]
         )  # fmt: skip
-    # What doesn't fit finds its own way, or says so itself.
-    for name in plan.chosen if not plan.problems else plan.chosen - OPTIONAL:
+    # An engine that does not fit reports that itself.
+    for name in plan.chosen if not plan.problems else plan.chosen - ENGINE_FIELDS:
         recipe = _with(recipe, name, plan.settings[name])
     return recipe, plan

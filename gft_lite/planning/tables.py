@@ -1,10 +1,10 @@
-"""The memory plan in words and tables."""
+"""Tables of a memory plan for the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gft_lite.planning.memory import GPUS, Job
+from gft_lite.planning.memory import GPUS, MemoryModel
 from gft_lite.planning.planner import Plan
 from gft_lite.utils.memory import GIB
 from gft_lite.utils.tables import Table
@@ -16,18 +16,19 @@ _NAMES = {
 }  # fmt: skip
 
 
-def headline(job: Job) -> str:
-    """What is planned: the model, and the rows that it has to hold."""
-    shape = job.shape
+def headline(model: MemoryModel) -> str:
+    """One line about the model, its adapter and its longest row."""
+    shape = model.shape
     parameters = shape.linear_parameters + shape.plain_parameters
     return (
-        f"{job.recipe.policy.model}: {parameters / 1e6:,.1f}M parameters in {shape.layers} layers, "
-        f"adapter of {job.lora_parameters / 1e6:.1f}M, rows of up to {job.longest_row:,} tokens"
+        f"{model.recipe.policy.model}: {parameters / 1e6:,.1f}M parameters in {shape.layers} "
+        f"layers, adapter of {model.lora_parameters / 1e6:.1f}M, "
+        f"rows of up to {model.longest_row:,} tokens"
     )
 
 
 def components(plan: Plan, gpu: str | None) -> Table:
-    """GiB by component in training and in rollouts; `gpu` is the card's name or size."""
+    """GiB by component at the peak of each phase; `gpu` is the card's name or size."""
 
     def line(name: str, *sizes: int) -> tuple[str, ...]:
         return (name, *(f"{size / GIB:.2f}" if size else "-" for size in sizes))
@@ -45,25 +46,25 @@ def components(plan: Plan, gpu: str | None) -> Table:
 
 
 def settings(plan: Plan) -> Table:
-    """Each setting that memory depends on, and why it is what it is."""
+    """Each setting that memory depends on, with the reason for its value."""
     rows = [
-        (name, _written(value), _reason(plan, name) if name in plan.chosen else "the recipe's")
+        (name, _as_yaml(value), _reason(plan, name) if name in plan.chosen else "the recipe's")
         for name, value in plan.settings.items()
     ]
-    if plan.job.sleeps and plan.job.beside(plan.choice):
-        waiting = f"in training, {plan.job.engine_weights / GIB:.1f} GiB wait in RAM"
+    if plan.model.sleeps and plan.model.shares_device(plan.choice):
+        waiting = f"in training, {plan.model.engine_weights / GIB:.1f} GiB wait in RAM"
         rows.append(("rollout.sleep", "true", waiting))
     return Table("settings", ("field", "value", "why"), tuple(rows), labels=3)
 
 
 def cards(plans: Sequence[Plan], sizes: Sequence[int]) -> Table:
-    """What the plan chooses on each card when the recipe leaves everything to it."""
+    """The choice on each card if every field is `auto`."""
     rows = []
     for plan, size in zip(plans, sizes, strict=True):
         c = plan.choice
         away = ["checkpoints"] * c.offload_checkpoints + ["embedding"] * c.offload_embedding
         fits = (f"{c.micro_batch_tokens:,}", f"{c.gradient_checkpointing}/"
-                f"{plan.job.shape.layers}", ", ".join(away) or "-", c.engine,
+                f"{plan.model.shape.layers}", ", ".join(away) or "-", c.engine,
                 str(c.batch_size))  # fmt: skip
         row = ("no", *("-" * 5)) if plan.problems else ("yes", *fits)
         rows.append((f"{size} GiB", *row, f"{plan.peak / GIB:.1f}"))
@@ -72,22 +73,22 @@ def cards(plans: Sequence[Plan], sizes: Sequence[int]) -> Table:
     return Table(title, header, tuple(rows), labels=2)
 
 
-def _all_rows(plan: Plan) -> bool:
-    """Whether vLLM's KV cache can hold all rows; its share is rounded down."""
-    cache = plan.rollout.get("kv_cache", 0) + plan.job.card / 10_000
-    return cache >= plan.job.full_cache(plan.choice.batch_size)
+def _cache_holds_all_rows(plan: Plan) -> bool:
+    """True if vLLM's KV cache holds all rows; its share of the card is rounded down."""
+    cache = plan.rollout.get("kv_cache", 0) + plan.model.card / 10_000
+    return cache >= plan.model.largest_cache(plan.choice.batch_size)
 
 
-def _written(value: object) -> str:
+def _as_yaml(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _reason(plan: Plan, name: str) -> str:
-    """Why the plan chose this value."""
+    """The reason for the plan's value of a field."""
     if plan.problems:
         return "nothing fits; this takes least"
-    c, job = plan.choice, plan.job
-    layers = job.shape.layers
+    c, model = plan.choice, plan.model
+    layers = model.shape.layers
     reasons = {
         "train.micro_batch_tokens": "the longest row, at least; more where that costs less time",
         "policy.gradient_checkpointing": (
@@ -98,8 +99,8 @@ def _reason(plan: Plan, name: str) -> str:
             "recomputing every layer is not enough" if c.offload_checkpoints else "not needed"
         ),
         "policy.offload_embedding": (
-            "its room is needed" if c.offload_embedding
-            else "it is the output head as well" if job.shape.tied else "not needed"
+            "its memory is needed" if c.offload_embedding
+            else "it is the output head as well" if model.shape.tied else "not needed"
         ),
         "rollout.engine": (
             "the faster one, and it fits" if c.engine == "vllm"
@@ -107,7 +108,8 @@ def _reason(plan: Plan, name: str) -> str:
         ),
         "rollout.batch_size": "the most rows that fit",
         "rollout.gpu_memory": (
-            "its KV cache can hold all rows" if _all_rows(plan) else "what the trainer leaves"
+            "its KV cache can hold all rows" if _cache_holds_all_rows(plan)
+            else "what the trainer leaves"
         ),
     }  # fmt: skip
     return reasons[name]

@@ -50,7 +50,7 @@ class TrainSettings(Settings):
     micro_batch_tokens: Annotated[Literal["auto"] | PositiveInt, NO_RESULT] = 8192
     memory: Annotated[
         str,
-        matching(r"auto|\d+(\.\d+)? ?[GM]i?B", "must be auto or a size such as 8GiB"),
+        matching(r"auto|(?=.*[1-9])\d+(\.\d+)? ?[GM]i?B", "must be auto or a size such as 8GiB"),
         NO_RESULT,
     ] = "auto"
     drop_zero_advantage: Annotated[bool, TRAINING] = True

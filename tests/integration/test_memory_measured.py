@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.gpu_check.meter import Meter
 from benchmarks.gpu_check.work import seen_by_plan
-from gft_lite.planning.memory import Choice, Job
+from gft_lite.planning.memory import Choice, MemoryModel
 from gft_lite.planning.model_shape import SHIPPED, find_shape
 from gft_lite.policy import attention, lora, qlora
 from gft_lite.policy.batching import Row
@@ -96,12 +96,12 @@ def test_the_trunk_at_true_width(model, checkpointed, monkeypatch):
     with meter:
         hidden = policy._hidden(batch.to(policy.device))
         hidden.backward(torch.empty_like(hidden))
-    job = Job(replace(find_shape(model), layers=3), Recipe(), "cuda")
+    memory = MemoryModel(replace(find_shape(model), layers=3), Recipe(), "cuda")
     choice, seen = recomputing(checkpointed), seen_by_plan(batch)
-    moments = job.moments(choice, seen)
-    trunk = max(sum(moments[name].values()) for name in ("norm", "layer"))
-    copies = job.training(choice, seen)["lora"] - 4 * job.lora_parameters
-    gradients = 4 * job.lora_parameters
+    candidates = memory.peak_candidates(choice, seen)
+    trunk = max(sum(candidates[name].values()) for name in ("norm", "layer"))
+    copies = memory.training(choice, seen)["lora"] - 4 * memory.lora_parameters
+    gradients = 4 * memory.lora_parameters
     assert trunk + copies + gradients == pytest.approx(meter.peak, rel=0.01)
 
 
@@ -160,11 +160,11 @@ def test_a_micro_batch_with_its_head(vocabulary, settings, method, rows, random_
     meter = Meter([*policy.model.parameters(), *policy.model.buffers(), batch.input_ids])
     with meter:
         policy.backward(batch, loss_of(batch), reference_kl=method == "asft")
-    job = Job(find_shape(folder), recipe, "cpu")
+    model = MemoryModel(find_shape(folder), recipe, "cpu")
     choice = recomputing(recipe.policy.gradient_checkpointing)
-    training = job.training(choice, seen_by_plan(batch))
+    training = model.training(choice, seen_by_plan(batch))
     beside = ("lora", "checkpoints", "activations", "head")
-    masters, gradients = 4 * job.lora_parameters, 4 * job.lora_parameters
+    masters, gradients = 4 * model.lora_parameters, 4 * model.lora_parameters
     predicted = sum(training[name] for name in beside) - masters + gradients
     assert predicted == pytest.approx(meter.peak, rel=0.04)
 
@@ -179,8 +179,10 @@ def test_the_base_and_the_adapter(random_model):
         state = getattr(parameter, "quant_state", None)
         scales = [state.absmax, state.state2.absmax] if state else []
         held |= {t.data_ptr(): t.nbytes for t in (parameter.data, *scales)}
-    job = Job(find_shape(folder), recipe, "cpu")
-    assert job.base(False) + 4 * job.lora_parameters == pytest.approx(sum(held.values()), rel=1e-3)
+    model = MemoryModel(find_shape(folder), recipe, "cpu")
+    assert model.base(False) + 4 * model.lora_parameters == pytest.approx(
+        sum(held.values()), rel=1e-3
+    )
 
 
 @pytest.mark.parametrize(
@@ -206,7 +208,7 @@ def test_a_rollout_with_the_trainers_model(vocabulary, prompt, length, rows, ran
         request = Request(tuple(range(3, 3 + prompt)), tuple(range(rows)))
         engine.generate([request], Sampling(max_tokens=length))
     choice = replace(recomputing(0), batch_size=rows)
-    taken = Job(find_shape(folder), recipe, "cpu").engine(choice)
+    taken = MemoryModel(find_shape(folder), recipe, "cpu").engine(choice)
     assert sum(taken.values()) == pytest.approx(meter.peak, rel=0.05)
 
 
@@ -235,7 +237,9 @@ def train_a_micro_batch(folder):
         Path("/proc/self/clear_refs").write_text("5")  # The peak starts from here.
         resting = _of_status("VmRSS")
         policy.backward(batch, loss_of(batch))
-    moments = Job(find_shape(folder), recipe, "cpu").moments(recomputing(0), seen_by_plan(batch))
+    moments = MemoryModel(find_shape(folder), recipe, "cpu").peak_candidates(
+        recomputing(0), seen_by_plan(batch)
+    )
     predicted = max(sum(parts.values()) for parts in moments.values())
     print(json.dumps({"predicted": predicted, "measured": _of_status("VmHWM") - resting}))
 

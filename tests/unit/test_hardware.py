@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gft_lite.planning.memory import Job, parse_size
+from gft_lite.planning.memory import MemoryModel, parse_size
 from gft_lite.planning.model_shape import find_shape
 from gft_lite.planning.planner import choose
 from gft_lite.recipe.schema import Recipe
@@ -53,8 +53,8 @@ def plan(tmp_path):
         file = tmp_path / "recipe.yaml"
         file.write_text(f"extends: [{', '.join(map(str, bases))}]\n")
         recipe = Recipe.load(file, overrides)
-        job = Job(find_shape(recipe.policy.model), recipe, "cuda")
-        return choose(job, parse_size(CARDS[card]))
+        model = MemoryModel(find_shape(recipe.policy.model), recipe, "cuda")
+        return choose(model, parse_size(CARDS[card]))
 
     return make
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from gft_lite.cli import main
-from gft_lite.planning.memory import Batch, Choice, Job, parse_size
+from gft_lite.planning.memory import Batch, Choice, MemoryModel, parse_size
 from gft_lite.planning.model_shape import ModelShape, find_shape
 from gft_lite.planning.planner import CARDS, choose, resolve, what_would_fit, with_auto
 from gft_lite.recipe.schema import Recipe
-from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.errors import RecipeError, UserError
 from gft_lite.utils.memory import GIB, free_ram
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,11 +33,11 @@ PAPER = {
 }
 
 
-def job(model=QWEN_7B, *, device="cuda", **sections):
+def memory_model(model=QWEN_7B, *, device="cuda", **sections):
     recipe = Recipe.from_tree(
         {name: PAPER.get(name, {}) | sections.get(name, {}) for name in {*PAPER, *sections}}
     )
-    return Job(find_shape(model), recipe, device)
+    return MemoryModel(find_shape(model), recipe, device)
 
 
 def total(parts):
@@ -57,11 +57,11 @@ class TestFormulas:
         ],
     )
     def test_the_papers_models(self, model, parameters, base, lora_and_adamw):
-        planned = job(model, optim={"name": "adamw"})
+        planned = memory_model(model, optim={"name": "adamw"})
         shape = planned.shape
         assert shape.linear_parameters + shape.plain_parameters == parameters
         assert round(planned.base(False) / GIB, 2) == base
-        adapter = 4 * planned.lora_parameters + planned.optimiser(gradients=True)
+        adapter = 4 * planned.lora_parameters + planned.optimizer(gradients=True)
         assert round(adapter / GIB, 2) == lora_and_adamw
 
     def test_a_layer_keeps_what_its_tensors_add_up_to(self):
@@ -69,18 +69,21 @@ class TestFormulas:
         # attention output (3584 each, as hidden), four of the MLP (18944), 7 x 16 of LoRA, 28
         # log-sums; and keys and values (512 each).
         per_token = 2 * (4 * 3584 + 4) + 2 * (2 * 3584 + 2 * 3584 + 4 * 18944 + 7 * 16) + 4 * 28
-        assert job().saved(Batch(1000, 900, 3000)) == 1000 * per_token + 3000 * 2 * 2 * 512
+        assert (
+            memory_model().saved_activations(Batch(1000, 900, 3000))
+            == 1000 * per_token + 3000 * 2 * 2 * 512
+        )
 
     def test_keys_and_values_of_a_token(self):
-        assert job().kv_per_token == 2 * 28 * 4 * 128 * 2
-        assert job(device="cpu").kv_per_token == 2 * 28 * 4 * 128 * 4
+        assert memory_model().kv_per_token == 2 * 28 * 4 * 128 * 2
+        assert memory_model(device="cpu").kv_per_token == 2 * 28 * 4 * 128 * 4
 
     def test_quantisations_of_the_base(self):
         linear, plain = 28 * 233_046_016, 2 * 152_064 * 3584 + 57 * 3584 + 28 * 4608
         outputs = 28 * (3584 + 512 + 512 + 3584 + 18944 + 18944 + 3584)
 
         def base(**policy):
-            return job(policy=policy).base(False)
+            return memory_model(policy=policy).base(False)
 
         assert base(quantization="none") == 2 * (linear + plain)
         assert base(quantization="int8") == linear + 4 * outputs + 2 * plain
@@ -88,24 +91,26 @@ class TestFormulas:
         assert single == linear // 2 + linear // 16 + 2 * plain
 
     def test_an_untied_embedding_can_leave_the_card(self):
-        assert job().base(False) - job().base(True) == 2 * 152_064 * 3584
-        tied = job(MODELS[0])
+        assert memory_model().base(False) - memory_model().base(True) == 2 * 152_064 * 3584
+        tied = memory_model(MODELS[0])
         assert tied.base(False) == tied.base(True)
 
     def test_only_the_named_linears_are_adapted(self):
         lora = {"rank": 8, "target_modules": ["q_proj", "v_proj"]}
-        adapted = job(policy={"lora": lora})
+        adapted = memory_model(policy={"lora": lora})
         assert adapted.lora_parameters == 28 * 8 * ((3584 + 3584) + (3584 + 512))
 
     def test_checkpoints_are_the_layers_inputs(self):
         batch = Batch(3072, 3072, 3072)
-        moment = job().moments(Choice(0, 28, False, False, "none", 1), batch)["layer"]
+        moment = memory_model().peak_candidates(Choice(0, 28, False, False, "none", 1), batch)[
+            "layer"
+        ]
         assert moment["checkpoints"] == 28 * 3072 * 3584 * 2
-        away = job().moments(Choice(0, 28, True, False, "none", 1), batch)["layer"]
+        away = memory_model().peak_candidates(Choice(0, 28, True, False, "none", 1), batch)["layer"]
         assert away["checkpoints"] == 2 * 3072 * 3584 * 2
 
     def test_vllm_takes_its_share_in_both_phases(self):
-        planned = replace(job(rollout={"sleep": False, "max_tokens": 2048}), card=48 * GIB)
+        planned = replace(memory_model(rollout={"sleep": False, "max_tokens": 2048}), card=48 * GIB)
         choice = Choice(4096, 28, False, False, "vllm", 128, 0.5)
         for parts in (planned.training(choice), planned.rollout(choice)):
             assert parts["engine"] + parts["kv_cache"] == 24 * GIB
@@ -113,9 +118,9 @@ class TestFormulas:
         assert parts["engine"] > 2 * 7_615_616_512
 
     def test_vllm_that_sleeps_leaves_the_card_to_training(self):
-        planned = replace(job(rollout={"eager": True, "max_tokens": 2048}), card=48 * GIB)
+        planned = replace(memory_model(rollout={"eager": True, "max_tokens": 2048}), card=48 * GIB)
         choice = Choice(4096, 28, False, False, "vllm", 128, 0.5)
-        graphs = replace(planned, recipe=job(rollout={"eager": False}).recipe)
+        graphs = replace(planned, recipe=memory_model(rollout={"eager": False}).recipe)
         bare = planned.training(replace(choice, engine="none"))
         # Estimates: 0.3 GiB of buffers, and 0.6 GiB of CUDA graphs.
         for each, kept in ((planned, 0.3), (graphs, 0.9)):
@@ -125,14 +130,16 @@ class TestFormulas:
         rollout = planned.rollout(choice)
         assert rollout["engine"] + rollout["kv_cache"] == 24 * GIB
         # What torch counts, and where the weights are meanwhile.
-        plan = choose(job(rollout={"gpu_memory": 0.5, "engine": "vllm"}), 48 * GIB)
+        plan = choose(memory_model(rollout={"gpu_memory": 0.5, "engine": "vllm"}), 48 * GIB)
         own = sum(plan.training[name] for name in ("base", "lora", "optimiser", "checkpoints",
                                                    "activations", "head"))  # fmt: skip
         assert plan.predicted_peak == own + 24 * GIB
         assert planned.engine_weights == 2 * 7_615_616_512
 
     def test_a_server_beside_the_trainer_needs_room_and_one_elsewhere_none(self):
-        own = replace(job(rollout={"engine": "vllm_server", "max_tokens": 2048}), card=48 * GIB)
+        own = replace(
+            memory_model(rollout={"engine": "vllm_server", "max_tokens": 2048}), card=48 * GIB
+        )
         choice = Choice(4096, 28, False, False, "vllm_server", 128, 0.5)
         rollout = own.rollout(choice)
         assert rollout["engine"] + rollout["kv_cache"] == 24 * GIB
@@ -140,16 +147,16 @@ class TestFormulas:
         # A process of its own has a CUDA context of its own, which is taken to be 0.6 GiB.
         assert rollout["engine"] - inside["engine"] == int(0.6 * GIB)
         rollout = {"engine": "vllm_server", "servers": "http://elsewhere"}
-        assert "engine" not in job(rollout=rollout).rollout(choice)
+        assert "engine" not in memory_model(rollout=rollout).rollout(choice)
 
     def test_the_plugin_has_the_trainers_nf4(self):
-        plugin = job(rollout={"base": "plugin"})
+        plugin = memory_model(rollout={"base": "plugin"})
         assert plugin.engine_weights == plugin.base(False)
 
     def test_the_longest_row_ends_at_the_context(self):
-        assert job().longest_row == 3072
-        assert job(rollout={"max_tokens": 3500}).longest_row == 4095
-        assert job(data={"max_prompt_tokens": None}).prompt == 4096 - 2048 - 1
+        assert memory_model().longest_row == 3072
+        assert memory_model(rollout={"max_tokens": 3500}).longest_row == 4095
+        assert memory_model(data={"max_prompt_tokens": None}).prompt == 4096 - 2048 - 1
 
 
 class TestShapes:
@@ -177,15 +184,39 @@ class TestShapes:
         [
             ({"model_type": "mixtral", "num_local_experts": 8}, "llama, mistral, qwen2, qwen3"),
             ({"model_type": "mamba"}, "'mamba'"),
-            ({}, "None"),
-            ({"model_type": "llama", "hidden_size": 8}, "intermediate_size"),
+            ({}, "null"),
+            ({"model_type": "llama", "hidden_size": 8}, "intermediate_size: null"),
             ([], "object"),
         ],
     )
-    def test_what_cannot_be_planned_is_told(self, config, words, tmp_path):
+    def test_a_config_without_formulas_is_an_error(self, config, words, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config))
         with pytest.raises(RecipeError, match=words):
             find_shape(str(tmp_path))
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [("num_attention_heads", 0), ("hidden_size", -8), ("vocab_size", True),
+         ("vocab_size", 10**12), ("num_hidden_layers", 10**6), ("intermediate_size", "16"),
+         ("num_key_value_heads", "2"), ("head_dim", 1.5), ("max_position_embeddings", "long"),
+         ("max_position_embeddings", -1)],
+    )  # fmt: skip
+    def test_impossible_sizes_are_an_error(self, key, value, tmp_path):
+        config = json.loads((ROOT / "gft_lite" / "lab" / "base" / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+        with pytest.raises(RecipeError, match=rf"policy\.model: must be .* with {key}: "):
+            find_shape(str(tmp_path))
+
+    def test_a_config_that_is_no_json_is_an_error(self, tmp_path):
+        for text in ("[" * 100_000, "{", "\x00"):
+            (tmp_path / "config.json").write_text(text)
+            with pytest.raises(RecipeError, match=r"policy\.model: must be a readable config"):
+                find_shape(str(tmp_path))
+
+    @pytest.mark.parametrize("model", ["a" * 5000, "a\0b", "a/b/c", "../", "x" * 300 + "/y"])
+    def test_a_name_that_is_no_model_is_an_error(self, model):
+        with pytest.raises(RecipeError, match=r"^policy\.model: must be lab, a folder .*, got "):
+            find_shape(model)
 
     def test_an_unknown_hub_id_names_the_known_ones(self):
         with pytest.raises(RecipeError) as error:
@@ -202,9 +233,17 @@ def test_sizes(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["rtx4091", "8", "8 apples", "GiB"])
-def test_a_wrong_size_is_told(text):
-    with pytest.raises(RecipeError, match="--gpu: must be a size"):
+@pytest.mark.parametrize("text", ["rtx4091", "8", "8 apples", "GiB", "-8GiB", "nanGiB", ""])
+def test_a_wrong_size_is_an_error(text):
+    with pytest.raises(UserError, match="--gpu: must be a size"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["0GiB", "0.0 MB", "0.0000001MiB", "9" * 400 + "GiB", "2000000GiB"]
+)
+def test_a_size_that_no_gpu_has_is_an_error(text):
+    with pytest.raises(UserError, match=r"^--gpu: must be larger than 0 and at most 1048576 GiB, "):
         parse_size(text)
 
 
@@ -212,7 +251,7 @@ class TestChoosing:
     @pytest.mark.parametrize("model", MODELS)
     @pytest.mark.parametrize("card", CARDS)
     def test_what_is_chosen_fits(self, model, card):
-        planned = job(model)
+        planned = memory_model(model)
         plan = choose(replace(planned, recipe=with_auto(planned.recipe)), card * GIB)
         assert not plan.problems
         assert plan.peak <= card * GIB
@@ -221,7 +260,7 @@ class TestChoosing:
     def test_less_memory_means_recomputing_then_offloading(self):
         auto = {"gradient_checkpointing": "auto", "offload_checkpoints": "auto",
                 "offload_embedding": "auto", "context": 4096}  # fmt: skip
-        planned = job(
+        planned = memory_model(
             policy=auto, train={"micro_batch_tokens": 4096},
             rollout={"engine": "transformers", "batch_size": 1, "max_tokens": 2048},
         )  # fmt: skip
@@ -241,7 +280,7 @@ class TestChoosing:
 
     def test_what_the_recipe_says_stays(self):
         fixed = {"gradient_checkpointing": 5, "offload_checkpoints": True, "context": 4096}
-        planned = job(policy=fixed, train={"micro_batch_tokens": 5000},
+        planned = memory_model(policy=fixed, train={"micro_batch_tokens": 5000},
                       rollout={"engine": "vllm", "batch_size": 3, "max_tokens": 2048,
                                "gpu_memory": 0.5})  # fmt: skip
         plan = choose(planned, 80 * GIB)
@@ -249,7 +288,7 @@ class TestChoosing:
         assert plan.chosen == frozenset()
 
     def test_vllm_gets_what_the_trainer_leaves(self):
-        plan = choose(job(rollout={"engine": "vllm", "max_tokens": 2048}), 24 * GIB)
+        plan = choose(memory_model(rollout={"engine": "vllm", "max_tokens": 2048}), 24 * GIB)
         share = plan.choice.gpu_memory
         assert share * 10_000 == pytest.approx(round(share * 10_000))
         assert plan.settings["rollout.gpu_memory"] == share
@@ -257,26 +296,26 @@ class TestChoosing:
         assert 23.997 * GIB < total(plan.rollout) <= 24 * GIB
 
     def test_vllm_gets_no_more_than_its_rows_can_fill(self):
-        plan = choose(job(rollout={"engine": "vllm", "max_tokens": 2048}), 80 * GIB)
+        plan = choose(memory_model(rollout={"engine": "vllm", "max_tokens": 2048}), 80 * GIB)
         # 128 rows of 3072 tokens; keys and values of a token in 28 layers with 4 heads of 128.
         whole = 128 * 3072 * 2 * 28 * 4 * 128 * 2
         assert whole - 0.0001 * 80 * GIB < plan.rollout["kv_cache"] <= whole
-        few = choose(job(rollout={"engine": "vllm", "batch_size": 8}), 80 * GIB)
+        few = choose(memory_model(rollout={"engine": "vllm", "batch_size": 8}), 80 * GIB)
         assert few.choice.gpu_memory < plan.choice.gpu_memory
 
     def test_vllm_that_never_sleeps_leaves_room_for_training(self):
         rollout = {"engine": "vllm", "max_tokens": 2048, "sleep": False}
-        plan = choose(job(rollout=rollout, train={"micro_batch_tokens": 4096}), 32 * GIB)
+        plan = choose(memory_model(rollout=rollout, train={"micro_batch_tokens": 4096}), 32 * GIB)
         assert not plan.problems
         assert 31.96 * GIB < total(plan.training) <= 32 * GIB
         assert total(plan.rollout) < total(plan.training)
 
     def test_a_row_longer_than_the_budget_counts_as_it_is(self):
-        planned = job(train={"micro_batch_tokens": 100})
+        planned = memory_model(train={"micro_batch_tokens": 100})
         assert planned.batch(100).tokens == planned.longest_row
 
     def test_on_a_cpu_nothing_is_offloaded(self):
-        planned = job(MODELS[0], device="cpu")
+        planned = memory_model(MODELS[0], device="cpu")
         plan = choose(replace(planned, recipe=with_auto(planned.recipe)), 64 * GIB)
         c = plan.choice
         assert (c.offload_checkpoints, c.offload_embedding, c.engine) == (
@@ -289,7 +328,7 @@ class TestChoosing:
 
     def test_what_would_fit_does(self):
         file = "recipes/paper/qwen2.5-math-7b/gft.yaml"
-        planned = Job(find_shape(QWEN_7B), Recipe.load(file), "cuda")
+        planned = MemoryModel(find_shape(QWEN_7B), Recipe.load(file), "cuda")
         for limit in (7 * GIB, 12 * GIB):
             assert choose(planned, limit).problems
             overrides = what_would_fit(planned, limit).split()
@@ -353,7 +392,7 @@ class TestResolving:
         assert plan.problems
         assert recipe.rollout.gpu_memory == "auto"
 
-    def test_what_does_not_fit_is_told_with_what_would(self):
+    def test_an_error_names_settings_that_would_fit(self):
         with pytest.raises(RecipeError) as error:
             resolve(Recipe.from_tree(self.AUTO), 6 * GIB, "cuda")
         text = str(error.value)
@@ -361,7 +400,7 @@ class TestResolving:
         assert "6.0 GiB" in text
         assert "rollout.batch_size=" in text
 
-    def test_an_unknown_model_with_auto_is_told(self):
+    def test_auto_with_an_unknown_model_is_an_error(self):
         policy = {"model": "someone/else", "gradient_checkpointing": "auto"}
         with pytest.raises(RecipeError, match=r"policy\.model"):
             resolve(Recipe.from_tree({"policy": policy}), GIB, "cpu")
@@ -420,6 +459,18 @@ class TestCommand:
     def test_wrong_input_is_exit_code_2(self, capsys):
         assert main(["plan", "recipes/lab.yaml", "--gpu", "rtx490"]) == 2
         assert "Did you mean rtx4090?" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        "words",
+        [["--gpu", "0GiB"], ["--gpu", "0GiB", "rollout.engine=vllm"], ["--gpu", "9" * 400 + "GB"],
+         ["train.memory=0GiB"], ["train.memory=0.00 MB"]],
+    )  # fmt: skip
+    def test_a_size_that_no_gpu_has_is_exit_code_2(self, words, capsys):
+        recipe = "recipes/qwen_math_1p5b.yaml"
+        assert main(["plan", recipe, *words]) == 2
+        out, err = capsys.readouterr()
+        assert (out, len(err.splitlines())) == ("", 1)
+        assert ("--gpu: must be" if words[0] == "--gpu" else "train.memory: must be") in err
 
     @pytest.mark.parametrize(
         "recipe", ["recipes/lab.yaml", *(f"recipes/paper/{m}/gft.yaml" for m in
