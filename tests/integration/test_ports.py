@@ -14,9 +14,9 @@ import pytest
 _VLLM = """
 import os, socket, sys, tempfile
 from pathlib import Path
-from gft_lite.policy import load_policy
-from gft_lite.recipe import PolicySettings, RolloutSettings
-from gft_lite.rollout import start_engine
+from gft_lite.policy.registry import load_policy
+from gft_lite.recipe.sections import PolicySettings, RolloutSettings
+from gft_lite.rollout.registry import start_engine
 
 def listening():
     links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
