@@ -1,6 +1,17 @@
-"""Accuracy of a served model on evaluation sets and suites.
+"""Accuracy, pass@k and drift of models, adapters and runs on benchmarks and evaluation sets.
 
 May import `rollout`, `runs` and everything below them.
+
+Adding a benchmark:
+1. Add a definition to `configs/suites/benchmarks.yaml`: source, columns, type of answers.
+2. Name it under `benchmarks` in a suite of `configs/suites/`.
+Adding a suite: write `configs/suites/NAME.yaml`; `gft-lite eval --suite NAME` then finds it.
+A user's own suite needs no edit here: `--suite FILE.yaml`.
+
+Adding a figure: compute it in `measure` (`metrics.py`) and show it in `tables.py`.
 """
 
-__all__: list[str] = []
+from gft_lite.evaluation.metrics import average, compare, measure
+from gft_lite.evaluation.suites import Benchmark, Suite
+
+__all__ = ["Benchmark", "Suite", "average", "compare", "measure"]

@@ -1,29 +1,35 @@
-"""Accuracy and pass@k of whatever an engine serves: training's sets, and suites of benchmarks."""
+"""`evaluate`: accuracy and pass@k of models on the benchmarks of a suite."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from gft_lite.data.prompts import PromptFormat
+from gft_lite.evaluation.evaluation_folder import EvaluationFolder, Keys
 from gft_lite.evaluation.examples import Examples
-from gft_lite.evaluation.metrics import average, compare, distinct, measure
-from gft_lite.evaluation.response_cache import ResponseCache, Sampler
+from gft_lite.evaluation.metrics import distinct, measure
+from gft_lite.evaluation.response_cache import BenchmarkDraw, CachedSampler
+from gft_lite.evaluation.results import make_results
 from gft_lite.evaluation.sets import open_scorer
 from gft_lite.evaluation.suites import Suite, find_file, load_benchmark
-from gft_lite.evaluation.tables import tables, to_csv
-from gft_lite.evaluation.targets import Target, base_identity, find_targets, group_by_base, identity
-from gft_lite.policy import kl as drift
+from gft_lite.evaluation.targets import (
+    Target,
+    base_identity,
+    find_targets,
+    group_by_base,
+    identity,
+)
+from gft_lite.policy import kl
 from gft_lite.policy.base import Policy
 from gft_lite.policy.batching import Row
 from gft_lite.policy.registry import load_policy
@@ -32,19 +38,18 @@ from gft_lite.rollout.base import RolloutEngine, Sampling
 from gft_lite.rollout.policy_engine import PolicyEngine
 from gft_lite.rollout.registry import find_engine, start_engine
 from gft_lite.rollout.sampling import make_prompt_format
-from gft_lite.runs.folder import RunFolder
 from gft_lite.types import Group, Problem
 from gft_lite.utils.errors import RecipeError
-
-# --- suites ----------------------------------------------------------------------------------
+from gft_lite.utils.files import check_output_path
+from gft_lite.utils.progress import ProgressDisplay
 
 
 @dataclass
-class _Work:
-    """An evaluation while it runs: what it was asked for, and what it has found by target."""
+class _Evaluation:
+    """An evaluation in progress: its settings, and the results so far by target."""
 
     suite: Suite
-    folder: Path
+    folder: EvaluationFolder
     data_dir: Path | None
     scorer: Scorer
     console: Console
@@ -55,13 +60,18 @@ class _Work:
     sampled: int = 0
     reused: int = 0
 
-    def cache(self, model: str, name: str) -> ResponseCache:
-        """The responses of one model to one benchmark."""
-        return ResponseCache(self.folder / "responses" / model / f"{name}.jsonl")
-
-    def problems_file(self, model: str, name: str) -> Path:
-        """Where a model's verdicts on one benchmark are kept, a problem a line."""
-        return self.folder / "problems" / model / f"{name}.jsonl"
+    def grade(
+        self, label: str, model: str, benchmark: str, groups: Sequence[Group], keys: Keys
+    ) -> dict[str, Any]:
+        """Grade the responses to a benchmark, write the grades, and return the results."""
+        scored = self.scorer.score(groups)
+        self.folder.write_problems(model, benchmark, scored, keys)
+        for group in scored:
+            self.examples.add(self.suite.title(benchmark), label, group)
+        samples = min(len(group) for group in scored)
+        ks = [k for k in self.suite.ks if k <= samples]
+        marker = self.suite.reward.functions[0].parameters.get("marker")
+        return {**measure(scored, ks), "distinct": distinct(scored, marker)}
 
 
 def evaluate(
@@ -73,189 +83,188 @@ def evaluate(
     regrade: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Evaluate models by a suite and compare them; returns what `results.json` then holds.
+    """Evaluate models by a suite, compare them, and return the content of `results.json`.
 
-    Responses that `out` has already are not sampled again; `regrade` samples none at all and
-    loads no model. Raises: RecipeError for a target, a suite or data that are wrong.
+    Responses that are already in `out` are not sampled again. With `regrade` none is sampled and
+    no model is loaded. Raises: UserError for a wrong target, suite, folder or data.
     """
     started = time.perf_counter()
     found = find_targets(targets, suite.policy)
     folder = Path(out) if out is not None else _default_folder(suite, found)
+    check_output_path(folder if out is None else out)
     data = None if data_dir is None else Path(data_dir)
     console = console or Console(stderr=True)
-    if not regrade:
-        _check_before_loading(suite, data)
+    if not regrade:  # Checks that need no model come before one is loaded.
+        find_file(data, "any")
+        find_engine(suite.rollout.engine)
     with open_scorer(suite.reward, conversational=suite.prompt.style == "chat") as scorer:
-        work = _Work(suite, folder, data, scorer, console)
+        work = _Evaluation(suite, EvaluationFolder(folder), data, scorer, console)
         if regrade:
             _regrade(work, found)
         else:
-            asked = {"temperature", "top_p", "top_k", "max_tokens", "stop"}
-            work.sampling = {**suite.rollout.model_dump(include=asked), "seed": suite.seed}
+            sampling = {"temperature", "top_p", "top_k", "max_tokens", "stop"}
+            work.sampling = {**suite.rollout.model_dump(include=sampling), "seed": suite.seed}
             for group in group_by_base(found):
                 _evaluate_group(work, group)
-    results = _results(work, found, time.perf_counter() - started)
-    _write(folder, results, work.examples)
+    results = make_results(suite, [t.label for t in found], work.targets) | {
+        "folder": str(folder),
+        "data": work.data,
+        "sampled": work.sampled,
+        "reused": work.reused,
+        "seconds": time.perf_counter() - started,
+    }
+    work.folder.write_results(results, work.examples)
     return results
 
 
-def _check_before_loading(suite: Suite, data_dir: Path | None) -> None:
-    """What can be wrong without a model is told before one is loaded."""
-    find_file(data_dir, "any")
-    find_engine(suite.rollout.engine)
-
-
 def _default_folder(suite: Suite, targets: Sequence[Target]) -> Path:
-    """`eval/SUITE` of the one run that is evaluated, else `evals/SUITE`."""
+    """`eval/SUITE` of the run if exactly one run is evaluated, else `evals/SUITE`."""
     runs = {target.run for target in targets}
     run = runs.pop() if len(runs) == 1 else None
     return run / "eval" / suite.name if run else Path("evals") / suite.name
 
 
-def _evaluate_group(work: _Work, targets: Sequence[Target]) -> None:
-    """Sample, grade and measure the targets that share a base: one policy, one engine."""
-    suite, scratch = work.suite, work.folder / "engine"
+def _evaluate_group(work: _Evaluation, targets: Sequence[Target]) -> None:
+    """Evaluate the targets that share a base with one policy and one engine."""
+    suite, scratch = work.suite, work.folder.path / "engine"
     adapters = [target for target in targets if target.adapter is not None]
     settings = (adapters or targets)[0].policy
     if settings.threads:
         torch.set_num_threads(settings.threads)
     policy = load_policy(settings, suite.seed, suite.rollout)
     base = base_identity(policy)
-    problems, formats = _load(work, policy)
+    problems, formats = _load_benchmarks(work, policy)
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, scratch, ignore_errors=True)
-        engine = start_engine(suite.rollout, policy, scratch / base)
-        stack.callback(engine.close)
-        model = _Model(work, policy, engine, formats, problems, base)
-        served = PolicyEngine(engine, policy, scratch / base / "adapters")
-        served.start_checks(model.probe_row(), suite.rollout.probe_limit)
-        base_rows = model.first_samples(base) if adapters else []
-        # The base is served until the first sync, so it comes first.
+        sampler = start_engine(suite.rollout, policy, scratch / base)
+        stack.callback(sampler.close)
+        served = _ServedBase(work, policy, sampler, formats, problems)
+        engine = PolicyEngine(sampler, policy, scratch / base / "adapters")
+        engine.start_checks(served.check_row(), suite.rollout.probe_limit)
+        base_rows = served.first_samples(base) if adapters else []
+        # The engine serves the base until the first sync, so the base is evaluated first.
         for target in sorted(targets, key=lambda target: target.adapter is not None):
             if target.adapter is not None:
                 policy.load_adapter(target.adapter)
-                served.sync(1 + adapters.index(target))
-            model.evaluate(target, base_rows)
-        work.sampled += model.sampler.sampled
-        work.reused += model.sampler.reused
+                engine.sync(1 + adapters.index(target))
+            served.evaluate(target, identity(base, target.adapter), base_rows)
+        work.sampled += served.sampler.sampled
+        work.reused += served.sampler.reused
 
 
-def _load(
-    work: _Work, policy: Policy
+def _load_benchmarks(
+    work: _Evaluation, policy: Policy
 ) -> tuple[dict[str, tuple[Problem, ...]], dict[str, PromptFormat]]:
-    """The problems of every benchmark in this policy's tokens, and how they are written.
+    """The problems of every benchmark in this policy's tokens, and the prompt formats.
 
     Raises: RecipeError with the errors of all benchmarks.
     """
-    problems, formats, wrong = {}, {}, []
+    problems, formats, errors = {}, {}, []
     for name in work.suite.names:
         prompt = work.suite.prompt_of(name)
         try:
             formats[name] = make_prompt_format(policy, prompt, f"definitions.{name}.prompt")
             loaded = load_benchmark(work.suite, name, formats[name], policy.context, work.data_dir)
         except RecipeError as error:
-            wrong += error.problems
+            errors += error.problems
             continue
         problems[name] = loaded.problems
         work.data[name] = loaded.describe()
         work.console.print(f"{name}: {loaded.describe()}", markup=False)
-    if wrong:
-        raise RecipeError(wrong)
+    if errors:
+        raise RecipeError(errors)
     return problems, formats
 
 
-class _Model:
-    """A loaded base with what it is asked, serving one target after another."""
+class _ServedBase:
+    """A loaded base with the benchmarks, which serves one target after another."""
 
     def __init__(
         self,
-        work: _Work,
+        work: _Evaluation,
         policy: Policy,
         engine: RolloutEngine,
         formats: Mapping[str, PromptFormat],
         problems: Mapping[str, Sequence[Problem]],
-        base: str,
     ) -> None:
         rollout = work.suite.rollout
-        self.work, self.policy, self.base = work, policy, base
-        self.formats, self.problems = formats, problems
-        self.sampling = Sampling(rollout.temperature, rollout.top_p, rollout.top_k,
-                                 rollout.max_tokens, tuple(rollout.stop))  # fmt: skip
-        # Large enough to keep the engine busy, small enough to lose little when interrupted.
-        self.sampler = Sampler(engine, self.sampling, policy.context, 4 * rollout.rows)
-        self.room = self._room()
+        self._work, self._policy = work, policy
+        self._formats, self._problems = formats, problems
+        sampling = Sampling(rollout.temperature, rollout.top_p, rollout.top_k,
+                            rollout.max_tokens, tuple(rollout.stop))  # fmt: skip
+        # Large enough to keep the engine busy, small enough to lose little at an interrupt.
+        self.sampler = CachedSampler(engine, sampling, policy.context, 4 * rollout.rows)
+        self._max_tokens = self._limit_tokens()
 
-    def probe_row(self) -> Row:
-        """A prompt and its gold answer, which trainer and engine must agree on."""
-        name, [problem, *_] = next(iter(self.problems.items()))
-        ids, _ = self.formats[name].response_ids(problem.answer or "?", 16)
+    def check_row(self) -> Row:
+        """A prompt and its gold answer, on which trainer and engine are compared."""
+        name, [problem, *_] = next(iter(self._problems.items()))
+        ids, _ = self._formats[name].response_ids(problem.answer or "?", 16)
         return Row(problem.prompt_ids, ids)
 
     def first_samples(self, model: str) -> list[Row]:
         """One response to each of the first problems of every benchmark."""
-        few = self.work.suite.drift
+        few = self._work.suite.drift
         return [
             row
-            for name in self.problems
-            for row in drift.group_rows(self._respond(model, name, few, 1)[0])
+            for name in self._problems
+            for row in kl.group_rows(self._respond(model, name, few, 1)[0])
         ]
 
-    def evaluate(self, target: Target, base_rows: Sequence[Row]) -> None:
-        """Sample, grade and measure what is served now."""
-        suite, policy = self.work.suite, self.policy
-        model = identity(self.base, target.adapter)
+    def evaluate(self, target: Target, model: str, base_rows: Sequence[Row]) -> None:
+        """Sample, grade and measure the target that the engine serves; `model` is its identity."""
+        suite = self._work.suite
         rows: list[Row] = []
-        figures = {}
-        for name in self.problems:
+        benchmarks = {}
+        for name in self._problems:
             with self._progress(f"{target.label} on {name}"):
                 groups, keys = self._respond(model, name, None, suite.samples)
             few = groups[: suite.drift]
-            rows += drift.group_rows(Group(g.problem, g.responses[:1]) for g in few)
-            figures[name] = _grade(self.work, target.label, model, name, groups, keys)
+            rows += kl.group_rows(Group(g.problem, g.responses[:1]) for g in few)
+            benchmarks[name] = self._work.grade(target.label, model, name, groups, keys)
         self.sampler.engine.sleep()
-        far = _drift(policy, target, base_rows, rows, suite.micro_batch_tokens)
+        drift = _drift(self._policy, target, base_rows, rows, suite.micro_batch_tokens)
         self.sampler.engine.wake()
-        self.work.targets[target.label] = {
+        self._work.targets[target.label] = {
             "model": target.policy.model,
             "adapter": None if target.adapter is None else str(target.adapter),
             "identity": model,
             "engine": self.sampler.engine.name,
-            "max_tokens": self.room,
-            "sampling": self.work.sampling,
-            "data": self.work.data,
-            "benchmarks": figures,
-            "drift": far,
+            "max_tokens": self._max_tokens,
+            "sampling": self._work.sampling,
+            "data": self._work.data,
+            "benchmarks": benchmarks,
+            "drift": drift,
         }
 
     def _respond(
         self, model: str, name: str, first: int | None, samples: int
     ) -> tuple[list[Group], list[list[str]]]:
-        # Engines draw differently from the same seed, as may the base they serve.
-        who = f"{model}/{self.sampler.engine.name}/{self.work.suite.rollout.base}"
-        return self.sampler.respond(
-            who, self.formats[name], self.problems[name][:first], samples,
-            (self.work.suite.seed, "eval", name), self.work.cache(model, name),
+        # Engines, and the bases they serve, draw differently from the same seed.
+        sampled_by = f"{model}/{self.sampler.engine.name}/{self._work.suite.rollout.base}"
+        draw = BenchmarkDraw(
+            sampled_by, self._formats[name], self._problems[name][:first], samples,
+            (self._work.suite.seed, "eval", name),
         )  # fmt: skip
+        return self.sampler.respond(draw, self._work.folder.responses(model, name))
 
     @contextmanager
-    def _progress(self, what: str) -> Iterator[None]:
-        with self.work.console.status(what) as status:
-
-            def show(done: int, total: int) -> None:
-                status.update(f"{what}: {done:,} of {total:,} responses")
-
-            self.sampler.on_chunk = show
+    def _progress(self, text: str) -> Iterator[None]:
+        with ProgressDisplay(self._work.console, "responses", None) as display:
+            self.sampler.on_chunk = lambda completed, total: display.update(
+                completed, panel=Text(f"{text}, {total:,} responses")
+            )
             yield
 
-    def _room(self) -> list[int]:
-        """The fewest and the most tokens a response may have; says so if that is not enough."""
-        asked, context = self.sampling.max_tokens, self.policy.context
-        longest = [len(p.prompt_ids) for problems in self.problems.values() for p in problems]
-        least, most = (min(asked, context - f(longest)) for f in (max, min))
-        if least < asked:
-            self.work.console.print(
+    def _limit_tokens(self) -> list[int]:
+        """The fewest and the most tokens a response can have; printed if the context limits it."""
+        wanted, context = self.sampler.sampling.max_tokens, self._policy.context
+        lengths = [len(p.prompt_ids) for problems in self._problems.values() for p in problems]
+        least, most = (min(wanted, context - f(lengths)) for f in (max, min))
+        if least < wanted:
+            self._work.console.print(
                 f"max_tokens: the model's context of {context} tokens leaves responses {least} to "
-                f"{most} of the {asked} tokens asked for", markup=False, soft_wrap=True,
+                f"{most} of the {wanted} tokens asked for", markup=False, soft_wrap=True,
             )  # fmt: skip
         return [least, most]
 
@@ -263,125 +272,37 @@ class _Model:
 def _drift(
     policy: Policy, target: Target, base_rows: Sequence[Row], rows: Sequence[Row], budget: int
 ) -> dict[str, float | None]:
-    """How far an adapter went: forward KL on the base's responses, reverse KL on its own."""
+    """Forward KL on the base's responses, reverse KL and entropy on the target's own, in nats."""
     if target.adapter is None:
         with policy.base():
-            return {"entropy": drift.entropy(policy, rows, budget)}
-    forward = drift.divergence(policy, base_rows, budget, samples_of="reference")
-    reverse = drift.divergence(policy, rows, budget, samples_of="policy")
+            return {"entropy": kl.entropy(policy, rows, budget)}
+    forward = kl.divergence(policy, base_rows, budget, samples_of="reference")
+    reverse = kl.divergence(policy, rows, budget, samples_of="policy")
     return {
         "forward": forward.get("forward"),
         "reverse": reverse.get("reverse"),
-        "entropy": drift.entropy(policy, rows, budget),
+        "entropy": kl.entropy(policy, rows, budget),
     }
 
 
-def _evaluated(folder: Path) -> dict[str, Any]:
-    """Every target that was ever evaluated in a folder, as it was last."""
-    file = folder / "targets.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
-def _regrade(work: _Work, targets: Sequence[Target]) -> None:
-    """Grade what was sampled before; everything but the grades stays."""
-    evaluated = _evaluated(work.folder)
+def _regrade(work: _Evaluation, targets: Sequence[Target]) -> None:
+    """Grade stored responses again; everything but the grades stays as it is."""
+    evaluated = work.folder.targets()
     unknown = [t.label for t in targets if t.label not in evaluated]
     if unknown:
-        there = ", ".join(evaluated) or "nothing"
+        known = ", ".join(evaluated) or "nothing"
         raise RecipeError(
-            [f"--regrade: must find an evaluation of {label} in {work.folder}, which has {there}."
-             for label in unknown]
+            [f"--regrade: must find an evaluation of {label} in {work.folder.path}, which has "
+             f"{known}." for label in unknown]
         )  # fmt: skip
     for target in targets:
         entry = evaluated[target.label]
         work.data, work.sampling = entry["data"], entry["sampling"]
-        model = entry["identity"]
-        figures = {}
+        model, benchmarks = entry["identity"], {}
         for name in work.suite.names:
             if name in entry["benchmarks"]:
-                lines = work.problems_file(model, name).read_text(encoding="utf-8").splitlines()
-                kept = [json.loads(line) for line in lines]
-                problems = [Problem(k["id"], k["text"], k["answer"], columns=k["columns"])
-                            for k in kept]  # fmt: skip
-                keys = [k["keys"] for k in kept]
-                groups = work.cache(model, name).groups(problems, keys)
-                figures[name] = _grade(work, target.label, model, name, groups, keys)
-        work.reused += sum(f["samples"] for f in figures.values())
-        work.targets[target.label] = {**entry, "benchmarks": figures}
-
-
-def _grade(
-    work: _Work, label: str, model: str, name: str,
-    groups: Sequence[Group], keys: Sequence[Sequence[str]],
-) -> dict[str, Any]:  # fmt: skip
-    """The figures of one benchmark; keeps the verdict on every response."""
-    scored = work.scorer.score(groups)
-    file = work.problems_file(model, name)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", encoding="utf-8") as out:
-        for group, named in zip(scored, keys, strict=True):
-            problem = group.problem
-            graded = [(r.text, r.correct) for r in group if r.correct is not None]
-            shown = (problem.id, problem.text, problem.answer or "")
-            work.examples.see(work.suite.title(name), shown, label, graded)
-            line = {
-                "id": problem.id, "text": problem.text, "answer": problem.answer,
-                "columns": dict(problem.columns),
-                "correct": sum(right for _, right in graded) if graded else None,
-                "samples": len(group), "scores": [r.reward for r in group],
-                "verdicts": [r.verdict for r in group], "keys": list(named),
-            }  # fmt: skip
-            out.write(json.dumps(line, default=str) + "\n")
-    samples = min(len(group) for group in scored)
-    ks = [k for k in work.suite.ks if k <= samples]
-    marker = work.suite.reward.functions[0].parameters.get("marker")
-    return {**measure(scored, ks), "distinct": distinct(scored, marker)}
-
-
-# --- results ---------------------------------------------------------------------------------
-
-
-def _results(work: _Work, targets: Sequence[Target], seconds: float) -> dict[str, Any]:
-    suite = work.suite
-    entries = {t.label: work.targets[t.label] for t in targets}
-    ran = [figures for entry in entries.values() for figures in entry["benchmarks"].values()]
-    for entry in entries.values():
-        entry["average"] = average(entry["benchmarks"])
-    return {
-        "suite": suite.name,
-        "folder": str(work.folder),
-        "benchmarks": {name: suite.title(name) for name in suite.names},
-        "protocol": {
-            "samples": min(f["samples"] // f["problems"] for f in ran),
-            "k": [k for k in suite.ks if all(f"pass@{k}" in f for f in ran)],
-            **work.sampling,
-            "reward": [function.name for function in suite.reward.functions],
-        },
-        "data": work.data,
-        "targets": entries,
-        "pairs": [
-            {
-                "a": a,
-                "b": b,
-                "differences": compare(entries[a]["benchmarks"], entries[b]["benchmarks"]),
-            }
-            for a, b in combinations(entries, 2)
-        ],
-        "sampled": work.sampled,
-        "reused": work.reused,
-        "seconds": seconds,
-    }
-
-
-def _write(folder: Path, results: Mapping[str, Any], examples: Examples) -> None:
-    made = tables(results)
-    RunFolder(folder).write_json("results.json", results)
-    RunFolder(folder).write_json("targets.json", {**_evaluated(folder), **results["targets"]})
-    (folder / "results.csv").write_text(to_csv(results), encoding="utf-8")
-    (folder / "results.md").write_text(
-        "\n".join(table.markdown() for table in made), encoding="utf-8"
-    )
-    (folder / "results.tex").write_text(
-        "\n".join(table.latex() for table in made), encoding="utf-8"
-    )
-    (folder / "examples.md").write_text(examples.markdown(), encoding="utf-8")
+                expected = entry["benchmarks"][name]["problems"]
+                groups, keys = work.folder.read_groups(model, name, expected)
+                benchmarks[name] = work.grade(target.label, model, name, groups, keys)
+        work.reused += sum(f["samples"] for f in benchmarks.values())
+        work.targets[target.label] = {**entry, "benchmarks": benchmarks}

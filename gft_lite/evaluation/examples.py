@@ -1,51 +1,50 @@
-"""TODO: gft_lite/evaluation/examples.py"""
+"""Examples of correct and wrong responses to the same problem, for examples.md."""
 
 from __future__ import annotations
 
 import html
 import re
-from collections.abc import Sequence
 from typing import NamedTuple
 
-_SHOWN_CHARACTERS = 1500
+from gft_lite.types import Group
+
+_MAX_CHARACTERS = 1500
 
 
 class Sample(NamedTuple):
-    """One graded response, as an example shows it."""
+    """One graded response of a model."""
 
     label: str
     text: str
 
 
 class Examples:
-    """A right and a wrong response to the same problem, of different models where there are any."""
+    """Pairs of a correct and a wrong response to a problem, of different models if possible."""
 
     def __init__(self, per_benchmark: int = 3) -> None:
         self._count = per_benchmark
         self._problems: dict[tuple[str, str], tuple[str, str]] = {}
-        self._right: dict[tuple[str, str], Sample] = {}
+        self._correct: dict[tuple[str, str], Sample] = {}
         self._wrong: dict[tuple[str, str], Sample] = {}
 
-    def see(
-        self, benchmark: str, problem: tuple[str, str, str], label: str,
-        graded: Sequence[tuple[str, bool]],
-    ) -> None:  # fmt: skip
-        """Note a model's responses `(text, right)` to the problem `(id, text, answer)`."""
-        at = benchmark, problem[0]
-        self._problems[at] = problem[1:]
-        for wanted, seen, other in (
-            (True, self._right, self._wrong),
-            (False, self._wrong, self._right),
+    def add(self, benchmark: str, label: str, group: Group) -> None:
+        """Add a model's graded responses to a problem."""
+        problem = group.problem
+        at = benchmark, problem.id
+        self._problems[at] = problem.text, problem.answer or ""
+        for correct, samples, others in (
+            (True, self._correct, self._wrong),
+            (False, self._wrong, self._correct),
         ):
-            text = next((text for text, right in graded if right is wanted), None)
-            alone = at in seen and at in other and seen[at].label != other[at].label
-            if text is not None and not alone:
-                seen[at] = Sample(label, _shortened(text))
+            text = next((r.text for r in group if r.correct is correct), None)
+            differ = at in samples and at in others and samples[at].label != others[at].label
+            if text is not None and not differ:
+                samples[at] = Sample(label, _shorten(text))
 
     def markdown(self) -> str:
-        """The examples of every benchmark, those first in which models differ."""
-        both = [at for at in self._problems if at in self._right and at in self._wrong]
-        both.sort(key=lambda at: self._right[at].label == self._wrong[at].label)
+        """The examples of every benchmark; pairs of different models come first."""
+        both = [at for at in self._problems if at in self._correct and at in self._wrong]
+        both.sort(key=lambda at: self._correct[at].label == self._wrong[at].label)
         lines = ["# Right and wrong answers", ""]
         for benchmark in dict.fromkeys(name for name, _ in self._problems):
             chosen = [at for at in both if at[0] == benchmark][: self._count]
@@ -55,22 +54,22 @@ class Examples:
 
     def _one(self, at: tuple[str, str]) -> list[str]:
         text, answer = self._problems[at]
-        right, wrong = self._right[at], self._wrong[at]
-        cells = "".join(f"<td><pre>{html.escape(s.text)}</pre></td>" for s in (right, wrong))
-        # A blank line would end the HTML.
+        correct, wrong = self._correct[at], self._wrong[at]
+        cells = "".join(f"<td><pre>{html.escape(s.text)}</pre></td>" for s in (correct, wrong))
+        # A blank line would end the HTML block.
         cells = re.sub(r"\n\s*\n", "\n&nbsp;\n", cells)
         return [
             f"### {at[1]}", "", *(f"> {line}" for line in text.splitlines()), "",
             f"Answer: `{answer}`", "",
-            f"<table><tr><th>right: {html.escape(right.label)}</th>"
+            f"<table><tr><th>right: {html.escape(correct.label)}</th>"
             f"<th>wrong: {html.escape(wrong.label)}</th></tr>",
             f"<tr>{cells}</tr></table>", "",
         ]  # fmt: skip
 
 
-def _shortened(text: str) -> str:
-    """The start and the end of a long text; the answer stands at the end."""
-    if len(text) <= _SHOWN_CHARACTERS:
+def _shorten(text: str) -> str:
+    """The start and the end of a long text; the answer is at the end."""
+    if len(text) <= _MAX_CHARACTERS:
         return text
-    half = _SHOWN_CHARACTERS // 2
+    half = _MAX_CHARACTERS // 2
     return f"{text[:half]}\n[...]\n{text[-half:]}"

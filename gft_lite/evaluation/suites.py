@@ -1,4 +1,4 @@
-"""Suites: named benchmarks, and the protocol they are asked and graded by; one YAML each."""
+"""Suites: YAML files with named benchmarks and the protocol of sampling and grading them."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from gft_lite.utils.errors import RecipeError, nearest
 from gft_lite.utils.paths import PACKAGE
 
 _FOLDER = Path("configs") / "suites"
-_DEFINITIONS = "benchmarks"  # The file that the shipped suites extend, no suite itself.
-# What `--data-dir` holds; a row's own `answer_type` comes before its benchmark's.
+_DEFINITIONS = "benchmarks"  # The file that the shipped suites extend, not a suite itself.
+# The columns of files in `--data-dir`; a row's own `answer_type` overrides its benchmark's.
 _NORMALISED = ColumnsSettings(problem="problem", answer="answer", id="id")
 
 
 class Benchmark(DataSettings):
-    """One benchmark: where its rows are, how they are asked, what kind of answer they have.
+    """One benchmark: its rows, its prompt and its type of answers.
 
-    `prompt`, left out, is the suite's. `unverified` says what of a hub id nobody has checked.
+    `prompt` is the suite's by default. `unverified` names what was not checked about a hub id.
     """
 
     source: str
@@ -48,17 +48,18 @@ class Benchmark(DataSettings):
 
 
 class SuiteRollout(RolloutSettings):
-    """As in training, with the paper's temperature and length."""
+    """The settings of training, with the paper's temperature and length."""
 
     temperature: NonNegativeFloat = 0.5
     max_tokens: PositiveInt = 4096
 
 
 class Suite(Settings):
-    """Benchmarks and the protocol: `samples` responses a problem, accuracy their mean.
+    """Benchmarks and the protocol: accuracy is the mean over `samples` responses a problem.
 
-    `k` of pass@k is by default every power of two up to `samples`. `limit` takes so many
-    problems of each benchmark, drawn by its `seed`; `drift` problems of each measure the KL.
+    `k` of pass@k is by default every power of two up to `samples`. `limit` is the number of
+    problems drawn from each benchmark by its `seed`; the KL is measured on `drift` problems of
+    each.
     """
 
     name: str = "suite"
@@ -100,20 +101,20 @@ class Suite(Settings):
 
     @property
     def names(self) -> list[str]:
-        """The benchmarks in order, by default all that are defined."""
+        """The benchmarks in order; all definitions by default."""
         return self.benchmarks or list(self.definitions)
 
     @property
     def ks(self) -> list[int]:
-        """Every k of pass@k, 1 among them."""
+        """Every k of pass@k, including 1."""
         return sorted({1, *(self.k or (2**i for i in range(self.samples.bit_length())))})
 
     def title(self, name: str) -> str:
-        """A benchmark's name in tables."""
+        """The name of a benchmark in tables."""
         return self.definitions[name].title or name
 
     def prompt_of(self, name: str) -> PromptSettings:
-        """How a benchmark is asked: its own prompt, else the suite's."""
+        """The prompt settings of a benchmark: its own, else the suite's."""
         own = self.definitions[name]
         return own.prompt if "prompt" in own.model_fields_set else self.prompt
 
@@ -127,7 +128,7 @@ class Suite(Settings):
 
 
 def shipped() -> dict[str, Path]:
-    """The suites that come with the package, by name."""
+    """The files of the suites in the package, by name."""
     files = [f for root in (PACKAGE.parent, PACKAGE / "shipped") for f in root.glob(f"{_FOLDER}/*")]
     return {f.stem: f for f in sorted(files) if f.suffix == ".yaml" and f.stem != _DEFINITIONS}
 
@@ -147,10 +148,10 @@ def _find(name: str) -> Path:
 def load_benchmark(
     suite: Suite, name: str, format: PromptFormat, context: int, data_dir: Path | None
 ) -> Loaded:
-    """A benchmark's problems, from `data_dir` where that has them; `answer_type` in each.
+    """A benchmark's problems, from its file in `data_dir` if there is one.
 
-    Half of the model's context at most is kept free for the response; longer prompts are left
-    out and counted. Raises: RecipeError if there are no rows.
+    At most half of the model's context is reserved for the response; longer prompts are left out
+    and counted. Each problem has its `answer_type`. Raises: RecipeError without any row.
     """
     benchmark = suite.definitions[name]
     field = f"definitions.{name}"
@@ -174,17 +175,17 @@ def load_benchmark(
 
 
 def find_file(data_dir: Path | None, name: str) -> Path | None:
-    """The file of `data_dir` that holds a benchmark. Raises: RecipeError if it is no folder."""
+    """The file of a benchmark in `data_dir`. Raises: RecipeError if that is not a folder."""
     if data_dir is None:
         return None
-    if not data_dir.is_dir():
+    if not os.path.isdir(data_dir):
         raise RecipeError([f"--data-dir: must be a folder with NAME.jsonl, got {str(data_dir)!r}."])
     files = (data_dir / f"{name}{suffix}" for suffix in FORMATS)
     return next((file for file in files if file.is_file()), None)
 
 
 def _hint(benchmark: Benchmark, name: str) -> str:
-    """What a user can do about a benchmark that doesn't load."""
+    """How to replace a benchmark that does not load."""
     if benchmark.source == "lab":
         return ""
     doubt = f"{benchmark.unverified} could not be checked by us; " if benchmark.unverified else ""

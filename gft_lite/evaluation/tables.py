@@ -5,28 +5,35 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from gft_lite.evaluation.metrics import main_figure
 from gft_lite.utils.tables import Table, csv_text
 
 
 def tables(results: Mapping[str, Any]) -> list[Table]:
-    """Accuracy, pass@k where k goes beyond 1, the differences of pairs, and drift."""
-    made = [_accuracy(results)]
-    made += [_pass_at_k(results)] if len(results["protocol"]["k"]) > 1 else []
-    made += [_pairs(results)] if results["pairs"] else []
-    return [*made, _conduct(results)]
+    """Accuracy or mean reward, pass@k for k above 1, differences of pairs, drift and lengths."""
+    found = [_main_table(results)]
+    found += [_pass_at_k(results)] if len(results["protocol"]["k"]) > 1 else []
+    found += [_pairs(results)] if results["pairs"] else []
+    return [*found, _drift_and_lengths(results)]
 
 
-def _accuracy(results: Mapping[str, Any]) -> Table:
-    """The shape of the paper's table: models down, benchmarks across, their average last."""
-    titles = results["benchmarks"]
+def _main_table(results: Mapping[str, Any]) -> Table:
+    """A row per model and a column per benchmark, with their average as the last column."""
+    titles, main = results["benchmarks"], _main_figure(results)
+    form = _percent if main == "pass@1" else _number
     rows = [
-        (label, *(_percent(_figure(target, name, "pass@1")) for name in titles),
-         _percent(target["average"]["pass@1"]))
+        (label, *(form(_figure(target, name, main)) for name in titles),
+         form(target["average"][main]))
         for label, target in results["targets"].items()
     ]  # fmt: skip
     n = results["protocol"]["samples"]
-    title = f"Accuracy (%), the mean over {n} samples a problem"
-    return Table(title, ("model", *titles.values(), "average"), tuple(rows))
+    title = "Accuracy (%)" if main == "pass@1" else "Mean reward"
+    return Table(f"{title}, the mean over {n} samples a problem",
+                 ("model", *titles.values(), "average"), tuple(rows))  # fmt: skip
+
+
+def _main_figure(results: Mapping[str, Any]) -> str:
+    return main_figure(next(iter(results["targets"].values()))["average"])
 
 
 def _pass_at_k(results: Mapping[str, Any]) -> Table:
@@ -42,16 +49,19 @@ def _pass_at_k(results: Mapping[str, Any]) -> Table:
 
 def _pairs(results: Mapping[str, Any]) -> Table:
     titles = {**results["benchmarks"], "average": "average"}
+    main = _main_figure(results)
+    form = _points if main == "pass@1" else _difference
     rows = [
-        (f"{pair['b']} - {pair['a']}", *(_difference(pair["differences"].get(n)) for n in titles))
+        (f"{pair['b']} - {pair['a']}", *(form(pair["differences"].get(name)) for name in titles))
         for pair in results["pairs"]
     ]
-    title = "Differences in accuracy on the same problems (points, 95% interval)"
-    return Table(title, ("pair", *titles.values()), tuple(rows))
+    what, unit = ("accuracy", "points, ") if main == "pass@1" else ("mean reward", "")
+    title = f"Differences in {what} on the same problems, first model minus second"
+    return Table(f"{title} ({unit}95% interval)", ("pair", *titles.values()), tuple(rows))
 
 
-def _conduct(results: Mapping[str, Any]) -> Table:
-    """What accuracy hides: drift, lengths, answers not given, diversity."""
+def _drift_and_lengths(results: Mapping[str, Any]) -> Table:
+    """Drift from the base, lengths, responses without an answer, diversity."""
     drift = {"KL(base || model)": "forward", "KL(model || base)": "reverse", "entropy": "entropy"}
     shares = {"truncated": "truncated", "no answer": "no_answer"}
     rows = [
@@ -74,23 +84,27 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def _number(value: float | None, digits: int) -> str:
+def _number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _difference(found: Mapping[str, Any] | None) -> str:
+def _points(found: Mapping[str, Any] | None) -> str:
+    return _difference(found, scale=100, digits=1)
+
+
+def _difference(found: Mapping[str, Any] | None, scale: float = 1, digits: int = 3) -> str:
     if found is None:
         return "-"
-    low, high = found["interval"]
-    return f"{100 * found['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    value, low, high = (scale * x for x in (found["difference"], *found["interval"]))
+    return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
 def to_csv(results: Mapping[str, Any]) -> str:
-    """One line for each model and benchmark, every figure a column."""
+    """One line per model and benchmark, one column per figure."""
     lines = []
     for label, target in results["targets"].items():
         for name, figures in target["benchmarks"].items():
-            low, high = figures["pass@1_interval"]
+            low, high = figures[f"{main_figure(figures)}_interval"]
             plain = {k: v for k, v in figures.items() if isinstance(v, int | float)}
             lines.append({"model": label, "benchmark": name, **plain, "low": low, "high": high})
     return csv_text(lines)

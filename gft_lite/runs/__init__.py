@@ -1,6 +1,16 @@
-"""A run's folder and what is written to it: metrics, groups, checkpoints, console, trackers, card.
+"""A run's folder and its files: metrics, groups, checkpoints, console, trackers, model card.
 
 May import `policy`, `data`, `planning`, `recipe` and the foundation.
+
+Adding a metric of a step:
+1. A metric of the loss: return it in `LossOutput.metrics`. It then is in `metrics.jsonl` under
+   `objective`, on the console, in the trackers and in the report, without an edit elsewhere.
+2. A metric of the graded groups: add a key to `group_metrics` (`metrics.py`); add it to `_FORMATS`
+   or `_texts` (`console.py`) to show it on the console.
+
+Adding a tracker: nothing, if accelerate has it; name it in `log.trackers`.
 """
 
-__all__: list[str] = []
+from gft_lite.runs.folder import RunFolder, WorkerRunFolder, find_folder, stage_folder
+
+__all__ = ["RunFolder", "WorkerRunFolder", "find_folder", "stage_folder"]

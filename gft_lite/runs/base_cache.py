@@ -47,10 +47,17 @@ def read_base_evaluation(file: Path, sets: Mapping[str, Sequence[Problem]]) -> E
     """
 
     def parse(value: Any) -> Evaluation:
-        found = {name: r["correct"].keys() for name, r in parse_evaluation(value).items()}
-        if found != {name: {p.id for p in problems} for name, problems in sets.items()}:
-            raise ValueError("results of other sets or problems")
-        return value
+        found = parse_evaluation(value)
+        if found.keys() != sets.keys():
+            raise ValueError("results of other sets")
+        for name, problems in sets.items():
+            results, ids = found[name], {p.id for p in problems}
+            float(results["mean_reward"] if "rewards" in results else results["pass@1"])
+            # `rewards` leaves out problems to whose responses no reward function applies.
+            same = "rewards" in results or results["correct"].keys() == ids
+            if not same or results["problems"] != len(problems):
+                raise ValueError(f"results of other problems of {name}")
+        return found
 
     rule = "must have the base's results on " + (", ".join(sets) or "no set")
     return read_json(file, parse, rule, _RECOMPUTE)

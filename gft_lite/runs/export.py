@@ -41,16 +41,6 @@ def read_end_tokens(adapter: Path) -> dict[int, str]:
     return {i: tokenizer.convert_ids_to_tokens(i) for i in ids}
 
 
-def lora_shape(adapter: Path) -> tuple[int, float]:
-    """Rank and alpha of an adapter. Raises: UserError if its adapter_config.json is damaged."""
-
-    def parse(value: Any) -> tuple[int, float]:
-        return int(value["r"]), float(value["lora_alpha"])
-
-    rule = "must be the configuration of a LoRA adapter"
-    return read_json(adapter / "adapter_config.json", parse, rule, "Restore the file from a copy.")
-
-
 def _end_ids(value: Any) -> list[int]:
     ids = value["eos_token_id"]
     return [int(i) for i in (ids if isinstance(ids, list) else [ids])]

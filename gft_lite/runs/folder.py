@@ -244,10 +244,11 @@ def _fingerprints(value: Any) -> dict[str, str]:
 
 
 def parse_evaluation(value: Any) -> Evaluation:
-    """The results of an evaluation by set. Raises: KeyError or TypeError for another value."""
+    """The results of an evaluation by set. Raises: one of `INVALID` for another value."""
     for results in value.values():
-        if not (isinstance(results["problems"], int) and isinstance(results["correct"], dict)):
-            raise TypeError("problems or correct")
+        by_problem = results["rewards"] if "rewards" in results else results["correct"]
+        if not (isinstance(results["problems"], int) and isinstance(by_problem, dict)):
+            raise TypeError("problems, correct or rewards")
     return value
 
 

@@ -13,10 +13,11 @@ from huggingface_hub import ModelCardData
 
 from gft_lite.data.sources import FORMATS
 from gft_lite.objective.methods import METHODS
+from gft_lite.policy.adapter_config import lora_settings, read_adapter_config
 from gft_lite.recipe.base import HUB_ID
 from gft_lite.recipe.loader import Dumper
 from gft_lite.recipe.schema import Recipe
-from gft_lite.runs.export import lora_shape, read_end_tokens
+from gft_lite.runs.export import read_end_tokens
 from gft_lite.runs.folder import Evaluation, RunFolder, stage_folder
 from gft_lite.utils.files import write_text_atomic
 from gft_lite.version import __version__
@@ -130,10 +131,9 @@ def _method(recipe: Recipe, adapter: Path) -> str:
         values = "".join(f", {name} {value:g}" for name, value in own.items())
         lines.append(f"- `{each.method}`{loss}{values}, learning rate {each.optim.lr:g}")
     base = {"nf4": "an NF4-quantised", "int8": "an int8-quantised", "none": "an unquantised"}
-    rank, alpha = lora_shape(adapter)
-    lines.append(
-        f"- LoRA of rank {rank}, alpha {alpha:g}, on {base[recipe.policy.quantization]} base"
-    )
+    lora = lora_settings(read_adapter_config(adapter))
+    quantized = base[recipe.policy.quantization]
+    lines.append(f"- LoRA of rank {lora.rank}, alpha {lora.alpha:g}, on {quantized} base")
     return "\n".join(lines)
 
 
@@ -157,9 +157,9 @@ def _results(recipe: Recipe, summary: Mapping[str, Any], sets: Mapping[str, Eval
     """A table with the results of the base and of the trained policy."""
     lines = ["| | base | trained |", "|---|---|---|"]
     for name, figures in sets["trained"].items():
-        for figure in (key for key in figures if re.fullmatch(r"pass@\d+", key)):
+        for figure in (key for key in figures if re.fullmatch(r"pass@\d+|mean_reward", key)):
             cells = (_cell(sets[model].get(name, {}), figure) for model in ("base", "trained"))
-            lines.append(f"| {name}, {figure} | {' | '.join(cells)} |")
+            lines.append(f"| {name}, {figure.replace('_', ' ')} | {' | '.join(cells)} |")
     kl = summary["trained"]["kl"]
     last = recipe.stages[-1].reference if recipe.stages else recipe.policy.reference
     reference = "the base" if last == "base" else "the adapter it started from"
@@ -192,7 +192,8 @@ def _use(base: str, recipe: Recipe, adapter: Path) -> list[str]:
     ends = read_end_tokens(adapter)
     served = "gft_lite/lab/base" if base == "lab" else base
     # vLLM takes ranks from 8 up, powers of two.
-    rank = max(8, 1 << (lora_shape(adapter)[0] - 1).bit_length())
+    rank = lora_settings(read_adapter_config(adapter)).rank
+    rank = max(8, 1 << (rank - 1).bit_length())
     stops: dict[str, Any] = {"stop_token_ids": list(ends)} if ends else {}
     stops |= {"stop": recipe.rollout.stop} if recipe.rollout.stop else {}
     return [
