@@ -49,7 +49,7 @@ def _texts(metrics: Mapping[str, Any]) -> dict[str, str]:
     if metrics.get("rectified") is not None:
         texts["rectified tokens"] = f"{metrics['rectified']:.0%}"
     for name, value in metrics.get("objective", {}).items():
-        if name != "rectified":
+        if name != "rectified" and value is not None:
             texts[name.replace("_", " ")] = f"{value:.4g}"
     for name, key, form in _FORMATS:
         if metrics.get(key) is not None:

@@ -170,20 +170,3 @@ def cached_json(
     if not path.exists():
         write_text_atomic(path, json.dumps(compute(), indent=1))
     return read(path) if read else json.loads(path.read_bytes())
-
-
-def whole_lines(path: Path) -> list[bytes]:
-    """The complete lines of a file, from which an incomplete last line is removed."""
-    if not path.exists():
-        return []
-    data = path.read_bytes()
-    complete = data[: data.rfind(b"\n") + 1]
-    if len(complete) < len(data):
-        with path.open("rb+") as file:
-            file.truncate(len(complete))
-    return complete.splitlines()
-
-
-def complete_lines(file: Path) -> list[str]:
-    """The complete lines of a file."""
-    return file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []

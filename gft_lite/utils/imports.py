@@ -1,4 +1,4 @@
-"""The user's own code by dotted path: what a recipe may name beside our tables."""
+"""Import of the user's own objects by the dotted path that a recipe names."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from gft_lite.utils.user_code import user_errors_as
 
 
 def load_dotted(path: str) -> Any:
-    """The object at "pkg.mod:name" or "pkg.mod.name"; looks in the working directory as well.
+    """The object at "pkg.mod:name" or "pkg.mod.name", also from the working directory.
 
-    Raises: ValueError that says what is missing.
+    Raises: ValueError with the reason.
     """
     module_name, _, attribute = path.partition(":") if ":" in path else path.rpartition(".")
     if not module_name or not attribute:
         raise ValueError("must be written as pkg.module:name")
     if (cwd := os.getcwd()) not in sys.path:
-        sys.path.append(cwd)  # A console script starts without the user's own directory.
+        sys.path.append(cwd)  # A console script does not start with it.
     missing: ModuleNotFoundError | None = None
     with user_errors_as(
         lambda error: ValueError(
