@@ -52,8 +52,7 @@ from gft_lite.objective.reduction import token_weights
 from gft_lite.policy.batching import Row
 from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.schema import Recipe
-from gft_lite.training.learner import portion, update
-from gft_lite.training.optim import make_optimizer
+from gft_lite.training.learner import Learner
 
 PROMPTS = (150, 1024)
 MICRO_BATCH_TOKENS = 4096
@@ -71,19 +70,19 @@ def replay(folder: Path, prompt: int, flat: str, options: Figures, steps: int) -
             "policy": {"model": str(folder), "adapter": str(folder / "adapter"),
                        "quantization": "none", "lora": {"rank": RANK}, **options},
             "optim": {"lr": 1e-30, "schedule": "constant", "warmup": 0, "clip_norm": 1e9},
+            "train": {"micro_batch_tokens": MICRO_BATCH_TOKENS},
         }
     )  # fmt: skip
     policy = load_policy(recipe.policy)
     policy.model.train()
-    optimizer, forwarded = make_optimizer(policy, recipe.optim), Forwarded(policy.model)
+    learner, forwarded = Learner(policy, recipe), Forwarded(policy.model)
     gradients: list[torch.Tensor] = []
-    optimizer.register_step_pre_hook(lambda *_: gradients.append(gradient(policy.model)))
+    learner.optimizer.register_step_pre_hook(lambda *_: gradients.append(gradient(policy.model)))
     groups, seconds, peak = read_groups(folder, prompt, flat), [], PeakMemory()
     for some in [warm_up(groups), *[groups] * steps]:
         forwarded.reset()
         start = time.process_time()
-        kept = portion(policy, recipe, rows(recipe, some), MICRO_BATCH_TOKENS)
-        update(policy, optimizer, recipe, 0.5, kept, MICRO_BATCH_TOKENS)
+        learner.update(learner.prepare_rows(rows(recipe, some)), progress=0.5)
         seconds.append(time.process_time() - start)
     return {
         "cpu_seconds": min(seconds[1:]),

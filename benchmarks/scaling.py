@@ -20,11 +20,10 @@ import torch
 
 from benchmarks.record import RESULTS, record
 from benchmarks.recorded import Forwarded, Shape, make_model
-from gft_lite.policy.base import Policy
 from gft_lite.policy.batching import Row
 from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.schema import Recipe
-from gft_lite.training.learner import gradient
+from gft_lite.training.learner import Learner
 
 LAYOUTS = ("shared", "padded")
 MICRO_BATCH_TOKENS = 4096
@@ -70,13 +69,13 @@ def measure(point: Point, turns: int) -> dict[str, dict[str, float]]:
     with tempfile.TemporaryDirectory() as name:
         make_model(Path(name), shape)
         sides = {layout: _side(Path(name), layout) for layout in LAYOUTS}
-        counters = {layout: Forwarded(policy.model) for layout, (_, policy) in sides.items()}
+        counters = {layout: Forwarded(side.policy.model) for layout, side in sides.items()}
         seconds: dict[str, list[float]] = {layout: [] for layout in LAYOUTS}
         for _ in range(1 + turns):
-            for layout, (recipe, policy) in sides.items():
+            for layout, learner in sides.items():
                 counters[layout].reset()
                 start = time.process_time()
-                gradient(policy, recipe, rows, MICRO_BATCH_TOKENS)
+                learner.gradient(rows)
                 seconds[layout].append(time.process_time() - start)
     return {
         layout: {
@@ -87,14 +86,15 @@ def measure(point: Point, turns: int) -> dict[str, dict[str, float]]:
     }
 
 
-def _side(folder: Path, layout: str) -> tuple[Recipe, Policy]:
+def _side(folder: Path, layout: str) -> Learner:
     recipe = Recipe.from_tree(
         {"method": "gft", "policy": {"model": str(folder), "quantization": "none",
-                                     "adapter": str(folder / "adapter"), "layout": layout}}
+                                     "adapter": str(folder / "adapter"), "layout": layout},
+         "train": {"micro_batch_tokens": MICRO_BATCH_TOKENS}}
     )  # fmt: skip
     policy = load_policy(recipe.policy)
     policy.model.train()
-    return recipe, policy
+    return Learner(policy, recipe)
 
 
 def sweep(sweeps: dict[str, tuple[int, ...]], middle: Point, turns: int) -> dict[str, Any]:

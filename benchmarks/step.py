@@ -19,13 +19,15 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks.record import peak_rss_mib, record
-from gft_lite.objective.losses import gft_loss
+from gft_lite.objective.losses import LossInputs, gft_loss
 from gft_lite.policy.base import Policy
 from gft_lite.policy.batching import MicroBatch, Row, cut
 from gft_lite.recipe.schema import Recipe
 from gft_lite.rollout.base import Request, Sampling
+from gft_lite.runs.folder import RunFolder
 from gft_lite.training.loop import train_step
-from gft_lite.training.session import Session, open_session
+from gft_lite.training.setup import TrainingRun, setup_run
+from gft_lite.utils.distributed import SINGLE_PROCESS
 
 TOKENS = 24
 
@@ -42,15 +44,15 @@ def seconds(functions: dict[str, Callable[[], int]], repeats: int) -> dict[str, 
     return best
 
 
-def rollout(session: Session) -> dict[str, Callable[[], int]]:
+def rollout(run: TrainingRun) -> dict[str, Callable[[], int]]:
     """Ours and `generate`, both without an end-of-sequence, so that the token counts agree."""
-    policy, prompts = session.policy, [p.prompt_ids for p in session.problems[:16]]
+    policy, prompts = run.policy, [p.prompt_ids for p in run.builder.problems[:16]]
     policy.eos_ids = frozenset()
-    session.engine.sync(None, 0)
+    run.engine.sampler.sync(None, 0)
 
     def ours() -> int:
         requests = [Request(p, tuple(range(8))) for p in prompts]
-        done = session.engine.generate(requests, Sampling(max_tokens=TOKENS))
+        done = run.engine.sampler.generate(requests, Sampling(max_tokens=TOKENS))
         return sum(len(c.token_ids) for group in done for c in group)
 
     def generate() -> int:
@@ -67,13 +69,13 @@ def rollout(session: Session) -> dict[str, Callable[[], int]]:
     return {"ours": ours, "generate": generate}
 
 
-def training(session: Session) -> dict[str, Callable[[], int]]:
+def training(run: TrainingRun) -> dict[str, Callable[[], int]]:
     """Forward and backward of the GFT loss: response positions in chunks, or full logits."""
-    policy = session.policy
+    policy = run.policy
     encode = policy.tokenizer.encode
     rows = [
         Row(p.prompt_ids, tuple(encode(text)), (-1.0) ** i)
-        for p in session.problems[:32]
+        for p in run.builder.problems[:32]
         for i, text in enumerate(p.experts + p.teachers)
     ]
     [batch] = cut(rows, 10**9, pad_id=policy.pad_id)
@@ -90,7 +92,7 @@ def _full_logits(policy: Policy, batch: MicroBatch) -> Tensor:
 
 
 def _backward(policy: Policy, batch: MicroBatch, logprobs: Tensor) -> int:
-    gft_loss(logprobs, batch.advantages).mean().backward()
+    gft_loss(LossInputs(logprobs, batch.advantages)).per_token.mean().backward()
     policy.model.zero_grad()
     return logprobs.numel()
 
@@ -104,14 +106,13 @@ def main() -> None:
     quiet = Console(quiet=True)
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
         recipe = Recipe.load("recipes/lab.yaml", ["rollout.engine=transformers"])
-        session = open_session(recipe, Path(folder) / "run", resume=False, console=quiet,
-                               stack=stack)  # fmt: skip
-        train_step(session, 1)
-        metrics = train_step(session, 2)
+        run = setup_run(recipe, RunFolder(Path(folder) / "run"), SINGLE_PROCESS, quiet, stack)
+        train_step(run, 1)
+        metrics = train_step(run, 2)
         step_seconds = metrics["seconds"]
         figures = {
-            "training_tokens_per_s": seconds(training(session), repeats),
-            "rollout_tokens_per_s": seconds(rollout(session), repeats),
+            "training_tokens_per_s": seconds(training(run), repeats),
+            "rollout_tokens_per_s": seconds(rollout(run), repeats),
             "step_seconds": step_seconds,
             "peak_rss_mib": round(peak_rss_mib()),
         }

@@ -99,6 +99,10 @@ class ScoredGroup:
 
     @property
     def success_share(self) -> float:
-        """The share of the self samples with a reward over 0.5; 0 without self samples."""
-        rewards = [r.reward for r in self.group if r.source == "self"]
-        return sum((reward or 0.0) > 0.5 for reward in rewards) / len(rewards) if rewards else 0.0
+        """The share of the self samples that are right; 0 without self samples.
+
+        Where no reward function decides correctness, a reward over 0.5 counts as right.
+        """
+        samples = [r for r in self.group if r.source == "self"]
+        right = [(r.reward or 0.0) > 0.5 if r.correct is None else r.correct for r in samples]
+        return sum(right) / len(right) if right else 0.0

@@ -18,11 +18,10 @@ from benchmarks.gpu_check.meter import Peak
 from benchmarks.gpu_check.parts import Figures, Notes
 from benchmarks.gpu_check.scale import MODELS, Setup
 from benchmarks.gpu_check.work import free, held, random_policy
-from gft_lite.planning.memory import Job
+from gft_lite.planning.memory import MemoryModel
 from gft_lite.planning.planner import Plan, choose
 from gft_lite.policy.batching import Row
-from gft_lite.training.learner import update
-from gft_lite.training.optim import make_optimizer
+from gft_lite.training.learner import Learner
 from gft_lite.utils.memory import GIB
 from gft_lite.utils.paths import PACKAGE
 
@@ -41,15 +40,16 @@ def fits(setup: Setup, model: str, card: str) -> Figures:
     """Train the largest micro-batch that the plan allows on a card, under a cap of its size."""
     limit = CARDS[card] * GIB
     plan = planned(setup, model, card, limit)
-    budget, policy_settings = plan.choice.micro_batch_tokens, plan.job.recipe.policy
+    budget, policy_settings = plan.choice.micro_batch_tokens, plan.model.recipe.policy
     beside = sum(plan.training.get(name, 0) for name in ("context", "engine", "kv_cache"))
     policy = random_policy(setup, policy_settings)
-    optimizer = make_optimizer(policy, plan.job.recipe.optim)
+    learner = Learner(policy, plan.model.recipe)
+    learner.micro_batch_tokens = budget
     free()
     with capped(setup, limit - beside), Peak(setup.device, held(policy)) as peak:
         try:
-            done = update(policy, optimizer, plan.job.recipe, 0.5, largest(plan), budget)
-            fitted = done.token_budget == budget and done.skipped is None
+            done = learner.update(largest(plan), progress=0.5)
+            fitted = done.micro_batch_tokens == budget and done.skipped is None
         except (MemoryError, torch.OutOfMemoryError):
             fitted = False
     needed = sum(plan.training.values())
@@ -71,23 +71,23 @@ def planned(setup: Setup, model: str, card: str, limit: int) -> Plan:
     sections = yaml.safe_load(file.read_text(encoding="utf-8"))
     sections["train"] |= {"problems_per_step": 1}  # A group is more than any micro-batch takes.
     recipe = setup.recipe(model, **sections)
-    plan = choose(Job(setup.shape(model), recipe, "cuda"), limit)
+    plan = choose(MemoryModel(setup.shape(model), recipe, "cuda"), limit)
     chosen = {
         name.removeprefix("policy."): value
         for name, value in plan.settings.items()
         if name.startswith("policy.")
     }
     settled = recipe.model_copy(update={"policy": recipe.policy.model_copy(update=chosen)})
-    return choose(Job(plan.job.shape, settled, "cuda"), limit)
+    return choose(MemoryModel(plan.model.shape, settled, "cuda"), limit)
 
 
 def largest(plan: Plan) -> list[Row]:
     """A prompt of full length with as many responses of full length as the micro-batch takes."""
-    job, budget = plan.job, plan.choice.micro_batch_tokens
-    prompt, longest = tuple(range(2, 2 + job.prompt)), job.longest_row - job.prompt
-    left = max(longest, budget - job.prompt)
+    model, budget = plan.model, plan.choice.micro_batch_tokens
+    prompt, longest = tuple(range(2, 2 + model.prompt)), model.longest_row - model.prompt
+    left = max(longest, budget - model.prompt)
     lengths = [longest] * (left // longest) + [left % longest] * (left % longest > 0)
-    vocabulary = job.shape.vocabulary
+    vocabulary = model.shape.vocabulary
     return [
         Row(prompt, tuple(2 + (i * 7 + n) % (vocabulary - 2) for i in range(length)),
             (-1.0) ** n, 1 / left)

@@ -17,7 +17,7 @@ from benchmarks.gpu_check.scale import SMALL, Setup
 from benchmarks.gpu_check.work import compared, free, make_groups, random_policy, with_settings
 from gft_lite.policy.lora import LoraPolicy
 from gft_lite.recipe.schema import Recipe
-from gft_lite.training.learner import gradient
+from gft_lite.training.learner import Learner
 
 GROUPS = 1
 PLAIN: dict[str, Any] = {"layout": "padded", "fused_head": False}
@@ -78,7 +78,9 @@ def _path(
 def vector(setup: Setup, recipe: Recipe, policy: LoraPolicy) -> Tensor:
     """The gradient of a group's loss in all of the adapter, [N] on the CPU."""
     groups = make_groups(setup, policy.config.vocab_size)[:GROUPS]
-    gradient(policy, recipe, rows(recipe, groups), setup.sizes.micro_batch)
+    learner = Learner(policy, recipe)
+    learner.micro_batch_tokens = setup.sizes.micro_batch
+    learner.gradient(rows(recipe, groups))
     grads = [p.grad for p in policy.parameters().values()]
     found = torch.cat([g.flatten().cpu() for g in grads if g is not None])
     policy.model.zero_grad(set_to_none=True)

@@ -28,8 +28,7 @@ from benchmarks.recorded import Group, gradient
 from gft_lite.policy.batching import Row
 from gft_lite.policy.lora import LoraPolicy
 from gft_lite.policy.registry import model_location
-from gft_lite.training.learner import portion, update
-from gft_lite.training.optim import make_optimizer
+from gft_lite.training.learner import Learner
 
 SIDES = {"trl": trl_peer.SHIPPED, "trl_tuned": trl_peer.TUNED}
 
@@ -57,16 +56,17 @@ def ours(setup: Setup, groups: list[Group], gradients: dict[str, Tensor]) -> Fig
     recipe = setup.recipe(SMALL, objective={"reduction": "token_mean"})
     recipe = recipe.model_copy(update={"method": "grpo"})
     policy = random_policy(setup, recipe.policy)
-    optimizer, budget = make_optimizer(policy, recipe.optim), setup.sizes.micro_batch
-    optimizer.register_step_pre_hook(
+    learner, budget = Learner(policy, recipe), setup.sizes.micro_batch
+    learner.micro_batch_tokens = budget
+    learner.optimizer.register_step_pre_hook(
         lambda *_: gradients.__setitem__("ours", gradient(policy.model).cpu())
     )
     every = rows(recipe, groups)
     _record(policy, every, groups, budget)
-    kept = portion(policy, recipe, every, budget)
-    update(policy, optimizer, recipe, 0.5, kept[:2], budget)
+    kept = learner.prepare_rows(every)
+    learner.update(kept[:2], progress=0.5)
     with Peak(setup.device, held(policy)) as peak:
-        _, seconds = timed(setup, lambda: update(policy, optimizer, recipe, 0.5, kept, budget))
+        _, seconds = timed(setup, lambda: learner.update(kept, progress=0.5))
     return {"seconds": seconds, "peak_gib": peak.gib}
 
 

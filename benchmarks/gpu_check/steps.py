@@ -23,11 +23,10 @@ from benchmarks.gpu_check.work import (
     timed,
     with_settings,
 )
-from gft_lite.planning.memory import Choice, Job
+from gft_lite.planning.memory import Choice, MemoryModel
 from gft_lite.policy.lora import LoraPolicy
 from gft_lite.recipe.schema import Recipe
-from gft_lite.training.learner import portion, update
-from gft_lite.training.optim import make_optimizer
+from gft_lite.training.learner import Learner
 
 FLAT = 2  # of five groups
 PLAIN = {"policy": {"layout": "padded", "fused_head": False}, "optim": {"name": "adamw"},
@@ -96,21 +95,21 @@ def step(setup: Setup, model: str, policy: LoraPolicy, changes: dict[str, Any]) 
     every = rows(recipe, make_groups(setup, shape.vocabulary, flat=flat))
     settings: Any = recipe.policy  # Nothing in it is left to the plan.
     budget: Any = recipe.train.micro_batch_tokens
-    kept = portion(policy, recipe, every, budget)
-    batches = policy.batches(kept, budget)
-    optimizer = make_optimizer(policy, recipe.optim)
-    update(policy, optimizer, recipe, 0.5, kept[:2], budget)  # Makes the optimiser's states.
+    learner = Learner(policy, recipe)
+    kept = learner.prepare_rows(every)
+    batches = learner.make_micro_batches(kept)
+    learner.update(kept[:2], progress=0.5)  # Makes the optimiser's states.
     with Peak(setup.device, held(policy)) as peak:
-        done, seconds = timed(setup, lambda: update(policy, optimizer, recipe, 0.5, kept, budget))
+        done, seconds = timed(setup, lambda: learner.update(kept, progress=0.5))
     recomputed = _layers(settings.gradient_checkpointing, shape.layers)
     choice = Choice(budget, recomputed, settings.offload_checkpoints, settings.offload_embedding,
                     "transformers", 1)  # fmt: skip
-    predicted = predicted_gib(Job(shape, recipe, setup.device), choice, batches)
+    predicted = predicted_gib(MemoryModel(shape, recipe, setup.device), choice, batches)
     trained = sum(len(row.response_ids) for row in every)
     return {
         "layout": policy.layout,
         "micro_batches": len(batches),
-        "halved": done.token_budget != budget,
+        "halved": done.micro_batch_tokens != budget,
         "seconds": seconds,
         "trained_tokens_per_s": trained / seconds,
         "forwarded_tokens_per_s": done.forwarded / seconds,

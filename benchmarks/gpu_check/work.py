@@ -18,11 +18,11 @@ from benchmarks.gpu_check.compat import adapt_attention
 from benchmarks.gpu_check.parts import Figures
 from benchmarks.gpu_check.scale import Setup
 from benchmarks.recorded import EOS, Group, Shape
-from gft_lite.planning.memory import Batch, Job
+from gft_lite.planning.memory import Batch, MemoryModel
 from gft_lite.planning.model_shape import ModelShape
 from gft_lite.policy.batching import MicroBatch
 from gft_lite.policy.lora import LoraPolicy
-from gft_lite.policy.qlora import _adapt, _checkpoint_layers, _dtype, _keep_on_cpu, _quantization
+from gft_lite.policy.qlora import _adapt, _checkpoint_layers, _keep_on_cpu, _quantization
 from gft_lite.policy.registry import model_location
 from gft_lite.recipe.sections import PolicySettings
 
@@ -42,7 +42,7 @@ def random_policy(
     `layers`, if not 0, are how many the model has.
     """
     fields = setup.config(settings.model) | ({"num_hidden_layers": layers} if layers else {})
-    dtype = _dtype(settings.dtype, setup.device)
+    dtype = getattr(torch, settings.resolved_dtype(setup.device))
     config: Any = transformers.AutoConfig.for_model(**fields)
     with torch.device("meta"):
         base = transformers.AutoModelForCausalLM.from_config(
@@ -183,14 +183,14 @@ def held(policy: LoraPolicy) -> list[Tensor]:
     return [*policy.model.parameters(), *policy.model.buffers()]
 
 
-def predicted_gib(job: Job, choice: Any, batches: Sequence[MicroBatch]) -> float:
+def predicted_gib(model: MemoryModel, choice: Any, batches: Sequence[MicroBatch]) -> float:
     """The planner's peak for the largest of the micro-batches, of what `Peak` measures."""
     outside = ("context", "fragmentation", "engine", "kv_cache")
     resting = 0
-    if job.device == "cpu":  # What is there before: base, adapter and the optimiser's states.
-        resting = job.base(choice.offload_embedding) + 4 * job.lora_parameters
-        resting += job.optimiser(gradients=False)
-    peaks = [job.training(choice, seen_by_plan(batch)) for batch in batches]
+    if model.device == "cpu":  # What is there before: base, adapter and the optimiser's states.
+        resting = model.base(choice.offload_embedding) + 4 * model.lora_parameters
+        resting += model.optimizer(gradients=False)
+    peaks = [model.training(choice, seen_by_plan(batch)) for batch in batches]
     largest = max(sum(n for name, n in p.items() if name not in outside) for p in peaks)
     return (largest - resting) / 2**30
 

@@ -1,4 +1,4 @@
-"""How far the policy has moved: KL to the frozen reference by adapter-swap."""
+"""KL divergence of the policy to the frozen reference, by switching the adapter off."""
 
 from __future__ import annotations
 
@@ -28,9 +28,8 @@ def divergence(
     """Means per response token of policy against reference, in nats; empty without rows.
 
     `forward` is KL(reference || policy) and `reverse` KL(policy || reference), both exact over
-    the vocabulary at the given tokens. Rows that are samples_of="reference" also give
-    `forward_sample`, the estimate of the authors' evaluation; samples_of="policy" give
-    `reverse_k3`.
+    the vocabulary at the given tokens. With samples_of="reference" there is also `forward_sample`,
+    the estimate of the authors' evaluation, with samples_of="policy" `reverse_k3`.
     """
     exact = {"forward": 0.0, "reverse": 0.0}
     estimate, tokens = 0.0, 0
@@ -49,7 +48,7 @@ def divergence(
 
 
 def entropy(policy: Policy, rows: Sequence[Row], token_budget: int) -> float | None:
-    """The mean entropy per response token of what the policy is set to, in nats."""
+    """The mean entropy per response token of the model as it is, in nats; None without rows."""
     total, tokens = 0.0, 0
     with torch.no_grad(), evaluating(policy):
         for batch in policy.batches(rows, token_budget):

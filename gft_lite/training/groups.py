@@ -83,7 +83,7 @@ class GroupBuilder:
         ]
         samples = sample(self.engine, self.format, draws, self.sampling)
         return [
-            Group(v.problem, demonstrations(c, self.format, self.sampling.max_tokens) + own)
+            Group(v.problem, demonstrations(c, self.format) + own)
             for (v, c), own in zip(composed, samples, strict=True)
         ]
 
@@ -144,19 +144,10 @@ def compose(problem: Problem, settings: GroupSettings, epoch: int = 0) -> Compos
     return Composition(taken[0], taken[1], settings.self + missing)
 
 
-def demonstrations(
-    composition: Composition, format: PromptFormat, max_tokens: int
-) -> tuple[Response, ...]:
-    """The expert and teacher responses of a composition, tokenised and cut at `max_tokens`."""
+def demonstrations(composition: Composition, format: PromptFormat) -> tuple[Response, ...]:
+    """The expert and teacher responses of a composition, tokenised."""
     pairs: list[tuple[Source, str]] = [
         *(("expert", text) for text in composition.experts),
         *(("teacher", text) for text in composition.teachers),
     ]
-    return tuple(_demonstration(text, source, format, max_tokens) for source, text in pairs)
-
-
-def _demonstration(text: str, source: Source, format: PromptFormat, max_tokens: int) -> Response:
-    token_ids, finish_reason = format.response_ids(text, max_tokens)
-    # A cut demonstration is graded on the tokens that are trained on.
-    graded = text if finish_reason == "stop" else format.text(token_ids)
-    return Response(token_ids, graded, source, finish_reason)
+    return tuple(format.demonstration(text, source) for source, text in pairs)

@@ -58,6 +58,7 @@ def train_step(run: TrainingRun, step: int) -> dict[str, Any]:
         )
     with timer("sync"):
         gap = None if run.builder.presampled else run.engine.sync(step)
+    _warn_without_rewards(run, step, groups)
     _stop_after_bad_steps(run, step, groups)
     return {
         "step": step,
@@ -69,6 +70,15 @@ def train_step(run: TrainingRun, step: int) -> dict[str, Any]:
         **({"kl": kl} if kl else {}),
         "seconds": dict(timer.seconds),
     }
+
+
+def _warn_without_rewards(run: TrainingRun, step: int, groups: list[ScoredGroup]) -> None:
+    responses = [response for scored in groups for response, _ in scored]
+    if all(response.verdict == "not_applicable" for response in responses):
+        run.print(
+            f"step {step}: no reward function applied to any of the {len(responses)} responses, "
+            "so that nothing was learned from them. Check reward.functions."
+        )
 
 
 def _stop_after_bad_steps(run: TrainingRun, step: int, groups: list[ScoredGroup]) -> None:

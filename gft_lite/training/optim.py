@@ -1,4 +1,4 @@
-"""TODO: gft_lite/training/optim.py"""
+"""The optimiser over the adapter, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -35,13 +35,15 @@ def make_optimizer(policy: Policy, settings: OptimSettings) -> torch.optim.Optim
     return torch.optim.AdamW(parameters, **arguments)
 
 
-def learning_rate(share: float, settings: OptimSettings) -> float:
-    """The rate when `share` of the budget, 0 to 1, is spent: a linear warm-up to `lr`, then
-    constant, or cosine or linear down to 0."""
-    if share < settings.warmup:
-        return settings.lr * share / settings.warmup
+def learning_rate(progress: float, settings: OptimSettings) -> float:
+    """The rate at `progress`, the share of the budget that is spent, in [0, 1].
+
+    A linear warm-up to `lr`, then constant, or a cosine or linear decay to 0.
+    """
+    if progress < settings.warmup:
+        return settings.lr * progress / settings.warmup
     if settings.schedule == "constant":
         return settings.lr
-    done = min((share - settings.warmup) / (1 - settings.warmup), 1.0)
+    done = min((progress - settings.warmup) / (1 - settings.warmup), 1.0)
     left = 1 - done if settings.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
     return settings.lr * left

@@ -12,7 +12,6 @@ from rich.console import Console
 
 from gft_lite.recipe.method_parameters import complete_objective
 from gft_lite.recipe.schema import Recipe
-from gft_lite.runs.base_cache import BASE_EVALUATION
 from gft_lite.runs.folder import find_folder
 from gft_lite.runs.metrics import PhaseTimer, count_self_tokens
 from gft_lite.training.presampled_groups import PresampledGroups, check_sampling_recipe
@@ -20,7 +19,7 @@ from gft_lite.training.setup import TrainingRun, setup_run
 from gft_lite.training.visits import ProblemVisit, presampled_visits
 from gft_lite.utils.distributed import SINGLE_PROCESS
 from gft_lite.utils.errors import RecipeError, UserError
-from gft_lite.utils.files import cached_json
+from gft_lite.utils.files import check_output_path
 
 
 def presample(
@@ -38,6 +37,7 @@ def presample(
     if visits < 1:
         raise UserError([f"--visits: must be at least 1, got {visits}."])
     folder = Path(out or recipe.group.offline or Path("groups") / recipe.name)
+    check_output_path(folder)
     recipe = complete_objective(_sampling_recipe(recipe))
     resume = (folder / "recipe.yaml").exists() and not (folder / "metrics.jsonl").exists()
     saved = check_sampling_recipe(folder, recipe, "--out", compare_seed=True) if resume else recipe
@@ -45,7 +45,7 @@ def presample(
     run_folder = find_folder(saved, folder, resume=resume, distributed=SINGLE_PROCESS)
     with ExitStack() as stack:
         run = setup_run(saved, run_folder, SINGLE_PROCESS, console, stack)
-        cached_json(folder / BASE_EVALUATION, run.evaluate)
+        run.evaluate_base()
         if saved.policy.adapter:
             run.engine.sync(0)
         store = PresampledGroups(folder)

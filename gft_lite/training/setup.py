@@ -12,15 +12,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from gft_lite.data.problems import load_problems, split_holdout
 from gft_lite.data.prompts import PromptFormat
 from gft_lite.evaluation.sets import SetEvaluator, open_scorer
 from gft_lite.planning.planner import Plan, resolve
 from gft_lite.policy.base import Policy
-from gft_lite.policy.batching import Row
 from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.schema import Recipe
-from gft_lite.recipe.sections import DataSettings
 from gft_lite.rewards.scorer import Scorer
 from gft_lite.rollout.base import RolloutEngine, Sampling
 from gft_lite.rollout.distributed_engine import DistributedEngine
@@ -28,15 +25,16 @@ from gft_lite.rollout.policy_engine import PolicyEngine
 from gft_lite.rollout.registry import find_engine, start_engine
 from gft_lite.rollout.sampling import Draw, make_prompt_format, sample
 from gft_lite.runs import checkpoint
+from gft_lite.runs.base_cache import BASE_EVALUATION, KL_SET, read_base_evaluation, read_kl_set
 from gft_lite.runs.folder import RunFolder
 from gft_lite.runs.trackers import Trackers
-from gft_lite.training.groups import GroupBuilder, compose
+from gft_lite.training.groups import GroupBuilder
 from gft_lite.training.kl_monitor import KlMonitor
 from gft_lite.training.learner import Learner
 from gft_lite.training.presampled_groups import open_presampled
+from gft_lite.training.run_data import check_demonstrations, load_run_data
 from gft_lite.types import Group, Problem
 from gft_lite.utils.distributed import Distributed
-from gft_lite.utils.errors import RecipeError
 from gft_lite.utils.memory import GIB, free_ram, process_memory
 
 
@@ -66,8 +64,16 @@ class TrainingRun:
     monitor: KlMonitor
     trackers: Trackers
     evaluate: Callable[[], dict[str, Any]]
-    eval_sets: Sequence[str]
+    eval_sets: Mapping[str, Sequence[Problem]]
     memory: MemoryUse
+
+    def evaluate_base(self) -> dict[str, Any]:
+        """The figures of the base, computed once in a run's folder."""
+        return self.distributed.cached_json(
+            self.folder.path / BASE_EVALUATION,
+            self.evaluate,
+            lambda file: read_base_evaluation(file, self.eval_sets),
+        )
 
     def save_checkpoint(self, step: int) -> None:
         """Write a checkpoint from the main process."""
@@ -91,15 +97,6 @@ class TrainingRun:
         self.console.print(text, markup=False, soft_wrap=True)
 
 
-@dataclass(frozen=True)
-class _Data:
-    """What the recipe's data sections give."""
-
-    problems: Sequence[Problem]
-    held_out: Sequence[Problem]
-    eval_sets: Mapping[str, Sequence[Problem]]
-
-
 def setup_run(
     recipe: Recipe, folder: RunFolder, distributed: Distributed, console: Console, stack: ExitStack
 ) -> TrainingRun:
@@ -115,9 +112,10 @@ def setup_run(
     memory = MemoryUse(plan, process_memory("VmRSS"))
     policy = _load_policy(recipe)
     format = make_prompt_format(policy, recipe.data.prompt)
-    data = _load_data(recipe, policy, console)
+    data = load_run_data(recipe, policy, console)
     stack.enter_context(folder.lock())
     folder.create(saved.to_yaml())
+    folder.check_data(data.fingerprints)
     if presampled:
         own_folder = folder if distributed.is_main else None
         presampled.begin(saved, own_folder, policy, data.problems)
@@ -125,22 +123,25 @@ def setup_run(
         console.print(f"group.offline: {described}", markup=False, soft_wrap=True)
     console.print(f"run folder: {folder.path}")
     console.print(f"layout of micro-batches: {policy.layout}")
+    grade = partial(_grade, scorer, distributed)
+    check_demonstrations(recipe, data.problems, format, grade, console)
     start = partial(start_engine, recipe.rollout, policy, folder.scratch)
     sampler = DistributedEngine(start, console, distributed)
     stack.callback(sampler.close)
     names = recipe.log.trackers if distributed.is_main else []
     trackers = Trackers(names, recipe.name, folder.path, recipe.model_dump(mode="json"))
     stack.callback(trackers.close)
-    rows = distributed.cached_json(
-        folder.path / "kl_set.json", lambda: _sample_kl_set(recipe, sampler, format, data)
+    monitored = (data.held_out or data.problems)[: recipe.monitor.problems]
+    kl_rows = distributed.cached_json(
+        folder.path / KL_SET,
+        lambda: _sample_kl_set(recipe, sampler, format, monitored),
+        lambda file: read_kl_set(file, monitored),
     )
-    kl_rows = [Row(tuple(prompt), tuple(response)) for prompt, response in rows]
     engine = PolicyEngine(sampler, policy, folder.scratch / "adapters")
     gap = engine.start_checks(kl_rows[0], recipe.rollout.probe_limit)
     sampler.on_restart = engine.check
     served = f"engine: {sampler.name}, base {sampler.base}, log-prob gap {gap:.2g} nats"
     console.print(served, soft_wrap=True)
-    grade = partial(_grade, scorer, distributed)
     evaluator = SetEvaluator(format, grade, recipe.eval, _eval_sampling(recipe), recipe.seed)
     return TrainingRun(
         recipe=recipe,
@@ -154,7 +155,7 @@ def setup_run(
         monitor=KlMonitor(policy, recipe, kl_rows),
         trackers=trackers,
         evaluate=lambda: evaluator.evaluate(sampler, data.eval_sets),
-        eval_sets=list(data.eval_sets),
+        eval_sets=data.eval_sets,
         memory=memory,
     )
 
@@ -215,55 +216,6 @@ def _plan(recipe: Recipe, distributed: Distributed, console: Console) -> tuple[R
     return settled, plan
 
 
-def _load_data(recipe: Recipe, policy: Policy, console: Console) -> _Data:
-    """Training problems, held-out problems and evaluation sets."""
-    # One token more: an engine must generate one token to score a completion.
-    reserve = recipe.rollout.max_tokens + 1
-    load = partial(_load, policy=policy, reserve=reserve, console=console)
-    problems, held_out = split_holdout(load("data", recipe.data), recipe.data.holdout)
-    eval_sets = {n: load(f"eval.sets.{n}", data) for n, data in recipe.eval.sets.items()}
-    problems = _with_demonstrations(problems, recipe, console)
-    return _Data(problems, held_out, eval_sets or ({"held_out": held_out} if held_out else {}))
-
-
-def _load(
-    field: str, settings: DataSettings, *, policy: Policy, reserve: int, console: Console
-) -> tuple[Problem, ...]:
-    if reserve >= policy.context:
-        raise RecipeError(
-            [f"rollout.max_tokens: must leave room for a prompt in the model's context of "
-             f"{policy.context} tokens, got {reserve - 1}."]
-        )  # fmt: skip
-    format = PromptFormat(policy.tokenizer, settings.prompt, f"{field}.prompt")
-    loaded = load_problems(settings, format, context=policy.context, reserve=reserve, field=field)
-    console.print(f"{field}: {loaded.describe()}")
-    for example in loaded.examples:
-        console.print(f"  {example}", markup=False)
-    return loaded.problems
-
-
-def _with_demonstrations(
-    problems: Sequence[Problem], recipe: Recipe, console: Console
-) -> tuple[Problem, ...]:
-    """The problems whose demonstrations can fill a group under the shortfall rule."""
-    kept = tuple(p for p in problems if compose(p, recipe.group) is not None)
-    short = sum(
-        len(p.experts) < recipe.group.expert or len(p.teachers) < recipe.group.teacher
-        for p in problems
-    )
-    if short:
-        console.print(
-            f"group.shortfall: {recipe.group.shortfall}: {short} of {len(problems)} problems have "
-            f"fewer demonstrations than the group asks for; {len(problems) - len(kept)} dropped"
-        )
-    if not kept:
-        raise RecipeError(
-            [f"group: must find its demonstrations in the data, but none of {len(problems)} "
-             "problems has them. Check data.columns.expert and .teacher, or group.shortfall."]
-        )  # fmt: skip
-    return kept
-
-
 def _load_user_code(recipe: Recipe) -> Scorer:
     """The scorer; it and the engine are looked up before anything large is loaded."""
     find_engine(recipe.rollout.engine)
@@ -271,10 +223,9 @@ def _load_user_code(recipe: Recipe) -> Scorer:
 
 
 def _sample_kl_set(
-    recipe: Recipe, engine: RolloutEngine, format: PromptFormat, data: _Data
+    recipe: Recipe, engine: RolloutEngine, format: PromptFormat, problems: Sequence[Problem]
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Prompts and the reference's own responses to them, which KL is measured on."""
-    problems = (data.held_out or data.problems)[: recipe.monitor.problems]
     # The engine serves the base until its first sync.
     if recipe.policy.reference == "adapter":
         engine.sync(Path(recipe.policy.adapter or ""), 0)

@@ -41,7 +41,7 @@ def train_single(
         timer = PhaseTimer()
         with timer("eval"):
             console.print(f"evaluating the base on {', '.join(run.eval_sets) or 'nothing'}")
-            base = distributed.cached_json(folder.path / "eval" / "base.json", run.evaluate)
+            base = run.evaluate_base()
         first = run.restore() if resume else 0
         with run.engine.asleep():
             run.learner.dry_step(run.builder.problems)

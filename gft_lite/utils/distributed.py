@@ -65,10 +65,15 @@ class Distributed:
         """Wait until every process has reached this call."""
         self.all_gather([None])
 
-    def cached_json(self, path: Path, compute: Callable[[], Any]) -> Any:
-        """The JSON at `path`; if missing, all processes compute it and the main one writes it."""
+    def cached_json(
+        self, path: Path, compute: Callable[[], Any], read: Callable[[Path], Any] | None = None
+    ) -> Any:
+        """The JSON at `path`; if missing, all processes compute it and the main one writes it.
+
+        `read` reads and checks the file.
+        """
         value = None if self.broadcast_from_main(path.exists) else compute()
-        return self.broadcast_from_main(lambda: cached_json(path, lambda: value))
+        return self.broadcast_from_main(lambda: cached_json(path, lambda: value, read))
 
     def all_reduce_sum_(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replace each tensor by its sum over the processes, in place."""

@@ -15,8 +15,8 @@ from rich.console import Console
 
 from gft_lite import Recipe, RecipeError
 from gft_lite.cli import main
-from gft_lite.training.offline_groups import OfflineGroups
 from gft_lite.training.presample import presample
+from gft_lite.training.presampled_groups import PresampledGroups
 from gft_lite.training.run import train
 
 # A user's own engine, which writes down every seed that it has sampled by.
@@ -202,7 +202,7 @@ def test_half_a_line_is_cut_off(filled, tmp_path):
     file = tmp_path / "torn" / "groups.jsonl"
     whole = file.read_bytes()
     os.truncate(file, len(whole) - 30)
-    groups = OfflineGroups(tmp_path / "torn")
+    groups = PresampledGroups(tmp_path / "torn")
     assert len(groups) == 7
     groups.add([], [])
     assert file.read_bytes() == whole[: whole[:-1].rfind(b"\n") + 1]
@@ -222,7 +222,7 @@ def test_another_recipe_is_refused_with_every_difference(filled, tmp_path):
     [
         (lambda g: g["responses"][-1]["logprobs"].__setitem__(0, -90.0), "samples of this base"),
         (lambda g: g["problem"].update(answer="x"), "must be of the same data"),
-        (lambda g: g.pop("visit"), "with a line in groups.jsonl that is no group"),
+        (lambda g: g.pop("visit"), "groups.jsonl:1: must be a group"),
     ],
 )
 def test_groups_of_something_else_are_refused(filled, tmp_path, changed, message):

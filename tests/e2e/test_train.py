@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -18,13 +17,13 @@ from safetensors.torch import load_file
 
 from gft_lite.cli import main
 from gft_lite.objective.methods import METHODS
+from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.schema import Recipe
 from gft_lite.runs.folder import RunFolder
-from gft_lite.training.learner import _rows
+from gft_lite.training.learner import Learner
 from gft_lite.training.loop import TrainError
 from gft_lite.training.run import train
-from gft_lite.training.session import open_session
-from gft_lite.types import Group, Response
+from gft_lite.types import Group, Problem, Response, ScoredGroup
 from gft_lite.utils.errors import RecipeError
 
 SMALL = [
@@ -146,7 +145,7 @@ def test_every_method_trains(method, tmp_path):
     [("token_mean", [1 / 5, 1 / 5]), ("sequence_mean", [1 / 4, 1 / 6]),
      ("constant", [1 / 20, 1 / 20])],
 )  # fmt: skip
-def test_truncated_rows_can_be_left_out_of_loss_and_denominator(reduction, weights, tmp_path):
+def test_truncated_rows_can_be_left_out_of_loss_and_denominator(reduction, weights):
     recipe = small("objective.mask_truncated=true", f"objective.reduction={reduction}",
                    "rollout.max_tokens=10")  # fmt: skip
     own = [
@@ -154,10 +153,9 @@ def test_truncated_rows_can_be_left_out_of_loss_and_denominator(reduction, weigh
         Response((1,) * 10, "", "self", finish_reason="length"),
         Response((3, 2, 1), "", "self"),
     ]
-    with ExitStack() as stack:
-        session = open_session(recipe, tmp_path / "run", resume=False, console=QUIET, stack=stack)
-        group = Group(session.problems[0], tuple(own))
-        rows = _rows(session, [(group, [1.0, -2.0, 1.0])])
+    group = Group(Problem("p", "text", "42", prompt_ids=(1, 2)), tuple(own))
+    learner = Learner(load_policy(recipe.policy), recipe)
+    rows = learner.rows([ScoredGroup(group, (1.0, -2.0, 1.0))])
     assert [row.response_ids for row in rows] == [(1, 2), (3, 2, 1)]
     assert [row.weight for row in rows] == pytest.approx(weights)
     assert [row.advantage for row in rows] == [1.0, 1.0]
@@ -339,10 +337,15 @@ class TestDottedPaths:
     @pytest.fixture
     def own(self, tmp_path, monkeypatch):
         (tmp_path / "mine.py").write_text(
-            "from gft_lite.objective.losses import sft_loss\n"
+            "from gft_lite.objective.losses import LossOutput\n"
             "from gft_lite.objective.methods import Method\n"
             "from gft_lite.rollout.transformers_engine import TransformersEngine\n"
-            "method = Method(lambda l, a: sft_loss(l, a) * 2, ('expert', 'self'), 'mine')\n"
+            "def loss(inputs, *, factor: float = 2.0, power: int = 1):\n"
+            "    scaled = factor * inputs.logprobs ** power\n"
+            "    return LossOutput(-scaled, {'scaled': scaled.detach(),\n"
+            "                                'own': (inputs.source == 2).float(),\n"
+            "                                'right': inputs.success_share})\n"
+            "method = Method(loss, ('expert', 'self'), 'mine', needs=('source', 'success_share'))\n"
             "def short(completions, **columns):\n"
             "    assert len(columns['skill']) == len(completions)\n"
             "    return [1.0 / (1 + len(c)) for c in completions]\n"
@@ -361,6 +364,12 @@ class TestDottedPaths:
             own / "run", console=QUIET,
         )  # fmt: skip
         assert run.summary()["method"] == "mine:method"
+        [*metrics] = run.metrics()
+        # 2 of -factor * log p^power in nats; every row counts alike.
+        for step in metrics:
+            assert step["objective"]["scaled"] == pytest.approx(-step["loss"], rel=1e-5)
+            assert 0 < step["objective"]["own"] < 1
+            assert step["objective"]["right"] == 0  # Short answers are never worth over 0.5.
         for group in run.groups(1):
             for response in group["responses"]:
                 assert response["reward"] == pytest.approx(1 / (1 + len(response["text"])))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gft_lite import Recipe, lab
+from gft_lite.objective.losses import LossInputs
 from gft_lite.objective.methods import METHODS
 from gft_lite.policy.batching import Row, cut
 from gft_lite.policy.registry import BACKENDS, load_policy
@@ -72,7 +73,8 @@ def gradient(policy, batches):
         batch = batch.to(policy.device)
         scores = policy.token_scores(batch)
         # Without a threshold, at which half precision would decide otherwise for a few tokens.
-        loss = METHODS["gft_no_dcr"].loss(scores.logprobs, batch.advantages)
+        inputs = LossInputs(scores.logprobs, batch.advantages)
+        loss = METHODS["gft_no_dcr"].loss(inputs).per_token
         (batch.weights * loss).sum().backward()
     return torch.cat([p.grad.flatten() for p in policy.parameters().values()]).double()
 

@@ -45,7 +45,7 @@ from gft_lite.policy.batching import Row
 from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import PolicySettings
-from gft_lite.training.learner import portion, update
+from gft_lite.training.learner import Learner
 
 K, MAX_TOKENS, LR, KL = 4, 32, 0.05, 0.2
 REWARDS = [[1.0, 0.0, 0.0, 0.5], [0.0, 1.0, 1.0, 0.2]]
@@ -154,15 +154,15 @@ def gradients(recipe, start, groups):
     policy.load_adapter(start)
     policy.model.train()
     found, parameters = [], list(policy.parameters().values())
-    optimizer = torch.optim.SGD(parameters, lr=0.0)
-    optimizer.register_step_pre_hook(
+    learner = Learner(policy, recipe)
+    learner.optimizer = torch.optim.SGD(parameters, lr=0.0)
+    learner.optimizer.register_step_pre_hook(
         lambda *_: found.append(torch.cat([p.grad.flatten() for p in parameters]))
     )
-    budget = recipe.train.micro_batch_tokens
-    prepared = portion(policy, recipe, rows(recipe, groups, policy.eos_ids), budget)
-    assert len(policy.batches(prepared, budget)) > 1
-    for share in (0.25, 0.75):
-        update(policy, optimizer, recipe, share, prepared, budget)
+    prepared = learner.prepare_rows(rows(recipe, groups, policy.eos_ids))
+    assert len(learner.make_micro_batches(prepared)) > 1
+    for progress in (0.25, 0.75):
+        learner.update(prepared, progress)
     return torch.stack(found)
 
 

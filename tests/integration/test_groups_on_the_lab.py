@@ -8,10 +8,11 @@ import pytest
 
 from gft_lite.data.problems import load_problems
 from gft_lite.data.prompts import PromptFormat
-from gft_lite.recipe.sections import DataSettings, GroupSettings, RolloutSettings
-from gft_lite.rollout.base import Sampling
+from gft_lite.recipe.schema import Recipe
+from gft_lite.recipe.sections import DataSettings, RolloutSettings
 from gft_lite.rollout.registry import start_engine
-from gft_lite.training import groups
+from gft_lite.training.groups import GroupBuilder
+from gft_lite.training.visits import ProblemVisit
 
 
 @pytest.fixture
@@ -21,8 +22,9 @@ def build(lab_policy):
     problems = load_problems(DataSettings(problems=3), format).problems
 
     def build(max_tokens, **counts):
-        settings, sampling = GroupSettings(**counts), Sampling(max_tokens=max_tokens)
-        return groups.build(problems, settings, 0, engine, format, sampling, (0, 1))
+        tree = {"group": counts, "rollout": {"max_tokens": max_tokens}}
+        builder = GroupBuilder(Recipe.from_tree(tree), problems, engine, format, list)
+        return builder.sample([ProblemVisit(problem, 1, 0) for problem in problems])
 
     return build
 
@@ -39,11 +41,3 @@ def test_experts_then_teachers_then_self_samples(build, lab_policy):
             assert response.truncated or response.token_ids[-1] in lab_policy.eos_ids
             assert (response.logprobs is not None) == (response.source == "self")
     assert build(32, expert=1, teacher=2, self=3) == made
-
-
-def test_a_cut_demonstration_is_marked_and_graded_as_cut(build):
-    for group in build(4, expert=1, teacher=0, self=0):
-        [expert] = group
-        assert expert.truncated
-        assert len(expert.token_ids) == 4
-        assert expert.text == group.problem.experts[0][:4]

@@ -10,6 +10,7 @@ import transformers
 
 from gft_lite import lab
 from gft_lite.objective.advantages import group_advantages
+from gft_lite.objective.losses import LossInputs
 from gft_lite.objective.methods import METHODS
 from gft_lite.objective.reduction import token_weights
 from gft_lite.policy.base import evaluating, without_dropout
@@ -17,7 +18,7 @@ from gft_lite.policy.batching import Row, cut
 from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import PolicySettings
-from gft_lite.training.learner import gradient, portion
+from gft_lite.training.learner import Learner
 from gft_lite.utils.errors import RecipeError
 
 SHAPE = {
@@ -102,9 +103,11 @@ def logprobs(policy, rows, layout):
 
 
 def flat_gradient(policy, rows, *, method="gft", budget=10**6, train=None, **objective):
-    """The gradient of an update, and what the update says of itself."""
-    recipe = Recipe.from_tree({"method": method, "objective": objective, "train": train or {}})
-    done = gradient(policy, recipe, portion(policy, recipe, rows, budget), budget)
+    """The gradient of an update, and the update."""
+    train = {"micro_batch_tokens": budget} | (train or {})
+    recipe = Recipe.from_tree({"method": method, "objective": objective, "train": train})
+    learner = Learner(policy, recipe)
+    done = learner.gradient(learner.prepare_rows(rows))
     found = torch.cat([p.grad.flatten() for p in policy.parameters().values()]).double()
     return found, done
 
@@ -131,7 +134,9 @@ def test_other_models_fall_back(folders, rows, name, attention, layout):
     assert policy.layout == layout
     found = logprobs(policy, rows, layout)
     assert (found - logprobs(policy, rows, "padded")).abs().max() < 1e-5
-    with pytest.raises(RecipeError, match=r"policy.layout: must be one that .* can do, got 'shar"):
+    with pytest.raises(
+        RecipeError, match=r"policy.layout: must be one that .* supports, got 'shar"
+    ):
         load(folders[name], attention=attention, layout="shared")
     assert load(folders[name], attention=attention, layout="padded").layout == "padded"
 
@@ -173,25 +178,29 @@ def test_in_bf16_a_layout_is_as_near_to_fp32_as_padding_is(folders, rows, layout
 @pytest.mark.parametrize("method", METHODS)
 def test_the_fused_head_gives_every_methods_gradient(folders, rows, method, kl, chunk, monkeypatch):
     if chunk:
-        monkeypatch.setattr("gft_lite.policy.lora.LOGIT_CHUNK_BYTES", 4 * 512 * chunk)
-    train = {"updates_per_rollout": 2}
+        monkeypatch.setattr("gft_lite.policy.scoring.LOGIT_CHUNK_BYTES", 4 * 512 * chunk)
+    train = {"updates_per_rollout": 2, "micro_batch_tokens": 10**6}
     # More than the adapter that takes the old log-probs, so that rho is not 1.
     found = []
     for fused in (True, False):
         policy = load(folders["qwen2"], fused_head=fused)
         recipe = Recipe.from_tree({"method": method, "objective": {"kl": kl}, "train": train})
-        prepared = portion(policy, recipe, rows, 10**6)
+        learner = Learner(policy, recipe)
+        prepared = learner.prepare_rows(rows)
         with torch.no_grad():
             for parameter in policy.parameters().values():
                 parameter.mul_(1.5)
-        done = gradient(policy, recipe, prepared, 10**6)
+        done = learner.gradient(prepared)
         grads = torch.cat([p.grad.flatten() for p in policy.parameters().values()])
         found.append((grads.double(), done))
     (fused, one), (plain, other) = found
     assert plain.norm() > 0
     assert gap(fused, plain) < 1e-5
-    assert (one.loss, one.entropy_sum) == pytest.approx((other.loss, other.entropy_sum), rel=1e-5)
-    assert one.rectified_sum == other.rectified_sum
+    assert one.loss == pytest.approx(other.loss, rel=1e-5)
+    assert one.metrics.keys() == other.metrics.keys()
+    for name, mean in one.metrics.items():
+        assert mean.count == other.metrics[name].count == one.tokens
+        assert mean.sum == pytest.approx(other.metrics[name].sum, rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -216,7 +225,7 @@ def test_rows_that_the_kl_pulls_on_are_kept(folders, rows):
 def test_a_loss_said_to_scale_is_zero_with_its_advantage(method):
     logprobs = torch.linspace(-5, -0.01, 20).requires_grad_()
     extra = {need: logprobs.detach() + 0.3 for need in METHODS[method].needs}
-    loss = METHODS[method].loss(logprobs, torch.zeros(20), **extra)
+    loss = METHODS[method].loss(LossInputs(logprobs, torch.zeros(20), **extra)).per_token
     loss.sum().backward()
     assert loss.abs().max() == 0
     assert logprobs.grad.abs().max() == 0
@@ -313,7 +322,7 @@ def test_out_of_memory_halves_the_micro_batches_and_repeats_the_step(folders, ro
     run_out_above(policy, whole.forwarded // 3, sizes)
     found, done = flat_gradient(policy, rows)
     assert gap(found, plain) < 1e-6
-    assert whole.forwarded // 8 < done.token_budget <= whole.forwarded // 3
+    assert whole.forwarded // 8 < done.micro_batch_tokens <= whole.forwarded // 3
     assert max(sizes) <= whole.forwarded // 3
     assert (done.tokens, done.loss) == (whole.tokens, pytest.approx(whole.loss, rel=1e-5))
 

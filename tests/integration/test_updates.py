@@ -10,9 +10,9 @@ from gft_lite.objective.methods import METHODS
 from gft_lite.objective.reduction import token_weights
 from gft_lite.policy.batching import Row
 from gft_lite.recipe.schema import Recipe
-from gft_lite.training.learner import portion, update
+from gft_lite.training.learner import Learner
 
-BUDGET = 8192
+BUDGET = 8192  # The recipe's default of train.micro_batch_tokens.
 
 
 @pytest.fixture
@@ -60,6 +60,13 @@ class Recorded(torch.optim.SGD):
         return super().step(closure)
 
 
+def learner_of(policy, settings):
+    """A learner with plain gradient descent, and its optimiser."""
+    learner = Learner(policy, settings)
+    learner.optimizer = Recorded(policy)
+    return learner, learner.optimizer
+
+
 def flat(tensors):
     return torch.cat([tensor.flatten() for tensor in tensors])
 
@@ -72,7 +79,7 @@ def gradient_of(policy, loss):
 @pytest.mark.parametrize("updates", [1, 2])
 def test_old_logprobs_are_taken_only_where_they_count(lab_policy, method, updates):
     settings = recipe(method, updates=updates)
-    prepared = portion(lab_policy, settings, rows(lab_policy, [1.0, -1.0]), BUDGET)
+    prepared = Learner(lab_policy, settings).prepare_rows(rows(lab_policy, [1.0, -1.0]))
     expected = "old_logprobs" in METHODS[method].needs and updates > 1
     assert [row.old_logprobs is not None for row in prepared] == [expected] * 2
 
@@ -81,9 +88,9 @@ def test_old_logprobs_are_taken_only_where_they_count(lab_policy, method, update
 def test_later_updates_are_off_policy_and_clipped(moved, method):
     settings = recipe(method, updates=2, lr=1.0)
     advantages = [1.0, -1.0, 0.5, -2.0] if METHODS[method].group_advantages else [1.0] * 4
-    prepared = portion(moved, settings, rows(moved, advantages), BUDGET)
-    optimizer = Recorded(moved)
-    update(moved, optimizer, settings, 0.0, prepared, BUDGET)
+    learner, optimizer = learner_of(moved, settings)
+    prepared = learner.prepare_rows(rows(moved, advantages))
+    learner.update(prepared, 0.0)
     [batch] = moved.batches(prepared, BUDGET)
     logprobs = moved.token_scores(batch).logprobs
     ratio = (logprobs - batch.old_logprobs).exp()
@@ -94,18 +101,22 @@ def test_later_updates_are_off_policy_and_clipped(moved, method):
     # A token that went too far is left alone, every other one has the ratio's gradient.
     left = torch.where(too_far, 0.0, -batch.weights * batch.advantages * ratio.detach())
     expected = gradient_of(moved, (left * logprobs).sum())
-    update(moved, optimizer, settings, 0.5, prepared, BUDGET)
+    metrics = learner.update(prepared, 0.5).metrics
+    assert metrics["ratio"].value == pytest.approx(ratio.mean().item(), rel=1e-5)
+    assert metrics["clip_fraction"].value == pytest.approx(too_far.float().mean().item())
     assert (optimizer.gradients[1] - expected).norm() <= 1e-4 * expected.norm()
 
 
 def test_asft_is_dft_and_the_pull_of_the_reference(moved):
-    data, optimizer = rows(moved, [1.0] * 4), Recorded(moved)
+    data, gradients = rows(moved, [1.0] * 4), []
     for settings in (recipe("dft"), recipe("asft", lam=0.0), recipe("asft", lam=0.3)):
-        update(moved, optimizer, settings, 0.0, data, BUDGET)
+        learner, optimizer = learner_of(moved, settings)
+        learner.update(data, 0.0)
+        gradients += optimizer.gradients
     [batch] = moved.batches(data, BUDGET)
     kl = moved.token_scores(batch, reference_kl=True).reference_kl
     expected = 0.3 * gradient_of(moved, (batch.weights * kl).sum())
-    dft, free, held = optimizer.gradients
+    dft, free, held = gradients
     assert torch.equal(free, dft)
     assert (held - dft - expected).norm() <= 1e-4 * expected.norm()
     assert expected.norm() > 0.01 * dft.norm()
@@ -114,5 +125,4 @@ def test_asft_is_dft_and_the_pull_of_the_reference(moved):
 @pytest.mark.parametrize("kl", [0.0, 0.1])
 def test_an_update_without_rows_is_skipped(lab_policy, kl):
     settings = recipe("dapo", kl=kl)
-    done = update(lab_policy, Recorded(lab_policy), settings, 0.0, [], BUDGET)
-    assert done.skipped == "flat"
+    assert Learner(lab_policy, settings).update([], 0.0).skipped == "flat"

@@ -70,8 +70,8 @@ def test_no_two_samples_share_a_seed_and_every_part_counts():
     problems = [problem(id="a"), problem(id="b"), problem(id="a")]
 
     def seeds(problems, parts):
-        asked = sampling.requests(problems, [4] * len(problems), parts)
-        return [r.seeds for r in asked]
+        draws = [sampling.Draw(problem, 4, parts) for problem in problems]
+        return [r.seeds for r in sampling.make_requests(draws)]
 
     drawn = [s for parts in [(0, 1), (0, 2), (1, 1)] for r in seeds(problems, parts) for s in r]
     assert len(set(drawn)) == 36
@@ -85,5 +85,5 @@ def test_a_seed_is_the_same_on_every_machine():
 
 def test_an_unscored_group_has_no_rewards():
     group = Group(problem(), (Response((1,), "", "self"),))
-    with pytest.raises(ValueError, match="not every response has been scored"):
+    with pytest.raises(ValueError, match="not every response has been graded"):
         group.rewards  # noqa: B018

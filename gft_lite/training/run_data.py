@@ -1,0 +1,133 @@
+"""The data of a run: training problems, held-out problems and evaluation sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from gft_lite.data.problems import Loaded, load_problems, split_holdout
+from gft_lite.data.prompts import PromptFormat
+from gft_lite.objective.methods import find_method
+from gft_lite.policy.base import Policy
+from gft_lite.recipe.schema import Recipe
+from gft_lite.recipe.sections import DataSettings
+from gft_lite.training.groups import compose, demonstrations
+from gft_lite.types import Group, Problem
+from gft_lite.utils.errors import RecipeError
+
+CHECKED_PROBLEMS = 64  # Whose demonstrations are graded at the start.
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What the recipe's data sections give; `fingerprints` identify it when a run is resumed."""
+
+    problems: Sequence[Problem]
+    held_out: Sequence[Problem]
+    eval_sets: Mapping[str, Sequence[Problem]]
+    fingerprints: Mapping[str, str]
+
+
+def load_run_data(recipe: Recipe, policy: Policy, console: Console) -> RunData:
+    """Read all data sets of the recipe.
+
+    Raises: RecipeError for a data set that can't be used.
+    """
+    # Demonstrations that training would have to cut are left out.
+    limit = recipe.rollout.max_tokens
+    loaded = {"data": _load("data", recipe.data, policy, console, limit, demonstrations=True)}
+    for name, settings in recipe.eval.sets.items():
+        field = f"eval.sets.{name}"
+        loaded[field] = _load(field, settings, policy, console, limit)
+    problems, held_out = split_holdout(loaded["data"].problems, recipe.data.holdout)
+    eval_sets = {name: loaded[f"eval.sets.{name}"].problems for name in recipe.eval.sets}
+    return RunData(
+        _with_demonstrations(problems, recipe, console),
+        held_out,
+        eval_sets or ({"held_out": held_out} if held_out else {}),
+        {field: data.fingerprint() for field, data in loaded.items()},
+    )
+
+
+def _load(
+    field: str, settings: DataSettings, policy: Policy, console: Console, max_tokens: int,
+    *, demonstrations: bool = False,
+) -> Loaded:  # fmt: skip
+    # One token more: an engine must generate one token to score a completion.
+    reserve = max_tokens + 1
+    if reserve >= policy.context:
+        raise RecipeError(
+            [f"rollout.max_tokens: must leave room for a prompt in the model's context of "
+             f"{policy.context} tokens, got {max_tokens}."]
+        )  # fmt: skip
+    loaded = load_problems(
+        settings,
+        PromptFormat(policy.tokenizer, settings.prompt, f"{field}.prompt"),
+        context=policy.context,
+        reserve=reserve,
+        max_response_tokens=max_tokens if demonstrations else None,
+        field=field,
+    )
+    console.print(f"{field}: {loaded.describe()}")
+    for example in loaded.examples:
+        console.print(f"  {example}", markup=False)
+    return loaded
+
+
+def check_demonstrations(
+    recipe: Recipe,
+    problems: Sequence[Problem],
+    format: PromptFormat,
+    grade: Callable[[Sequence[Group]], list[Group]],
+    console: Console,
+) -> None:
+    """Grade the demonstrations of the first problems and print how many are right.
+
+    Raises: RecipeError if none is, as then no group can teach anything: the answer column and the
+        demonstrations don't fit, or the reward rule does not read them.
+    """
+    composed = [compose(problem, recipe.group) for problem in problems[:CHECKED_PROBLEMS]]
+    groups = [
+        Group(problem, demonstrations(composition, format))
+        for problem, composition in zip(problems, composed, strict=False)
+        if composition and (composition.experts or composition.teachers)
+    ]
+    responses = [response for group in grade(groups) for response in group]
+    graded = [r for r in responses if r.correct is not None]
+    if not graded or not find_method(recipe.method).group_advantages:
+        return
+    right = sum(bool(r.correct) for r in graded)
+    console.print(
+        f"demonstrations: {right} of {len(graded)} are right, those of {len(groups)} problems"
+    )
+    if not right:
+        problem, text = groups[0].problem, groups[0].responses[0].text
+        raise RecipeError(
+            [f"data.columns.answer: must be the answer that demonstrations give, got "
+             f"{problem.answer!r} beside a demonstration that ends with {text[-60:]!r}, and so in "
+             f"{len(groups)} problems. Check data.columns, answer_from and reward.functions."]
+        )  # fmt: skip
+
+
+def _with_demonstrations(
+    problems: Sequence[Problem], recipe: Recipe, console: Console
+) -> tuple[Problem, ...]:
+    """The problems whose demonstrations can fill a group under the shortfall rule."""
+    kept = tuple(p for p in problems if compose(p, recipe.group) is not None)
+    short = sum(
+        len(p.experts) < recipe.group.expert or len(p.teachers) < recipe.group.teacher
+        for p in problems
+    )
+    if short:
+        console.print(
+            f"group.shortfall: {recipe.group.shortfall}: {short} of {len(problems)} problems have "
+            f"fewer demonstrations than the group asks for; {len(problems) - len(kept)} dropped"
+        )
+    if not kept:
+        raise RecipeError(
+            [f"group: must find its demonstrations in the data, but none of {len(problems)} "
+             "problems has them. Check data.columns.expert and .teacher, or group.shortfall."]
+        )  # fmt: skip
+    return kept
