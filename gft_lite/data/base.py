@@ -6,6 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+#: The value of a cell that its file holds but that can't be read.
+UNREADABLE = object()
+
 
 class Unusable(Exception):
     """A row or a demonstration that can't be used; the text is the reason for the statistics."""
@@ -15,8 +18,8 @@ class Unusable(Exception):
 class Rows:
     """The rows of one file or data set, parsed one at a time, because most may not be needed.
 
-    `read` raises Unusable for a row that can't be parsed; all rows of a `table` have the same
-    columns.
+    `read` raises Unusable for a row that can't be parsed, and gives UNREADABLE for such a cell;
+    all rows of a `table` have the same columns.
     """
 
     name: str

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import math
 import re
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from string import ascii_uppercase as LETTERS
 from typing import Any
 
-from gft_lite.data.base import Rows, Unusable
+from gft_lite.data.base import UNREADABLE, Rows, Unusable
 from gft_lite.data.prompts import PromptFormat
 from gft_lite.recipe.sections import ColumnsSettings
 from gft_lite.rewards.extract import boxed_answer
@@ -21,6 +25,8 @@ MAX_COLUMNS = 40  # listed in an error
 TABLE_PROBE = 100
 _MISSING = object()
 _ANNOTATION = re.compile(r"<<[^<>]*>>")
+# The beginning of a list of texts, or of messages, as Python, JSON or NumPy write it.
+_LIST_AS_TEXT = re.compile(r"""\s*(?:array\()?\[\s*["'{]""")
 _FINAL_LINE = re.compile(r"####\s*(\S.*?)\s*\Z")
 
 
@@ -46,7 +52,10 @@ class RowReader:
         text = _question(row, columns, options)
         if not text.strip():
             raise Unusable("no problem text")
-        answer = _answer(row, columns, options)
+        answer = _answer(row, columns)
+        kind = {}
+        if options and answer is not None:
+            answer, kind = _letter(row, columns, options, answer), {"answer_type": "choice"}
         experts, teachers = (
             tuple(
                 text
@@ -61,7 +70,8 @@ class RowReader:
         name = _id(row, columns) or str(number + 1)
         while name in taken:
             name = f"{name}#{number + 1}"
-        return Problem(name, text, answer, ids, experts, teachers, dict(row))
+        gold = None if answer is None else str(answer)
+        return Problem(name, text, gold, ids, experts, teachers, kind | _readable(row))
 
 
 def check_columns(parts: Sequence[Rows], columns: ColumnsSettings, field: str) -> None:
@@ -76,7 +86,7 @@ def check_columns(parts: Sequence[Rows], columns: ColumnsSettings, field: str) -
     }
     known: dict[str, None] = {}
     for row in _probe(parts):
-        unseen = {n: use for n, use in unseen.items() if _cell(row, n) is _MISSING}
+        unseen = {n: use for n, use in unseen.items() if _find(row, n) is _MISSING}
         if not unseen:
             return
         known |= dict.fromkeys(_names(row, levels=3))
@@ -116,13 +126,30 @@ def _names(row: Mapping[str, Any], levels: int) -> Iterator[str]:
             yield from (f"{name}.{inner}" for inner in _names(value, levels - 1))
 
 
-def _cell(row: Mapping[str, Any], name: str) -> Any:
+def _find(row: Mapping[str, Any], name: str) -> Any:
     """A column's value, or for `a.b` that of field b of column a; _MISSING if absent."""
     if name in row:
         return row[name]
     head, _, rest = name.partition(".")
     inner = row.get(head)
-    return _cell(inner, rest) if rest and isinstance(inner, Mapping) else _MISSING
+    return _find(inner, rest) if rest and isinstance(inner, Mapping) else _MISSING
+
+
+def _cell(row: Mapping[str, Any], name: str) -> Any:
+    """The same. Raises: Unusable for a value that can't be read."""
+    value = _find(row, name)
+    if value is UNREADABLE:
+        raise Unusable(f"unreadable value in column {name!r}")
+    return value
+
+
+def _readable(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row without the cells that can't be read."""
+    return {
+        name: _readable(value) if isinstance(value, Mapping) else value
+        for name, value in row.items()
+        if value is not UNREADABLE
+    }
 
 
 def _id(row: Mapping[str, Any], columns: ColumnsSettings) -> str:
@@ -135,10 +162,47 @@ def _options(row: Mapping[str, Any], columns: ColumnsSettings) -> list[str]:
     """The choices of a multiple-choice problem, empty for other problems."""
     if columns.choices is None:
         return []
-    offered = _need(row, columns.choices)
+    offered = _text_as_list(_need(row, columns.choices), columns.choices)
     if not isinstance(offered, list | None):
         raise Unusable(f"wrong type in column {columns.choices!r}")
-    return [_as_text(option, columns.choices) for option in offered or []]
+    options = [_as_text(option, columns.choices) for option in offered or []]
+    if len(options) > len(LETTERS):
+        raise Unusable(f"more than {len(LETTERS)} choices in column {columns.choices!r}")
+    return options
+
+
+def _letter(
+    row: Mapping[str, Any], columns: ColumnsSettings, options: Sequence[str], answer: str | int
+) -> str:
+    """The letter of the gold choice.
+
+    An answer is, in this order, a label of the data set, the number of a choice from 0, a capital
+    letter, the text of a choice, or a letter. Labels are in field `label` beside the choices, as
+    in ARC; without them, the text "3" may count from 0 or from 1 and is not accepted.
+    Raises: Unusable for an answer that is none of the choices.
+    """
+    name = str(columns.choices)
+    labels = _find(row, f"{name.rpartition('.')[0]}.label") if "." in name else None
+    if isinstance(labels, list) and len(labels) == len(options):
+        labels = [str(label).strip() for label in labels]
+    else:
+        labels = []
+    written, texts = str(answer).strip(), [option.strip() for option in options]
+    letters = LETTERS[: len(options)]
+    single = written.strip(" ().:$")
+    if written in labels:
+        return letters[labels.index(written)]
+    if type(answer) is int:
+        if 0 <= answer < len(options):
+            return letters[answer]
+        raise Unusable(f"no choice of that number in column {columns.answer!r}")
+    if len(single) == 1 and single in letters:
+        return single
+    if texts.count(written) == 1:
+        return letters[texts.index(written)]
+    if len(single) == 1 and single.upper() in letters:
+        return single.upper()
+    raise Unusable(f"an answer that is none of the choices in column {columns.answer!r}")
 
 
 def _question(row: Mapping[str, Any], columns: ColumnsSettings, options: Sequence[str]) -> str:
@@ -149,7 +213,7 @@ def _question(row: Mapping[str, Any], columns: ColumnsSettings, options: Sequenc
                  for n, v in parts]  # fmt: skip
     texts = [_text(value, name) for name, value in parts if value is not None]
     if options:
-        listed = (f"({chr(65 + i)}) {option}" for i, option in enumerate(options))
+        listed = (f"({letter}) {o}" for letter, o in zip(LETTERS, options, strict=False))
         texts.append(f"Answer Choices: {' '.join(listed)}")
     return "\n".join(texts)
 
@@ -178,8 +242,8 @@ def _as_text(value: Any, name: str) -> str:
     return _text(str(value) if number else value, name)
 
 
-def _answer(row: Mapping[str, Any], columns: ColumnsSettings, options: Sequence[str]) -> str | None:
-    """The gold answer as text, None where the data have none.
+def _answer(row: Mapping[str, Any], columns: ColumnsSettings) -> str | int | None:
+    """The gold answer, None where the data have none.
 
     Raises: Unusable if there isn't exactly one.
     """
@@ -196,10 +260,6 @@ def _answer(row: Mapping[str, Any], columns: ColumnsSettings, options: Sequence[
         value = None if not math.isfinite(value) else int(value) if whole else value
     if value is None:
         raise Unusable("no answer")
-    if options and type(value) is int:
-        if not 0 <= value < len(options):
-            raise Unusable(f"no choice of that number in column {columns.answer!r}")
-        value = chr(65 + value)
     written = str(value) if isinstance(value, bool) else _as_text(value, columns.answer)
     text: str | None = written
     if columns.answer_from == "boxed":
@@ -208,11 +268,37 @@ def _answer(row: Mapping[str, Any], columns: ColumnsSettings, options: Sequence[
         text = written.rpartition("####")[2] if "####" in written else None
     if text is None or not text.strip():
         raise Unusable("no answer")
-    return text.strip()
+    return value if type(value) is int else text.strip()
+
+
+def _text_as_list(value: Any, name: str) -> Any:
+    """The list of texts that a text is in the notation of JSON or Python; else the value itself.
+
+    CSV files have no other lists. Raises: Unusable for a list in another notation.
+    """
+    is_list = isinstance(value, str) and _LIST_AS_TEXT.match(value)
+    if not is_list or not value.rstrip().endswith(("]", ")")):
+        return value
+    text = value.strip()
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # of backslashes in a user's text
+            found = ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        found = None
+    # NumPy writes no commas: Python would join the texts.
+    if repr(found) != text:
+        raise Unusable(f"a list as text in column {name!r}")
+    return found
 
 
 def _demonstrations(value: Any, name: str, clean: str | None, lists: int = 2) -> list[str]:
     """The texts of a demonstration column: none, one, several, or the last answers of chats."""
+    value = _text_as_list(value, name)
     if isinstance(value, list) and value and all(_is_message(v) for v in value):
         value = next((m["content"] for m in reversed(value) if m["role"] == "assistant"), None)
     if isinstance(value, list) and lists:

@@ -6,16 +6,21 @@ import csv
 import io
 import json
 import re
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from gft_lite.data.base import Rows, Unusable
+from gft_lite.data.base import UNREADABLE, Rows, Unusable
 from gft_lite.recipe.base import HUB_ID
 from gft_lite.recipe.sections import DataSettings
 from gft_lite.utils.errors import RecipeError
 
 FORMATS = (".jsonl", ".json", ".parquet", ".csv")
 _FORMAT_LIST = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+# Descriptions of data sets, which lie beside their rows.
+_METADATA = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}
+_COMMA = re.compile(r",(?! )")
 _SPLITS = {"train", "test", "validation", "valid", "val", "dev"}
 
 
@@ -28,6 +33,8 @@ def open_source(settings: DataSettings, field: str = "data") -> list[Rows]:
     if source == "lab":
         return [_lab(settings.split, field)]
     path = Path(source).expanduser()
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return [_saved_to_disk(path, settings.split, field)]
     if path.is_dir():
         return [_read(p, field) for p in _files_of_split(path, settings.split, field)]
     if path.exists():
@@ -68,12 +75,40 @@ def _hub(settings: DataSettings, field: str) -> Rows:
                 f"{settings.config!r}, split {settings.split!r}) can't be loaded: {error}"
             ]
         ) from None
-    return Rows(source, len(rows), rows.__getitem__, table=True)
+    return _dataset(source, rows)
+
+
+def _saved_to_disk(folder: Path, split: str, field: str) -> Rows:
+    """A data set, or one split of several, that `save_to_disk` of `datasets` has written."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        found = datasets.load_from_disk(str(folder))
+    except (DatasetsError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        rule = "must be what save_to_disk of datasets writes"
+        raise RecipeError([f"{field}.source: {rule}, got {str(folder)!r} ({error})."]) from None
+    if isinstance(found, datasets.DatasetDict):
+        if split not in found:
+            names = ", ".join(found)
+            raise RecipeError([f"{field}.split: must be one of {names}, got {split!r}."])
+        found = found[split]
+    return _dataset(folder.name, found)
+
+
+def _dataset(name: str, dataset: Any) -> Rows:
+    """The rows of a data set of `datasets`."""
+    tables = dataset.with_format("arrow")
+    return Rows(name, len(dataset), lambda i: _arrow_row(tables[i], 0), table=True)
 
 
 def _files_of_split(folder: Path, split: str, field: str) -> list[Path]:
     """The data files of a folder; where file names contain a split's name, those of `split`."""
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in FORMATS)
+    files = sorted(
+        p
+        for p in folder.iterdir()
+        if p.suffix.lower() in FORMATS and p.name not in _METADATA and p.name[0] != "."
+    )
     if not files:
         raise RecipeError([f"{field}.source: must hold {_FORMAT_LIST} files, got {str(folder)!r}."])
     words = {p: set(re.split(r"[\W_]+", p.stem.lower())) for p in files}
@@ -129,11 +164,90 @@ def _csv(path: Path) -> Rows:
     # The standard library's reader keeps answers such as 007 or 1e5 unchanged.
     csv.field_size_limit(2**31 - 1)
     text = path.read_text(encoding="utf-8-sig")
-    return _listed(path.name, list(csv.DictReader(io.StringIO(text))))
+    lines, rows = text.split("\n"), list(_csv_records(text))
+    if not rows:
+        return _listed(path.name, [])
+    _, header = rows[0]
+    if twice := sorted({name for name in header if name and header.count(name) > 1}):
+        raise ValueError(f"column names must differ, got {', '.join(twice)} twice")
+
+    def read(i: int) -> Any:
+        first, cells = rows[i + 1]
+        last = rows[i + 2][0] if i + 2 < len(rows) else len(lines)
+        if len(header) > 1 and _looks_like_rows(lines[first:last], len(header)):
+            raise Unusable("several rows in a cell between quotes")
+        extra = {None: cells[len(header) :]} if len(cells) > len(header) else {}
+        return dict(zip_longest(header, cells[: len(header)])) | extra
+
+    return Rows(path.name, len(rows) - 1, read)
+
+
+def _csv_records(text: str) -> Iterator[tuple[int, list[str]]]:
+    """The records of a CSV text, each with the number of its first line, from 0.
+
+    Raises: ValueError for a quote that isn't closed before the next comma or line.
+    """
+    reader = csv.reader(io.StringIO(text), strict=True)
+    while True:
+        first = reader.line_num
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            advice = "In a quoted cell, write a quote as two"
+            raise ValueError(f"the row from line {first + 1} on: {error}. {advice}") from None
+        if cells:
+            yield first, cells
+
+
+def _looks_like_rows(lines: Sequence[str], columns: int) -> bool:
+    """True if each of several lines has as many cells as a row: two stray quotes join rows.
+
+    Commas before a space are text.
+    """
+    lines = [line for line in lines if line.strip()]
+    return len(lines) > 1 and all(len(_COMMA.findall(line)) == columns - 1 for line in lines)
 
 
 def _parquet(path: Path) -> Rows:
     import pyarrow.parquet
 
-    table = pyarrow.parquet.read_table(path)
-    return Rows(path.name, len(table), lambda i: table.slice(i, 1).to_pylist()[0], table=True)
+    file = pyarrow.parquet.ParquetFile(path)
+    try:
+        table = file.read()
+    except (OSError, ValueError):
+        table = _readable_columns(file)
+    return Rows(path.name, len(table), lambda i: _arrow_row(table, i), table=True)
+
+
+def _readable_columns(file: Any) -> Any:
+    """The table of the columns that can be read. Raises: the last error if none can be."""
+    import pyarrow
+
+    columns, failure = {}, None
+    for name in file.schema_arrow.names:
+        try:
+            columns[name] = file.read(columns=[name]).column(name)
+        except (OSError, ValueError, LookupError) as error:
+            failure = error
+    if not columns and failure:
+        raise failure
+    return pyarrow.table(columns)
+
+
+def _arrow_row(table: Any, i: int) -> dict[str, Any]:
+    columns = zip(table.column_names, table.columns, strict=True)
+    return {name: _arrow_value(column[i]) for name, column in columns}
+
+
+def _arrow_value(scalar: Any) -> Any:
+    """A cell as a Python value; UNREADABLE where it is invalid UTF-8 or a date out of range."""
+    import pyarrow
+
+    try:
+        return scalar.as_py()
+    except (ValueError, ArithmeticError, pyarrow.ArrowException):
+        if isinstance(scalar, pyarrow.StructScalar):
+            return {name: _arrow_value(scalar[name]) for name in scalar}
+        return UNREADABLE

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import struct
 from pathlib import Path
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -63,6 +68,10 @@ def test_a_bad_row_costs_that_row_only(row, reason, tmp_path):
         ({"choices": ["1", ["2"]]}, "wrong type in column 'choices'"),
         ({"choices": ["1", None]}, "wrong type in column 'choices'"),
         ({"choices": ["1", "\ud800"]}, "broken Unicode in column 'choices'"),
+        ({"answer": "C"}, "an answer that is none of the choices in column 'answer'"),
+        ({"answer": "0"}, "an answer that is none of the choices in column 'answer'"),
+        ({"answer": "three"}, "an answer that is none of the choices in column 'answer'"),
+        ({"choices": list("0123456789") * 3}, "more than 26 choices in column 'choices'"),
         ({"answer": -1}, "no choice of that number in column 'answer'"),
         ({"answer": 2}, "no choice of that number in column 'answer'"),
         ({"answer": 10**9}, "no choice of that number in column 'answer'"),
@@ -76,11 +85,212 @@ def test_a_choice_that_is_none_costs_that_row_only(change, reason, tmp_path):
     assert (problem.text, problem.answer) == ("1+1=\nAnswer Choices: (A) 1 (B) 2", "B")
 
 
+# --- CSV -------------------------------------------------------------------------------------
+
+
+def csv_file(tmp_path: Path, text: str) -> Path:
+    (tmp_path / "x.csv").write_text(text, encoding="utf-8", newline="")
+    return tmp_path / "x.csv"
+
+
 def test_a_line_of_a_csv_with_too_many_cells_is_skipped(tmp_path):
-    (tmp_path / "x.csv").write_text("problem,answer\n1+1=,2,3\n2+2=,4\nx\n")
-    loaded = load(tmp_path / "x.csv")
+    loaded = load(csv_file(tmp_path, "problem,answer\n1+1=,2,3\n2+2=,4\nx\n"))
     assert answers(loaded) == ["4"]
     assert loaded.skipped == {"more cells than columns": 1, "no answer": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        # The quote in the third line ends before the 6 of the fifth.
+        ('problem,answer\n1+2?,3\n"5 inch + 3 inch?,8\n3+4?,7\n"6 inch + 3 inch?,9\n7+8?,15\n', 3),
+        ('problem,answer\n1+2?,3\n"5 inch + 3 inch?,8\n3+4?,7\n', 3),  # to the end of the file
+        ('problem,answer\n1+2?,"3\n2+2?,4\n', 2),
+        ('"problem,answer\n1+2?,3\n', 1),
+        ('problem,answer\n"a ""quoted"" word",1\n"5" inch,2\n', 3),
+        ('problem,answer\n"two\nlines",1\n\n"5" inch,2\n', 5),
+    ],
+)
+def test_a_stray_quote_is_an_error_that_names_the_line(tmp_path, text, line):
+    expected = rf"^data\.source: can't read '.*x\.csv': the row from line {line} on: "
+    with pytest.raises(RecipeError, match=expected) as caught:
+        load(csv_file(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_two_stray_quotes_that_look_like_one_cell_cost_those_rows(tmp_path):
+    text = 'problem,answer\n1+2?,3\n"5 inch + 3 inch?,8\n3+4?,7\nHow much is 6",9\n7+8?,15\n'
+    loaded = load(csv_file(tmp_path, text))
+    assert answers(loaded) == ["3", "15"]
+    assert loaded.skipped == {"several rows in a cell between quotes": 1}
+
+
+def test_quotes_within_cells_and_cells_of_several_lines_are_read(tmp_path):
+    rows = [
+        {
+            "problem": 'Is 5" more\nthan 3"?',
+            "answer": "yes",
+            "expert": 'Tom, 5, has 5".\n\nSo, yes.',
+        },
+        {"problem": '"Yes", said Ann.\nIs it, Tom?', "answer": "1,000", "expert": ""},
+        {"problem": "2\n3", "answer": "5", "expert": "2,\n3, 5"},
+    ]
+    with (tmp_path / "x.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    loaded = load(tmp_path / "x.csv", columns={"expert": "expert"})
+    assert [(p.text, p.answer) for p in loaded.problems] == [
+        (r["problem"], r["answer"]) for r in rows
+    ]
+    assert [p.experts for p in loaded.problems] == [(rows[0]["expert"],), (), ("2,\n3, 5",)]
+    plain = csv_file(tmp_path, 'problem,answer\nIs 5" more than 3"?,yes\n')
+    assert load(plain).problems[0].text == 'Is 5" more than 3"?'
+
+
+def test_a_csv_of_one_column_may_have_cells_of_several_lines(tmp_path):
+    file = csv_file(tmp_path, 'problem\n"a\nb"\nc\n')
+    assert [p.text for p in load(file, columns={"answer": None}).problems] == ["a\nb", "c"]
+
+
+def test_a_column_name_that_comes_twice_is_an_error(tmp_path):
+    with pytest.raises(RecipeError, match=r"x\.csv': column names must differ, got answer twice"):
+        load(csv_file(tmp_path, "problem,answer,answer,,\na,1,2,,\n"))
+
+
+LIST = ["1+2=3. It's $\\boxed{3}$.", 'It is "3", or $\\boxed{4}$.']
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+@pytest.mark.parametrize("written", [str(LIST), json.dumps(LIST), json.dumps(LIST, indent=1)])
+def test_a_list_that_is_written_as_text_is_a_list(tmp_path, suffix, written):
+    row = {"problem": "1+2?", "answer": "3", "teacher": written, "choices": '["3", "4"]'}
+    file = tmp_path / f"x{suffix}"
+    if suffix == ".csv":
+        with file.open("w", newline="", encoding="utf-8") as opened:
+            csv.writer(opened).writerows([row.keys(), row.values()])
+    else:
+        jsonl(file, row)
+    [problem] = load(file, columns={"teacher": "teacher"}).problems
+    assert problem.teachers == tuple(LIST)
+    [problem] = load(file, columns={"choices": "choices"}).problems
+    assert (problem.text, problem.answer) == ("1+2?\nAnswer Choices: (A) 3 (B) 4", "A")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "['a' 'b']",  # NumPy's: Python joins the two
+        "['a'\n 'b']",
+        "array(['a', 'b'], dtype=object)",
+        "['a', b]",
+        "['\\boxed{3}', 'b']",  # \b is no backslash
+        "['" + "a', '" * 3 + "']" + "]",
+        '["a", "b",]',
+    ],
+)
+def test_a_list_in_another_notation_is_no_demonstration(tmp_path, text):
+    file = jsonl(tmp_path / "x.jsonl", GOOD, GOOD | {"expert": text})
+    loaded = load(file, columns={"expert": "expert"})
+    assert loaded.skipped == {"a list as text in column 'expert'": 1}
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "[1, 2)", "['a', 'b'] has two items.", "[a](b)", "[]"])
+def test_brackets_do_not_make_a_text_a_list(tmp_path, text):
+    file = jsonl(tmp_path / "x.jsonl", GOOD | {"expert": text})
+    assert load(file, columns={"expert": "expert"}).problems[0].experts == (text,)
+
+
+def test_messages_that_are_written_as_text_are_read(tmp_path):
+    chat = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "It's 2"}]
+    file = jsonl(
+        tmp_path / "x.jsonl", *(GOOD | {"expert": w} for w in (str(chat), json.dumps(chat)))
+    )
+    loaded = load(file, columns={"expert": "expert"})
+    assert [p.experts for p in loaded.problems] == [("It's 2",), ("It's 2",)]
+
+
+# --- parquet ---------------------------------------------------------------------------------
+
+
+def broken_texts(*texts: bytes) -> pa.StringArray:
+    """A column of texts as another program may have written it: not checked to be UTF-8."""
+    ends = [sum(map(len, texts[:i])) for i in range(len(texts) + 1)]
+    offsets = pa.py_buffer(struct.pack(f"{len(ends)}i", *ends))
+    return pa.StringArray.from_buffers(len(texts), offsets, pa.py_buffer(b"".join(texts)))
+
+
+TEXTS = broken_texts(b"good", b"\xff\xfe", b"fine")
+BAD_COLUMNS = {
+    "text": TEXTS,
+    "date": pa.array([0, 10**9, 1], pa.date32()),
+    "time": pa.array([0, 2**62, 1], pa.timestamp("us")),
+    "duration": pa.array([0, 2**62, 1], pa.duration("s")),
+    "zone": pa.array([0, 1, 2], pa.timestamp("us", "Nowhere/City")),
+    "list": pa.ListArray.from_arrays(pa.array([0, 1, 2, 3], pa.int32()), TEXTS),
+    "struct": pa.StructArray.from_arrays([TEXTS, pa.array(["x", "y", "z"])], ["bad", "good"]),
+    "category": pa.DictionaryArray.from_arrays(pa.array([0, 1, 2]), TEXTS),
+}
+
+
+@pytest.mark.parametrize("name", BAD_COLUMNS)
+def test_a_bad_cell_in_an_unused_column_costs_nothing(tmp_path, name):
+    columns = {"problem": ["a", "b", "c"], "answer": ["1", "2", "3"], "other": BAD_COLUMNS[name]}
+    pa.parquet.write_table(pa.table(columns), tmp_path / "x.parquet")
+    loaded = load(tmp_path / "x.parquet")
+    assert (answers(loaded), loaded.skipped) == (["1", "2", "3"], {})
+    assert loaded.problems[1].columns.get("other") in (None, {"good": "y"})
+    if name == "text":
+        assert loaded.problems[0].columns["other"] == "good"
+
+
+def test_a_bad_cell_in_a_used_column_costs_its_row(tmp_path):
+    struct_column = BAD_COLUMNS["struct"]
+    columns = {"problem": TEXTS, "answer": ["1", "2", "3"], "demo": struct_column}
+    pa.parquet.write_table(pa.table(columns), tmp_path / "x.parquet")
+    loaded = load(tmp_path / "x.parquet", columns={"expert": "demo.good"})
+    assert [(p.text, p.experts) for p in loaded.problems] == [("good", ("x",)), ("fine", ("z",))]
+    assert loaded.skipped == {"unreadable value in column 'problem'": 1}
+    columns["problem"] = ["a", "b", "c"]
+    pa.parquet.write_table(pa.table(columns), tmp_path / "x.parquet")
+    loaded = load(tmp_path / "x.parquet", columns={"expert": "demo.bad"})
+    assert loaded.skipped == {"unreadable value in column 'demo.bad'": 1}
+
+
+# --- folders ---------------------------------------------------------------------------------
+
+
+def test_a_folder_of_save_to_disk_is_a_data_set_not_its_descriptions(tmp_path):
+    rows = datasets.Dataset.from_list([GOOD, GOOD | {"problem": "2+2=", "answer": "4"}])
+    rows.save_to_disk(tmp_path / "one")
+    assert answers(load(tmp_path / "one", split="test")) == ["2", "4"]
+    splits = datasets.DatasetDict({"train": rows, "test": rows.select([1])})
+    splits.save_to_disk(tmp_path / "several")
+    assert answers(load(tmp_path / "several")) == ["2", "4"]
+    assert answers(load(tmp_path / "several", split="test")) == ["4"]
+    with pytest.raises(RecipeError, match=r"^data\.split: must be one of train, test, got 'dev'"):
+        load(tmp_path / "several", split="dev")
+    (tmp_path / "one" / "state.json").write_text("{}")
+    with pytest.raises(RecipeError, match=r"^data\.source: must be what save_to_disk"):
+        load(tmp_path / "one")
+
+
+def test_a_bad_cell_of_a_data_set_costs_what_it_costs_in_a_file(tmp_path):
+    table = pa.table({"problem": TEXTS, "answer": ["1", "2", "3"], "date": BAD_COLUMNS["date"]})
+    datasets.Dataset(table).save_to_disk(tmp_path / "set")
+    loaded = load(tmp_path / "set")
+    assert answers(loaded) == ["1", "3"]
+    assert loaded.skipped == {"unreadable value in column 'problem'": 1}
+
+
+def test_descriptions_and_hidden_files_of_a_folder_are_no_rows(tmp_path):
+    for name in ("dataset_infos.json", "dataset_info.json", ".x.json"):
+        (tmp_path / name).write_text('{"problem": "a", "answer": 1}')
+    jsonl(tmp_path / "rows.jsonl", GOOD)
+    assert load(tmp_path).total == 1
+
+
+# --- anything --------------------------------------------------------------------------------
 
 
 def test_an_error_lists_forty_columns_and_three_levels_at_most(tmp_path):
