@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
-from gft_lite.data.base import Unusable
+from gft_lite.data.base import Rows, Unusable
 from gft_lite.data.prompts import PromptFormat
 from gft_lite.data.rows import RowReader, check_columns
 from gft_lite.data.sources import open_source
@@ -22,21 +24,38 @@ MAX_EXAMPLES = 3
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The problems of a data set, and the reasons why other rows were skipped.
+    """The problems of a data set, and the reasons why other rows and demonstrations were skipped.
 
-    `total` counts all rows of the source; `skipped` counts rows by reason; `examples` are the
-    first few skipped rows.
+    `total` counts all rows of the source; `skipped` and `unusable_demonstrations` count by reason;
+    `examples` are the first few skipped rows.
     """
 
     problems: tuple[Problem, ...]
     total: int
     skipped: Mapping[str, int]
     examples: tuple[str, ...] = ()
+    unusable_demonstrations: Mapping[str, int] = field(default_factory=dict)
 
     def describe(self) -> str:
         """One line for the log: how many problems of how many rows, and what was skipped."""
         line = f"{len(self.problems)} problems of {self.total} rows"
-        return f"{line}, skipped {_counts(self.skipped)}" if self.skipped else line
+        if self.skipped:
+            line += f", skipped {_counts(self.skipped)}"
+        if self.unusable_demonstrations:
+            number = sum(self.unusable_demonstrations.values())
+            line += f"; {number} demonstrations left out: {_counts(self.unusable_demonstrations)}"
+        return line
+
+    def fingerprint(self) -> str:
+        """A hash of the problems with their answers, demonstrations and columns, in their order.
+
+        A resumed run compares it with that of its first start.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        for p in self.problems:
+            content = [p.id, p.text, p.answer, p.experts, p.teachers, p.columns]
+            digest.update(json.dumps(content, sort_keys=True, default=repr).encode())
+        return digest.hexdigest()
 
 
 def columns_of(settings: DataSettings) -> ColumnsSettings:
@@ -51,13 +70,16 @@ def load_problems(
     *,
     context: int | None = None,
     reserve: int = 1,
+    max_response_tokens: int | None = None,
     field: str = "data",
 ) -> Loaded:
     """The first `settings.problems` usable rows, in the order of the seed, as problems.
 
     A prompt must fit into `max_prompt_tokens`, and into the policy's `context` minus `reserve`
-    tokens. `field` is the settings' place in the recipe, for error texts.
-    Raises: RecipeError for a source, split or column that doesn't exist, or without usable rows.
+    tokens. With `max_response_tokens`, demonstrations that are longer or can't follow the prompt
+    are left out. `field` is the settings' place in the recipe, for error texts.
+    Raises: RecipeError for a source, split or column that doesn't exist, without usable rows, or
+    if all demonstrations are left out.
     """
     columns = columns_of(settings)
     parts = open_source(settings, field)
@@ -71,12 +93,36 @@ def load_problems(
     order = list(range(len(places)))
     if settings.shuffle:
         random.Random(settings.seed).shuffle(order)
+    loaded = _read_problems(places, order, reader, settings.problems)
+    if not loaded.problems:
+        why = f"{_counts(loaded.skipped)}. For example {'; '.join(loaded.examples)}"
+        raise RecipeError(
+            [f"{field}.source: must have usable rows, got {len(places)} that are not: {why}."]
+        )
+    if max_response_tokens is None:
+        return loaded
+    unusable: Counter[str] = Counter()
+    problems = tuple(
+        _with_usable(p, format, max_response_tokens, unusable) for p in loaded.problems
+    )
+    if unusable and not any(p.experts or p.teachers for p in problems):
+        rule = "must have demonstrations that can be trained on, got"
+        raise RecipeError(
+            [f"{field}.columns: {rule} {sum(unusable.values())} that can't: {_counts(unusable)}."]
+        )
+    return replace(loaded, problems=problems, unusable_demonstrations=dict(unusable.most_common()))
+
+
+def _read_problems(
+    places: Sequence[tuple[Rows, int]], order: Sequence[int], reader: RowReader, most: int | None
+) -> Loaded:
+    """At most `most` problems of the rows at `places`, taken in `order`."""
     problems: list[Problem] = []
     names: set[str] = set()
     skipped: Counter[str] = Counter()
     examples: list[str] = []
     for number in order:
-        if len(problems) == settings.problems:
+        if len(problems) == most:
             break
         part, i = places[number]
         try:
@@ -88,12 +134,25 @@ def load_problems(
         else:
             problems.append(problem)
             names.add(problem.id)
-    if not problems:
-        why = f"{_counts(skipped)}. For example {'; '.join(examples)}"
-        raise RecipeError(
-            [f"{field}.source: must have usable rows, got {len(places)} that are not: {why}."]
-        )
     return Loaded(tuple(problems), len(places), dict(skipped.most_common()), tuple(examples))
+
+
+def _with_usable(
+    problem: Problem, format: PromptFormat, max_tokens: int, unusable: Counter[str]
+) -> Problem:
+    """The problem with its usable demonstrations; the others are counted by reason."""
+
+    def usable(text: str) -> bool:
+        try:
+            if format.fits(text, max_tokens):
+                return True
+            raise Unusable(f"more tokens than rollout.max_tokens ({max_tokens})")
+        except Unusable as reason:
+            unusable[str(reason)] += 1
+            return False
+
+    experts = tuple(filter(usable, problem.experts))
+    return replace(problem, experts=experts, teachers=tuple(filter(usable, problem.teachers)))
 
 
 def _counts(skipped: Mapping[str, int]) -> str:
@@ -103,15 +162,27 @@ def _counts(skipped: Mapping[str, int]) -> str:
 def split_holdout(
     problems: Sequence[Problem], holdout: int
 ) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
-    """(train, held out): evenly spaced problems are held out, at most a fifth of them."""
-    n = len(problems)
+    """(train, held out): evenly spaced problems are held out, at most a fifth of them.
+
+    A problem that the data repeat is either trained on or held out, and held out once.
+    """
+    first: dict[str, int] = {}
+    for i, problem in enumerate(problems):
+        first.setdefault(_key(problem), i)
+    distinct = list(first)
+    n = len(distinct)
     count = min(holdout, n // 5)
     # The middles of `count` equal stretches represent data that are sorted by difficulty too.
-    held = {(2 * i + 1) * n // (2 * count) for i in range(count)}
+    held = {distinct[(2 * i + 1) * n // (2 * count)] for i in range(count)}
     return (
-        tuple(p for i, p in enumerate(problems) if i not in held),
-        tuple(p for i, p in enumerate(problems) if i in held),
+        tuple(p for p in problems if _key(p) not in held),
+        tuple(p for i, p in enumerate(problems) if _key(p) in held and first[_key(p)] == i),
     )
+
+
+def _key(problem: Problem) -> str:
+    """What repetitions of a problem have in common: its text but for spaces."""
+    return " ".join(problem.text.split())
 
 
 def problems_of_step(

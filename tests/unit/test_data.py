@@ -466,6 +466,25 @@ def test_the_holdout_is_spread_over_the_data():
     assert split_holdout((), 5) == ((), ())
 
 
+def test_copies_of_a_held_out_problem_are_not_trained_on():
+    # 0 to 9, each three times; " 4 " and "4" are one problem.
+    texts = [f" {i % 10} " if i < 10 else str(i % 10) for i in range(30)]
+    problems = [Problem(str(i), text, None) for i, text in enumerate(texts)]
+    train, held = split_holdout(problems, 2)
+    assert [p.text for p in held] == [" 2 ", " 7 "]
+    assert [p.id for p in train] == [str(i) for i in range(30) if i % 10 not in (2, 7)]
+    assert split_holdout([problems[0]] * 10, 2) == ((problems[0],) * 10, ())
+
+
+@given(st.lists(st.integers(0, 12), max_size=40), st.integers(0, 10))
+def test_no_text_is_in_both_parts_and_none_is_held_out_twice(numbers, holdout):
+    problems = [Problem(str(i), str(n), None) for i, n in enumerate(numbers)]
+    train, held = split_holdout(problems, holdout)
+    held_texts = [p.text for p in held]
+    assert len(held) == len(set(held_texts)) == min(holdout, len(set(numbers)) // 5)
+    assert train == tuple(p for p in problems if p.text not in held_texts)
+
+
 @given(n=st.integers(1, 30), per_step=st.integers(1, 70), seed=st.integers(0, 9))
 def test_every_problem_comes_once_an_epoch(n, per_step, seed):
     problems = PROBLEMS[:n]
@@ -483,6 +502,88 @@ def test_epochs_and_seeds_have_their_own_order():
     assert [p.id for p in problems_of_step(PROBLEMS, 3, 20, seed=0)] == epochs[1][:20]
     with pytest.raises(ValueError, match="must not be empty"):
         problems_of_step((), 0, 4, 0)
+
+
+# --- the identity of the data ----------------------------------------------------------------
+
+
+def test_the_fingerprint_is_that_of_what_was_drawn(tmp_path):
+    rows = [GOOD | {"problem": str(i), "level": i} for i in range(6)]
+    path = jsonl(tmp_path / "x.jsonl", *rows)
+    columns = {"expert": "expert"}
+    first = load(path, columns=columns, problems=4)
+    assert load(path, columns=columns, problems=4).fingerprint() == first.fingerprint()
+    # What is not drawn, the file's name and its format do not matter.
+    other = jsonl(tmp_path / "y.jsonl", *rows[:4], GOOD | {"problem": "changed"})
+    assert load(other, columns=columns, problems=4).fingerprint() == first.fingerprint()
+    pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "z.parquet")
+    parquet = load(tmp_path / "z.parquet", columns=columns, problems=4)
+    assert parquet.fingerprint() == first.fingerprint()
+    assert load(path, columns=columns, problems=3).fingerprint() != first.fingerprint()
+    assert (
+        load(path, columns=columns, problems=4, shuffle=True).fingerprint() != first.fingerprint()
+    )
+
+
+@pytest.mark.parametrize(
+    "change", [{"problem": "9"}, {"answer": "9"}, {"expert": "9"}, {"level": 9}, {"id": "9"}]
+)
+def test_the_fingerprint_changes_with_every_column_of_a_row(tmp_path, change):
+    rows = [GOOD | {"id": "a", "level": 1}, GOOD | {"id": "b", "level": 2}]
+    columns = {"expert": "expert", "id": "id"}
+    first = load(jsonl(tmp_path / "x.jsonl", *rows), columns=columns).fingerprint()
+    rows[1] = rows[1] | change
+    assert load(jsonl(tmp_path / "x.jsonl", *rows), columns=columns).fingerprint() != first
+
+
+# --- demonstrations that can't be trained on -------------------------------------------------
+
+
+def load_for_training(path: Path, max_tokens: int, **settings):
+    data = DataSettings(source=str(path), shuffle=False, **settings)
+    format = PromptFormat(TOKENIZER, data.prompt)
+    return load_problems(data, format, max_response_tokens=max_tokens)
+
+
+def test_demonstrations_over_the_limit_are_left_out_and_counted(tmp_path):
+    # With EOS: 3, 4, 5 and 6 tokens.
+    texts = ["so", "soo", "so 2", "so 2."]
+    rows = [GOOD | {"expert": texts[:2], "teacher": texts[2:]}, GOOD | {"expert": texts[3]}]
+    path = jsonl(tmp_path / "x.jsonl", *rows)
+    columns = {"expert": "expert", "teacher": "teacher"}
+    loaded = load_for_training(path, 5, columns=columns)
+    assert [(p.experts, p.teachers) for p in loaded.problems] == [
+        (("so", "soo"), ("so 2",)), ((), ()),
+    ]  # fmt: skip
+    assert loaded.unusable_demonstrations == {"more tokens than rollout.max_tokens (5)": 2}
+    assert loaded.describe() == (
+        "2 problems of 2 rows; 2 demonstrations left out: 2 with more tokens than "
+        "rollout.max_tokens (5)"
+    )
+    assert load_for_training(path, 6, columns=columns).unusable_demonstrations == {}
+    with pytest.raises(RecipeError) as caught:
+        load_for_training(path, 2, columns=columns)
+    assert caught.value.problems == [
+        "data.columns: must have demonstrations that can be trained on, got 5 that can't: 5 with "
+        "more tokens than rollout.max_tokens (2)."
+    ]
+
+
+def test_demonstrations_with_an_end_token_inside_are_left_out(tmp_path):
+    tokenizer = char_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<eos>"})
+    rows = [GOOD | {"expert": "so<eos> 2"}, GOOD | {"expert": "so 2<eos>"}]
+    data = DataSettings(source=str(jsonl(tmp_path / "x.jsonl", *rows)), shuffle=False,
+                        columns=ColumnsSettings(expert=["expert"]))  # fmt: skip
+    format = PromptFormat(tokenizer, data.prompt)
+    loaded = load_problems(data, format, max_response_tokens=100)
+    assert [p.experts for p in loaded.problems] == [(), ("so 2<eos>",)]
+    assert loaded.unusable_demonstrations == {"an end token inside its text": 1}
+
+
+def test_data_without_demonstrations_are_no_error(tmp_path):
+    path = jsonl(tmp_path / "x.jsonl", GOOD)
+    assert load_for_training(path, 2).unusable_demonstrations == {}
 
 
 # --- shipped mappings ------------------------------------------------------------------------
@@ -563,6 +664,59 @@ def test_choices_get_letters_and_so_does_the_number_of_one(tmp_path):
     assert [p.answer for p in found] == ["C", "A", "A"]
     with pytest.raises(RecipeError, match=r"columns\.choices: no row has a column 'off'"):
         load(str(file), columns=ColumnsSettings(problem="q", choices="off"))
+
+
+ARC = {"question": "Which is hottest?", "choices": {"text": ["ice", "steam", "snow", "mud"]}}
+
+
+@pytest.mark.parametrize(
+    ("labels", "answer", "letter"),
+    [
+        (["1", "2", "3", "4"], "3", "C"),
+        (["1", "2", "3", "4"], 3, "C"),
+        ([1, 2, 3, 4], 1, "A"),
+        (["0", "1", "2", "3"], "3", "D"),
+        (["A", "B", "C", "D"], "B", "B"),
+        (["W", "X", "Y", "Z"], "X", "B"),
+        (["D", "C", "B", "A"], "A", "D"),  # the data set's own A
+        (["1", "2"], 3, "D"),  # labels of something else: a number counts from 0
+        (None, 3, "D"),
+        (None, 3.0, "D"),
+        (None, "(b)", "B"),
+        (None, " C. ", "C"),
+        (None, "snow", "C"),
+    ],
+)
+def test_the_gold_choice_becomes_the_letter_in_the_prompt(tmp_path, labels, answer, letter):
+    row = ARC | {"answerKey": answer}
+    if labels:
+        row["choices"] = ARC["choices"] | {"label": labels}
+    columns = {"problem": "question", "choices": "choices.text", "answer": "answerKey"}
+    [problem] = load(jsonl(tmp_path / "x.jsonl", row), columns=columns).problems
+    assert problem.text.endswith("Answer Choices: (A) ice (B) steam (C) snow (D) mud")
+    assert problem.answer == letter
+    assert problem.columns["answer_type"] == "choice"
+
+
+def test_letters_go_as_far_as_the_choices(tmp_path):
+    row = {"problem": "?", "answer": 25, "choices": [f"no. {i}" for i in range(26)]}
+    [problem] = load(jsonl(tmp_path / "x.jsonl", row), columns={"choices": "choices"}).problems
+    assert problem.answer == "Z" and problem.text.endswith("(Z) no. 25")
+
+
+def test_a_capital_letter_is_a_letter_and_a_small_one_first_a_text(tmp_path):
+    rows = [{"problem": "?", "answer": a, "choices": ["b", "a", "B"]} for a in ("B", "b", "c")]
+    columns = {"choices": "choices"}
+    assert answers(load(jsonl(tmp_path / "x.jsonl", *rows), columns=columns)) == ["B", "A", "C"]
+
+
+def test_a_row_keeps_its_own_answer_type(tmp_path):
+    row = {"problem": "?", "answer": 0, "choices": ["x", "y"], "answer_type": "math"}
+    [problem] = load(jsonl(tmp_path / "x.jsonl", row), columns={"choices": "choices"}).problems
+    assert problem.columns["answer_type"] == "math"
+    [problem] = load(jsonl(tmp_path / "x.jsonl", row | {"choices": None, "answer": "7"}),
+                     columns={"choices": "choices"}).problems  # fmt: skip
+    assert problem.answer == "7"
 
 
 def test_one_file_of_a_hub_data_set(monkeypatch):
