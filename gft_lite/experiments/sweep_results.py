@@ -9,13 +9,12 @@ from statistics import fmean
 from typing import Any
 
 from gft_lite.experiments.sweep_config import Sweep, Trial, as_text
-from gft_lite.report.loading import objective_metrics
+from gft_lite.report.loading import objective_metrics, read_sweep_results
 from gft_lite.runs.folder import RunFolder
-from gft_lite.utils.files import read_json, write_text_atomic
+from gft_lite.utils.errors import UserError
+from gft_lite.utils.files import write_text_atomic
 from gft_lite.utils.statistics import t_interval
 from gft_lite.utils.tables import Table, csv_text, flatten, import_pandas
-
-RESULTS = "results.json"
 
 
 class SweepFolder:
@@ -33,22 +32,11 @@ class SweepFolder:
 
         Raises: UserError for a damaged file.
         """
-        return read_json(
-            self.path / RESULTS, _parse_results, "must hold the results of a sweep",
-            "Run the sweep again: finished trials are kept.",
-        )  # fmt: skip
+        return read_sweep_results(self.path)
 
     def frame(self) -> Any:
         """A pandas DataFrame with a row for each trial."""
         return import_pandas().read_csv(self.path / "results.csv")
-
-
-def _parse_results(value: Any) -> dict[str, Any]:
-    for trial in value["trials"]:
-        _ = trial["name"], trial["settings"], trial["state"], trial["folder"], trial["summary"]
-    for row in value["settings"]:
-        _ = row["settings"], row["done"], row["figures"]
-    return value
 
 
 def write_results(folder: SweepFolder, plan: Sweep, trials: Sequence[Mapping[str, Any]]) -> None:
@@ -60,17 +48,19 @@ def write_results(folder: SweepFolder, plan: Sweep, trials: Sequence[Mapping[str
         "settings": settings_figures(trials),
         "trials": trials,
     }
-    write_text_atomic(folder.path / RESULTS, json.dumps(results, indent=1))
+    write_text_atomic(folder.path / "results.json", json.dumps(results, indent=1))
     write_text_atomic(folder.path / "results.csv", csv_text([_csv_row(t) for t in trials]))
 
 
 def trial_result(trial: Trial, run: RunFolder, state: str, reason: str | None) -> dict[str, Any]:
-    """What results.json has of a trial; means of the objective's metrics are over its steps."""
-    steps = [objective_metrics(metrics) for metrics in run.metrics()]
-    means: dict[str, float | None] = {}
-    for name in dict.fromkeys(name for step in steps for name in step):
-        values = [value for step in steps if (value := step.get(name)) is not None]
-        means[name] = fmean(values) if values else None
+    """The entry of a trial in results.json; a finished run with damaged files is "failed"."""
+    summary, means = None, {}
+    try:
+        means = _objective_means(run)
+        summary = run.summary() if state == "done" else None
+    except UserError as error:
+        if state == "done":
+            state, reason = "failed", str(error)
     return {
         "name": trial.name,
         "settings": trial.settings,
@@ -80,8 +70,18 @@ def trial_result(trial: Trial, run: RunFolder, state: str, reason: str | None) -
         "folder": f"trials/{trial.name}",
         "rectified": means.get("rectified"),
         "objective": means,
-        "summary": run.summary() if state == "done" else None,
+        "summary": summary,
     }
+
+
+def _objective_means(run: RunFolder) -> dict[str, float | None]:
+    """The mean over the steps of each metric that the loss reported."""
+    steps = [objective_metrics(metrics) for metrics in run.metrics()]
+    means: dict[str, float | None] = {}
+    for name in dict.fromkeys(name for step in steps for name in step):
+        values = [value for step in steps if (value := step.get(name)) is not None]
+        means[name] = fmean(values) if values else None
+    return means
 
 
 def _csv_row(trial: Mapping[str, Any]) -> dict[str, Any]:

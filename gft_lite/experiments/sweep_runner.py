@@ -215,10 +215,17 @@ def _state_table(work: Sequence[_Job]) -> RichTable:
     for name in ("trial", "state", "step", "reward", "result"):
         table.add_column(name)
     for job in sorted(work, key=lambda job: _ORDER.index(job.state)):
-        last = (job.run.metrics() or [{}])[-1]
-        rewards = " ".join(f"{source} {r:.2f}" for source, r in last.get("reward", {}).items())
-        trained = job.run.summary()["trained"] if job.state == "done" else {}
-        step = f"{last.get('step', 0)}/{job.trial.recipe.steps or '?'}"
-        score = " ".join(f"{name} {value:.3f}" for name, value in list(trained.items())[:1])
-        table.add_row(job.trial.name, job.state, step, rewards, score)
+        table.add_row(job.trial.name, job.state, *_progress_cells(job))
     return table
+
+
+def _progress_cells(job: _Job) -> tuple[str, str, str]:
+    """Step, rewards and first result of a trial; empty if its files are damaged."""
+    try:
+        last = (job.run.metrics() or [{}])[-1]
+        trained = job.run.summary()["trained"] if job.state == "done" else {}
+    except UserError:
+        return "", "", ""
+    rewards = " ".join(f"{source} {r:.2f}" for source, r in last.get("reward", {}).items())
+    score = " ".join(f"{name} {value:.3f}" for name, value in list(trained.items())[:1])
+    return f"{last.get('step', 0)}/{job.trial.recipe.steps or '?'}", rewards, score

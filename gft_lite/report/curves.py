@@ -1,28 +1,34 @@
-"""What a report plots, as plain numbers: the figures of steps, and pass@k."""
+"""The plots of a report as plain numbers: metrics over steps, pass@k, sweeps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
-from gft_lite.objective.methods import find_method
-from gft_lite.report.loading import Run, Series, Sweep
+from gft_lite.evaluation.metrics import MEAN_REWARD
+from gft_lite.objective.methods import METHODS
+from gft_lite.report.loading import (
+    Metrics,
+    Run,
+    Series,
+    Sweep,
+    objective_metrics,
+    objective_names,
+)
 from gft_lite.utils.statistics import mean_pass_at_k
 
-Metrics = Mapping[str, Any]
 Values = dict[str, float | None]
 SHARE, NUMBER = "share", "number"
-BASE = -1  # The colour of what no training has touched.
+BASE = -1  # The color of the base.
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """A line with the range around it; None is a gap. `colour` is a place in the palette."""
+    """A line with a range around it; None is a gap. `color` is an index of the palette."""
 
     label: str
-    colour: int
+    color: int
     x: Sequence[float]
     y: Sequence[float | None]
     low: Sequence[float | None] | None = None
@@ -33,8 +39,8 @@ class Curve:
 class Plot:
     """One pair of axes.
 
-    `points` are single measurements, drawn with markers and error bars. `second` has an axis of
-    its own at the right. `by_series` says that the colours are those of the page's series.
+    With `points`, values are single measurements, drawn with markers and error bars. `second` has
+    its own axis on the right. With `by_series`, the colors are those of the page's series.
     """
 
     name: str
@@ -50,18 +56,24 @@ class Plot:
 
 
 def step_plots(series: Sequence[Series]) -> list[Plot]:
-    """The metrics against the step: sources together for a single series, else series together."""
+    """Plots of the metrics over steps.
+
+    For a single series, the parts of a metric share a plot; otherwise the series share plots.
+    """
     single = len(series) == 1
+    runs = [run for one in series for run in one.runs]
+    reward, *others = _METRICS
+    metrics = [reward, *map(_objective_metric, objective_names(runs)), *others]
     return [
         plot
-        for metric in _METRICS
-        for plot in (_together(metric, series[0]) if single else _apart(metric, series))
+        for metric in metrics
+        for plot in (_by_part(metric, series[0]) if single else _by_series(metric, series))
     ]
 
 
 @dataclass(frozen=True, slots=True)
 class _Metric:
-    """A figure of a step, in parts where it has several; `read` finds them in the metrics."""
+    """A metric of steps with its parts, such as sources; `read` gets them from a step."""
 
     name: str
     title: str
@@ -75,8 +87,9 @@ def _named(key: str) -> Callable[[Run, Metrics], Values]:
 
 
 def _flat_groups(run: Run, metrics: Metrics) -> Values:
-    compared = find_method(run.recipe.method).group_advantages
-    return {"": metrics.get("flat_groups") if compared else None}
+    method = METHODS.get(run.recipe.method)
+    compares = method is None or method.group_advantages
+    return {"": metrics.get("flat_groups") if compares else None}
 
 
 def _kl(run: Run, metrics: Metrics) -> Values:
@@ -102,7 +115,6 @@ def _memory(run: Run, metrics: Metrics) -> Values:
 
 _METRICS = (
     _Metric("reward", "Reward by source", "mean reward", lambda run, m: dict(m["reward"])),
-    _Metric("rectified", "Rectified tokens (p < tau)", "share", _named("rectified"), SHARE),
     _Metric("flat-groups", "Flat groups (all rewards equal)", "share", _flat_groups, SHARE),
     _Metric("kl", "KL to the reference", "nats per token", _kl),
     _Metric("entropy", "Entropy", "nats per token", _named("entropy")),
@@ -114,21 +126,44 @@ _METRICS = (
 )
 
 
-def _together(metric: _Metric, series: Series) -> Iterable[Plot]:
+# Titles and units of metrics that the package's losses report; others appear by their names.
+_OBJECTIVE = {
+    "rectified": ("Rectified tokens (p < tau)", "share", SHARE),
+    "clip_fraction": ("Clipped tokens", "share", SHARE),
+    "ratio": ("Importance ratio of tokens", "mean", NUMBER),
+    "reference_kl": ("KL in the loss", "nats per token", NUMBER),
+}
+
+
+def unit_of(name: str) -> str:
+    """The unit of a metric that a loss reports."""
+    return _OBJECTIVE[name][2] if name in _OBJECTIVE else NUMBER
+
+
+def _objective_metric(name: str) -> _Metric:
+    title, y_label, unit = _OBJECTIVE.get(name, (name, "mean over tokens", NUMBER))
+
+    def read(run: Run, metrics: Metrics) -> Values:
+        return {"": objective_metrics(metrics).get(name)}
+
+    return _Metric(slug(name) or "objective", title, y_label, read, unit)
+
+
+def _by_part(metric: _Metric, series: Series) -> Iterable[Plot]:
     """One plot, a curve for each part."""
     parts = _parts(metric, [series])
     curves = tuple(
-        _over_steps(metric, part, series, colour, part) for colour, part in enumerate(parts)
+        _over_steps(metric, part, series, color, part) for color, part in enumerate(parts)
     )
     if curves:
         yield Plot(metric.name, metric.title, "step", metric.y_label, curves, metric.unit)
 
 
-def _apart(metric: _Metric, series: Sequence[Series]) -> Iterable[Plot]:
+def _by_series(metric: _Metric, series: Sequence[Series]) -> Iterable[Plot]:
     """A plot for each part, a curve for each series."""
     for part in _parts(metric, series):
         curves = tuple(
-            _over_steps(metric, part, one, colour, one.label) for colour, one in enumerate(series)
+            _over_steps(metric, part, one, color, one.label) for color, one in enumerate(series)
         )
         name = f"{metric.name}-{slug(part)}" if part else metric.name
         title = f"{metric.title}: {part}" if part else metric.title
@@ -136,14 +171,14 @@ def _apart(metric: _Metric, series: Sequence[Series]) -> Iterable[Plot]:
 
 
 def _parts(metric: _Metric, series: Iterable[Series]) -> list[str]:
-    """The parts for which any step of any run has a value."""
+    """The parts that have a value in any step of any run."""
     steps = ((run, m) for one in series for run in one.runs for m in run.metrics)
     found = (part for run, m in steps for part, v in metric.read(run, m).items() if v is not None)
     return list(dict.fromkeys(found))
 
 
-def _over_steps(metric: _Metric, part: str, series: Series, colour: int, label: str) -> Curve:
-    """A curve of the mean over the series' runs, and from the lowest to the highest of them."""
+def _over_steps(metric: _Metric, part: str, series: Series, color: int, label: str) -> Curve:
+    """A curve of the mean over the runs of a series, with the range from lowest to highest."""
     by_step: dict[int, list[float]] = {}
     for run in series.runs:
         for m in run.metrics:
@@ -151,18 +186,18 @@ def _over_steps(metric: _Metric, part: str, series: Series, colour: int, label: 
             value = metric.read(run, m).get(part)
             values += [] if value is None else [value]
     steps = sorted(by_step)
-    if metric.name == "kl":  # Measured now and then: a line from one measurement to the next.
+    if metric.name == "kl":  # Not measured in every step: a line connects the measurements.
         steps = [step for step in steps if by_step[step]]
     y = [fmean(by_step[step]) if by_step[step] else None for step in steps]
     if len(series.runs) == 1:
-        return Curve(label, colour, steps, y)
+        return Curve(label, color, steps, y)
     low = [min(by_step[step], default=None) for step in steps]
     high = [max(by_step[step], default=None) for step in steps]
-    return Curve(label, colour, steps, y, low, high)
+    return Curve(label, color, steps, y, low, high)
 
 
 def slug(text: str) -> str:
-    """`text` as part of a file's name."""
+    """`text` as part of a file name."""
     return "-".join("".join(c if c.isalnum() else " " for c in text).lower().split())
 
 
@@ -170,7 +205,10 @@ def slug(text: str) -> str:
 
 
 def pass_at_k_plots(series: Sequence[Series]) -> list[Plot]:
-    """pass@k against k on each evaluated set, the base of the first series beside the trained."""
+    """pass@k over k for each evaluated set, trained policies and the base of the first series.
+
+    Sets of which only a mean reward is known have no plot.
+    """
     sets = dict.fromkeys(
         name for one in series for run in one.runs for name in run.evals.get("trained", {})
     )
@@ -188,24 +226,25 @@ def pass_at_k_plots(series: Sequence[Series]) -> list[Plot]:
     return plots
 
 
-def _pass_at_k(series: Series, name: str, which: str, colour: int) -> Curve | None:
-    found = [run.evals[which][name] for run in series.runs if name in run.evals.get(which, {})]
+def _pass_at_k(series: Series, name: str, which: str, color: int) -> Curve | None:
+    sets = [run.evals.get(which, {}).get(name, {}) for run in series.runs]
+    found = [figures for figures in sets if "correct" in figures]
     if not found:
         return None
     samples = min(sample_count(figures) for figures in found)
     ks = [2**i for i in range(samples.bit_length())]
     y = [fmean(mean_pass_at_k(counts(figures), k) for figures in found) for k in ks]
     label = "base" if which == "base" else series.label
-    return Curve(label, colour, ks, y)
+    return Curve(label, color, ks, y)
 
 
 def sample_count(figures: Metrics) -> int:
-    """The samples of each problem of an evaluated set."""
+    """The number of samples per problem of an evaluated set."""
     return round(figures["samples"] / figures["problems"])
 
 
 def counts(figures: Metrics) -> list[tuple[int, int]]:
-    """(samples, right ones) of each problem of an evaluated set."""
+    """(samples, correct samples) of each problem of an evaluated set."""
     samples = sample_count(figures)
     return [(samples, correct) for correct in figures["correct"].values()]
 
@@ -214,8 +253,12 @@ def counts(figures: Metrics) -> list[tuple[int, int]]:
 
 
 def sweep_plot(sweep: Sweep) -> Plot | None:
-    """Accuracy against the one numeric field of a sweep, the rectified share at the right."""
-    points = [point for point in sweep.points if "pass@1" in point.figures]
+    """Accuracy, or mean reward, over the one numeric field of a sweep, with the rectified share.
+
+    None for a sweep of several fields, of one without numbers, or of fewer than two points.
+    """
+    figure = next((n for n in ("pass@1", MEAN_REWARD) if n in _figures(sweep)), "pass@1")
+    points = [point for point in sweep.points if figure in point.figures]
     if len(points) < 2 or len(sweep.fields) != 1:
         return None
     [field] = sweep.fields
@@ -223,19 +266,37 @@ def sweep_plot(sweep: Sweep) -> Plot | None:
         return None
     points.sort(key=lambda point: point.settings[field])
     x = [point.settings[field] for point in points]
-    mean, low, high = ([p.figures["pass@1"][part] for p in points] for part in _PARTS)
+    mean, low, high = ([p.figures[figure][part] for p in points] for part in _PARTS)
     shares = [point.figures.get("rectified", {}).get("mean") for point in points]
+    accuracy = figure == "pass@1"
+    label = "pass@1" if accuracy else "mean reward"
     return Plot(
         name=f"sweep-{slug(sweep.label)}",
-        title=f"Accuracy against {field.rpartition('.')[2]}",
+        title=f"{'Accuracy' if accuracy else 'Mean reward'} by {field.rpartition('.')[2]}",
         x_label=field,
-        y_label="pass@1",
-        curves=(Curve("pass@1", 0, x, mean, low, high),),
-        unit=SHARE,
+        y_label=label,
+        curves=(Curve(label, 0, x, mean, low, high),),
+        unit=SHARE if accuracy else NUMBER,
         points=True,
         log_x=x[0] > 0 and x[-1] / x[0] >= 50,
         second=Curve("rectified tokens", 1, x, shares) if any(shares) else None,
     )
+
+
+def sweep_units(sweep: Sweep) -> dict[str, str]:
+    """The unit of each figure of a sweep's points."""
+    figures = _figures(sweep)
+    reported = set(objective_names(sweep.runs)) | {"rectified"}
+    # Without a rule that decides correctness, the figures of all sets are mean rewards.
+    of_set = NUMBER if MEAN_REWARD in figures else SHARE
+    return {
+        name: NUMBER if name == "kl" else unit_of(name) if name in reported else of_set
+        for name in figures
+    }
+
+
+def _figures(sweep: Sweep) -> list[str]:
+    return list(dict.fromkeys(name for point in sweep.points for name in point.figures))
 
 
 _PARTS = ("mean", "low", "high")

@@ -1,4 +1,4 @@
-"""The groups a report shows: responses side by side, each token with p and its coefficient."""
+"""The groups in a report: responses side by side, each token with p and its coefficient."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from gft_lite.objective.losses import LossInputs
-from gft_lite.objective.methods import find_method
+from gft_lite.objective.methods import METHODS, find_method
 from gft_lite.recipe.method_parameters import bind_method
 from gft_lite.recipe.schema import Recipe
 from gft_lite.report.loading import Run
 from gft_lite.runs import checkpoint
 from gft_lite.types import SOURCES
-from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.errors import UserError
+from gft_lite.utils.user_code import user_errors_as
 
 if TYPE_CHECKING:
     from gft_lite.evaluation.targets import Target
@@ -29,25 +30,25 @@ Tokens = dict[str, Any]
 
 
 @dataclass(slots=True)
-class Moment:
-    """Groups of one step of a run, as it wrote them, and the policy that says p.
+class StepGroups:
+    """Groups of one step of a run, and the policy that computes p of their tokens.
 
-    `adapter` None is the base; `seen` tells in words whose p it is, and `tokens` holds what it
-    says of each response of each group, None where it was not asked.
+    `adapter` is None for the base; `policy` describes the policy in words. `tokens` has the texts,
+    p and coefficients of each response of each group, None if they were not computed.
     """
 
     run: Run
     step: int
     adapter: Path | None
-    seen: str
+    policy: str
     groups: Sequence[Mapping[str, Any]]
     tokens: list[list[Tokens]] | None = None
 
 
-def moments(run: Run, groups: int) -> list[Moment]:
-    """The first `groups` groups of the steps whose policy is still there, and of the last step.
+def select_steps(run: Run, groups: int) -> list[StepGroups]:
+    """The first `groups` groups of the steps whose policy was saved, and of the last step.
 
-    Those are step 1, which began from the base, and the steps right after a checkpoint.
+    The policy of step 1 is the base; a checkpoint is the policy of the step after it.
     """
     steps = run.folder.group_steps()
     if not steps:
@@ -68,122 +69,155 @@ def moments(run: Run, groups: int) -> list[Moment]:
         why = f"step {newest}'s checkpoint: the policy with which step {last} began was not kept"
         adapters[last] = saved[newest], why
     return [
-        Moment(run, step, adapter, seen, run.folder.groups(step)[:groups])
-        for step, (adapter, seen) in adapters.items()
+        StepGroups(run, step, adapter, policy, run.folder.groups(step)[:groups])
+        for step, (adapter, policy) in adapters.items()
     ]
 
 
-def score(shown: Sequence[Moment], console: Console) -> list[str]:
-    """Have the runs' policies say p of every token; returns why some could not."""
+def score_tokens(steps: Sequence[StepGroups], console: Console) -> list[str]:
+    """Compute p and coefficients of all tokens; returns the reasons why some could not be."""
     from gft_lite.evaluation.targets import Target, group_by_base
 
     plain: dict[str, Any] = {
         "reference": "base", "gradient_checkpointing": False, "offload_checkpoints": False,
         "offload_embedding": False,
     }  # fmt: skip
-    by_label: dict[str, Moment] = {}
+    by_label: dict[str, StepGroups] = {}
     targets: list[Target] = []
-    for number, moment in enumerate(shown):
-        settings = moment.run.recipe.policy.model_copy(
-            update={**plain, "adapter": moment.adapter and str(moment.adapter)}
+    for number, step in enumerate(steps):
+        settings = step.run.recipe.policy.model_copy(
+            update={**plain, "adapter": step.adapter and str(step.adapter)}
         )
-        targets.append(Target(str(number), settings, moment.adapter))
-        by_label[str(number)] = moment
+        targets.append(Target(str(number), settings, step.adapter))
+        by_label[str(number)] = step
     failures = []
     for group in group_by_base(targets):
         try:
-            _score_together(group, by_label, console)
-        except (RecipeError, OSError, RuntimeError) as error:  # No such model, no memory for it.
+            _score_with_one_base(group, by_label, console)
+        except (UserError, OSError, RuntimeError) as error:  # No such model, no memory for it.
             failures.append(f"{group[0].policy.model}: {error}")
             console.print(f"no p of the tokens: {failures[-1]}", markup=False, soft_wrap=True)
     return failures
 
 
-def _score_together(
-    targets: Sequence[Target], moments: Mapping[str, Moment], console: Console
+def _score_with_one_base(
+    targets: Sequence[Target], steps: Mapping[str, StepGroups], console: Console
 ) -> None:
-    """Score the moments whose policies are one base with another adapter each."""
+    """Score the steps whose policies are adapters of one base, which is loaded once."""
     from gft_lite.policy.registry import load_policy
 
     adapted = next((t for t in targets if t.adapter is not None), targets[0])
     policy = load_policy(adapted.policy)
     for target in targets:
-        moment = moments[target.label]
-        console.print(f"{moment.run.label}, step {moment.step}: p of each token", markup=False)
+        step = steps[target.label]
+        console.print(f"{step.run.label}, step {step.step}: p of each token", markup=False)
         if target.adapter is None:
             with policy.base():
-                moment.tokens = _tokens(policy, moment)
+                step.tokens = _tokens(policy, step)
         else:
             policy.load_adapter(target.adapter)
-            moment.tokens = _tokens(policy, moment)
+            step.tokens = _tokens(policy, step)
 
 
-def _tokens(policy: Policy, moment: Moment) -> list[list[Tokens]]:
-    from gft_lite.data.prompts import PromptFormat
+def _tokens(policy: Policy, step: StepGroups) -> list[list[Tokens]]:
     from gft_lite.policy.batching import Row
+    from gft_lite.rollout.sampling import make_prompt_format
 
-    recipe = moment.run.recipe
-    format = PromptFormat(policy.tokenizer, recipe.data.prompt)
-    rows = [
-        Row(format.prompt_ids(group["problem"]["text"]), tuple(response["token_ids"]))
-        for group in moment.groups
-        for response in group["responses"]
-    ]
+    recipe = step.run.recipe
+    format = make_prompt_format(policy, recipe.data.prompt)
+    progress = (step.step - 1) / (recipe.steps or 1)
+    rows, contexts = [], []
+    for group in step.groups:
+        prompt = format.prompt_ids(group["problem"]["text"])
+        share = _success_share(group["responses"])
+        for response in group["responses"]:
+            rows.append(Row(prompt, tuple(response["token_ids"])))
+            contexts.append(TokenContext(response["source"], share, progress))
     scored = iter(
         {
             "text": token_texts(policy.tokenizer, row.response_ids),
-            "p": _rounded(probabilities),
-            "c": _rounded(coefficients(recipe, probabilities)),
+            "p": _rounded(scores.probabilities),
+            "c": _rounded(coefficients(recipe, scores, context)),
         }
-        for row, probabilities in zip(rows, _probabilities(policy, rows), strict=True)
+        for row, scores, context in zip(rows, _scores(policy, rows), contexts, strict=True)
     )
-    return [[next(scored) for _ in group["responses"]] for group in moment.groups]
+    return [[next(scored) for _ in group["responses"]] for group in step.groups]
 
 
-def _probabilities(policy: Policy, rows: Sequence[Any]) -> list[list[float]]:
-    """The policy's p of each response token of each row."""
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """p and the entropy in nats of each token of a response, under one policy."""
+
+    probabilities: Sequence[float]
+    entropy: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenContext:
+    """What a loss can read of the response and the step that tokens belong to."""
+
+    source: str = "self"
+    success_share: float = 0.0
+    progress: float = 0.0
+
+
+def _success_share(responses: Sequence[Mapping[str, Any]]) -> float:
+    own = [r for r in responses if r["source"] == "self"]
+    return sum(r["advantage"] > 0 for r in own) / len(own) if own else 0.0
+
+
+def _scores(policy: Policy, rows: Sequence[Any]) -> list[Scores]:
+    """The policy's p and entropy of each response token of each row."""
     import torch
 
     from gft_lite.policy.base import evaluating
 
-    found: list[list[float]] = [[] for _ in rows]
+    found: list[list[tuple[float, float]]] = [[] for _ in rows]
     with torch.no_grad(), evaluating(policy):
         for batch in policy.batches(rows, _TOKEN_BUDGET):
-            probabilities = policy.token_scores(batch).logprobs.exp().tolist()
-            for row, p in zip(batch.row.tolist(), probabilities, strict=True):
-                found[row].append(p)
-    return found
+            scores = policy.token_scores(batch)
+            values = zip(scores.logprobs.exp().tolist(), scores.entropy.tolist(), strict=True)
+            for row, value in zip(batch.row.tolist(), values, strict=True):
+                found[row].append(value)
+    return [Scores([p for p, _ in row], [h for _, h in row]) for row in found]
 
 
-def coefficients(recipe: Recipe, probabilities: Sequence[float]) -> list[float]:
-    """What the method's loss makes of p: `-d loss / d log p` of each token at advantage 1.
+def coefficients(
+    recipe: Recipe, scores: Scores, context: TokenContext = TokenContext()
+) -> list[float]:
+    """The loss's coefficient of each token: `-d loss / d log p` at advantage 1.
 
-    For GFT that is C(p) of Eq. 5, for SFT 1, for DFT p; a KL term is left out, and the policy
-    is that of the rollout.
+    It is C(p) of Eq. 5 for GFT, 1 for SFT, p for DFT. The policy is taken to be that of the rollout
+    and the reference, so that a KL term adds nothing.
+
+    Raises: UserError if a user's own loss fails.
     """
     import torch
 
     method = find_method(recipe.method)
-    logprobs = torch.tensor(probabilities, dtype=torch.float64).log().requires_grad_()
-    zeros = torch.zeros_like(logprobs)
-    inputs = LossInputs(
-        logprobs,
-        torch.ones_like(logprobs),
-        source=torch.full(logprobs.shape, SOURCES.index("self")),
-        engine_logprobs=logprobs.detach(),
-        entropy=zeros,
-        reference_logprobs=logprobs.detach(),
-        reference_kl=zeros,
-        success_share=zeros,
-        progress=0.5,
-    )
-    loss = method.loss(inputs, **bind_method(recipe)).per_token
-    [gradient] = torch.autograd.grad(loss.sum(), logprobs)
+    parameters = bind_method(recipe)
+    logprobs = torch.tensor(scores.probabilities, dtype=torch.float64).log().requires_grad_()
+    fixed = logprobs.detach()
+    known: dict[str, Any] = {
+        "source": torch.full_like(fixed, SOURCES.index(context.source), dtype=torch.long),
+        "old_logprobs": None,
+        "engine_logprobs": fixed,
+        "entropy": torch.tensor(scores.entropy, dtype=torch.float64),
+        "reference_logprobs": fixed,
+        "reference_kl": torch.zeros_like(fixed),
+        "success_share": torch.full_like(fixed, context.success_share),
+        "progress": context.progress,
+    }
+    needed = {need: known[need] for need in method.needs}
+    inputs = LossInputs(logprobs, torch.ones_like(fixed), **needed)
+    with user_errors_as(lambda text: UserError([f"method: {recipe.method}: {text}"])):
+        loss = method.loss(inputs, **parameters).per_token.sum()
+        [gradient] = torch.autograd.grad(loss, logprobs)
     return (-gradient).tolist()
 
 
 def token_texts(tokenizer: Any, ids: Iterable[int]) -> list[str]:
-    """Each token's own part of the text; a character of several tokens is the last one's."""
+    """The part of the text of each token; a character of several tokens belongs to the last."""
     from tokenizers.decoders import DecodeStream
 
     stream = DecodeStream(skip_special_tokens=False)
@@ -191,19 +225,19 @@ def token_texts(tokenizer: Any, ids: Iterable[int]) -> list[str]:
 
 
 def _rounded(values: Iterable[float]) -> list[float | None]:
-    """Three digits say enough, and JSON has no NaN."""
+    """Values with three digits, None for NaN and infinity, which JSON does not have."""
     return [float(f"{value:.3g}") if math.isfinite(value) else None for value in values]
 
 
-def page_groups(shown: Iterable[Moment]) -> list[dict[str, Any]]:
-    """The groups as the page's script reads them."""
-    return [_page_group(m, place) for m in shown for place in range(len(m.groups))]
+def page_groups(steps: Iterable[StepGroups]) -> list[dict[str, Any]]:
+    """The groups as JSON objects for the page's script."""
+    return [_page_group(step, i) for step in steps for i in range(len(step.groups))]
 
 
-def _page_group(moment: Moment, place: int) -> dict[str, Any]:
-    recipe, group = moment.run.recipe, moment.groups[place]
-    method = find_method(recipe.method)
-    tokens = moment.tokens and moment.tokens[place]
+def _page_group(step: StepGroups, index: int) -> dict[str, Any]:
+    recipe, group = step.run.recipe, step.groups[index]
+    method = METHODS.get(recipe.method)  # None for a user's own, which is not imported for this.
+    tokens = step.tokens and step.tokens[index]
     responses = [
         {
             **{key: response[key] for key in ("source", "reward", "advantage", "verdict", "text")},
@@ -212,14 +246,14 @@ def _page_group(moment: Moment, place: int) -> dict[str, Any]:
         }
         for i, response in enumerate(group["responses"])
     ]
-    rewards = {response["reward"] for response in responses}
+    rewards = {r["reward"] for r in responses if r["reward"] is not None}
     return {
-        "run": moment.run.label,
-        "step": moment.step,
-        "seen": moment.seen if tokens else None,
-        "loss": method.formula or recipe.method,
-        "tau": recipe.objective.tau if "tau" in method.parameters else None,
+        "run": step.run.label,
+        "step": step.step,
+        "policy": step.policy if tokens else None,
+        "loss": (method.formula if method else "") or recipe.method,
+        "tau": recipe.objective.tau if method and "tau" in method.parameters else None,
         **group["problem"],
-        "flat": method.group_advantages and len(rewards) == 1,
+        "flat": (method is None or method.group_advantages) and len(rewards) <= 1,
         "responses": responses,
     }

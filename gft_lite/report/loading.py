@@ -1,8 +1,7 @@
-"""Run and sweep folders as a report sees them, read from their files alone."""
+"""Run and sweep folders, read from their files without a model."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,27 +9,30 @@ from typing import Any
 
 from gft_lite.recipe.schema import Recipe
 from gft_lite.runs.folder import RunFolder
-from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.errors import UserError
+from gft_lite.utils.files import read_json
+
+Metrics = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
     """One run; `summary` is None until it is finished.
 
-    `evals` maps "base" and "trained", where there, to the figures of each set.
+    `evals` maps "base" and "trained", if evaluated, to the figures of each set.
     """
 
     label: str
     folder: RunFolder
     recipe: Recipe
-    metrics: Sequence[Mapping[str, Any]]
-    summary: Mapping[str, Any] | None
-    evals: Mapping[str, Mapping[str, Any]]
+    metrics: Sequence[Metrics]
+    summary: Metrics | None
+    evals: Mapping[str, Mapping[str, Metrics]]
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One run of a sweep, done, failed, interrupted or waiting; `run` is None if not begun."""
+    """One run of a sweep, done, failed, interrupted or waiting; `run` is None if not started."""
 
     name: str
     seed: int
@@ -43,7 +45,7 @@ class Trial:
 class Point:
     """One point of a sweep's grid with its trials.
 
-    `figures` are the trained policies': `mean`, `low` and `high` over the `done` seeds.
+    `figures` have `mean`, `low` and `high` of the trained policies of the `done` seeds.
     """
 
     settings: Mapping[str, Any]
@@ -53,15 +55,17 @@ class Point:
 
     @property
     def label(self) -> str:
-        """The point in words: `tau = 0.7`."""
+        """The settings as text: `tau = 0.7`."""
         words = (f"{name.rpartition('.')[2]} = {value}" for name, value in self.settings.items())
         return ", ".join(words) or "the recipe"
 
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """Trials over a grid of recipe fields; `base` are the base's figures, `interval` is what
-    the points' low and high are."""
+    """Trials over a grid of recipe fields; `base` has the figures of the base.
+
+    `interval` describes the `low` and `high` of the points.
+    """
 
     label: str
     interval: str
@@ -69,23 +73,28 @@ class Sweep:
     base: Mapping[str, float]
     points: tuple[Point, ...]
 
+    @property
+    def runs(self) -> list[Run]:
+        """The started runs."""
+        return [trial.run for point in self.points for trial in point.trials if trial.run]
+
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Runs that differ in nothing but the seed: one colour and one line of every plot."""
+    """Runs that differ only in the seed: one color and one line of every plot."""
 
     label: str
     runs: tuple[Run, ...]
 
 
 def read_folders(paths: Iterable[str | Path]) -> tuple[list[Run], list[Sweep]]:
-    """The runs, stages of staged runs one by one, and the sweeps that the folders hold.
+    """The runs and sweeps in some folders; the stages of a staged run are separate runs.
 
-    Raises: RecipeError with every folder that is neither.
+    Raises: UserError with every folder that is neither, or has a damaged file.
     """
     runs: list[Run] = []
     sweeps: list[Sweep] = []
-    wrong: list[str] = []
+    problems: list[str] = []
     unique = {path.resolve(): path for path in map(Path, paths)}
     for path, label in zip(unique, _labels(list(unique)), strict=True):
         try:
@@ -95,32 +104,60 @@ def read_folders(paths: Iterable[str | Path]) -> tuple[list[Run], list[Sweep]]:
                 runs += _runs(path, label)
             else:
                 given = str(unique[path])
-                wrong.append(f"RUN: must be the folder of a run or of a sweep, got {given!r}.")
-        except RecipeError as error:
-            wrong += error.problems
-    if wrong:
-        raise RecipeError(wrong)
+                problems.append(f"RUN: must be the folder of a run or of a sweep, got {given!r}.")
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(problems)
     return runs, sweeps
 
 
+def read_sweep_results(path: Path) -> dict[str, Any]:
+    """The results.json of a sweep's folder. Raises: UserError if it is damaged."""
+    return read_json(
+        path / "results.json", _parse_results, "must have the results of a sweep",
+        "Run the sweep again: finished trials are kept.",
+    )  # fmt: skip
+
+
+def _parse_results(value: Any) -> dict[str, Any]:
+    """Raises: KeyError, TypeError or AttributeError for anything but results of a sweep."""
+    for trial in value["trials"]:
+        _ = [trial[key] for key in ("name", "seed", "state", "reason", "folder", "summary")]
+        trial["settings"].items()
+    for row in value["settings"]:
+        row["settings"].items()
+        for figure in row["figures"].values():
+            _ = figure["mean"], figure["low"], figure["high"]
+        _ = row["done"]
+    _ = value["interval"], value["trials"][0]
+    return value
+
+
 def all_series(runs: Sequence[Run], sweeps: Sequence[Sweep]) -> list[Series]:
-    """Each run by itself, and each point of each sweep with its seeds."""
+    """A series for each run, and for each point of each sweep with its seeds."""
     found = [Series(run.label, (run,)) for run in runs]
     for sweep in sweeps:
         before = f"{sweep.label}: " if len(sweeps) > 1 else ""
         for point in sweep.points:
-            begun = tuple(trial.run for trial in point.trials if trial.run and trial.run.metrics)
-            found += [Series(before + point.label, begun)] if begun else []
+            started = tuple(trial.run for trial in point.trials if trial.run and trial.run.metrics)
+            found += [Series(before + point.label, started)] if started else []
     return found
 
 
-def objective_metrics(step: Mapping[str, Any]) -> Mapping[str, float | None]:
+def objective_metrics(step: Metrics) -> Mapping[str, float | None]:
     """The means that the loss reported in a step, by name; runs of older versions have one."""
     return step.get("objective") or {"rectified": step.get("rectified")}
 
 
+def objective_names(runs: Iterable[Run]) -> list[str]:
+    """The metrics that the losses of some runs reported in any step."""
+    found = (objective_metrics(step).items() for run in runs for step in run.metrics)
+    return list(dict.fromkeys(n for items in found for n, value in items if value is not None))
+
+
 def _labels(paths: Sequence[Path]) -> list[str]:
-    """The folders' names, as much of the path before them as tells them apart."""
+    """The folders' names, with as many parent folders as make them unique."""
     for depth in range(1, max((len(path.parts) for path in paths), default=1) + 1):
         labels = ["/".join(path.parts[-depth:]) for path in paths]
         if len(set(labels)) == len(labels):
@@ -136,29 +173,25 @@ def _runs(path: Path, label: str) -> list[Run]:
 def _run(path: Path, label: str) -> Run:
     folder = RunFolder(path)
     finished = (path / "summary.json").is_file()
-    files = {name: path / "eval" / f"{name}.json" for name in ("base", "trained")}
+    evals = {name: folder.evaluation(name) for name in ("base", "trained")}
     return Run(
         label=label,
         folder=folder,
         recipe=Recipe.load(path / "recipe.yaml"),
         metrics=_steps(folder.metrics()),
         summary=folder.summary() if finished else None,
-        evals={
-            n: json.loads(file.read_text(encoding="utf-8"))
-            for n, file in files.items()
-            if file.is_file()
-        },
+        evals={name: sets for name, sets in evals.items() if sets},
     )
 
 
 def _steps(metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The metrics with their steps counted on from stage to stage, which start from 1 each."""
+    """The metrics with steps that count on from stage to stage, where each stage starts at 1."""
     staged = any("stage" in m for m in metrics)
     return [{**m, "step": i} for i, m in enumerate(metrics, 1)] if staged else list(metrics)
 
 
 def _sweep(path: Path, label: str) -> Sweep:
-    results = json.loads((path / "results.json").read_text(encoding="utf-8"))
+    results = read_sweep_results(path)
     summaries = (trial["summary"] for trial in results["trials"] if trial["summary"])
     points = []
     for row in results["settings"]:
@@ -172,6 +205,6 @@ def _sweep(path: Path, label: str) -> Sweep:
 
 def _trial(path: Path, label: str, found: Mapping[str, Any]) -> Trial:
     folder = path / found["folder"]
-    begun = (folder / "recipe.yaml").is_file()
-    run = _run(folder, f"{label}/{found['name']}") if begun else None
+    started = (folder / "recipe.yaml").is_file()
+    run = _run(folder, f"{label}/{found['name']}") if started else None
     return Trial(found["name"], found["seed"], found["state"], found["reason"], run)

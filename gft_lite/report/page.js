@@ -1,6 +1,6 @@
 "use strict";
 
-// Names of runs, problems and responses are anybody's text: they enter by textContent alone.
+// Names of runs, problems and responses are untrusted text: only textContent receives them.
 const groups = JSON.parse(document.getElementById("data").textContent);
 const filters = document.getElementById("filters");
 
@@ -11,7 +11,7 @@ function element(tag, className, text) {
   return made;
 }
 
-// What would show nothing, or reorder what stands around it, gets a sign.
+// Invisible characters and those that reorder text are replaced by visible ones.
 function visible(text) {
   return String(text)
     .replace(/\n/g, "\u21b5\n")
@@ -92,7 +92,7 @@ function scale(group, mode, largest) {
   }
   row.append(element("span", "", low), ramp, element("span", "", high));
   const tau = group.tau === null ? "" : `, tau = ${group.tau}`;
-  row.append(element("span", "", `loss of a token ${group.loss}${tau}; p by ${group.seen}`));
+  row.append(element("span", "", `loss of a token ${group.loss}${tau}; p by ${group.policy}`));
   return row;
 }
 
@@ -104,7 +104,7 @@ function show(group) {
   const largest = products.reduce((a, b) => Math.max(a, b), 0);
   const place = document.getElementById("group");
   place.className = `by-${mode}`;
-  filters.querySelector(".modes").hidden = !group.seen;
+  filters.querySelector(".modes").hidden = !group.policy;
   const problem = element("p", "problem", group.text);
   const answer = element("p", "note");
   answer.append("answer ", element("span", "answer", group.answer ?? "none"));
@@ -115,7 +115,7 @@ function show(group) {
   cards.append(...group.responses
     .filter((r) => sources.includes(r.source) && (!sign || Math.sign(r.advantage) === sign))
     .map((r) => responseCard(r, group, largest)));
-  place.replaceChildren(problem, answer, ...(group.seen ? [scale(group, mode, largest)] : []), cards);
+  place.replaceChildren(problem, answer, ...(group.policy ? [scale(group, mode, largest)] : []), cards);
 }
 
 // --- filters and pages -------------------------------------------------------------------------

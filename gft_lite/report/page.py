@@ -12,8 +12,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from rich.console import Console
 
-from gft_lite.report.curves import Plot, pass_at_k_plots, step_plots, sweep_plot
-from gft_lite.report.group_browser import moments, page_groups, score
+from gft_lite.report.curves import (
+    SHARE,
+    Plot,
+    pass_at_k_plots,
+    step_plots,
+    sweep_plot,
+    sweep_units,
+)
+from gft_lite.report.group_browser import page_groups, score_tokens, select_steps
 from gft_lite.report.loading import Run, Sweep, all_series, read_folders
 from gft_lite.report.summary import (
     cost_of,
@@ -23,8 +30,8 @@ from gft_lite.report.summary import (
     scores_of,
     seconds_of,
 )
-from gft_lite.utils.errors import RecipeError
-from gft_lite.utils.files import write_text_atomic
+from gft_lite.utils.errors import UserError
+from gft_lite.utils.files import check_output_path, write_text_atomic
 from gft_lite.version import __version__
 
 __all__ = ["write_report"]
@@ -43,24 +50,28 @@ def write_report(
 ) -> Path:
     """Write one page about runs and sweeps; returns its path.
 
-    `plots` is a folder for every plot as SVG and PNG. `tokens` loads the policies to colour the
-    tokens of the groups shown, `groups` of each step.
+    `plots` is a folder for every plot as SVG and PNG. With `tokens`, the policies are loaded to
+    color the tokens of the shown groups, `groups` of each step.
 
-    Raises: RecipeError for a folder that is neither a run nor a sweep, and without matplotlib.
+    Raises: UserError for a folder that is neither a run nor a sweep, for an output path that cannot
+    be written to, and without matplotlib.
     """
     try:
         from gft_lite.report.plots import PALETTE, inline_svg, write_files
     except ModuleNotFoundError as error:
-        rule = f"gft-lite report: needs matplotlib ({error})"
-        raise RecipeError([f"{rule}. pip install 'gft-lite[report]'."]) from error
+        rule = f"report: matplotlib must be installed, got {error}"
+        raise UserError([f"{rule}. pip install 'gft-lite[report]'."]) from error
     if groups < 1:
         rule = f"--groups: must be at least 1, got {groups}"
-        raise RecipeError([f"{rule}. To load no model, say --no-tokens."])
+        raise UserError([f"{rule}. Use --no-tokens to load no model."])
+    check_output_path(out, kind="file")
+    if plots is not None:
+        check_output_path(plots, "--plots")
     console = console or Console(stderr=True)
     runs, sweeps = read_folders(folders)
     series = all_series(runs, sweeps)
-    shown = [m for run in _browsed(runs, sweeps) for m in moments(run, groups)]
-    unscored = score(shown, console) if tokens else ["left out, as --no-tokens asks"]
+    shown = [s for run in _runs_with_groups(runs, sweeps) for s in select_steps(run, groups)]
+    unscored = score_tokens(shown, console) if tokens else ["--no-tokens"]
     curves = [*pass_at_k_plots(series), *step_plots(series)]
     of_sweeps = [sweep_plot(sweep) for sweep in sweeps]
 
@@ -88,8 +99,8 @@ def write_report(
     return Path(out)
 
 
-def _browsed(runs: Iterable[Run], sweeps: Iterable[Sweep]) -> list[Run]:
-    """Whose groups are shown: every run's, and those of the first seed at each point."""
+def _runs_with_groups(runs: Iterable[Run], sweeps: Iterable[Sweep]) -> list[Run]:
+    """The runs whose groups are shown: all runs, and the first seed at each point of a sweep."""
     firsts = [
         next((trial.run for trial in point.trials if trial.run), None)
         for sweep in sweeps
@@ -116,7 +127,7 @@ def _sweep(sweep: Sweep) -> dict[str, Any]:
         "interval": sweep.interval,
         "fields": ["demonstrations : self" if f == "group" else f for f in sweep.fields],
         "points": sweep.points,
-        "figures": list(dict.fromkeys(n for point in sweep.points for n in point.figures)),
+        "units": sweep_units(sweep),
         "base": sweep.base,
     }
 
@@ -127,7 +138,7 @@ def _render(**values: Any) -> str:
         loader=loader, autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"share": _share, "points": _points, "number": _number}
+    environment.filters |= {"figure": _figure, "difference": _difference, "number": _number}
     script = (_HERE / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("page.html.j2").render(
@@ -135,18 +146,20 @@ def _render(**values: Any) -> str:
         version=__version__,
         style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
-        # The browser itself then refuses any other script, and every request.
+        # With it the browser blocks every other script and every request.
         policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
     )
 
 
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}%"
+def _figure(value: float | None, unit: str) -> str:
+    if value is None or unit != SHARE:
+        return _number(value)
+    return f"{100 * value:.1f}%"
 
 
-def _points(value: float | None) -> str:
-    """A difference of shares."""
-    return "-" if value is None else f"{round(100 * value, 1) + 0.0:+.1f}"  # No -0.0.
+def _difference(value: float, unit: str) -> str:
+    """A difference of shares in percentage points, or of other figures."""
+    return f"{round(100 * value, 1) + 0.0:+.1f}" if unit == SHARE else f"{value + 0.0:+.3g}"
 
 
 def _number(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Plots drawn with matplotlib: SVG that follows the page's colours, SVG and PNG files."""
+"""Plots drawn with matplotlib: inline SVG in the page's colors, SVG and PNG files."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from gft_lite.report.curves import BASE, SHARE, Curve, Plot
 
-# Of middling lightness, so that they stand out from white and from black.
+# Of medium lightness, for contrast with white and with black.
 PALETTE = ("#2f7fd1", "#e0722b", "#2e9d63", "#c7457e", "#8a67d6", "#b08a1c", "#1fa0a8", "#8a6a55")
 _DASHES = ("-", "--", ":", "-.")
-# In the page these become variables, which have other values in the dark.
+# In the page these are variables, with other values in the dark color scheme.
 _INK, _FAINT, _RULE, _BASE = "#1d2430", "#5b6675", "#d9dee5", "#7d8794"
 _VARIABLES = {_INK: "var(--ink)", _FAINT: "var(--faint)", _RULE: "var(--rule)"}
 _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "gft-lite",
-    "text.parse_math": False,  # Names of runs may hold dollars.
+    "text.parse_math": False,  # Names of runs may contain dollar signs.
     "font.size": 9.5,
     "text.color": _INK,
     "axes.labelcolor": _FAINT,
@@ -48,13 +48,13 @@ _STYLE: Any = {
 }
 
 
-def colour(place: int) -> str:
-    """The colour of a curve."""
-    return _BASE if place == BASE else PALETTE[place % len(PALETTE)]
+def color_of(index: int) -> str:
+    """The color of a curve."""
+    return _BASE if index == BASE else PALETTE[index % len(PALETTE)]
 
 
 def inline_svg(plot: Plot) -> str:
-    """The plot as an `<svg>` element; each curve has the class `curve-N`, N its colour."""
+    """The plot as an `<svg>` element; the class `curve-N` of a curve has its color index N."""
     with _figure(plot, legend=not plot.by_series) as figure:
         text = _svg(figure)
     for fixed, variable in _VARIABLES.items():
@@ -64,7 +64,7 @@ def inline_svg(plot: Plot) -> str:
 
 
 def write_files(plot: Plot, folder: Path) -> None:
-    """`NAME.svg` and `NAME.png`, with title and legend, for papers and slides."""
+    """Write `NAME.svg` and `NAME.png`, with title and legend, for papers and slides."""
     folder.mkdir(parents=True, exist_ok=True)
     with _figure(plot, legend=True) as figure:
         figure.axes[0].set_title(plot.title, loc="left", fontsize=11)
@@ -98,14 +98,14 @@ def _figure(plot: Plot, *, legend: bool) -> Iterator[Figure]:
 
 
 def _draw(axes: Axes, curve: Curve, points: bool) -> Any:
-    """The curve, its range, and the mark that lets the page hide both; returns the line."""
-    look: Any = {"color": colour(curve.colour), "gid": f"curve-{curve.colour}"}
+    """Draw a curve and its range with the id by which the page hides both; returns the line."""
+    look: Any = {"color": color_of(curve.color), "gid": f"curve-{curve.color}"}
     y = _gaps(curve.y)
     low, high = (_gaps(curve.y if side is None else side) for side in (curve.low, curve.high))
-    # One value between two gaps would be a line without length.
-    alone = "o" if points or sum(map(math.isfinite, y)) == 1 else ""
-    dash = _DASHES[curve.colour // len(PALETTE) % len(_DASHES)] if curve.colour != BASE else "--"
-    [line] = axes.plot(curve.x, y, dash, marker=alone, markersize=4, **look)
+    # One value between two gaps is a line without length.
+    marker = "o" if points or sum(map(math.isfinite, y)) == 1 else ""
+    dash = _DASHES[curve.color // len(PALETTE) % len(_DASHES)] if curve.color != BASE else "--"
+    [line] = axes.plot(curve.x, y, dash, marker=marker, markersize=4, **look)
     if points and curve.low is not None:
         axes.vlines(curve.x, low, high, linewidth=1.2, **look)
     elif curve.low is not None:
@@ -129,7 +129,7 @@ def _scale(axes: Axes, plot: Plot) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(5))
     if plot.unit == SHARE:
         axes.yaxis.set_major_formatter(_percent)
-        # Intervals of few seeds reach beyond what a share can be.
+        # Intervals of few seeds can exceed the range of a share.
         low, high = axes.get_ylim()
         axes.set_ylim(max(low, -0.03) if plot.points else 0, min(high, 1.03))
 
@@ -141,7 +141,7 @@ def _percent(share: float, _: object) -> str:
 def _second_axis(axes: Axes, curve: Curve) -> Any:
     right = axes.twinx()
     [line] = right.plot(curve.x, _gaps(curve.y), ":", marker="s", markersize=3.5,
-                        color=colour(curve.colour), gid=f"curve-{curve.colour}")  # fmt: skip
+                        color=color_of(curve.color), gid=f"curve-{curve.color}")  # fmt: skip
     right.set_ylabel(curve.label)
     right.set_ylim(bottom=0)
     right.grid(False)

@@ -1,14 +1,15 @@
-"""What a report says of each run in figures: what it was, what it reached, what it cost."""
+"""The figures of each run in a report: settings, scores, costs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from gft_lite.objective.methods import find_method
-from gft_lite.report.curves import sample_count
-from gft_lite.report.loading import Run
+from gft_lite.evaluation.metrics import MEAN_REWARD
+from gft_lite.objective.methods import METHODS
+from gft_lite.recipe.schema import Recipe
+from gft_lite.report.curves import NUMBER, SHARE, sample_count
+from gft_lite.report.loading import Metrics, Run
 from gft_lite.utils.statistics import bootstrap_interval, paired_interval, pass_at_k
 from gft_lite.utils.tables import flatten
 
@@ -17,7 +18,7 @@ PHASES = ("rollout", "reward", "train", "sync", "eval")
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A figure with its 95% interval, None where there is none."""
+    """A figure with its 95% interval, None if it has none."""
 
     value: float
     interval: tuple[float, float] | None = None
@@ -27,28 +28,46 @@ class Estimate:
 class Score:
     """A figure of the base and of the trained policy, and the difference on the same problems."""
 
+    unit: str
+
     base: Estimate | None
     trained: Estimate | None
     difference: Estimate | None = None
 
 
 def scores_of(run: Run) -> dict[str, Score]:
-    """pass@k of every evaluated set by `SET, pass@k`; 95% bootstrap intervals over problems."""
+    """pass@k of every evaluated set by `SET, pass@k`; 95% bootstrap intervals over problems.
+
+    Sets without a rule that decides correctness have their mean reward, by `SET, mean reward`.
+    """
     base, trained = run.evals.get("base", {}), run.evals.get("trained", {})
     found = {}
     for name in dict.fromkeys([*base, *trained]):
+        sets = base.get(name), trained.get(name)
         for k in sorted({1, *run.recipe.eval.k}):
-            before, after = (_by_problem(evals.get(name), k) for evals in (base, trained))
+            before, after = (_accuracies(figures, k) for figures in sets)
             if before or after:
-                score = Score(_estimate(before), _estimate(after), _difference(before, after))
-                found[f"{name}, pass@{k}"] = score
+                found[f"{name}, pass@{k}"] = _score(SHARE, before, after)
+        before, after = (_rewards(figures) for figures in sets)
+        if before or after:
+            found[f"{name}, mean reward"] = _score(NUMBER, before, after)
     return found
 
 
-def _by_problem(figures: Mapping[str, Any] | None, k: int) -> dict[str, float]:
-    if figures is None or (samples := sample_count(figures)) < k:
+def _accuracies(figures: Metrics | None, k: int) -> Mapping[str, float]:
+    """pass@k of each problem; empty if correctness is not known or k exceeds the samples."""
+    if figures is None or "correct" not in figures or (samples := sample_count(figures)) < k:
         return {}
     return {name: pass_at_k(samples, right, k) for name, right in figures["correct"].items()}
+
+
+def _rewards(figures: Metrics | None) -> Mapping[str, float]:
+    """The mean reward of each problem; empty if correctness is known."""
+    return figures["rewards"] if figures and MEAN_REWARD in figures else {}
+
+
+def _score(unit: str, before: Mapping[str, float], after: Mapping[str, float]) -> Score:
+    return Score(unit, _estimate(before), _estimate(after), _difference(before, after))
 
 
 def _estimate(values: Mapping[str, float]) -> Estimate | None:
@@ -75,16 +94,16 @@ def kl_of(run: Run) -> float | None:
 
 
 def facts_of(run: Run) -> dict[str, str]:
-    """What the run was, in words."""
+    """The settings and the state of a run as text. A user's own method is not imported."""
     recipe = run.recipe
-    method = find_method(recipe.method)
+    method = METHODS.get(recipe.method)
     counts = [(getattr(recipe.group, s), s) for s in ("expert", "teacher", "self")]
     facts = {
         "state": "finished" if run.summary else "unfinished",
         "method": recipe.method,
-        "loss of a token": method.formula,
+        "loss of a token": method.formula if method else "-",
         "group": " + ".join(f"{n} {source}" for n, source in counts if n) or "-",
-        "tau": f"{recipe.objective.tau:g}" if "tau" in method.parameters else "-",
+        **_parameters(recipe),
         "model": recipe.policy.model,
         "quantisation": recipe.policy.quantization,
         "adapter": f"LoRA, rank {recipe.policy.lora.rank}",
@@ -97,8 +116,15 @@ def facts_of(run: Run) -> dict[str, str]:
     return {**facts, **({"steps with nothing to learn": f"{skipped:,}"} if skipped else {})}
 
 
+def _parameters(recipe: Recipe) -> dict[str, str]:
+    """The parameters of the method's loss."""
+    method = METHODS.get(recipe.method)
+    names = method.parameters if method else recipe.objective.model_extra or {}
+    return {name: str(getattr(recipe.objective, name)) for name in names}
+
+
 def cost_of(run: Run) -> dict[str, str]:
-    """What the run took: trajectories, tokens, tokens per second, seconds, memory."""
+    """The costs of a run: trajectories, tokens, tokens per second, memory."""
     cost = {
         "trajectories": f"{_total(run, 'trajectories'):,}",
         "tokens trained on": f"{_total(run, 'trained_tokens'):,}",
@@ -118,18 +144,18 @@ def _total(run: Run, name: str) -> int:
 
 
 def seconds_of(run: Run) -> dict[str, float]:
-    """Seconds by phase; what no phase counted is `other`."""
+    """Seconds by phase; `other` is the rest of the total."""
     found = {p: sum(m["seconds"].get(p, 0.0) for m in run.metrics) for p in PHASES}
     if run.summary:
         total = run.summary["seconds"]
         found["eval"] = total["eval"]
-        # After a resumption the total is that of the last process, the phases those of all.
+        # After a resumption, the total is of the last process, the phases of all processes.
         found["other"] = max(total["total"] - sum(found.values()), 0.0)
     return {phase: seconds for phase, seconds in found.items() if seconds > 0}
 
 
 def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """The recipe's fields in which runs differ, with the value of each."""
+    """The recipe fields in which runs differ, with the value of each run."""
     recipes = [flatten(run.recipe.model_dump(mode="json")) for run in runs]
     fields = dict.fromkeys(field for recipe in recipes for field in recipe)
     table = {

@@ -19,7 +19,7 @@ from gft_lite.recipe.schema import Recipe
 from gft_lite.report.page import write_report
 from gft_lite.runs.folder import RunFolder
 from gft_lite.training.run import train
-from gft_lite.types import Group, Problem, Response
+from gft_lite.types import Group, Problem, Response, ScoredGroup
 
 QUIET = Console(quiet=True)
 SMALL = {
@@ -61,7 +61,7 @@ def hostile(folder):
     wrong = Response((6,), HIDDEN, "self", "length", reward=0.0, verdict="no_answer")
     mixed = Group(Problem("<b>id", HOSTILE, "<u>7"), (right, wrong))
     flat = Group(Problem("second", "what?", None), (wrong, wrong))
-    run.write_groups(1, [mixed, flat], [[0.7, -0.7], [0.0, 0.0]])
+    run.write_groups(1, [ScoredGroup(mixed, (0.7, -0.7)), ScoredGroup(flat, (0.0, 0.0))])
     return run
 
 
@@ -208,7 +208,7 @@ def test_it_fits_a_phone_and_follows_the_dark(opened, page, page_of_all):
 def test_p_is_what_the_policy_of_the_step_says(page, run):
     """Step 1 saw the base, step 2 the first checkpoint: p by a plain softmax over one row."""
     groups = embedded(page)
-    assert [(g["step"], g["seen"]) for g in groups[::4]] == [
+    assert [(g["step"], g["policy"]) for g in groups[::4]] == [
         (1, "the base, where step 1 began"),
         (2, "step 1's checkpoint, where step 2 began"),
     ]
@@ -244,7 +244,7 @@ def embedded(page):
     return json.loads(text.partition("</script>")[0])
 
 
-def test_colours_show_what_rectification_does(opened, page):
+def test_colors_show_what_rectification_does(opened, page):
     shown = opened(page)
     cards = embedded(page)[0]["responses"]
     likely = [p >= 0.7 for card in cards for p in card["tokens"]["p"]]

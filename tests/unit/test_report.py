@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import pytest
 
+from gft_lite.experiments.sweep_results import SweepFolder
 from gft_lite.recipe.schema import Recipe
-from gft_lite.report.curves import Curve, Plot, pass_at_k_plots, step_plots, sweep_plot
-from gft_lite.report.group_browser import coefficients, moments, token_texts
+from gft_lite.report.curves import Curve, Plot, pass_at_k_plots, step_plots, sweep_plot, sweep_units
+from gft_lite.report.group_browser import (
+    Scores,
+    TokenContext,
+    coefficients,
+    page_groups,
+    select_steps,
+    token_texts,
+)
 from gft_lite.report.loading import Series, all_series, read_folders
 from gft_lite.report.page import write_report
 from gft_lite.report.plots import inline_svg
 from gft_lite.report.summary import cost_of, facts_of, scores_of, seconds_of
 from gft_lite.runs.folder import RunFolder
-from gft_lite.types import Group, Problem, Response
-from gft_lite.utils.errors import RecipeError
+from gft_lite.types import Group, Problem, Response, ScoredGroup
+from gft_lite.utils.errors import UserError
 
 
 def step(number, **changed):
@@ -33,6 +42,13 @@ def figures(*correct, samples=4):
     """An evaluated set: how many of the samples of each problem were right."""
     named = {f"q{i}": right for i, right in enumerate(correct)}
     return {"problems": len(correct), "samples": samples * len(correct), "correct": named}
+
+
+def graded(**rewards):
+    """An evaluated set without a rule that decides correctness: mean rewards by problem."""
+    mean = sum(rewards.values()) / len(rewards)
+    return {"problems": len(rewards), "samples": 2 * len(rewards), "mean_reward": mean,
+            "mean_reward_interval": [0.0, 1.0], "rewards": rewards}  # fmt: skip
 
 
 def make_run(path, *overrides, metrics=(), recipe="recipes/lab.yaml", **files):
@@ -59,7 +75,7 @@ def summary(kl=0.25, **seconds):
 
 def test_every_wrong_folder_is_told_at_once(tmp_path):
     make_run(tmp_path / "run")
-    with pytest.raises(RecipeError) as wrong:
+    with pytest.raises(UserError) as wrong:
         read(tmp_path / "run", tmp_path / "none", tmp_path)
     assert [text.partition(", got")[0] for text in wrong.value.problems] == [
         "RUN: must be the folder of a run or of a sweep"
@@ -96,8 +112,57 @@ def test_without_matplotlib_it_names_the_extra(tmp_path, monkeypatch):
     make_run(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "gft_lite.report.plots")
-    with pytest.raises(RecipeError, match=r"gft-lite\[report\]"):
+    with pytest.raises(UserError, match=r"gft-lite\[report\]"):
         write_report([tmp_path], tmp_path / "page.html")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"out": ""}, "--out: must be a file that can be written to, got ''"),
+        ({"out": "folder"}, "--out: must be a file that can be written to, got 'folder'"),
+        ({"out": "run/recipe.yaml/x.html"}, "--out: must be a file that can be written to"),
+        ({"out": "x" * 256}, "--out: must be a file that can be written to"),
+        ({"plots": "run/recipe.yaml"}, "--plots: must be a folder that can be written to"),
+        ({"plots": ""}, "--plots: must be a folder that can be written to, got ''"),
+        ({"groups": 0}, "--groups: must be at least 1, got 0"),
+    ],
+)
+def test_outputs_are_checked_before_the_work(options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    make_run(tmp_path / "run")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError) as wrong:
+        write_report(["run"], **options)
+    assert str(wrong.value).startswith(message)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("eval/base.json", "{"), ("eval/trained.json", '{"test": 5}'), ("summary.json", "[]"),
+        ("metrics.jsonl", "not JSON\n"), ("eval/base.json", "\udcff"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_of_a_run_is_named(name, text, tmp_path):
+    make_run(tmp_path / "run", metrics=[step(1)], base={"test": figures(1)})
+    (tmp_path / "run" / name).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=rf"^{re.escape(str(tmp_path / 'run' / name))}"):
+        write_report([tmp_path / "run"], tmp_path / "page.html", tokens=False)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", '{"trials": [], "settings": [], "interval": ""}', '{"trials": [{}]}']
+)
+def test_damaged_results_of_a_sweep_are_named(text, tmp_path):
+    path = make_sweep(tmp_path / "tau", "objective.tau", {0.3: [0.4]})
+    (path / "results.json").write_text(text)
+    with pytest.raises(UserError, match=r"results\.json.*Run the sweep again"):
+        read_folders([path])
+    with pytest.raises(UserError, match=r"results\.json.*Run the sweep again"):
+        SweepFolder(path).results()
 
 
 # --- figures ---------------------------------------------------------------------------------
@@ -116,6 +181,23 @@ def test_scores_are_pass_at_k_with_paired_gains(tmp_path):
     assert two.trained.value == pytest.approx((1 / 2 + 1) / 2)
     assert two.difference.value == pytest.approx(0.75)
     assert two.difference.interval == pytest.approx((0.5, 1.0))
+
+
+def test_without_a_rule_for_correctness_scores_are_mean_rewards(tmp_path):
+    make_run(tmp_path / "run", base={"test": graded(a=-0.5, b=0.0)},
+             trained={"test": graded(a=0.25, b=1.25)})  # fmt: skip
+    [run] = read(tmp_path / "run")
+    [(name, score)] = scores_of(run).items()
+    assert (name, score.unit) == ("test, mean reward", "number")
+    assert (score.base.value, score.trained.value) == (-0.25, 0.75)
+    assert score.difference.value == pytest.approx(1.0)
+    assert score.difference.interval == pytest.approx((0.75, 1.25))
+    assert pass_at_k_plots([Series("run", (run,))]) == []
+    page = write_report([tmp_path / "run"], tmp_path / "page.html", tokens=False).read_text()
+    card = page[page.index('<div class="card">') :].partition("</div>")[0]
+    assert '<span class="from">-0.25 &rarr;</span> 0.75' in card
+    assert "gain +1 <small>[+0.75, +1.25]</small>" in card
+    assert "%" not in card and "points" not in card
 
 
 def test_seconds_that_no_phase_counted_are_other(tmp_path):
@@ -187,6 +269,28 @@ def test_several_series_have_a_plot_for_each_source_and_the_range_over_seeds(tmp
     assert "rectified" not in by_name
 
 
+def test_every_metric_that_a_loss_reports_has_a_curve(tmp_path):
+    """Those of the package have titles and units, a user's own appear by their names."""
+    own = {"rectified": 0.25, "My own: sharpness": 3.5, "clip_fraction": None}
+    metrics = [step(1, rectified=0.25, objective=own), step(2, skipped="flat", objective={})]
+    make_run(tmp_path / "new", metrics=metrics)
+    make_run(tmp_path / "old", metrics=[step(1, rectified=0.5)])
+    new, old = read(tmp_path / "new", tmp_path / "old")
+    plots = {p.name: p for p in step_plots([Series("new", (new,))])}
+    assert (plots["rectified"].title, plots["rectified"].unit) == (
+        "Rectified tokens (p < tau)", "share",
+    )  # fmt: skip
+    assert plots["rectified"].curves[0].y == [0.25, 0.1]
+    assert (plots["my-own-sharpness"].title, plots["my-own-sharpness"].unit) == (
+        "My own: sharpness", "number",
+    )  # fmt: skip
+    assert plots["my-own-sharpness"].curves[0].y == [3.5, None]
+    assert "clip-fraction" not in plots
+    both = {p.name: p for p in step_plots([Series("new", (new,)), Series("old", (old,))])}
+    assert [curve.y for curve in both["rectified"].curves] == [[0.25, 0.1], [0.5]]
+    assert [curve.y for curve in both["my-own-sharpness"].curves] == [[3.5, None], [None]]
+
+
 def test_pass_at_k_has_the_powers_of_two_that_the_samples_allow(tmp_path):
     make_run(
         tmp_path, base={"test": figures(1, samples=6)}, trained={"test": figures(3, samples=6)}
@@ -247,6 +351,32 @@ def test_accuracy_stands_against_a_numeric_field_in_its_order(tmp_path):
     assert sweep_plot(read_folders([tmp_path / "lr"])[1][0]).log_x
 
 
+def test_figures_of_a_sweep_have_their_units(tmp_path):
+    path = make_sweep(tmp_path / "tau", "objective.tau", {0.3: [0.4], 0.7: [0.6]})
+    results = json.loads((path / "results.json").read_text())
+    for row, reward in zip(results["settings"], (-0.5, 1.5), strict=True):
+        row["figures"] = {
+            "mean_reward": {"mean": reward, "low": None, "high": None},
+            "hard": {"mean": 2 * reward, "low": None, "high": None},
+            "kl": {"mean": 0.5, "low": None, "high": None},
+            "rectified": {"mean": 0.25, "low": None, "high": None},
+            "sharpness": {"mean": 0.75, "low": None, "high": None},
+        }
+    (path / "results.json").write_text(json.dumps(results))
+    make_run(path / "trials" / "0.3-0", metrics=[step(1, objective={"sharpness": 0.75})])
+    [sweep] = read_folders([path])[1]
+    assert sweep_units(sweep) == {
+        "mean_reward": "number", "hard": "number", "kl": "number", "rectified": "share",
+        "sharpness": "number",
+    }  # fmt: skip
+    plot = sweep_plot(sweep)
+    assert (plot.title, plot.y_label, plot.unit) == ("Mean reward by tau", "mean reward", "number")
+    assert plot.curves[0].y == [-0.5, 1.5]
+    page = write_report([path], tmp_path / "page.html", tokens=False).read_text()
+    row = re.search(r"<tr>\s*<th scope=\"row\">0.7</th>(.*?)</tr>", page, re.DOTALL)[1]
+    assert re.findall(r"<td>([^<]*)", row) == ["1", "1.5", "3", "0.5", "25.0%", "0.75"]
+
+
 def test_ratios_are_a_table_and_failed_trials_are_shown(tmp_path):
     make_sweep(tmp_path / "ratio", "group", {"6:2": [0.25, None], "0:8": [0.5, 0.5]})
     [sweep] = read_folders([tmp_path / "ratio"])[1]
@@ -283,18 +413,75 @@ def test_a_point_is_one_series_with_its_seeds(tmp_path):
 )  # fmt: skip
 def test_the_coefficient_is_what_the_loss_makes_of_p(method, expected):
     recipe = Recipe.from_tree({"method": method})
-    assert coefficients(recipe, [0.2, 0.69, 0.71, 0.9]) == pytest.approx(expected, abs=1e-12)
+    scores = Scores([0.2, 0.69, 0.71, 0.9], [1.0] * 4)
+    assert coefficients(recipe, scores) == pytest.approx(expected, abs=1e-12)
+
+
+OWN_METHOD = """
+from gft_lite.objective.losses import LossOutput
+from gft_lite.objective.methods import Method
+
+def loss(inputs, *, sharpness: float = 2.0):
+    weight = sharpness * inputs.entropy + inputs.source + 10 * inputs.success_share
+    return LossOutput(-(weight + 100 * inputs.progress) * inputs.logprobs)
+
+def broken(inputs):
+    raise SystemExit("no such luck")
+
+METHOD = Method(loss, ("self",), "nobody", "-w log p",
+                needs=("entropy", "source", "success_share", "progress"))
+BROKEN = Method(broken, ("self",), "nobody")
+"""
+
+
+class TestAUsersOwnMethod:
+    @pytest.fixture
+    def module(self, tmp_path, monkeypatch):
+        (tmp_path / "own_loss.py").write_text(OWN_METHOD)
+        monkeypatch.syspath_prepend(tmp_path)
+        yield "own_loss"
+        sys.modules.pop("own_loss", None)
+
+    def test_its_coefficients_are_those_of_its_inputs(self, module):
+        """3 x entropy + 2 for self + 10 x 0.5 + 100 x 0.25."""
+        tree = {"method": "own_loss:METHOD", "objective": {"sharpness": 3.0}}
+        scores = Scores([0.2, 0.9], [0.5, 0.125])
+        found = coefficients(Recipe.from_tree(tree), scores, TokenContext("self", 0.5, 0.25))
+        assert found == pytest.approx([33.5, 32.375])
+
+    def test_its_errors_are_the_users(self, module):
+        recipe = Recipe.from_tree({"method": "own_loss:BROKEN"})
+        with pytest.raises(UserError, match="method: own_loss:BROKEN: SystemExit: no such luck"):
+            coefficients(recipe, Scores([0.5], [0.1]))
+
+    def test_a_page_without_tokens_does_not_import_it(self, tmp_path):
+        make_run(tmp_path / "run", "method=no_such_module:METHOD", "objective.sharpness=3",
+                 metrics=[step(1)])  # fmt: skip
+        page = write_report([tmp_path / "run"], tmp_path / "page.html", tokens=False).read_text()
+        assert "no_such_module:METHOD" in page
+        assert "<div><dt>sharpness</dt><dd>3</dd></div>" in page
+
+
+def test_a_response_without_a_reward_is_shown_and_no_group_of_one_is_mixed(tmp_path):
+    run = make_run(tmp_path)
+    graded = Response((5, 1), "x", "self", reward=1.0, verdict="ok")
+    none = Response((6, 1), "y", "self", reward=None, verdict="not_applicable")
+    group = Group(Problem("q", "?", "x"), (graded, none))
+    run.write_groups(1, [ScoredGroup(group, (0.0, 0.0))])
+    [shown] = page_groups(select_steps(*read(tmp_path), groups=8))
+    assert [response["reward"] for response in shown["responses"]] == [1.0, None]
+    assert shown["flat"] is True
 
 
 def test_steps_shown_are_those_whose_policy_is_there_and_the_last(tmp_path):
     run = make_run(tmp_path)
     response = Response((5, 1), "x", "self", reward=1.0, verdict="ok")
-    groups = [Group(Problem(f"q{i}", "?", "x"), (response,)) for i in range(3)]
+    groups = [ScoredGroup(Group(Problem(f"q{i}", "?", "x"), (response,)), (1.0,)) for i in range(3)]
     for number in range(1, 6):
-        run.write_groups(number, groups, [[1.0]] * 3)
+        run.write_groups(number, groups)
     for number in (2, 3):
         (run.checkpoints / f"step-{number:06d}").mkdir(parents=True)
-    shown = moments(*read(tmp_path), groups=2)
+    shown = select_steps(*read(tmp_path), groups=2)
     place = run.checkpoints
     assert [(m.step, m.adapter, len(m.groups)) for m in shown] == [
         (1, None, 2),
@@ -302,8 +489,8 @@ def test_steps_shown_are_those_whose_policy_is_there_and_the_last(tmp_path):
         (4, place / "step-000003" / "adapter", 2),
         (5, place / "step-000003" / "adapter", 2),
     ]
-    assert "where step 4 began" in shown[2].seen
-    assert "not kept" in shown[3].seen
+    assert "where step 4 began" in shown[2].policy
+    assert "not kept" in shown[3].policy
 
 
 def test_tokens_are_their_own_part_of_the_text():
