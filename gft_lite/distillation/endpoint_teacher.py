@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
 from itertools import islice
@@ -228,14 +228,18 @@ def parse_completion(body: Any) -> TeacherResponse:
     try:
         choice = body["choices"][0]
         text, reason = choice["message"].get("content"), choice.get("finish_reason")
-        usage = body.get("usage") or {}
-        counts = [
-            token_count(usage.get(f"{kind}_tokens") or 0) for kind in ("prompt", "completion")
-        ]
+        usage = body.get("usage")
+        prompt, completion = _count(usage, "prompt"), _count(usage, "completion")
         if not isinstance(text, str | None) or not isinstance(reason, str | None):
             raise TypeError("content and finish_reason must be strings")
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise EndpointError("answered without a valid chat completion", 200) from error
     # A lone surrogate can be neither tokenized nor written.
     text = (text or "").encode(errors="replace").decode()
-    return TeacherResponse(text, "length" if reason in _INCOMPLETE else "stop", *counts)
+    return TeacherResponse(text, "length" if reason in _INCOMPLETE else "stop", prompt, completion)
+
+
+def _count(usage: Mapping[str, Any] | None, kind: str) -> int:
+    """The number of tokens, 0 where the server gives none. Raises: ValueError, AttributeError."""
+    count = None if usage is None else usage.get(f"{kind}_tokens")
+    return 0 if count is None else token_count(count)

@@ -27,7 +27,8 @@ MAX_BYTES = 32 << 20  # Of a response; the log-probs of 100,000 tokens are a thi
 MAX_ERROR_BYTES = 64 << 10  # Read of the body of an error.
 MAX_REASON = 500  # Characters of a server's own error text in our error.
 MAX_REDIRECTS = 5
-MAX_BACKOFF, MAX_RETRY_AFTER = 8.0, 60.0  # Seconds between two attempts.
+# Seconds between two attempts: the first pause, its maximum, that of a Retry-After.
+BACKOFF, MAX_BACKOFF, MAX_RETRY_AFTER = 0.5, 8.0, 60.0
 
 
 class EndpointError(RuntimeError):
@@ -159,7 +160,7 @@ class Endpoint:
         import httpx
 
         for attempt in range(retries + 1):
-            pause = min(0.5 * 2**attempt, MAX_BACKOFF)
+            pause = min(BACKOFF * 2**attempt, MAX_BACKOFF)
             try:
                 response, data = await self._exchange(request)
             except (httpx.HTTPError, httpx.InvalidURL) as error:
