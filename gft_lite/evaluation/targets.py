@@ -74,7 +74,7 @@ def _resolve(text: str, policy: PolicySettings) -> Iterator[Target]:
         kinds = "lab, a hub id, or the folder of a model, an adapter or a run"
         raise RecipeError([f"TARGET: must be {kinds}, got {short_repr(text)}."])
     elif is_folder and (path / "adapter_config.json").is_file():
-        written = {"model": _base_of(path)}
+        written = {"model": _base_of(path), "revision": _config(path).get("revision")}
         yield _with_adapter(
             label, _merge_settings(PolicySettings.model_validate(written), policy), path
         )

@@ -75,8 +75,11 @@ class Policy(Protocol):
     def reference(self) -> AbstractContextManager[None]:
         """The frozen reference (the base, or the adapter at the start), without dropout."""
 
-    def save_adapter(self, folder: Path) -> Path:
-        """Write the adapter as a plain PEFT adapter; the folder appears only when complete."""
+    def save_adapter(self, folder: Path, *, with_tokenizer: bool = False) -> Path:
+        """Write the adapter as a plain PEFT adapter; the folder appears only when complete.
+
+        `with_tokenizer` adds the tokenizer with its chat template, for an adapter to publish.
+        """
 
     def load_adapter(self, folder: Path) -> None:
         """Read the weights that `save_adapter` wrote into the adapter, in place."""

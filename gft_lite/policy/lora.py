@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from gft_lite.policy import attention
 from gft_lite.policy.base import Divergence, ServedBase, TokenScores, evaluating
 from gft_lite.policy.batching import Layout, MicroBatch, Row, cut
+from gft_lite.policy.model_checks import find_eos_ids
+from gft_lite.policy.registry import model_location
 from gft_lite.policy.scoring import Loss, OutputHead, autocast
 from gft_lite.policy.serving_base import serving_base
 from gft_lite.policy.weight_checks import read_fitting_weights
@@ -46,26 +48,16 @@ class LoraPolicy:
         limit = getattr(self.config, "max_position_embeddings", None) or 1 << 30
         self.context = min(settings.context or limit, limit)
         vocabulary = causal_lm.get_input_embeddings().num_embeddings
-        self.eos_ids = self._find_eos_ids(causal_lm.generation_config, vocabulary)
+        self.eos_ids = find_eos_ids(
+            causal_lm.generation_config, tokenizer, vocabulary, settings.model
+        )
         pads = (tokenizer.pad_token_id, *self.eos_ids, 0)
         self.pad_id = next(i for i in pads if i is not None and i < vocabulary)
         self.head = OutputHead(
             causal_lm.get_output_embeddings(), vocabulary, self.device, self.dtype
         )
         self.layout: Layout = self._choose_layout()
-
-    def _find_eos_ids(self, generation: Any, vocabulary: int) -> frozenset[int]:
-        """The EOS tokens of generation config and tokenizer. Raises: RecipeError."""
-        eos = generation.eos_token_id
-        listed = eos if isinstance(eos, list) else [eos]
-        found = frozenset(i for i in [*listed, self.tokenizer.eos_token_id] if i is not None)
-        if beyond := [i for i in found if i >= vocabulary]:
-            raise RecipeError(
-                [f"policy.model: must have its EOS token among its {vocabulary} tokens, got "
-                 f"{self.settings.model!r} with id {beyond[0]}. Set eos_token in "
-                 "tokenizer_config.json."]
-            )  # fmt: skip
-        return found
+        self._describe_adapter()
 
     # --- adapter ---------------------------------------------------------------------------
 
@@ -91,7 +83,16 @@ class LoraPolicy:
                 self.model.set_adapter(REFERENCE, inference_mode=True)
             yield
 
-    def save_adapter(self, folder: Path) -> Path:
+    def _describe_adapter(self) -> None:
+        """Make the adapter's config name this base, and write its sets in one order."""
+        config = self.model.peft_config[TRAINED]
+        config.base_model_name_or_path = model_location(self.settings.model)
+        config.revision = self.settings.revision
+        for name, value in vars(config).items():
+            if isinstance(value, set):
+                setattr(config, name, sorted(value))
+
+    def save_adapter(self, folder: Path, *, with_tokenizer: bool = False) -> Path:
         """Write the adapter as a plain PEFT adapter; the folder appears only when complete."""
         partial = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(partial, ignore_errors=True)
@@ -99,6 +100,8 @@ class LoraPolicy:
         self.model.save_pretrained(
             str(partial), selected_adapters=[TRAINED], save_embedding_layers=False
         )
+        if with_tokenizer:
+            self.tokenizer.save_pretrained(str(partial))
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
         return folder

@@ -11,21 +11,12 @@ import transformers
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gft_lite.policy.lora import REFERENCE, TRAINED, LoraPolicy
-from gft_lite.policy.registry import model_location
-from gft_lite.policy.weight_checks import (
-    adapter_folder,
-    check_adapter_base,
-    check_missing_weights,
-    check_no_pickle,
-    check_plain_head,
-    read_fitting_weights,
-)
+from gft_lite.policy.model_checks import check_model, report_errors
+from gft_lite.policy.weight_checks import check_missing_weights
 from gft_lite.recipe.sections import PolicySettings, RolloutSettings
-from gft_lite.utils.errors import RecipeError
 
 
 def load(
@@ -39,45 +30,29 @@ def load(
         transformers.utils.logging.disable_progress_bar()
     device = settings.resolved_device(cuda_available=torch.cuda.is_available())
     dtype = getattr(torch, settings.resolved_dtype(device))
-    where = model_location(settings.model)
-    check_no_pickle(Path(where), "*.safetensors", "policy.model")
-    common = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **common)
+    checked = check_model(settings)
+    with report_errors(settings.model):
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            where,
+            checked.location,
             dtype=dtype,
             device_map={"": device},
             quantization_config=_quantization(settings, dtype),
             attn_implementation=settings.attention,
             use_safetensors=True,
             output_loading_info=True,
-            **common,
+            **checked.hub_options,
         )
-    # Broken tokenizers, configurations and weights raise any of these.
-    except (
-        OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError
-    ) as error:  # fmt: skip
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        raise RecipeError(
-            [f"policy.model: must be a model folder or hub id that loads, "
-             f"got {settings.model!r} ({reason})"]
-        ) from error  # fmt: skip
     base, report = loaded
-    if not tokenizer.encode("1", add_special_tokens=False):
-        rule = "must have a tokenizer with a vocabulary, such as tokenizer.json"
-        raise RecipeError([f"policy.model: {rule}, got {settings.model!r} without."])
     check_missing_weights(base, report, settings.model)
-    check_plain_head(base.config)
     for module in base.modules():
         if isinstance(module, Linear4bit):
             # A forward pass in eval mode would repack the weights for a bf16 kernel that rounds.
             module.support_avx512bf16_for_cpu = False
-    model = _adapt(base, settings, seed)
+    model = _adapt(base, settings, checked.adapter, seed)
     _checkpoint_layers(base, settings)
     if settings.offload_embedding is True:
         _keep_on_cpu(base)
-    return LoraPolicy(model, tokenizer, settings, dtype)
+    return LoraPolicy(model, checked.tokenizer, settings, dtype)
 
 
 def _quantization(
@@ -96,10 +71,10 @@ def _quantization(
     )
 
 
-def _adapt(base: Any, settings: PolicySettings, seed: int) -> PeftModel:
+def _adapt(base: Any, settings: PolicySettings, adapter: Path | None, seed: int) -> PeftModel:
     """Add an adapter to the base: a new one, initialised from `seed`, or `policy.adapter`."""
     model: PeftModel
-    if settings.adapter is None:
+    if adapter is None:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             config = LoraConfig(
@@ -111,7 +86,9 @@ def _adapt(base: Any, settings: PolicySettings, seed: int) -> PeftModel:
             )
             model = get_peft_model(base, config)
     else:
-        model = _start_from(base, settings.adapter, settings)
+        model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+        if settings.reference == "adapter":
+            model.load_adapter(adapter, adapter_name=REFERENCE)
     for name, parameter in model.named_parameters():
         if f".{TRAINED}." in name:
             parameter.data = parameter.data.float()
@@ -136,36 +113,7 @@ def _checkpoint_layers(base: Any, settings: PolicySettings) -> None:
 def _keep_on_cpu(base: Any) -> None:
     """Keep the input embedding in the CPU's memory and copy only the rows that are looked up."""
     embedding = base.get_input_embeddings()
-    if embedding.weight is base.get_output_embeddings().weight:
-        raise RecipeError(
-            ["policy.offload_embedding: must be false for a model whose output head is its input "
-             "embedding, got true."]
-        )  # fmt: skip
     device = embedding.weight.device
     embedding.to("cpu")
     embedding.register_forward_pre_hook(lambda _, inputs: tuple(ids.cpu() for ids in inputs))
     embedding.register_forward_hook(lambda _module, _inputs, states: states.to(device))
-
-
-def _start_from(base: Any, adapter: str, settings: PolicySettings) -> PeftModel:
-    """Load `policy.adapter` as the trained adapter and, if set, as the reference."""
-    try:
-        found = adapter_folder(adapter)
-        model = PeftModel.from_pretrained(base, found, is_trainable=True)
-        check_adapter_base(model.peft_config[TRAINED], adapter, settings)
-        read_fitting_weights(model, TRAINED, found, "policy.adapter")
-        if settings.reference == "adapter":
-            model.load_adapter(found, adapter_name=REFERENCE)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
-        raise RecipeError(
-            [f"policy.adapter: must be a PEFT adapter of {settings.model}, "
-             f"got {adapter!r} ({reason})"]
-        ) from error  # fmt: skip
-    rank = getattr(model.peft_config[TRAINED], "r", None)
-    if rank != settings.lora.rank:
-        raise RecipeError(
-            [f"policy.lora.rank: must be {rank}, the rank of {adapter}, "
-             f"got {settings.lora.rank}"]
-        )  # fmt: skip
-    return model

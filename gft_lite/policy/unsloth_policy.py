@@ -9,21 +9,16 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftConfig
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from gft_lite.policy.adapter_config import lora_settings, read_adapter_config
 from gft_lite.policy.batching import Layout
 from gft_lite.policy.lora import REFERENCE, TRAINED, LoraPolicy
-from gft_lite.policy.registry import model_location
+from gft_lite.policy.model_checks import CheckedModel, check_model
 from gft_lite.policy.scoring import autocast
 from gft_lite.policy.vllm_process import engine_environment, isolated_process_state
-from gft_lite.policy.weight_checks import (
-    adapter_folder,
-    check_adapter_base,
-    check_no_pickle,
-    check_plain_head,
-)
+from gft_lite.policy.weight_checks import describe_error
 from gft_lite.recipe.sections import PolicySettings, RolloutSettings
 from gft_lite.utils.errors import RecipeError, short_repr
 
@@ -78,44 +73,36 @@ def load(
     """
     # Unsloth's usage statistics download a file from the hub.
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-    where = model_location(settings.model)
-    check_no_pickle(Path(where), "*.safetensors", "policy.model")
-    device = settings.resolved_device(cuda_available=True)
+    checked = check_model(settings)
     try:
-        adapter = adapter_folder(settings.adapter) if settings.adapter else None
         with torch.random.fork_rng():
-            base = _base(where, settings, device, seed, rollout)
-            model = _adapt(base, adapter, settings, seed)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            where, revision=settings.revision, trust_remote_code=settings.trust_remote_code
-        )
+            base = _base(checked, settings, seed, rollout)
+            model = _adapt(base, checked.adapter, settings, seed)
     except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
-        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
         raise RecipeError(
             [f"policy.backend: unsloth must be able to load {settings.model!r} and the adapter "
-             f"{short_repr(settings.adapter)}, got {reason}. Or leave policy.backend out."]
+             f"{short_repr(settings.adapter)}, got {describe_error(error)}. Or leave "
+             "policy.backend out."]
         ) from error  # fmt: skip
     dtype = base.get_input_embeddings().weight.dtype
     # Unsloth itself moves its checkpoints to RAM.
     own = settings.model_copy(update={"offload_checkpoints": False})
-    policy = UnslothPolicy(model, tokenizer, own, dtype)
-    if adapter:
-        policy.load_adapter(adapter)
+    policy = UnslothPolicy(model, checked.tokenizer, own, dtype)
+    if checked.adapter:
+        policy.load_adapter(checked.adapter)
         if settings.reference == "adapter":
-            model.load_adapter(adapter, adapter_name=REFERENCE)
+            model.load_adapter(checked.adapter, adapter_name=REFERENCE)
     return policy
 
 
 def _base(
-    where: str, settings: PolicySettings, device: str, seed: int, rollout: RolloutSettings | None
+    checked: CheckedModel, settings: PolicySettings, seed: int, rollout: RolloutSettings | None
 ) -> Any:
     """The base as Unsloth loads it, with the generation config of its files."""
     from unsloth import FastLanguageModel
 
-    common = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
-    config = transformers.AutoConfig.from_pretrained(where, **common)
-    check_plain_head(config)
-    limit = config.max_position_embeddings
+    where, common = checked.location, checked.hub_options
+    limit = transformers.AutoConfig.from_pretrained(where, **common).max_position_embeddings
     served = _served(settings, rollout)
     environment = engine_environment(torch.device("cuda"))
     with isolated_process_state(environment) if served else nullcontext():
@@ -125,7 +112,7 @@ def _base(
             max_seq_length=min(settings.context or limit, limit),  # Unsloth truncates longer rows.
             dtype=None if settings.dtype == "auto" else getattr(torch, settings.dtype),
             load_in_4bit=settings.quantization == "nf4",
-            device_map={"": device},
+            device_map={"": settings.resolved_device(cuda_available=True)},
             use_gradient_checkpointing=_checkpointing(settings),
             offload_embedding=False,
             fix_tokenizer=False,
@@ -158,23 +145,16 @@ def _served(settings: PolicySettings, rollout: RolloutSettings | None) -> dict[s
 
 
 def _adapt(base: Any, adapter: Path | None, settings: PolicySettings, seed: int) -> Any:
-    """Add a new adapter to the base, of the shape of `policy.adapter` if it is set."""
+    """Add a new adapter to the base, with the target modules of `policy.adapter` if it is set."""
     from unsloth import FastLanguageModel
 
     lora = settings.lora
-    shape: Any = PeftConfig.from_pretrained(str(adapter)) if adapter else None
-    if shape:
-        check_adapter_base(shape, settings.adapter or "", settings)
-    if shape and shape.r != lora.rank:
-        raise RecipeError(
-            [f"policy.lora.rank: must be {shape.r}, the rank of {settings.adapter}, "
-             f"got {lora.rank}"]
-        )  # fmt: skip
-    targets = shape.target_modules if shape else lora.target_modules
+    targets = lora_settings(read_adapter_config(adapter)).target_modules if adapter else None
+    targets = targets or lora.target_modules
     model = FastLanguageModel.get_peft_model(
         base,
         r=lora.rank,
-        lora_alpha=shape.lora_alpha if shape else lora.alpha,
+        lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets if isinstance(targets, str) else sorted(targets),
         use_gradient_checkpointing=_checkpointing(settings),

@@ -6,29 +6,44 @@ from pathlib import Path
 from typing import Any
 
 from bitsandbytes.nn import Linear4bit
-from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from peft import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gft_lite.recipe.base import HUB_ID
-from gft_lite.recipe.sections import PolicySettings
+from gft_lite.policy.adapter_config import WEIGHTS
 from gft_lite.utils.errors import RecipeError
 
-WEIGHTS = "adapter_model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# transformers, peft and safetensors raise any of these for broken tokenizers, configs and weights.
+LOAD_ERRORS = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, ArithmeticError,
+    ImportError, RuntimeError, SafetensorError, HFValidationError,
+    StrictDataclassError,
+)  # fmt: skip
 
 
-def check_no_pickle(folder: Path, weights: str, field: str) -> None:
+def describe_error(error: BaseException) -> str:
+    """Type and text of an error on one line of at most 200 characters."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+
+
+def check_safetensors(folder: Path, pattern: str, field: str) -> None:
     """Require weights as safetensors, since unpickling can run any code. Raises: RecipeError."""
-    if folder.is_dir() and not any(folder.glob(weights)):
-        pickles = sorted(f.name for f in folder.iterdir() if f.suffix in PICKLES)
-        got = f"{pickles[0]}, a pickle, which can run code when it is read" if pickles else "none"
-        raise RecipeError(
-            [f"{field}: must have its weights as safetensors, got {got}, in {str(folder)!r}. "
-             "Convert it where you trust it."]
-        )  # fmt: skip
+    if any(folder.glob(pattern)):
+        return
+    files = sorted(f.name for f in folder.iterdir())
+    got, advice = "none", "Give the folder with the weights."
+    if pickles := [name for name in files if name.endswith(PICKLES)]:
+        got = f"{pickles[0]}, a pickle, which can run code when it is read"
+        advice = "Convert it where you trust it."
+    elif gguf := [name for name in files if name.endswith(".gguf")]:
+        got = f"{gguf[0]}, a GGUF file, which can't be trained"
+        advice = "Give the model that it was converted from."
+    raise RecipeError(
+        [f"{field}: must have its weights as safetensors, got {got}, in {str(folder)!r}. {advice}"]
+    )
 
 
 def check_missing_weights(base: Any, report: dict[str, Any], model: str) -> None:
@@ -46,7 +61,7 @@ def check_missing_weights(base: Any, report: dict[str, Any], model: str) -> None
         if names:
             raise RecipeError(
                 [f"policy.model: must have all the weights of its config.json, got {model!r}, "
-                 f"whose files {what} {len(names)}, such as {min(names)}."]
+                 f"whose files {what} {len(names)}, such as {min(names)}. Download it again."]
             )  # fmt: skip
 
 
@@ -54,42 +69,6 @@ def _has_right_size(module: Linear4bit, weight: Any) -> bool:
     """True if the quantised weight has the shape that the layer declares."""
     state = getattr(weight, "quant_state", None)
     return state is not None and tuple(state.shape) == (module.out_features, module.in_features)
-
-
-def check_plain_head(config: Any) -> None:
-    """Require logits that are the output of the head; `OutputHead` does not rescale them.
-
-    Raises: RecipeError.
-    """
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise RecipeError(
-                [f"policy.model: must have a plain output head, got {config.model_type} "
-                 f"with {name}"]
-            )  # fmt: skip
-
-
-def adapter_folder(adapter: str) -> Path:
-    """The folder of a PEFT adapter, downloaded if `adapter` is a hub id. Raises: RecipeError."""
-    found = Path(adapter)
-    if not found.is_dir():
-        found = Path(snapshot_download(adapter, allow_patterns=["adapter_config.json", WEIGHTS]))
-    check_no_pickle(found, WEIGHTS, "policy.adapter")
-    return found
-
-
-def check_adapter_base(config: Any, adapter: str, settings: PolicySettings) -> None:
-    """Require that an adapter's config names the recipe's model, if both are hub ids.
-
-    The weights of an adapter of another base of the same shape would load. Raises: RecipeError.
-    """
-    named = str(getattr(config, "base_model_name_or_path", None))
-    on_hub = HUB_ID.fullmatch(named) and not Path(named).exists()
-    if on_hub and named != settings.model and not Path(settings.model).exists():
-        raise RecipeError(
-            [f"policy.adapter: must be an adapter of {settings.model}, got {adapter!r} of {named}. "
-             "Set policy.model, or base_model_name_or_path in its adapter_config.json."]
-        )  # fmt: skip
 
 
 def read_fitting_weights(model: Any, name: str, folder: Path, field: str) -> dict[str, Tensor]:
@@ -102,7 +81,7 @@ def read_fitting_weights(model: Any, name: str, folder: Path, field: str) -> dic
     try:
         found = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
-        raise RecipeError([f"{rule}, got {folder} ({error})."]) from error
+        raise RecipeError([f"{rule}, got {folder} ({describe_error(error)})."]) from error
     own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     sizes = [{name: t.shape for name, t in state.items()} for state in (own, found)]
     wrong = sorted({name for name, _ in sizes[0].items() ^ sizes[1].items()})

@@ -122,13 +122,13 @@ def drop_some(state):
 
 
 ADAPTERS = {
-    "rank": ({"r": 4}, None, {"lora": {"rank": 4}}, "size mismatch"),
+    "rank": ({"r": 4}, None, {"lora": {"rank": 4}}, "with 42 that are missing, foreign or of"),
     "target modules not there": ({"target_modules": ["w9"]}, None, {}, "{'w9'} not found in the"),
     "fewer target modules": ({"target_modules": ["q_proj"]}, None, {}, "with 36 that are missing"),
     "missing tensors": ({}, drop_some, {}, "with 4 that are missing, foreign or of another size"),
     "foreign tensors": ({}, lambda s: s | {"x.lora_A.weight": torch.zeros(2)}, {}, "with 1 that"),
     "another size": (
-        {}, lambda s: {n: t.repeat(1, 2) for n, t in s.items()}, {}, "size mismatch"
+        {}, lambda s: {n: t.repeat(1, 2) for n, t in s.items()}, {}, "with 42 that are missing"
     ),
     "not finite": ({}, lambda s: {n: t / 0 for n, t in s.items()}, {}, "is not finite"),
     "another base": (

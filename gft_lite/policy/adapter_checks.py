@@ -1,0 +1,167 @@
+"""Checks of LoRA settings and of `policy.adapter` against the base, before its weights are loaded.
+
+A skeleton is the base on torch's meta device: modules and shapes without data.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from peft import LoraConfig, PeftConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from gft_lite.policy.adapter_config import CONFIG, WEIGHTS, lora_settings, read_adapter_config
+from gft_lite.policy.registry import model_location
+from gft_lite.policy.weight_checks import (
+    LOAD_ERRORS,
+    check_safetensors,
+    describe_error,
+    read_fitting_weights,
+)
+from gft_lite.recipe.base import HUB_ID
+from gft_lite.recipe.sections import LoraSettings, PolicySettings
+from gft_lite.utils.errors import RecipeError, nearest, short_repr
+
+_log = logging.getLogger(__name__)
+
+
+# --- target modules --------------------------------------------------------------------------
+
+
+def check_targets(skeleton: Any, settings: PolicySettings) -> None:
+    """Require that each target module names linear modules of the base. Raises: RecipeError."""
+    targets = settings.lora.target_modules
+    if targets == "all-linear":
+        return
+    rule = f"policy.lora.target_modules: must name linear modules of {settings.model}"
+    linear = sorted({name.rpartition(".")[2] for name in _all_linear(skeleton)})
+    advice = f"It has {', '.join(linear)}."
+    problems = [] if targets else [f"{rule}, got an empty list. {advice}"]
+    for target in targets:
+        matched = _matching(skeleton, target)
+        other = [module for module in matched.values() if not _is_linear(module)]
+        if not matched:
+            close = nearest(target, linear)
+            hint = f"Did you mean {close}? " if close else ""
+            problems.append(f"{rule}, got {short_repr(target)}. {hint}{advice}")
+        elif other:
+            kind = type(other[0]).__name__
+            problems.append(f"{rule}, got {short_repr(target)}, of type {kind}. {advice}")
+    if problems:
+        raise RecipeError(problems)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """True for the modules that are adapted; GPT-2's linear layers are of type Conv1D."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _matching(skeleton: nn.Module, target: str) -> dict[str, nn.Module]:
+    """The modules that peft adapts for a target: those whose path is the target or ends in it."""
+    return {
+        name: module
+        for name, module in skeleton.named_modules()
+        if name == target or name.endswith(f".{target}")
+    }
+
+
+def _all_linear(skeleton: Any) -> set[str]:
+    """The paths of the modules that peft adapts for `all-linear`, which leaves out the head."""
+    head = skeleton.get_output_embeddings()
+    return {n for n, m in skeleton.named_modules() if _is_linear(m) and m is not head}
+
+
+# --- policy.adapter --------------------------------------------------------------------------
+
+
+def check_adapter(skeleton: Any, settings: PolicySettings) -> Path:
+    """Require that `policy.adapter` fits the base and has the LoRA settings of the recipe.
+
+    Returns the adapter's folder, downloaded if the recipe gives a hub id; `skeleton` has the
+    adapter afterwards. Raises: RecipeError.
+    """
+    adapter, requested = str(settings.adapter), settings.lora.target_modules
+    targeted = _targeted(skeleton, requested)
+    rule = f"policy.adapter: must be a PEFT adapter of {settings.model}, got {adapter!r}"
+    try:
+        folder = _find_folder(adapter)
+        written = read_adapter_config(folder)
+        config = PeftConfig.from_pretrained(str(folder))
+        if not isinstance(config, LoraConfig):
+            raise ValueError(f"its peft_type is {written.get('peft_type')}, not LORA")
+        _check_base(written, settings)
+        config.base_model_name_or_path = None  # peft would warn of another name.
+        config.init_lora_weights = False  # Some initialisations compute with the base's weights.
+        model = get_peft_model(skeleton, config)
+    except LOAD_ERRORS as error:
+        raise RecipeError([f"{rule} ({describe_error(error)})."]) from error
+    read_fitting_weights(model, "default", folder, "policy.adapter")
+    adapted = {name for name, module in skeleton.named_modules() if isinstance(module, LoraLayer)}
+    own = lora_settings(written)
+    same = targeted == adapted or _text(requested) == _text(own.target_modules)
+    _check_settings(settings, own, same_targets=same)
+    return folder
+
+
+def _find_folder(adapter: str) -> Path:
+    """The folder of a PEFT adapter without pickles, downloaded if `adapter` is a hub id."""
+    folder = Path(adapter)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(adapter, allow_patterns=[CONFIG, WEIGHTS]))
+    check_safetensors(folder, WEIGHTS, "policy.adapter")
+    return folder
+
+
+def _targeted(skeleton: Any, targets: str | list[str]) -> set[str]:
+    """The paths of the modules that `policy.lora.target_modules` names."""
+    if isinstance(targets, str):
+        return _all_linear(skeleton)
+    return {name for target in targets for name in _matching(skeleton, target)}
+
+
+def _check_base(config: Mapping[str, Any], settings: PolicySettings) -> None:
+    """Compare the base that an adapter's config names with the recipe's.
+
+    Weights of an adapter of another base of the same shape would load. Two hub ids must be equal;
+    of a folder, only the name is known, and another one logs a warning. Raises: RecipeError.
+    """
+    named, model = str(config.get("base_model_name_or_path")), settings.model
+    if named in (model, model_location(model), "None", ""):
+        return
+    named_on_hub = HUB_ID.fullmatch(named) and not Path(named).exists()
+    if named_on_hub and not Path(model).exists():
+        raise RecipeError(
+            [f"policy.adapter: must be an adapter of {model}, got {settings.adapter!r} of {named}. "
+             f"Set policy.model, or base_model_name_or_path in its {CONFIG}."]
+        )  # fmt: skip
+    if Path(named).name != Path(model_location(model)).name:
+        _log.warning("policy.adapter: %s names %s as its base, not %s. The run continues on %s.",
+                     settings.adapter, named, model, model)  # fmt: skip
+
+
+def _check_settings(settings: PolicySettings, own: LoraSettings, *, same_targets: bool) -> None:
+    """Require the adapter's `own` LoRA settings in the recipe. Raises: RecipeError."""
+    recipe = settings.lora
+    wrong = [name for name in ("rank", "alpha", "dropout")
+             if getattr(recipe, name) != getattr(own, name)]  # fmt: skip
+    wrong += [] if same_targets else ["target_modules"]
+    problems = []
+    for name in wrong:
+        want, got = _text(getattr(own, name)), _text(getattr(recipe, name))
+        problems.append(
+            f"policy.lora.{name}: must be {want}, as in {settings.adapter}, got {got}. "
+            f"Set policy.lora.{name}={want}."
+        )
+    if problems:
+        raise RecipeError(problems)
+
+
+def _text(value: Any) -> str:
+    """A value as the command line writes it."""
+    return f"[{', '.join(sorted(value))}]" if isinstance(value, list) else str(value)

@@ -1,0 +1,208 @@
+"""Checks of `policy.model` and its tokenizer before any weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from gft_lite.policy.adapter_checks import check_adapter, check_targets
+from gft_lite.policy.adapter_config import CONFIG as ADAPTER_CONFIG
+from gft_lite.policy.registry import model_location
+from gft_lite.policy.weight_checks import LOAD_ERRORS, check_safetensors, describe_error
+from gft_lite.recipe.sections import PolicySettings
+from gft_lite.utils.errors import RecipeError
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedModel:
+    """A recipe's base, tokenizer and adapter, found to fit each other.
+
+    `location` is the base's folder or hub id, `adapter` the folder of `policy.adapter`, and
+    `hub_options` are the arguments of every `from_pretrained`.
+    """
+
+    location: str
+    hub_options: dict[str, Any]
+    tokenizer: Any
+    adapter: Path | None
+
+
+def check_model(settings: PolicySettings) -> CheckedModel:
+    """Read config and tokenizer of the base, and check them, the LoRA settings and the adapter.
+
+    Raises: RecipeError.
+    """
+    where = model_location(settings.model)
+    options = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    _check_location(Path(where), settings.model)
+    with report_errors(settings.model):
+        config = _read_config(where, settings, options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
+        generation = _read_generation_config(where, config, settings.revision)
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            build = transformers.AutoModelForCausalLM.from_config
+            skeleton = build(config, trust_remote_code=settings.trust_remote_code)
+        vocabulary = skeleton.get_input_embeddings().num_embeddings
+    _check_config(config, settings)
+    _check_tokenizer(tokenizer, vocabulary, settings.model)
+    find_eos_ids(generation, tokenizer, vocabulary, settings.model)
+    _check_offload(skeleton, settings)
+    if settings.adapter is None:
+        check_targets(skeleton, settings)
+        return CheckedModel(where, options, tokenizer, None)
+    return CheckedModel(where, options, tokenizer, check_adapter(skeleton, settings))
+
+
+@contextmanager
+def report_errors(model: str) -> Iterator[None]:
+    """Raise errors of transformers while it reads a base as a RecipeError of policy.model."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except LOAD_ERRORS as error:
+        raise RecipeError(
+            [f"policy.model: must be a model folder or hub id that loads, got {model!r} "
+             f"({describe_error(error)})."]
+        ) from error  # fmt: skip
+
+
+def _check_location(folder: Path, model: str) -> None:
+    """Require that a path is the folder of a base with config and safetensors.
+
+    Raises: RecipeError.
+    """
+    rule = "policy.model: must be the folder of a base model, or a hub id, got"
+    if folder.is_file():
+        raise RecipeError([f"{rule} the file {model!r}. Give the folder that holds it."])
+    if not folder.is_dir():
+        return
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise RecipeError(
+            [f"{rule} {model!r} with an adapter. Set policy.adapter to it, and policy.model to the "
+             f"base that its {ADAPTER_CONFIG} names."]
+        )  # fmt: skip
+    if (folder / "recipe.yaml").is_file():
+        raise RecipeError(
+            [f"{rule} the run {model!r}. Set policy.adapter={folder / 'adapter'}, and policy.model "
+             "as in its recipe.yaml."]
+        )  # fmt: skip
+    check_safetensors(folder, "*.safetensors", "policy.model")
+    if not (folder / "config.json").is_file():
+        raise RecipeError([f"{rule} {model!r} without config.json. Download it again."])
+
+
+def _read_config(where: str, settings: PolicySettings, options: dict[str, Any]) -> Any:
+    """The config of a causal language model. Raises: RecipeError, LOAD_ERRORS."""
+    raw, _ = transformers.PreTrainedConfig.get_config_dict(where, revision=settings.revision)
+    kind, code = raw.get("model_type"), raw.get("auto_map") or {}
+    if kind is not None and kind not in CONFIG_MAPPING and "AutoConfig" not in code:
+        raise RecipeError(
+            [f"policy.model: must be of a type in transformers {transformers.__version__}, got "
+             f"{settings.model!r} of type {kind!r}. Choose another model."]
+        )  # fmt: skip
+    config = transformers.AutoConfig.from_pretrained(where, **options)
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in code
+    if not causal or getattr(config, "is_encoder_decoder", False):
+        raise RecipeError(
+            [f"policy.model: must be a causal language model, got {settings.model!r} of type "
+             f"{kind!r}. Choose another model."]
+        )  # fmt: skip
+    return config
+
+
+def _read_generation_config(where: str, config: Any, revision: str | None) -> Any:
+    """The generation config in the model's files, or the one that its config implies."""
+    reader: Any = transformers.GenerationConfig
+    try:
+        return reader.from_pretrained(where, revision=revision)
+    except OSError:
+        if (Path(where) / "generation_config.json").is_file():
+            raise  # transformers itself would ignore a broken file, and the EOS tokens in it.
+        return reader.from_model_config(config)
+
+
+def _check_config(config: Any, settings: PolicySettings) -> None:
+    """Require unscaled logits, and a stored quantisation that is the recipe's.
+
+    `OutputHead` does not rescale the output of the head. Raises: RecipeError.
+    """
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise RecipeError(
+                [f"policy.model: must have a plain output head, got {config.model_type} with "
+                 f"{name}. Choose another model."]
+            )  # fmt: skip
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    kind = "int8" if stored.get("load_in_8bit") else stored.get("bnb_4bit_quant_type")
+    if kind not in ("nf4", "int8"):
+        raise RecipeError(
+            [f"policy.model: must be stored unquantised or by bitsandbytes as nf4 or int8, got "
+             f"{settings.model!r} in {kind or stored.get('quant_method')}. Give the original "
+             "model; policy.quantization quantises it."]
+        )  # fmt: skip
+    if kind != settings.quantization:
+        raise RecipeError(
+            [f"policy.quantization: must be {kind}, in which {settings.model!r} is stored, got "
+             f"{settings.quantization}. Set policy.quantization={kind}."]
+        )  # fmt: skip
+
+
+def _check_tokenizer(tokenizer: Any, vocabulary: int, model: str) -> None:
+    """Require a vocabulary that the embedding covers, but for an unused pad token.
+
+    Raises: RecipeError.
+    """
+    if not tokenizer.encode("1", add_special_tokens=False):
+        rule = "must have a tokenizer with a vocabulary, such as tokenizer.json"
+        raise RecipeError([f"policy.model: {rule}, got {model!r} without. Download it again."])
+    tokens = tokenizer.get_vocab()
+    exempt = (tokenizer.pad_token_id, tokenizer.eos_token_id)  # find_eos_ids checks the latter.
+    beyond = sorted((i, token) for token, i in tokens.items() if i >= vocabulary)
+    beyond = [each for each in beyond if each[0] not in exempt]
+    if beyond:
+        number, token = beyond[0]
+        raise RecipeError(
+            [f"policy.model: must have an embedding for each token of its tokenizer, got {model!r} "
+             f"with {len(tokens)} tokens and {vocabulary} embeddings, none of them for {token!r} "
+             f"({number}). Resize the embedding, or use the tokenizer of the model's training."]
+        )  # fmt: skip
+
+
+def find_eos_ids(generation: Any, tokenizer: Any, vocabulary: int, model: str) -> frozenset[int]:
+    """The EOS tokens of generation config and tokenizer.
+
+    Raises: RecipeError for one that is not among the `vocabulary` embeddings.
+    """
+    listed = generation.eos_token_id
+    listed = listed if isinstance(listed, list) else [listed]
+    found = [i for i in (*listed, tokenizer.eos_token_id) if i is not None]
+    wrong = [i for i in found if type(i) is not int or not 0 <= i < vocabulary]
+    if wrong:
+        raise RecipeError(
+            [f"policy.model: must have its EOS token among its {vocabulary} tokens, got {model!r} "
+             f"with id {wrong[0]!r}. Set eos_token in tokenizer_config.json and eos_token_id in "
+             "generation_config.json."]
+        )  # fmt: skip
+    return frozenset(found)
+
+
+def _check_offload(skeleton: Any, settings: PolicySettings) -> None:
+    """Require an input embedding of its own for policy.offload_embedding. Raises: RecipeError."""
+    embedding, head = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
+    if settings.offload_embedding is True and embedding.weight is head.weight:
+        raise RecipeError(
+            ["policy.offload_embedding: must be false for a model whose output head is its input "
+             "embedding, got true. Set policy.offload_embedding=false."]
+        )  # fmt: skip
