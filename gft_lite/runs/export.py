@@ -19,8 +19,7 @@ def save_final_adapter(policy: Policy, folder: Path) -> None:
     """
     from transformers import GenerationConfig
 
-    policy.save_adapter(folder)
-    policy.tokenizer.save_pretrained(folder)
+    policy.save_adapter(folder, with_tokenizer=True)
     ends = sorted(policy.eos_ids)
     GenerationConfig(eos_token_id=ends, pad_token_id=policy.pad_id).save_pretrained(folder)
 

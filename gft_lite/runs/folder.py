@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gft_lite.recipe.effects import Affects, differences, values_affecting
+from gft_lite.recipe.method_parameters import complete_objective
 from gft_lite.recipe.schema import Recipe
 from gft_lite.types import Response, ScoredGroup
 from gft_lite.utils.distributed import Distributed
@@ -306,7 +307,10 @@ def _check_own_recipe(recipe: Recipe, saved: Path) -> None:
 
     Raises: RecipeError with every other field that differs.
     """
-    old, new = (values_affecting(r, Affects.RUN) for r in (Recipe.load(saved), recipe))
+    theirs = Recipe.load(saved)
+    if theirs.method == recipe.method:  # Its module has been checked for trust.
+        theirs = complete_objective(theirs)
+    old, new = (values_affecting(r, Affects.RUN) for r in (theirs, recipe))
     differing = [f"{name} ({short_repr(a)}, now {short_repr(b)})"
                  for name, a, b in differences(old, new)]  # fmt: skip
     if differing:

@@ -94,11 +94,11 @@ def check_output_path(
 ) -> None:
     """Check that a folder or file can be created or overwritten at `path`.
 
-    Raises: UserError that names `field`.
+    Raises: RecipeError that names `field`.
     """
     if advice := _unusable(os.fspath(path), kind):
         rule = f"{field}: must be a {kind} that can be written to"
-        raise UserError([f"{rule}, got {short_repr(os.fspath(path))}. {advice}"])
+        raise RecipeError([f"{rule}, got {short_repr(os.fspath(path))}. {advice}"])
 
 
 def _unusable(text: str, kind: str) -> str | None:

@@ -161,8 +161,8 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_has_died(tmp_path):
     run = RunFolder(tmp_path / "run")
     run.create(small().to_yaml())
     code = (
-        "import sys; from pathlib import Path; from gft_lite.utils.files import alone_in\n"
-        "with alone_in(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+        "import sys; from pathlib import Path; from gft_lite.utils.files import lock_folder\n"
+        "with lock_folder(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     )
     first = subprocess.Popen([sys.executable, "-c", code, str(run.path)],
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
