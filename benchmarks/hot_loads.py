@@ -1,8 +1,8 @@
-"""Two hundred hot-loads in a row: memory, file descriptors and disk of the process, each probed.
+"""Two hundred hot-loads in a row: memory, file descriptors and disk space of the process.
 
 Trainer and engine share the process, so its memory is that of both. Every sync serves another
-adapter and is held against the trainer: the score of a fixed completion, which must be neither
-the base's nor the adapter's before, and the greedy continuation of a prompt.
+adapter and is compared with the trainer: the log-probs of a fixed completion, which must be neither
+those of the base nor those of the previous adapter, and the greedy continuation of a prompt.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from gft_lite.policy.batching import Row
 from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.sections import PolicySettings, RolloutSettings
 from gft_lite.rollout.base import Request, RolloutEngine, Sampling
+from gft_lite.rollout.policy_engine import PolicyEngine
 from gft_lite.rollout.registry import start_engine
-from gft_lite.rollout.sync_check import Probe, sync
 
 SYNCS, WARM_UP = 200, 50
 SETTINGS = RolloutSettings(engine="vllm")
@@ -33,33 +33,34 @@ PROMPT, COMPLETION = tuple(range(5, 25)), (9, 33, 31, 14, 20, 12, 28, 26)
 
 
 def hot_loads(syncs: int = SYNCS, warm_up: int = WARM_UP) -> dict[str, Any]:
-    """What `syncs` hot-loads cost; slopes are least squares over all but the first `warm_up`."""
+    """The cost of `syncs` hot-loads; slopes are least squares without the first `warm_up`."""
     policy = load_policy(PolicySettings(device="auto", gradient_checkpointing=False))
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         engine = start_engine(SETTINGS, policy, scratch)
         try:
-            return _measure(policy, engine, scratch / "adapters", syncs, warm_up)
+            return measure(policy, engine, scratch / "adapters", syncs, warm_up)
         finally:
             engine.close()
 
 
-def _measure(
+def measure(
     policy: Policy, engine: RolloutEngine, adapters: Path, syncs: int, warm_up: int
 ) -> dict[str, Any]:
-    probe = Probe(policy, Row(PROMPT, COMPLETION), SETTINGS.probe_limit)
-    noise = probe.calibrate(engine)
+    """The cost of `syncs` hot-loads into an engine that is running."""
+    served = PolicyEngine(engine, policy, adapters)
+    noise = served.start_checks(Row(PROMPT, COMPLETION), SETTINGS.probe_limit)
     gaps, wrong, answers, seconds = [], 0, set(), []
     memory, descriptors, disk = [], [], []
     for version in range(1, syncs + 1):
         _change(policy, version)
         start = time.perf_counter()
-        sync(engine, policy, adapters, version)
+        served.sync_unchecked(version)
         seconds.append(time.perf_counter() - start)
-        gaps.append(probe.check(engine))
-        [[served]] = engine.generate([Request(PROMPT, (0,))], GREEDY)
-        answers.add(served.token_ids)
-        wrong += served.token_ids != _greedy(policy, len(served.token_ids))
+        gaps.append(served.check(engine))
+        [[completion]] = engine.generate([Request(PROMPT, (0,))], GREEDY)
+        answers.add(completion.token_ids)
+        wrong += completion.token_ids != _greedy(policy, len(completion.token_ids))
         memory.append(_resident_kib())
         descriptors.append(len(os.listdir("/proc/self/fd")))
         disk.append(sum(f.stat().st_size for f in adapters.rglob("*") if f.is_file()))
@@ -81,7 +82,7 @@ def _measure(
 
 
 def _change(policy: Policy, version: int) -> None:
-    """Another random adapter, far enough from the one before to answer otherwise."""
+    """Replace the adapter by a random one with other answers."""
     generator = torch.Generator().manual_seed(version)
     for parameter in policy.parameters().values():
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)

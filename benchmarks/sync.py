@@ -1,17 +1,16 @@
-"""What it costs to give the new policy to vLLM: our hot-load against merge-and-push of all weights.
+"""The cost of serving the new policy in vLLM: our hot-load and merge-and-push of all weights.
 
-- `hot_load` is `rollout.probe.sync` into a real vLLM engine in the trainer's process: write the
-  adapter, let the engine load it, drop the old one.
-- `merge_and_push` is the walk of TRL's `VLLMGeneration.sync_weights` over the weights: merge the
-  adapter, hand out every weight, take the adapter out again. Each weight is copied once, the least
-  that vLLM's `load_weights` can do; vLLM itself is left out, since on a CPU it repacks weights
-  when it starts and takes no more.
+- `hot_load` is `PolicyEngine.sync_unchecked` with a real vLLM engine in the trainer's process:
+  write the adapter, load it in the engine, remove the old one.
+- `merge_and_push` is TRL's `VLLMGeneration.sync_weights`: merge the adapter, copy every weight,
+  unmerge. Each weight is copied once, the minimum for vLLM's `load_weights`; vLLM itself is left
+  out, because on a CPU it repacks weights at start and accepts no others later.
 
-All on a CPU, in fp32: nothing crosses a bus.
+Everything runs on a CPU in fp32, so that no transfer to a device is included.
 
-Bytes are those of the adapter's file and of the weights handed over. For real models they are
-counted from their shapes, weights in bf16, and the adapter as it is saved, in fp32. Last, what a
-merge into NF4 leaves of an update: the cosine of applied and wanted change, by its size.
+Bytes are those of the adapter file and of the copied weights. For real models they are computed
+from the shapes, with weights in bf16 and the adapter in fp32, as it is saved. The last table shows
+what a merge into NF4 keeps of an update: the cosine of applied and intended change, by its size.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from benchmarks.record import fresh_processes, record
 from benchmarks.recorded import Shape, lora, make_model, plain_model
 from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.sections import PolicySettings, RolloutSettings
-from gft_lite.rollout.sync_check import sync
+from gft_lite.rollout.policy_engine import PolicyEngine
 from gft_lite.rollout.vllm_engine import VllmEngine
 from gft_lite.utils.paths import PACKAGE
 
@@ -51,7 +50,7 @@ Figures = dict[str, Any]
 
 
 def hot_load(folder: Path, turns: int) -> Figures:
-    """Our sync of a changed adapter, each turn into the same engine."""
+    """Our sync of a changed adapter into one engine, several times."""
     _quiet()
     policy = load_policy(
         PolicySettings(model=str(folder), adapter=str(folder / "adapter"), quantization="none",
@@ -59,21 +58,22 @@ def hot_load(folder: Path, turns: int) -> Figures:
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         engine = VllmEngine(RolloutSettings(engine="vllm"), policy, Path(name))
+        served = PolicyEngine(engine, policy, Path(name) / "v")
         versions = iter(range(1 + turns))
-        found = _timed(lambda: sync(engine, policy, Path(name) / "v", next(versions)), turns)
+        found = _timed(lambda: served.sync_unchecked(next(versions)), turns)
         [file] = (Path(name) / "v").glob("*/adapter_model.safetensors")
         engine.close()
         return {**found, "bytes": file.stat().st_size}
 
 
 def merge_and_push(folder: Path, turns: int) -> Figures:
-    """TRL's walk over all merged weights, each copied where vLLM would have it."""
+    """TRL's loop over all merged weights, each copied to another tensor."""
     _quiet()
     from accelerate import Accelerator
     from trl.distributed import DistributedBackend
     from trl.generation.vllm_generation import VLLMGeneration
 
-    # Only what sends: its engine would have to be a vLLM that TRL supports, on a GPU.
+    # Only the sender: TRL supports other versions of vLLM, and only on a GPU.
     sender: Any = VLLMGeneration.__new__(VLLMGeneration)
     sender.model = plain_model(folder)
     sender._dist = DistributedBackend(Accelerator(cpu=True))
@@ -87,7 +87,7 @@ def merge_and_push(folder: Path, turns: int) -> Figures:
 
 
 def _timed(function: Callable[[], None], turns: int) -> Figures:
-    """The least seconds, of the clock and of the CPU, after a turn to warm up."""
+    """The lowest wall-clock and CPU seconds after one warm-up turn."""
     clock, cpu = [], []
     for _ in range(1 + turns):
         started, used = time.perf_counter(), time.process_time()
@@ -98,7 +98,7 @@ def _timed(function: Callable[[], None], turns: int) -> Figures:
 
 
 def merge_fidelity(folder: Path) -> list[Figures]:
-    """What a merge into an NF4 weight leaves of an update, and of the weight once taken out."""
+    """What a merge into an NF4 weight keeps of an update, and of the weight after an unmerge."""
     _quiet()
     policy = load_policy(PolicySettings(model=str(folder), adapter=str(folder / "adapter")))
     module = policy.model.get_base_model().model.layers[0].mlp.down_proj
@@ -128,7 +128,7 @@ def _weight(module: Any) -> torch.Tensor:
 
 
 def counted(name: str) -> Figures:
-    """Bytes of the adapter and of all weights of a real model, from its shape."""
+    """Bytes of the adapter and of all weights of a real model, computed from its shape."""
     file = PACKAGE.parent / "configs" / "models" / "shapes" / f"{name}.json"
     config = transformers.AutoConfig.for_model(**json.loads(file.read_text(encoding="utf-8")))
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""vLLM beside the trainer on one device: hot-loads that are probed, sleep, and tokens a second."""
+"""vLLM and the trainer on one device: checked hot-loads, sleep, and tokens per second."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.gpu_check.compat import adapt_vllm
 from benchmarks.gpu_check.parts import Figures, Notes, Skip
 from benchmarks.gpu_check.scale import SMALL, Setup
 from benchmarks.gpu_check.work import make_groups, random_policy, timed
-from benchmarks.hot_loads import _measure
+from benchmarks.hot_loads import measure
 from gft_lite.policy.lora import LoraPolicy
 from gft_lite.recipe.sections import RolloutSettings
 from gft_lite.rollout.base import Request, Sampling
@@ -24,7 +24,7 @@ SYNCS, TINY_SYNCS = 20, 4
 
 
 def check(setup: Setup, notes: Notes) -> None:
-    """Note what starting costs, hot-loads, sleep and generation."""
+    """Measure the start, hot-loads, sleep and generation."""
     if importlib.util.find_spec("vllm") is None:
         raise Skip("vllm is not installed")
     from gft_lite.rollout.vllm_engine import VllmEngine
@@ -34,7 +34,7 @@ def check(setup: Setup, notes: Notes) -> None:
     settings = RolloutSettings(engine="vllm", gpu_memory=0.25, eager=True)
     started: list[Any] = []
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["GFT_LITE_CACHE"] = folder  # Nobody has a use for a random base twice.
+        os.environ["GFT_LITE_CACHE"] = folder  # A random base is not used again.
 
         def start() -> Figures:
             before, begin = _used_gib(), time.perf_counter()
@@ -53,13 +53,13 @@ def check(setup: Setup, notes: Notes) -> None:
 
 
 def hot_loads(setup: Setup, policy: LoraPolicy, engine: Any, adapters: Path) -> Figures:
-    """Adapters one after another, each probed: the score of a completion, a greedy answer."""
+    """Load adapters one after another and check each one."""
     syncs = TINY_SYNCS if setup.tiny else SYNCS
-    return _measure(policy, engine, adapters, syncs, warm_up=syncs // 2)
+    return measure(policy, engine, adapters, syncs, warm_up=syncs // 2)
 
 
 def sleep(setup: Setup, engine: Any) -> Figures:
-    """What sleep gives back, and whether the engine answers as before when it is awake again."""
+    """The memory that sleep releases, and if the answers after waking are the same."""
     request, greedy = Request(tuple(range(5, 25)), (0,)), Sampling(temperature=0, max_tokens=8)
     before, awake = engine.generate([request], greedy), _used_gib()
     _, down = timed(setup, engine.sleep)
@@ -76,7 +76,7 @@ def sleep(setup: Setup, engine: Any) -> Figures:
 
 
 def generate(setup: Setup, policy: LoraPolicy, engine: Any) -> Figures:
-    """Tokens a second over the batch's prompts, eight samples each, none of them ending early."""
+    """Tokens per second over the batch's prompts, eight samples each of full length."""
     groups, length = make_groups(setup, policy.config.vocab_size), setup.sizes.response // 4
     seeds = tuple(range(setup.sizes.members))
     requests = [Request(tuple(group["prompt_ids"]), seeds) for group in groups]
@@ -88,7 +88,7 @@ def generate(setup: Setup, policy: LoraPolicy, engine: Any) -> Figures:
 
 
 def _used_gib() -> float:
-    """What all processes hold of the device."""
+    """GiB of the device that are in use, by all processes."""
     if not torch.cuda.is_available():
         return 0.0
     torch.cuda.empty_cache()
