@@ -26,6 +26,7 @@ from gft_lite.cli import (
 from gft_lite.cli.common import FAILED, INTERRUPTED, WRONG_INPUT
 from gft_lite.rewards.base import RewardError
 from gft_lite.utils.errors import UserError, short_repr
+from gft_lite.utils.files import is_disk_full
 from gft_lite.utils.secrets import redact
 from gft_lite.version import __version__
 
@@ -43,6 +44,7 @@ COMMANDS = (
     methods,
     lab,
 )
+_AGAIN = "continue with --resume"
 # Set by `accelerate launch` for each process.
 _RANK_VARIABLES = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
 
@@ -64,14 +66,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(redact(str(error)), file=sys.stderr)
         return WRONG_INPUT
     except KeyboardInterrupt:
-        print(f"interrupted; {getattr(options, 'again', 'continue with --resume')}",
-              file=sys.stderr)  # fmt: skip
+        print(f"interrupted; {getattr(options, 'again', _AGAIN)}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         # Developers set the variable to see the traceback.
         if os.environ.get("GFT_LITE_DEBUG"):
             raise
-        print(redact(f"{type(error).__name__}: {error}"), file=sys.stderr)
+        text = f"{type(error).__name__}: {error}"
+        again = getattr(options, "again", _AGAIN)
+        if is_disk_full(error) and again not in text:
+            text += f". The disk is full: make room; {again}."
+        print(redact(text), file=sys.stderr)
         print("GFT_LITE_DEBUG=1 shows where.", file=sys.stderr)
         return FAILED
 
