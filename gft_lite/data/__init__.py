@@ -10,17 +10,14 @@ Adding a file format:
 """
 
 from gft_lite.data.base import Rows, Unusable
-from gft_lite.data.gold_check import GoldCheck, check_golds
 from gft_lite.data.problems import Loaded, load_problems, problems_of_step, split_holdout
 from gft_lite.data.prompts import PromptFormat
 
 __all__ = [
-    "GoldCheck",
     "Loaded",
     "PromptFormat",
     "Rows",
     "Unusable",
-    "check_golds",
     "load_problems",
     "problems_of_step",
     "split_holdout",

@@ -9,7 +9,6 @@ import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from string import ascii_uppercase as LETTERS
 from typing import Any
 
@@ -18,7 +17,7 @@ from gft_lite.data.prompts import PromptFormat
 from gft_lite.recipe.sections import ColumnsSettings
 from gft_lite.rewards.extract import boxed_answer
 from gft_lite.types import Problem
-from gft_lite.utils.errors import RecipeError, nearest
+from gft_lite.utils.errors import RecipeError, nearest, short_repr
 
 MAX_COLUMNS = 40  # listed in an error
 # All rows of a table have the same columns, yet a nested column may be null in the first few.
@@ -96,9 +95,10 @@ def check_columns(parts: Sequence[Rows], columns: ColumnsSettings, field: str) -
 
 def _missing_column(name: str, use: str, known: Collection[str]) -> str:
     close = nearest(name, known)
-    hint = f" Did you mean {close}?" if close else ""
+    hint = f" Did you mean {close}?" if close and close.isprintable() else ""
     more = ["..."] if len(known) > MAX_COLUMNS else []
-    columns_are = f"columns are: {', '.join([*islice(known, MAX_COLUMNS), *more])}."
+    shown = [n if n.isprintable() and len(n) <= 60 else short_repr(n) for n in known]
+    columns_are = f"columns are: {', '.join([*shown[:MAX_COLUMNS], *more])}."
     return f"{use}: no row has a column {name!r}; {columns_are}{hint}"
 
 

@@ -14,12 +14,16 @@ from typing import Any
 from gft_lite.data.base import UNREADABLE, Rows, Unusable
 from gft_lite.recipe.base import HUB_ID
 from gft_lite.recipe.sections import DataSettings
-from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.errors import RecipeError, short_repr
 
 FORMATS = (".jsonl", ".json", ".parquet", ".csv")
 _FORMAT_LIST = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
 # Descriptions of data sets, which lie beside their rows.
 _METADATA = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}
+_READ_ERRORS = (
+    ImportError, OSError, ValueError, LookupError, NotImplementedError, MemoryError,
+)  # fmt: skip
+MAX_REASON = 500  # characters of a library's error
 _COMMA = re.compile(r",(?! )")
 _SPLITS = {"train", "test", "validation", "valid", "val", "dev"}
 
@@ -29,9 +33,20 @@ def open_source(settings: DataSettings, field: str = "data") -> list[Rows]:
 
     Raises: RecipeError that names `field` if the source doesn't exist or can't be read.
     """
-    source = settings.source
-    if source == "lab":
+    if settings.source == "lab":
         return [_lab(settings.split, field)]
+    # A source can be a name that the file system does not accept, or a folder of somebody else.
+    try:
+        local = _local(settings, field)
+    except (OSError, ValueError, RuntimeError) as error:
+        shown = short_repr(settings.source)
+        raise RecipeError([f"{field}.source: can't read {shown}: {_one_line(error)}."]) from None
+    return [_hub(settings, field)] if local is None else local
+
+
+def _local(settings: DataSettings, field: str) -> list[Rows] | None:
+    """The rows of a local file or folder, None for the id of a hub data set."""
+    source = settings.source
     path = Path(source).expanduser()
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return [_saved_to_disk(path, settings.split, field)]
@@ -44,7 +59,7 @@ def open_source(settings: DataSettings, field: str = "data") -> list[Rows]:
     if looks_local or not HUB_ID.fullmatch(source):
         advice = "" if looks_local or "/" in source else " Hub data sets are written owner/name."
         raise RecipeError([f"{field}.source: no such file or folder, got {source!r}.{advice}"])
-    return [_hub(settings, field)]
+    return None
 
 
 def _lab(split: str, field: str) -> Rows:
@@ -69,12 +84,9 @@ def _hub(settings: DataSettings, field: str) -> Rows:
             source, name=settings.config, split=settings.split, revision=settings.revision, **file
         )
     except (DatasetsError, ImportError, OSError, ValueError, RuntimeError) as error:
-        raise RecipeError(
-            [
-                f"{field}.source: no such file here, and the hub's data set {source!r} (config "
-                f"{settings.config!r}, split {settings.split!r}) can't be loaded: {error}"
-            ]
-        ) from None
+        what = f"{source!r} (config {settings.config!r}, split {settings.split!r})"
+        rule = f"no such file here, and the hub's data set {what} can't be loaded"
+        raise RecipeError([f"{field}.source: {rule}: {_one_line(error)}."]) from None
     return _dataset(source, rows)
 
 
@@ -87,7 +99,9 @@ def _saved_to_disk(folder: Path, split: str, field: str) -> Rows:
         found = datasets.load_from_disk(str(folder))
     except (DatasetsError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         rule = "must be what save_to_disk of datasets writes"
-        raise RecipeError([f"{field}.source: {rule}, got {str(folder)!r} ({error})."]) from None
+        raise RecipeError(
+            [f"{field}.source: {rule}, got {str(folder)!r} ({_one_line(error)})."]
+        ) from None
     if isinstance(found, datasets.DatasetDict):
         if split not in found:
             names = ", ".join(found)
@@ -108,6 +122,7 @@ def _files_of_split(folder: Path, split: str, field: str) -> list[Path]:
         p
         for p in folder.iterdir()
         if p.suffix.lower() in FORMATS and p.name not in _METADATA and p.name[0] != "."
+        if p.is_file()
     )
     if not files:
         raise RecipeError([f"{field}.source: must hold {_FORMAT_LIST} files, got {str(folder)!r}."])
@@ -128,8 +143,16 @@ def _read(path: Path, field: str) -> Rows:
         raise RecipeError([f"{field}.source: must be a {_FORMAT_LIST} file, got {str(path)!r}."])
     try:
         return read(path)
-    except (ImportError, OSError, ValueError) as error:
-        raise RecipeError([f"{field}.source: can't read {str(path)!r}: {error}."]) from None
+    except _READ_ERRORS as error:
+        raise RecipeError(
+            [f"{field}.source: can't read {str(path)!r}: {_one_line(error)}."]
+        ) from None
+
+
+def _one_line(error: Exception) -> str:
+    """An error of a library as one line without its full stop."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "".join(c if c.isprintable() else "?" for c in text)[:MAX_REASON].rstrip(". ")
 
 
 def _listed(name: str, rows: list[Any]) -> Rows:
@@ -216,7 +239,7 @@ def _parquet(path: Path) -> Rows:
     file = pyarrow.parquet.ParquetFile(path)
     try:
         table = file.read()
-    except (OSError, ValueError):
+    except _READ_ERRORS:
         table = _readable_columns(file)
     return Rows(path.name, len(table), lambda i: _arrow_row(table, i), table=True)
 
@@ -229,7 +252,7 @@ def _readable_columns(file: Any) -> Any:
     for name in file.schema_arrow.names:
         try:
             columns[name] = file.read(columns=[name]).column(name)
-        except (OSError, ValueError, LookupError) as error:
+        except _READ_ERRORS as error:
             failure = error
     if not columns and failure:
         raise failure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import struct
 from pathlib import Path
@@ -336,6 +337,85 @@ def test_any_rows_are_problems_or_counted(tmp_path, rows, choices):
     for problem in loaded.problems:
         assert problem.text.strip() and problem.answer and problem.prompt_ids
         "".join([problem.id, problem.text, problem.answer, *problem.experts]).encode()
+
+
+# --- mutated files ---------------------------------------------------------------------------
+
+ROWS = [
+    {"problem": f"What is {i}+1?", "answer": str(i + 1), "expert": f"so\n{i + 1}, \"x\"",
+     "choices": ["a", str(i + 1)], "id": f"n{i}"}
+    for i in range(4)
+]  # fmt: skip
+
+
+def whole_files() -> dict[str, bytes]:
+    text, table = io.StringIO(), io.BytesIO()
+    writer = csv.DictWriter(text, list(ROWS[0]))
+    writer.writeheader()
+    writer.writerows(ROWS)
+    pa.parquet.write_table(pa.Table.from_pylist(ROWS), table)
+    return {
+        "x.jsonl": "\n".join(map(json.dumps, ROWS)).encode(),
+        "x.json": json.dumps(ROWS, indent=1).encode(),
+        "x.csv": text.getvalue().encode(),
+        "x.parquet": table.getvalue(),
+    }
+
+
+FILES = whole_files()
+PIECES = [bytes([i]) for i in b'\0\xff",\'[]{}\r\n\\'] + [
+    b"\xef\xbb\xbf", b"\xff\xfe", b"9" * 5000, b"\\ud800", b"NaN", b"1e999", b"['", b"[" * 2000,
+]  # fmt: skip
+_piece = st.sampled_from(PIECES) | st.binary(min_size=1, max_size=3)
+# A place as a share of the file, how many bytes are taken out there, and what is put there.
+_change = st.tuples(
+    st.floats(0, 1), st.sampled_from([0, 1, 1, 3, 40, 10**6]), _piece | st.just(b"")
+)
+
+
+@pytest.mark.parametrize("name", FILES)
+@given(st.lists(_change, min_size=1, max_size=4), st.booleans())
+@settings(
+    max_examples=150, deadline=None, derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+def test_a_mutated_file_is_problems_or_one_recipe_error(tmp_path, name, changes, choices):
+    data = FILES[name]
+    for share, taken, put in changes:
+        at = int(share * len(data))
+        data = data[:at] + put + data[at + taken :]
+    if name == "x.parquet" and not data.endswith(b"PAR1"):
+        data = data[:-8] + FILES[name][-8:]  # Without its last bytes it is never looked into.
+    file = tmp_path / name
+    file.write_bytes(data)
+    columns = {"expert": "expert", "id": "id", "choices": "choices" if choices else None}
+    try:
+        loaded = load(file, columns=columns)
+    except RecipeError as error:
+        for line in error.problems:
+            assert line.startswith("data.") and line.isprintable() and len(line) < 3000
+    else:
+        assert loaded.problems and all(p.text.strip() and p.answer for p in loaded.problems)
+        assert len(loaded.problems) + sum(loaded.skipped.values()) == loaded.total
+        assert len(loaded.fingerprint()) == 32
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["a" * 300 + ".jsonl", "a\0b.jsonl", "~no-such-user/x.jsonl", "x.jsonl/y.csv", "n" * 5000],
+)
+def test_a_source_that_is_no_possible_path_is_one_recipe_error(tmp_path, monkeypatch, source):
+    monkeypatch.chdir(tmp_path)
+    jsonl(tmp_path / "x.jsonl", GOOD)
+    with pytest.raises(RecipeError, match=r"^data\.source: ") as caught:
+        load(source)
+    assert str(caught.value).isprintable()
+
+
+def test_a_folder_that_is_named_like_a_file_is_not_read(tmp_path):
+    (tmp_path / "set" / "x.json").mkdir(parents=True)
+    jsonl(tmp_path / "set" / "y.jsonl", GOOD)
+    assert load(tmp_path / "set").total == 1
 
 
 # --- through the command line ----------------------------------------------------------------
