@@ -1,11 +1,15 @@
 # ruff: noqa: RUF001 - models write full-width characters
-r"""Find the final answer that a text states, in linear time: \boxed{}, or an explicit phrase."""
+r"""Extraction of the final answer of a text, in linear time: \boxed{}, <answer> tags, phrases."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+
+from gft_lite.rewards.unicode_latex import to_latex
 
 _TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_TAG = re.compile(r"<(/?)answer\s*>", re.IGNORECASE)
 _BRACELESS = re.compile(r"\\(?:boxed|fbox)(?:\s+|(?=\d))(-?[\w.]+)")
 
 #: Between two boxes that form one answer: only punctuation, `x =` and these words.
@@ -29,9 +33,13 @@ _SENTENCE_END = re.compile(
 _NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?%?")
 
 
-def boxes(text: str) -> list[tuple[int, int, str]]:
+#: Start, end and content of a box or a tag.
+Span = tuple[int, int, str]
+
+
+def boxes(text: str) -> list[Span]:
     r"""Every outermost closed \boxed or \fbox as (start, end, content), in order."""
-    found: list[tuple[int, int, str]] = []
+    found: list[Span] = []
     open_braces: list[tuple[int, int] | None] = []
     for token in _TOKEN.finditer(text):
         if token[0] == "{":
@@ -48,27 +56,75 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
     return found
 
 
+def answer_tags(text: str) -> list[Span]:
+    """Every closed, non-empty <answer>...</answer> as (start, end, content), in order."""
+    found: list[Span] = []
+    opened: re.Match[str] | None = None
+    for tag in _TAG.finditer(text) if "</" in text else ():
+        if not tag[1]:
+            opened = tag
+        elif opened is not None:
+            content = text[opened.end() : tag.start()].strip()
+            found += [(opened.start(), tag.end(), content)] if content else []
+            opened = None
+    return found
+
+
 def boxed_answer(text: str) -> str | None:
     """The content of the last box; adjacent boxes that differ are joined, so a hedge is wrong."""
-    found = boxes(text)
-    if not found:
+    return _last_answer(text, _unwrapped_boxes(text))
+
+
+def explicit_answer(text: str) -> str | None:
+    """The content of the last box or <answer> tag; adjacent ones that differ are joined.
+
+    In a tag, the answer may be in a box or after a phrase.
+    """
+    tags = [
+        (start, end, boxed_answer(content) or _phrase_answer(content) or content)
+        for start, end, content in answer_tags(text)
+    ]
+    outermost: list[Span] = []
+    for span in sorted([*tags, *_unwrapped_boxes(text)]):
+        if not outermost or span[0] >= outermost[-1][1]:
+            outermost.append(span)
+    return _last_answer(text, outermost)
+
+
+def stated_answer(text: str) -> str | None:
+    """The explicit answer, else that of the last `the answer is ...` or final `#### ...`."""
+    explicit = explicit_answer(text)
+    return _phrase_answer(text) if explicit is None else explicit
+
+
+def last_number(text: str) -> str | None:
+    """The last number of the text, for comparison with graders that use it."""
+    last = None
+    for last in _NUMBER.finditer(to_latex(text)):  # noqa: B007
+        pass
+    return last[0].rstrip(",") if last else None
+
+
+def _unwrapped_boxes(text: str) -> list[Span]:
+    return [(start, end, _unwrap(content)) for start, end, content in boxes(text)]
+
+
+def _last_answer(text: str, spans: Sequence[Span]) -> str | None:
+    """The content of the last span, joined with those that are adjacent to it and differ."""
+    if not spans:
         return None
-    start, _, content = found[-1]
-    parts = [_unwrap(content)]
-    for left_start, left_end, left_content in reversed(found[:-1]):
-        if len(parts) >= _MOST_PARTS or not _side_by_side(text[left_end:start]):
+    start, _, content = spans[-1]
+    parts = [content]
+    for left_start, left_end, left_content in reversed(spans[:-1]):
+        if len(parts) >= _MOST_PARTS or not _adjacent(text[left_end:start]):
             break
-        if (part := _unwrap(left_content)) not in parts:
-            parts.insert(0, part)
+        if left_content not in parts:
+            parts.insert(0, left_content)
         start = left_start
     return ", ".join(parts)
 
 
-def stated_answer(text: str) -> str | None:
-    """The answer of the last box, else of the last `the answer is ...` or final `#### ...`."""
-    boxed = boxed_answer(text)
-    if boxed is not None:
-        return boxed
+def _phrase_answer(text: str) -> str | None:
     last = None
     for last in _PHRASE.finditer(text):  # noqa: B007
         pass
@@ -78,14 +134,6 @@ def stated_answer(text: str) -> str | None:
         if line and "\n" not in line:
             return line
     return _clip(text[last.end() :]) if last else None
-
-
-def last_number(text: str) -> str | None:
-    """The last number of the text, for comparison with graders that use it."""
-    last = None
-    for last in _NUMBER.finditer(text):  # noqa: B007
-        pass
-    return last[0].rstrip(",") if last else None
 
 
 def _unwrap(content: str) -> str:
@@ -98,7 +146,7 @@ def _unwrap(content: str) -> str:
     return content
 
 
-def _side_by_side(between: str) -> bool:
+def _adjacent(between: str) -> bool:
     if len(between) > _LINK_CHARS or "\n\n" in between.strip("$ \n"):
         return False
     words = re.findall(r"[^\W\d_]{2,}", between)

@@ -17,7 +17,7 @@ from gft_lite.rewards import choice_rule as choice
 from gft_lite.rewards.base import Grade, Rule
 from gft_lite.rewards.extract import last_number as find_last_number
 from gft_lite.rewards.extract import stated_answer
-from gft_lite.rewards.latex import squash, text_key, tidy, unwrap_text
+from gft_lite.rewards.latex import same_text, squash, tidy, unwrap_text
 from gft_lite.rewards.numeric import number, same_number
 
 #: Longer or more explosive answers would take sympy minutes or gigabytes.
@@ -34,6 +34,8 @@ _COSTLY = (
 _CLOCK = re.compile(r"(\d{1,2})(?::(\d\d))?\s*(?:([ap])\.?\s*m\.?|o'clock)?", re.IGNORECASE)
 _RATIO = re.compile(r"(\d+)\s*:\s*(\d+)")
 _BASE = re.compile(r"_\{?\(?(?:\\text\{)?(\w+)\}?\)?\}?$")
+#: Shorter words may be products of variables.
+_LONG_WORD = re.compile(r"[A-Za-z]{4}|\b(?:yes|no)\b", re.IGNORECASE)
 _WORDS = re.compile(r"[A-Za-z][A-Za-z \-'.,/]*")
 
 
@@ -58,11 +60,11 @@ def make(last_number: bool = False) -> Rule:
 
 def compare(stated: str, gold: str) -> Grade:
     """Grade a stated answer against the gold one: as text, as numbers, then by math-verify."""
-    if stated == gold:
+    if stated.strip() == gold.strip():
         return Grade(1.0)
-    if too_costly(stated):
+    if len(stated) > MAX_CHARS or too_costly(stated := tidy(stated)):
         return Grade(0.0, "unparsed")
-    stated, gold = tidy(stated), tidy(gold)
+    gold = tidy(gold)
     if squash(stated) == squash(gold):
         return Grade(1.0)
     for decide in (_as_numbers, _as_time_or_ratio, _as_text):
@@ -112,10 +114,9 @@ def _minutes(time: re.Match[str], gold: re.Match[str] | None = None) -> tuple[in
 
 def _as_text(stated: str, gold: str) -> bool | None:
     plain = unwrap_text(gold)
-    wordy = _WORDS.fullmatch(plain) and (plain != gold or re.search(r"[A-Za-z]{4}", plain))
-    if text_key(stated) == text_key(gold) and (wordy or stated.casefold() != gold.casefold()):
-        return True
-    return False if wordy else None
+    if _WORDS.fullmatch(plain) and (plain != gold or _LONG_WORD.search(plain)):
+        return same_text(stated, gold)
+    return True if squash(unwrap_text(stated)) == squash(plain) else None
 
 
 def _by_math_verify(stated: str, gold: str) -> Grade:

@@ -34,7 +34,7 @@ _POWER_OF_TEN = re.compile(
 
 _PERCENT = re.compile(r"(?:\\?%|\\text\{\\?%\}|(?:\\(?:text|mathrm)\{)?(?:percent|pct)\}?)$")
 _CURRENCY = re.compile(
-    r"^([+-]?)(?:\\text\{)?(?:\\?\$|€|£|¥|\\pounds|\\euro|US\\?\$|Rs\.?)\}?(?=[\d.(\\+-])"
+    r"^([+-]?)(?:\\text\{)?(?:\\?\$|\\pounds|\\euro|US\\?\$|Rs\.?)\}?(?=[\d.(\\+-])"
 )
 _WRAPPED_UNIT = re.compile(
     r"\\(?:text|mathrm|textbf|textit|textrm|mbox|operatorname|rm)\s*\{([^{}\d%]*)\}"

