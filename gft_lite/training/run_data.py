@@ -35,13 +35,15 @@ def load_run_data(recipe: Recipe, policy: Policy, console: Console) -> RunData:
 
     Raises: RecipeError for a data set that can't be used.
     """
-    # Demonstrations that training would have to cut are left out.
     limit = recipe.rollout.max_tokens
-    loaded = {"data": _load("data", recipe.data, policy, console, limit, demonstrations=True)}
+    used = recipe.group.expert + recipe.group.teacher > 0
+    loaded = {"data": _load("data", recipe.data, policy, console, limit, demonstrations=used)}
     for name, settings in recipe.eval.sets.items():
         field = f"eval.sets.{name}"
         loaded[field] = _load(field, settings, policy, console, limit)
     problems, held_out = split_holdout(loaded["data"].problems, recipe.data.holdout)
+    if copies := len(loaded["data"].problems) - len(problems) - len(held_out):
+        console.print(f"data: {copies} copies of held-out problems left out of training")
     eval_sets = {name: loaded[f"eval.sets.{name}"].problems for name in recipe.eval.sets}
     return RunData(
         _with_demonstrations(problems, recipe, console),
@@ -67,6 +69,7 @@ def _load(
         PromptFormat(policy.tokenizer, settings.prompt, f"{field}.prompt"),
         context=policy.context,
         reserve=reserve,
+        # Demonstrations that training would have to cut are left out.
         max_response_tokens=max_tokens if demonstrations else None,
         field=field,
     )

@@ -162,17 +162,24 @@ def test_truncated_rows_can_be_left_out_of_loss_and_denominator(reduction, weigh
 
 
 def test_flat_steps_are_skipped_and_counted(tmp_path):
-    # Nothing ends with this marker, so that every reward is 0.
+    # Every text matches, so that every reward is 1.
     run = train(
-        small('reward={"functions": [{"name": "exact", "parameters": {"marker": "@@@"}}]}'),
+        small('reward={"functions": [{"name": "format", "parameters": {"pattern": "(?s).*"}}]}'),
         tmp_path / "run", console=QUIET,
     )  # fmt: skip
     assert [m["skipped"] for m in run.metrics()] == ["flat", "flat"]
     assert [m["flat_groups"] for m in run.metrics()] == [1.0, 1.0]
     assert run.summary()["skipped_steps"] == 2
     assert run.summary()["trained"]["kl"] == 0
-    assert run.summary()["base"]["pass@1"] == run.summary()["trained"]["pass@1"]
+    assert run.summary()["base"]["mean_reward"] == run.summary()["trained"]["mean_reward"] == 1
     assert all(v.abs().max() == 0 for k, v in adapter(run).items() if "lora_B" in k)
+
+
+def test_a_reward_rule_that_no_demonstration_satisfies_is_refused(tmp_path):
+    # Nothing ends with this marker.
+    recipe = small('reward={"functions": [{"name": "exact", "parameters": {"marker": "@@@"}}]}')
+    with pytest.raises(RecipeError, match=r"data.columns.answer: must be the answer .* got '\d+'"):
+        train(recipe, tmp_path / "run", console=QUIET)
 
 
 def test_a_gradient_that_is_no_number_is_skipped_kept_and_in_a_row_ends_the_run(tmp_path):
@@ -303,7 +310,7 @@ class TestCommandLine:
         for name, method in METHODS.items():
             assert method.formula in lines[name]
             assert all(need in lines[name] for need in method.needs)
-            assert lines[name].endswith(method.source.removeprefix("arXiv "))
+            assert lines[name].endswith(method.citation.removeprefix("arXiv "))
         assert "1 3 4" in lines["gft"] and "- - 8" in lines["grpo"]
         assert "sequence_mean 2e-05" in lines["grpo"]
 
@@ -346,9 +353,9 @@ class TestDottedPaths:
             "                                'own': (inputs.source == 2).float(),\n"
             "                                'right': inputs.success_share})\n"
             "method = Method(loss, ('expert', 'self'), 'mine', needs=('source', 'success_share'))\n"
-            "def short(completions, **columns):\n"
+            "def threes(completions, **columns):\n"
             "    assert len(columns['skill']) == len(completions)\n"
-            "    return [1.0 / (1 + len(c)) for c in completions]\n"
+            "    return [c.count('3') / 100 for c in completions]\n"
             "class Engine(TransformersEngine):\n"
             "    name = 'mine'\n"
         )
@@ -360,26 +367,26 @@ class TestDottedPaths:
     def test_they_run(self, own):
         run = train(
             small("method=mine:method", "group={expert: 1, teacher: 0, self: 3}",
-                  "reward.functions=[mine.short]", "rollout.engine=mine:Engine"),
+                  "reward.functions=[mine.threes]", "objective.factor=3", "rollout.engine=mine:Engine"),
             own / "run", console=QUIET,
         )  # fmt: skip
         assert run.summary()["method"] == "mine:method"
         [*metrics] = run.metrics()
-        # 2 of -factor * log p^power in nats; every row counts alike.
+        # The loss is -factor * log p.
         for step in metrics:
             assert step["objective"]["scaled"] == pytest.approx(-step["loss"], rel=1e-5)
             assert 0 < step["objective"]["own"] < 1
-            assert step["objective"]["right"] == 0  # Short answers are never worth over 0.5.
+            assert step["objective"]["right"] == 0  # No reward is over 0.5.
         for group in run.groups(1):
             for response in group["responses"]:
-                assert response["reward"] == pytest.approx(1 / (1 + len(response["text"])))
+                assert response["reward"] == response["text"].count("3") / 100
 
     @pytest.mark.parametrize(
         ("override", "text"),
         [
             ("method=mine:absent", "method: must be a name in mine"),
             (
-                "method=mine:short",
+                "method=mine:threes",
                 "method: must be a gft_lite.objective.methods.Method, got a function",
             ),
             ("method=nowhere.at:all", "method: module must be importable"),
