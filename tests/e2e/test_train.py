@@ -367,7 +367,8 @@ class TestDottedPaths:
     def test_they_run(self, own):
         run = train(
             small("method=mine:method", "group={expert: 1, teacher: 0, self: 3}",
-                  "reward.functions=[mine.threes]", "objective.factor=3", "rollout.engine=mine:Engine"),
+                  "reward.functions=[mine.threes]", "objective.factor=3",
+                  "rollout.engine=mine:Engine"),
             own / "run", console=QUIET,
         )  # fmt: skip
         assert run.summary()["method"] == "mine:method"
