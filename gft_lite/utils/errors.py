@@ -6,8 +6,6 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pydantic import BaseModel
-
 MAX_SHOWN = 20  # Errors in one message; more would not fit a terminal.
 
 
@@ -39,7 +37,7 @@ def dotted_path(at: Sequence[str | int]) -> str:
 
 def short_repr(value: Any) -> str:
     """A value as one line of at most 60 characters, for an error text."""
-    if isinstance(value, BaseModel | Mapping):
+    if isinstance(value, Mapping) or hasattr(value, "model_fields_set"):  # a pydantic model
         return "a section"
     plain = {None: "null", True: "true", False: "false"}
     try:
