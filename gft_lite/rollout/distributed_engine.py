@@ -1,4 +1,4 @@
-"""TODO: gft_lite/rollout/distributed_engine.py"""
+"""The engines of all processes as one engine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gft_lite.utils.distributed import Distributed
 
 
 class DistributedEngine(RestartingEngine):
-    """The engines of all processes as one: requests are dealt out, completions come to all."""
+    """Shards requests over the engines of all processes; every process gets all completions."""
 
     def __init__(
         self, start: Callable[[], RolloutEngine], console: Console, distributed: Distributed

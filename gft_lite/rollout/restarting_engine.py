@@ -1,10 +1,8 @@
-"""An engine that is started again when it fails."""
+"""An engine that is restarted when it fails."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,18 +17,17 @@ from gft_lite.rollout.base import (
     Sampling,
     noop,
 )
+from gft_lite.utils.progress import show_sampling
 
 T = TypeVar("T")
 
-REFRESH = 0.2  # Seconds.
-
 
 class RestartingEngine:
-    """Goes on with a fresh engine where one failed; a second failure in a call stands.
+    """Replaces a failed engine by a fresh one; a second failure in one call is raised.
 
-    Samples depend on nothing but adapter, prompt and seed: those that were there before the
-    failure stay, and the fresh engine answers for the rest what the first would have. `check`
-    hears of the fresh engine once it serves the adapter again.
+    Samples depend only on adapter, prompt and seed: those from before the failure are kept, and the
+    fresh engine gives the rest as the first would have. `on_restart` is called with the fresh
+    engine once it serves the adapter again.
     """
 
     def __init__(self, start: Callable[[], RolloutEngine], console: Console) -> None:
@@ -51,21 +48,22 @@ class RestartingEngine:
     ) -> list[list[Completion]]:
         """One list of completions per request, in the order of its seeds."""
         done: dict[tuple[tuple[int, ...], int], Completion] = {}
-        with _shown(self._console, sum(len(request.seeds) for request in requests)) as show:
+        total = sum(len(request.seeds) for request in requests)
+        with show_sampling(self._console, total) as show:
 
-            def note(prompt_ids: tuple[int, ...], seed: int, completion: Completion) -> None:
+            def record(prompt_ids: tuple[int, ...], seed: int, completion: Completion) -> None:
                 done[prompt_ids, seed] = completion
-                show(completion)
+                show(len(completion.token_ids))
                 on_completion(prompt_ids, seed, completion)
 
-            def ask() -> None:
+            def generate() -> None:
                 missing = [_without(request, done) for request in requests]
-                found = self._engine.generate(missing, sampling, note)
+                found = self._engine.generate(missing, sampling, record)
                 for request, completions in zip(missing, found, strict=True):
                     for seed, completion in zip(request.seeds, completions, strict=True):
                         done[request.prompt_ids, seed] = completion
 
-            self._repeated(ask, self._serve_and_check)
+            self._repeated(generate, self._serve_and_check)
         return [[done[request.prompt_ids, s] for s in request.seeds] for request in requests]
 
     def score(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> list[float]:
@@ -75,16 +73,16 @@ class RestartingEngine:
         )
 
     def sleep(self) -> None:
-        """Give the device's memory back until `wake`."""
+        """Release the memory of the device until `wake`."""
         self._engine.sleep()
 
     def wake(self) -> None:
-        """Serve again what was served before."""
-        # Not checked: the trainer has gone on meanwhile.
+        """Reload what was served before the sleep."""
+        # Not checked: the trainer has other weights by now.
         self._repeated(lambda: self._engine.wake(), self._serve)
 
     def close(self) -> None:
-        """Give everything back; may be called twice."""
+        """Release everything; may be called twice."""
         self._engine.close()
 
     def _repeated(self, call: Callable[[], T], restore: Callable[[], None]) -> T:
@@ -97,7 +95,7 @@ class RestartingEngine:
         return call()
 
     def _serve(self) -> None:
-        """Have the fresh engine serve what the one before did."""
+        """Make the fresh engine serve what the failed one did."""
         if self._served is not None:
             self._engine.sync(*self._served)
 
@@ -108,27 +106,6 @@ class RestartingEngine:
 
 
 def _without(request: Request, done: Container[tuple[tuple[int, ...], int]]) -> Request:
-    """A request without the seeds that have been answered."""
+    """The request without the seeds that are done."""
     seeds = (seed for seed in request.seeds if (request.prompt_ids, seed) not in done)
     return Request(request.prompt_ids, tuple(seeds))
-
-
-@contextmanager
-def _shown(console: Console, total: int) -> Iterator[Callable[[Completion], None]]:
-    """A line that tells, on a terminal, how far a call is, for the length of a `with`."""
-    started = time.perf_counter()
-    last, responses, tokens = started, 0, 0
-    with console.status(f"sampling {total:,} responses") as status:
-
-        def show(completion: Completion) -> None:
-            nonlocal last, responses, tokens
-            responses, tokens = responses + 1, tokens + len(completion.token_ids)
-            now = time.perf_counter()
-            if now - last > REFRESH:
-                last, speed = now, tokens / (now - started)
-                status.update(
-                    f"sampling: {responses:,} of {total:,} responses, {tokens:,} tokens, "
-                    f"{speed:,.0f} tokens/s"
-                )
-
-        yield show

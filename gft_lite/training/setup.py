@@ -36,6 +36,7 @@ from gft_lite.training.run_data import check_demonstrations, load_run_data
 from gft_lite.types import Group, Problem
 from gft_lite.utils.distributed import Distributed
 from gft_lite.utils.memory import GIB, free_ram, process_memory
+from gft_lite.utils.progress import show_phase
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ def setup_run(
     recipe, plan = distributed.broadcast_from_main(lambda: _plan(recipe, distributed, console))
     recipe = _settings_of_rank(recipe, distributed)
     memory = MemoryUse(plan, process_memory("VmRSS"))
-    policy = _load_policy(recipe)
+    with show_phase(console, f"loading {recipe.policy.model}"):
+        policy = _load_policy(recipe)
     format = make_prompt_format(policy, recipe.data.prompt)
     data = load_run_data(recipe, policy, console)
     stack.enter_context(folder.lock())
@@ -126,7 +128,8 @@ def setup_run(
     grade = partial(_grade, scorer, distributed)
     check_demonstrations(recipe, data.problems, format, grade, console)
     start = partial(start_engine, recipe.rollout, policy, folder.scratch)
-    sampler = DistributedEngine(start, console, distributed)
+    with show_phase(console, "starting the rollout engine"):
+        sampler = DistributedEngine(start, console, distributed)
     stack.callback(sampler.close)
     names = recipe.log.trackers if distributed.is_main else []
     trackers = Trackers(names, recipe.name, folder.path, recipe.model_dump(mode="json"))

@@ -22,6 +22,7 @@ from gft_lite.training.loop import train_steps
 from gft_lite.training.setup import TrainingRun, setup_run
 from gft_lite.utils.distributed import Distributed
 from gft_lite.utils.memory import GIB
+from gft_lite.utils.progress import show_phase
 
 PHASES = ("rollout", "reward", "train", "sync")
 
@@ -43,7 +44,8 @@ def train_single(
             console.print(f"evaluating the base on {', '.join(run.eval_sets) or 'nothing'}")
             base = run.evaluate_base()
         first = run.restore() if resume else 0
-        with run.engine.asleep():
+        dry_step = "dry step: forward and backward of the largest micro-batch"
+        with run.engine.asleep(), show_phase(console, dry_step):
             run.learner.dry_step(run.builder.problems)
         run.engine.sync(first)
         with TrainingConsole(console, recipe.steps, first) as screen:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+_LOG_SECONDS = 30.0  # Between two lines of one call where the output is not a terminal.
+_REFRESH_SECONDS = 0.2  # Between two updates on a terminal.
+_LONG_SECONDS = 2.0  # A phase that took longer prints its duration.
 _LINES = 20  # Lines for a whole run where the output is not a terminal.
 _UNKNOWN_TOTAL = 200  # Units after which _LINES lines are printed if the total is not known.
 
@@ -57,3 +64,53 @@ class ProgressDisplay:
 
     def _share(self, completed: int) -> int:
         return _LINES * completed // (self._total or _UNKNOWN_TOTAL)
+
+
+@contextmanager
+def show_phase(console: Console, text: str) -> Iterator[None]:
+    """Show `text` while a phase runs: live on a terminal, else as a line; then a long duration."""
+    started = time.perf_counter()
+    if console.is_terminal:
+        with console.status(text):
+            yield
+    else:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        yield
+    seconds = time.perf_counter() - started
+    if seconds > _LONG_SECONDS:
+        console.print(f"{text}: {seconds:.1f} s", markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def show_sampling(
+    console: Console, total: int, log_seconds: float = _LOG_SECONDS
+) -> Iterator[Callable[[int], None]]:
+    """Show how far a call is that samples `total` responses, for the length of a `with`.
+
+    The function it yields is called with the number of tokens of each response. A terminal shows a
+    live line, a log gets a line every `log_seconds`.
+    """
+    started = time.perf_counter()
+    last, responses, tokens = started, 0, 0
+    live = console.is_terminal
+    interval = _REFRESH_SECONDS if live else log_seconds
+    with console.status(f"sampling {total:,} responses") as status:
+
+        def update(count: int) -> None:
+            nonlocal last, responses, tokens
+            responses, tokens = responses + 1, tokens + count
+            now = time.perf_counter()
+            if now - last < interval:
+                return
+            last, elapsed = now, now - started
+            left = elapsed / responses * (total - responses)
+            text = (
+                f"sampling: {responses:,} of {total:,} responses, {tokens:,} tokens, "
+                f"{tokens / elapsed:,.0f} tokens/s, about {left:,.0f} s left"
+            )
+            if live:
+                status.update(text)
+            else:
+                console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+        yield update

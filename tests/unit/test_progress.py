@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from gft_lite.utils.progress import ProgressDisplay
+from gft_lite.utils.progress import ProgressDisplay, show_phase, show_sampling
 
 
 def lines(total: int | None, units: range, completed: int = 0) -> list[str]:
@@ -39,3 +39,22 @@ def test_a_terminal_shows_the_panel_and_keeps_printed_lines():
         display.print("trial [a] failed")
     assert "the panel" in out.getvalue() and "3/4" in out.getvalue()
     assert "trial [a] failed" in out.getvalue()
+
+
+def test_a_log_gets_a_line_for_a_phase_and_lines_while_sampling():
+    console = Console(file=io.StringIO(), width=200)
+    with show_phase(console, "loading [the] model"):
+        pass
+    with show_sampling(console, 3, log_seconds=0) as update:
+        for tokens in (5, 7, 9):
+            update(tokens)
+    with show_sampling(console, 3, log_seconds=1e9) as update:
+        update(5)
+    phase, *lines = console.file.getvalue().splitlines()
+    assert phase == "loading [the] model"
+    assert [line.split(" tokens/s")[0].rsplit(", ", 1)[0] for line in lines] == [
+        "sampling: 1 of 3 responses, 5 tokens",
+        "sampling: 2 of 3 responses, 12 tokens",
+        "sampling: 3 of 3 responses, 21 tokens",
+    ]
+    assert lines[-1].endswith("about 0 s left")
