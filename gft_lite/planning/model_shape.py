@@ -19,7 +19,7 @@ _REQUIRED = (
     "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size",
 )  # fmt: skip
 _OPTIONAL = ("num_key_value_heads", "head_dim", "max_position_embeddings")
-_MAX_SIZE, _MAX_LAYERS = 10**9, 1000  # No model has more.
+_MAX_SIZE, _MAX_LAYERS = 10**9, 256  # Larger than any model's.
 
 
 @dataclass(frozen=True, slots=True)

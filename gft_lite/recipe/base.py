@@ -1,4 +1,4 @@
-"""What every section of the recipe is built on: the base class, field types, reading a file."""
+"""The base class of all sections, common field types, and the reading of a settings file."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from gft_lite.recipe.annotations import union_members
-from gft_lite.recipe.loader import gather
+from gft_lite.recipe.loader import MAX_BITS, gather
 from gft_lite.recipe.validation_errors import Places, explain
 from gft_lite.utils.errors import RecipeError
 
 
 def named_in(known: Collection[str]) -> AfterValidator:
-    """A validator: the name is one of `known`, or a dotted path to the user's own object."""
+    """A validator for a name among `known` or a dotted path to the user's own object."""
 
     def check(name: str) -> str:
         if name in known or re.fullmatch(r"[A-Za-z_][\w.]*[.:][A-Za-z_]\w*", name):
@@ -38,7 +38,7 @@ def named_in(known: Collection[str]) -> AfterValidator:
 
 
 def matching(pattern: str, rule: str) -> AfterValidator:
-    """Text must match `pattern`; `rule` says so in words."""
+    """A validator for text that matches `pattern`; `rule` is the error text."""
 
     def check(text: str) -> str:
         if re.fullmatch(pattern, text):
@@ -48,23 +48,40 @@ def matching(pattern: str, rule: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # Of a model, an adapter or a data set.
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # The id of a model, an adapter or a data set.
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
+def _sampleable(temperature: float) -> float:
+    # Logits over a smaller one overflow, and vLLM raises it to 0.01 without an error.
+    if 0 < temperature < 0.01:
+        raise ValueError("must be 0, which is greedy, or at least 0.01")
+    return temperature
+
+
+Temperature = Annotated[float, Field(ge=0, le=100), AfterValidator(_sampleable)]
+
+
+def at_most(limit: int) -> Any:
+    """A validator for counts of what is made at once, so that a typing error exhausts no memory."""
+    return Field(le=limit)
+
+
 class Settings(BaseModel):
-    """A section of the recipe: unknown fields are errors, values don't change after loading."""
+    """A section of the recipe: immutable, without unknown fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
-    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _check_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Reject booleans as numbers, and whole numbers that YAML would not be read with."""
         kinds = union_members(cls.model_fields[str(info.field_name)].annotation)
-        number = (int in kinds or float in kinds) and bool not in kinds
-        if isinstance(value, bool) and number:
+        if (int in kinds or float in kinds) and bool not in kinds and isinstance(value, bool):
             raise ValueError("must be a number")
+        if isinstance(value, int) and value.bit_length() > MAX_BITS:
+            raise ValueError("must be a smaller number")
         return value
 
 
@@ -72,7 +89,7 @@ S = TypeVar("S", bound=Settings)
 
 
 def read_settings(schema: type[S], path: Path, overrides: Sequence[str] = ()) -> tuple[S, Places]:
-    """A file, what it extends and overrides, checked, and where each value was written.
+    """The checked settings of a file with its bases and overrides, and the place of each value.
 
     Raises: RecipeError with every error found.
     """
@@ -80,7 +97,7 @@ def read_settings(schema: type[S], path: Path, overrides: Sequence[str] = ()) ->
     try:
         value = schema.model_validate(tree)
     except ValidationError as error:
-        # Where a file could not be read, its fields would be missed in cross-field checks.
+        # A file that could not be read may hold the fields that a cross-field check misses.
         problems += explain(error, schema, places, cross_fields=not problems)
     if problems:
         raise RecipeError(problems)

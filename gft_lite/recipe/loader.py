@@ -1,6 +1,6 @@
-"""Recipe files: YAML and what it `extends`, `key=value` overrides, and where each value stands.
+"""Recipe files as nested dicts: YAML, `extends`, `key=value` overrides, and line numbers.
 
-This module knows no schema: it ends at a nested dict. `recipe.py` checks it.
+The dict is checked against the schema in `base.read_settings`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from gft_lite.utils.errors import RecipeError, dotted_path, nearest, short_repr
 from gft_lite.utils.paths import PACKAGE
 from gft_lite.utils.secrets import find_secret
 
-MAX_BYTES, MAX_VALUES, MAX_DEPTH = 100_000, 10_000, 20
+MAX_BYTES, MAX_VALUES, MAX_DEPTH, MAX_BITS = 100_000, 10_000, 20, 64
 
 Tree = dict[str, Any]
 COMMAND_LINE = "command line"
 
 
 class Loader(yaml.SafeLoader):
-    """Safe YAML in which `1e-5` is a number and `6:2` is none, as in YAML 1.2 and not in 1.1."""
+    """Safe YAML with the numbers of YAML 1.2: `1e-5` is one, `6:2` is text."""
 
 
 _NUMBERS = {
@@ -45,14 +45,14 @@ for _kind, _pattern in _NUMBERS.items():
 
 
 class Dumper(yaml.SafeDumper):
-    """The loader's counterpart: quotes what the loader would read as a number."""
+    """Writes YAML that `Loader` reads back as the same values."""
 
 
 Dumper.yaml_implicit_resolvers = Loader.yaml_implicit_resolvers
 
 
 def _write_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    # PyYAML writes some line breaks raw in single quotes and then reads them as spaces.
+    # PyYAML writes some line breaks unescaped in single quotes and reads them as spaces.
     style = None if text.replace("\n", "").isprintable() else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
@@ -60,23 +60,23 @@ def _write_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 Dumper.add_representer(str, _write_text)
 
 
-def find_recipe(path: str | Path, beside: Path | None = None) -> Path:
-    """The file at `path`, seen from `beside` or the working directory, or the shipped one.
+def find_recipe(path: str | Path, folder: Path | None = None) -> Path:
+    """The file at `path` relative to `folder` (default: working directory), or a shipped one.
 
-    Shipped recipes lie beside the package in a checkout and inside it in a wheel.
+    Shipped recipes are next to the package in a checkout and inside it in a wheel.
 
     Raises: RecipeError with the nearest file name.
     """
-    roots = [beside or Path(), PACKAGE.parent, PACKAGE / "shipped"]
+    roots = [folder or Path(), PACKAGE.parent, PACKAGE / "shipped"]
     for root in roots:
         if os.path.isfile(root / path):
-            tidy = Path(os.path.normpath(root / path))  # Differs where `..` follows a link.
-            return tidy if tidy.exists() and tidy.samefile(root / path) else root / path
+            short = Path(os.path.normpath(root / path))  # Another file if `..` follows a link.
+            return short if short.exists() and short.samefile(root / path) else root / path
     files = [
         file if Path(path).is_absolute() else Path(os.path.relpath(file, root))
         for root in roots
-        for folder in (Path(path).parent, "recipes")
-        for file in (root / folder).glob("*.yaml")
+        for subfolder in (Path(path).parent, "recipes")
+        for file in (root / subfolder).glob("*.yaml")
     ]
     close = nearest(Path(path).stem, [f.stem for f in files])
     hint = next((f" Did you mean {f}?" for f in files if f.stem == close), "")
@@ -84,7 +84,7 @@ def find_recipe(path: str | Path, beside: Path | None = None) -> Path:
 
 
 def read_tree(path: Path, overrides: Sequence[str] = ()) -> tuple[Tree, Places]:
-    """The merged tree of a recipe file and where each of its values was written.
+    """The merged tree of a recipe file, and the place of each value.
 
     Raises: RecipeError for unreadable files, wrong `extends` and malformed overrides.
     """
@@ -95,14 +95,14 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> tuple[Tree, Places]:
 
 
 def gather(path: Path, overrides: Sequence[str] = ()) -> tuple[Tree, Places, list[str]]:
-    """What could be read, where it was written, and one text for each thing that could not."""
+    """The merged tree as far as it is readable, the place of each value, and the errors."""
     reader = _Reader()
     layers = [reader.file(path), *map(reader.override, overrides)]
-    return *reduce(_over, layers), reader.problems
+    return *reduce(_merge_layers, layers), reader.problems
 
 
 def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> Tree:
-    """`high` over `low`: mappings are merged key by key, everything else is replaced."""
+    """The values of `high` over those of `low`: mappings are merged, other values replaced."""
     merged = dict(low)
     for key, value in high.items():
         old = merged.get(key)
@@ -114,35 +114,35 @@ def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> Tree:
 Layer = tuple[Tree, Places]
 
 
-def _over(low: Layer, high: Layer) -> Layer:
-    """Layers merged; of a list that `high` replaces, no old lines are left."""
+def _merge_layers(low: Layer, high: Layer) -> Layer:
+    """Merge two layers; places inside of a list that `high` replaces are dropped."""
 
-    def kept(at: At) -> bool:
+    def is_kept(at: At) -> bool:
         item = next((i for i, part in enumerate(at) if isinstance(part, int)), None)
         return item is None or at[:item] not in high[1]
 
-    places = {at: place for at, place in low[1].items() if kept(at)}
+    places = {at: place for at, place in low[1].items() if is_kept(at)}
     return merge(low[0], high[0]), places | high[1]
 
 
 class _Reader:
-    """One reading of a recipe: what is wrong so far, and the layers of files already read."""
+    """Reads one recipe; collects its errors and caches the layer of each file."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []
         self.layers: dict[Path, Layer] = {}
 
     def file(self, path: Path, parents: tuple[Path, ...] = ()) -> Layer:
-        """A file over everything that it extends; an unreadable one counts as empty."""
+        """The layer of a file and its bases; that of an unreadable file is empty."""
         resolved = path.resolve()
         if resolved not in self.layers:
             tree, places = self._parse_file(path)
             bases = self._bases(path, tree.pop("extends", None), places, (*parents, resolved))
-            self.layers[resolved] = reduce(_over, [*bases, (tree, places)])
+            self.layers[resolved] = reduce(_merge_layers, [*bases, (tree, places)])
         return self.layers[resolved]
 
     def override(self, text: str) -> Layer:
-        """One `key=value`; a malformed one counts as empty."""
+        """The layer of one `key=value`; that of a malformed one is empty."""
         key, equals, raw = (part.strip() for part in text.partition("="))
         names = tuple(key.split("."))
         if not equals or not all(names):
@@ -157,7 +157,7 @@ class _Reader:
                     value = {name: value}
                 return value, places
             except yaml.YAMLError as error:
-                self.problems.append(_in_words(error, raw, COMMAND_LINE, f"{key}: "))
+                self.problems.append(_error_text(error, raw, COMMAND_LINE, f"{key}: "))
         return {}, {}
 
     def _bases(
@@ -203,7 +203,7 @@ class _Reader:
         try:
             tree, places = _parse(text, str(path))
         except yaml.YAMLError as error:
-            self.problems.append(_in_words(error, text, str(path)))
+            self.problems.append(_error_text(error, text, str(path)))
             return nothing
         if isinstance(tree, dict):
             return tree, nothing[1] | places
@@ -216,15 +216,18 @@ class _Reader:
 # --- YAML ------------------------------------------------------------------------------------
 
 
-class _Broken(yaml.MarkedYAMLError):
-    """YAML that PyYAML would take and that a recipe must not hold."""
+class _InvalidYaml(yaml.MarkedYAMLError):
+    """YAML that PyYAML accepts and a recipe must not hold."""
 
     def __init__(self, problem: str, node: yaml.Node) -> None:
         super().__init__(problem=problem, problem_mark=node.start_mark)
 
 
 def _parse(text: str, file: str, at: At = ()) -> tuple[Any, Places]:
-    """The value of a YAML text, and where its keys and items stand. Raises: yaml.YAMLError."""
+    """The value of a YAML text, and the places of its keys and items.
+
+    Raises: yaml.YAMLError.
+    """
     loader = Loader(text)
     places: Places = {at[: i + 1]: Place(file) for i in range(len(at))}
     try:
@@ -233,27 +236,34 @@ def _parse(text: str, file: str, at: At = ()) -> tuple[Any, Places]:
         raise yaml.YAMLError(f"values nested more than {MAX_DEPTH} deep") from None
     if node is None:
         return None, places
-    # Aliases make a graph of it, which may stand for billions of values, or for no end of them.
+    # With aliases, a short text may expand to billions of values, or to infinitely many.
     for count, (where, part) in enumerate(_walk(loader, node, at)):
         if where in places:
-            raise _Broken(f"{dotted_path(where)}: must be written once, got a second one", part)
+            raise _InvalidYaml(
+                f"{dotted_path(where)}: must be written once, got a second one", part
+            )
         if count >= MAX_VALUES:
-            raise _Broken(f"must hold at most {MAX_VALUES} values, got more (aliases count)", part)
+            raise _InvalidYaml(
+                f"must hold at most {MAX_VALUES} values, got more (aliases count)", part
+            )
         line = None if file == COMMAND_LINE else part.start_mark.line + 1
         places[where] = Place(file, line)
     return loader.construct_document(node), places
 
 
 def _walk(loader: Loader, node: yaml.Node, at: At) -> Iterator[tuple[At, yaml.Node]]:
-    """Every key and item under a node, with its path."""
+    """Every key and item below a node, with its path. Raises: _InvalidYaml."""
     if len(at) > MAX_DEPTH:
-        raise _Broken(f"must not be nested more than {MAX_DEPTH} deep, got more", node)
+        rule = f"{at[0]}: must not be nested more than {MAX_DEPTH} deep, got more"
+        raise _InvalidYaml(rule, node)
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
                 got = repr(key.value) if isinstance(key, yaml.ScalarNode) else "a list or section"
                 where = dotted_path(at) or "recipe"
-                raise _Broken(f"{where}: must have text as keys, got {got}. Put it in quotes", key)
+                raise _InvalidYaml(
+                    f"{where}: must have text as keys, got {got}. Put it in quotes", key
+                )
             yield (*at, key.value), key
             yield from _walk(loader, value, (*at, key.value))
     elif isinstance(node, yaml.SequenceNode):
@@ -263,20 +273,20 @@ def _walk(loader: Loader, node: yaml.Node, at: At) -> Iterator[tuple[At, yaml.No
     else:
         if find_secret(node.value):
             rule = f"{dotted_path(at)}: must not hold a token or a password, got one"
-            raise _Broken(f"{rule}. Put it into the environment, such as HF_TOKEN", node)
+            raise _InvalidYaml(f"{rule}. Put it into the environment, such as HF_TOKEN", node)
         try:
             value = loader.construct_object(node)
-            if isinstance(value, int) and value.bit_length() > 64:
+            if isinstance(value, int) and value.bit_length() > MAX_BITS:
                 raise ValueError("no count and no seed is that large")
-        # PyYAML's own conversions raise these for values such as 2024-13-45 and `!!bool maybe`.
+        # PyYAML's conversions raise these for values such as 2024-13-45 and `!!bool maybe`.
         except (ValueError, KeyError, IndexError, AttributeError):
             kind = node.tag.rpartition(":")[2]
             rule = f"{dotted_path(at)}: must be a valid {kind}, got {short_repr(node.value)}"
-            raise _Broken(f"{rule}. For text, put it in quotes", node) from None
+            raise _InvalidYaml(f"{rule}. For text, put it in quotes", node) from None
 
 
-def _in_words(error: yaml.YAMLError, text: str, file: str, field: str = "") -> str:
-    """The text of an error in the YAML itself."""
+def _error_text(error: yaml.YAMLError, text: str, file: str, field: str = "") -> str:
+    """One line about an error in the YAML itself."""
 
     def at(line: int) -> str:
         return file if file == COMMAND_LINE else f"{file}:{line + 1}"
@@ -287,8 +297,9 @@ def _in_words(error: yaml.YAMLError, text: str, file: str, field: str = "") -> s
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return f"{file}: {field}must be valid YAML, got {error}."
-    if isinstance(error, _Broken):
-        return f"{at(mark.line)}: {error.problem}."
+    if isinstance(error, _InvalidYaml):
+        named = str(error.problem).startswith(field.removesuffix(": "))
+        return f"{at(mark.line)}: {'' if named else field}{error.problem}."
     lines = [*text.splitlines(), ""]
     got = short_repr(lines[min(mark.line, len(lines) - 1)])
     problem = str(getattr(error, "problem", error))

@@ -1,6 +1,6 @@
-"""The recipe: one typed schema, `extends:`, `key=value` overrides, and errors one can act on.
+"""The schema of a whole recipe, with the rules that concern several sections.
 
-Nothing heavy is imported here, so that `--help`, `--dry-run` and a recipe error answer at once.
+No large library is imported, so that `--help`, `--dry-run` and recipe errors take no time.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from gft_lite.utils.errors import RecipeError
 
 
 class Recipe(Settings):
-    """A whole experiment. `Recipe.load` reads one from YAML."""
+    """The settings of an experiment; `Recipe.load` reads them from YAML."""
 
     name: Annotated[
         str,
@@ -83,7 +83,7 @@ class Recipe(Settings):
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, tree: Any) -> Any:
-        """Lay the method's defaults under the recipe, and its prompt under the eval sets."""
+        """Add the method's defaults, and the training prompt to evaluation sets without one."""
         if not isinstance(tree, Mapping):
             return tree
         known = METHODS.get(str(tree.get("method", "gft")))
@@ -94,7 +94,7 @@ class Recipe(Settings):
             return tree
         try:
             PromptSettings.model_validate(data["prompt"])
-        except ValidationError:  # Told once, where it was written, and not for every set.
+        except ValidationError:  # Reported for data.prompt, not again for every set.
             return tree
         prompted = {
             name: {"prompt": data["prompt"], **each} if isinstance(each, Mapping) else each
@@ -114,7 +114,7 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _group_fits_method(self) -> Recipe:
         method = METHODS.get(self.method)
-        if method is None:  # The user's own, whose sources only the user knows.
+        if method is None:  # The sources of a dotted method are not known before its import.
             return self
         why = f"with method {self.method}, which trains on {' and '.join(method.sources)} rows"
         unused = {"expert", "teacher", "self"} - set(method.sources)
@@ -126,7 +126,7 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
-    def _offline_groups_fit(self) -> Recipe:
+    def _presampled_groups_fit(self) -> Recipe:
         if self.group.offline is None:
             return self
         why = "with group.offline, whose groups are sampled before training"
@@ -138,6 +138,22 @@ class Recipe(Settings):
         if method and "self" in method.sources and "old_logprobs" in method.needs:
             rule = f"must not compare with the policy that sampled, as {self.method} does,"
             rules.append(f"method: {rule} {why}")
+        if rules:
+            raise ValueError("\n".join(rules))
+        return self
+
+    @model_validator(mode="after")
+    def _groups_can_differ(self) -> Recipe:
+        """Reject groups from which training can learn nothing."""
+        group, rollout, rules = self.group, self.rollout, []
+        samples = group.size if group.shortfall == "self" else group.self
+        if samples > 1 and rollout.is_greedy:
+            rule = "top_k: must not be 1" if rollout.temperature else "temperature: must be above 0"
+            of = f"group.self {group.self}" if group.self > 1 else "group.shortfall self"
+            rules.append(f"rollout.{rule} with {of}, or all self samples of a group are the same")
+        method = METHODS.get(self.method)
+        if method and method.group_advantages and not any(f.weight for f in self.reward.functions):
+            rules.append(f"reward.functions: must have a weight other than 0 with {self.method}")
         if rules:
             raise ValueError("\n".join(rules))
         return self
@@ -174,20 +190,19 @@ class Recipe(Settings):
         return recipe
 
     def stage(self, number: int) -> Recipe:
-        """The recipe of a stage (from 0), an ordinary one."""
+        """The recipe of a stage (from 0), without stages."""
         return Recipe.from_tree(self._stage_tree(self.stages[number]))
 
     def _stage_tree(self, stage: StageSettings) -> dict[str, Any]:
         tree = self.model_dump(exclude={"stages"})
         if stage.method != self.method:
-            # These were the other method's; this one brings its own.
+            # Values that may be defaults of the other method.
             del tree["group"], tree["objective"], tree["optim"]["lr"]
             del tree["train"]["updates_per_rollout"]
         return merge(merge(tree, {"method": stage.method}), stage.overrides)
 
     def with_needed_engine(self) -> Recipe:
-        """The recipe with the engine that it has a use for: with offline groups only evaluation
-        samples, for which the trainer's own model will do."""
+        """The recipe with the transformers engine if only evaluation samples (group.offline)."""
         if self.group.offline is None:
             return self
         rollout = self.rollout.model_copy(update={"engine": "transformers"})
@@ -195,7 +210,7 @@ class Recipe(Settings):
 
     @property
     def steps(self) -> int | None:
-        """How many steps the run takes; None where a budget of tokens decides."""
+        """The number of steps; None under a budget of tokens."""
         per_step, budget = self.train.problems_per_step, self.budget
         if budget.tokens:
             return None
@@ -213,6 +228,6 @@ class Recipe(Settings):
             raise RecipeError(explain(error, cls, places or {})) from None
 
     def to_yaml(self) -> str:
-        """The resolved recipe, every default written out, as YAML that `load` reads back."""
+        """The complete recipe with every default, as YAML that `load` reads back."""
         tree = self.model_dump()
         return yaml.dump(tree, Dumper=Dumper, sort_keys=False, allow_unicode=True)

@@ -15,19 +15,27 @@ from pydantic import (
     model_validator,
 )
 
-from gft_lite.recipe.base import Fraction, Settings, Share, matching, named_in
+from gft_lite.recipe.base import (
+    Fraction,
+    Settings,
+    Share,
+    Temperature,
+    at_most,
+    matching,
+    named_in,
+)
 from gft_lite.recipe.effects import EVALUATION, EVERYTHING, NO_RESULT, SAMPLING, TRAINING
 from gft_lite.rewards.registry import REWARDS
 from gft_lite.utils.errors import short_repr
 
-# What `rollout.engine` accepts beside a dotted path; `rollout.registry.ENGINES` has the classes.
+# Names of `rollout.engine`; `rollout.registry.ENGINES` has their classes.
 ENGINE_NAMES = ("auto", "transformers", "vllm", "vllm_server", "unsloth")
 
 
 class LoraSettings(Settings):
     """The adapter. Source: LoRA, arXiv 2106.09685."""
 
-    rank: PositiveInt = 16
+    rank: Annotated[PositiveInt, at_most(65_536)] = 16
     alpha: PositiveInt = 32
     dropout: Fraction = 0.0
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
@@ -36,13 +44,13 @@ class LoraSettings(Settings):
 class PolicySettings(Settings):
     """The model that is trained: a frozen, quantised base and an adapter.
 
-    `gradient_checkpointing` may be a number: that many layers, from the first. Checkpoints and
-    the input embedding can wait in the CPU's memory; with fewer layers than all, what the others
-    keep goes along. `auto` leaves it to the memory plan.
-    `layout` is how rows share a micro-batch: `shared` sends a prompt through the model once for
-    all its responses, `packed` rows one after another, `padded` rows side by side; `auto` takes
-    the first of them that the model can do. `fused_head` takes log-probs and their gradient in
-    one pass. With backend `unsloth` attention and recomputation are Unsloth's own.
+    `gradient_checkpointing` recomputes all layers, or the first N. `offload_checkpoints` keeps
+    the inputs of recomputed layers, and the saved activations of the others, in RAM;
+    `offload_embedding` the input embedding. `auto`: the memory plan decides.
+    `layout` of a micro-batch: `shared` computes a prompt once for all its responses, `packed`
+    concatenates rows, `padded` stacks them; `auto` is the first that the model supports.
+    `fused_head` computes log-probs and their gradient in one pass. `threads` are torch's CPU
+    threads. With backend `unsloth`, attention and recomputation are Unsloth's.
     """
 
     backend: Annotated[Literal["transformers", "unsloth"], EVALUATION] = "transformers"
@@ -57,7 +65,7 @@ class PolicySettings(Settings):
         str, matching(r"auto|cpu|cuda(:\d+)?", "must be auto, cpu, cuda or cuda:N"), EVALUATION
     ] = "auto"
     context: Annotated[Annotated[int, Field(ge=8)] | None, EVERYTHING] = None
-    threads: Annotated[PositiveInt | None, EVALUATION] = None  # CPU threads of torch
+    threads: Annotated[Annotated[PositiveInt, at_most(1024)] | None, EVALUATION] = None
     attention: Annotated[Literal["sdpa", "eager", "flash_attention_2"], EVALUATION] = "sdpa"
     gradient_checkpointing: Annotated[Literal["auto"] | bool | NonNegativeInt, NO_RESULT] = True
     offload_checkpoints: Annotated[Literal["auto"] | bool, NO_RESULT] = False
@@ -86,10 +94,10 @@ class PolicySettings(Settings):
         return self
 
     @model_validator(mode="after")
-    def _backend_can(self) -> PolicySettings:
+    def _backend_supports(self) -> PolicySettings:
         if self.backend == "transformers":
             return self
-        can: dict[str, list[Any]] = {
+        supported: dict[str, list[Any]] = {
             "quantization": ["nf4", "none"],
             "double_quantization": [True],
             "attention": ["sdpa"],
@@ -98,10 +106,10 @@ class PolicySettings(Settings):
             "offload_embedding": [False],
             "layout": ["auto", "packed", "padded"],
         }
-        # By their texts: 1 equals True, and is a number of layers.
+        # Compared as text: 1 equals True but is a number of layers.
         rules = [f"{name}: must be {' or '.join(map(short_repr, values))} "
                  f"with backend {self.backend}"
-                 for name, values in can.items()
+                 for name, values in supported.items()
                  if short_repr(getattr(self, name)) not in map(short_repr, values)]  # fmt: skip
         if rules:
             raise ValueError("\n".join(rules))
@@ -113,14 +121,14 @@ def _as_list(value: Any) -> Any:
 
 
 class ColumnsSettings(Settings):
-    """Which column of the data set holds what; solutions may be spread over several columns.
+    """The columns of the data set; demonstrations may come from several columns.
 
-    `a.b` is field `b` of a nested column `a`. Several columns of a problem are written one below
-    the other, a list in one of them as options without letters. `choices` are written under the
+    `a.b` is field `b` of a nested column `a`. Several columns of a problem are joined by line
+    breaks, a list in one of them as options without letters. `choices` are appended to the
     problem as (A), (B), ...; an answer that is the number of a choice, from 0, becomes its letter.
-    `answer: null` says that there are no answers.
-    `answer_from` takes the last box of that column (boxed) or what follows `####` (hash).
-    `clean: gsm8k` drops `<<48/2=24>>` from demonstrations and boxes their `#### 24` line.
+    `answer: null`: there are no answers. `answer_from`: the last box of the column (boxed), or the
+    text after `####` (hash). `clean: gsm8k` removes `<<48/2=24>>` from demonstrations and boxes
+    their `#### 24` line.
     """
 
     problem: str | list[str] = "problem"
@@ -134,7 +142,7 @@ class ColumnsSettings(Settings):
 
 
 class PromptSettings(Settings):
-    """How a problem becomes a prompt: plain text, or a user turn of the chat template."""
+    """The prompt of a problem: plain text, or a user turn in the chat template."""
 
     style: Literal["plain", "chat"] = "plain"
     template: str = "{problem}"
@@ -150,9 +158,9 @@ class PromptSettings(Settings):
 
 
 class DataSettings(Settings):
-    """Rows to problems: the built-in `lab`, a JSONL/parquet/CSV file, or a hub data set id.
+    """The source of problems: the built-in `lab`, a JSONL/parquet/CSV file, or a hub data set.
 
-    `file` is one file of a hub data set, for those that don't say which is which split.
+    `file` is one file of a hub data set whose files are not assigned to splits.
     """
 
     source: str = "lab"
@@ -169,21 +177,22 @@ class DataSettings(Settings):
 
 
 class TrainingDataSettings(DataSettings):
-    """The training data and how many problems of it are held out for monitoring."""
+    """The training data; `holdout` problems of it are used for monitoring only."""
 
     holdout: NonNegativeInt = 64
 
 
 class GroupSettings(Settings):
-    """How many of the K responses of a group come from each source.
+    """The number of responses of a group from each source.
 
-    `offline` is a folder that `gft-lite groups` filled: training takes its groups, whose self
-    responses were sampled before it, by the base or `policy.adapter`, and samples none.
+    `shortfall` replaces missing demonstrations by self samples or by repetition, or drops the
+    problem. `offline` is a folder of `gft-lite groups`, whose groups were sampled before training
+    from the base or `policy.adapter`; training samples none then.
     """
 
-    expert: Annotated[NonNegativeInt, SAMPLING] = 1
-    teacher: Annotated[NonNegativeInt, SAMPLING] = 3
-    self: Annotated[NonNegativeInt, SAMPLING] = 4
+    expert: Annotated[NonNegativeInt, at_most(10_000), SAMPLING] = 1
+    teacher: Annotated[NonNegativeInt, at_most(10_000), SAMPLING] = 3
+    self: Annotated[NonNegativeInt, at_most(10_000), SAMPLING] = 4
     shortfall: Annotated[Literal["self", "repeat", "drop"], SAMPLING] = "self"
     offline: Annotated[str | None, TRAINING] = None
 
@@ -200,13 +209,12 @@ class GroupSettings(Settings):
 
 
 class ObjectiveSettings(Settings):
-    """The loss; a method reads the fields that it has a use for.
+    """The loss; a method uses the fields that are parameters of its loss function.
 
-    `kl` weighs the k3 estimate of KL(policy || reference) in any method's per-token loss (TRL's
-    `beta`, without the correction by rho that TRL may apply); `lam` is asft's own.
-    `mask_truncated` leaves out rows that the length limit cut off, and what they would add to
-    the reduction's denominator. A method's own parameters are extra fields, checked by
-    `method_parameters.py`.
+    `kl` is the weight of the k3 estimate of KL(policy || reference) in the per-token loss of any
+    method (TRL's `beta`, without the correction by rho that TRL may apply); `lam` is asft's.
+    `mask_truncated` excludes rows at the length limit, also from the reduction's denominator.
+    A method's own parameters are extra fields, which `objective_schema.py` checks.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -231,7 +239,7 @@ class RewardFunctionSettings(Settings):
     """
 
     name: Annotated[str, named_in(REWARDS)]
-    weight: float = 1.0
+    weight: Annotated[float, Field(ge=-1e6, le=1e6)] = 1.0
     parameters: dict[str, Any] = {}
     correct_above: float | None = None
 
@@ -244,7 +252,10 @@ def _reward_shorthand(value: Any) -> Any:
 
 
 class RewardSettings(Settings):
-    """The reward rule: a weighted sum of functions, graded in worker processes."""
+    """The reward: a weighted sum of functions, computed in worker processes.
+
+    `timeout` is in seconds for a response.
+    """
 
     functions: Annotated[
         list[RewardFunctionSettings],
@@ -252,22 +263,23 @@ class RewardSettings(Settings):
         Field(min_length=1),
         EVERYTHING,
     ] = Field(default_factory=lambda: [RewardFunctionSettings(name="math")])
-    workers: Annotated[PositiveInt, NO_RESULT] = 2
-    timeout: Annotated[PositiveFloat, EVALUATION] = 3.0
+    workers: Annotated[PositiveInt, at_most(1024), NO_RESULT] = 2
+    timeout: Annotated[PositiveFloat, at_most(86_400), EVALUATION] = 3.0
 
 
 class RolloutSettings(Settings):
-    """Who samples the self responses, and how.
+    """The engine that samples the self responses, and its sampling parameters.
 
-    `base` is what vLLM serves: a copy with the trainer's own numbers, the model as published, or
-    that, quantised by vLLM's `plugin` for bitsandbytes. `gpu_memory` is its share of the card;
-    `auto` leaves it to the memory plan. It gives it back while the trainer trains (`sleep`).
-    `batch_size` is how many responses are sampled side by side; `auto` is what the plan finds to
-    fit, 128 where there is no plan.
-    `resample` is how often flat groups are replaced by those of other problems.
-    `eager` goes without CUDA graphs, which take memory and time at the start, for faster tokens.
-    `servers` are the addresses of vLLM servers for engine `vllm_server`, which take requests in
-    turn and read adapters under the same path; without any, one is started on this machine.
+    `base` is the model that vLLM serves: a copy with the trainer's dequantised weights, the
+    published weights, or these quantised by vLLM's `plugin` for bitsandbytes. `gpu_memory` is
+    vLLM's share of the card, by default decided by the memory plan; with `sleep`, vLLM frees it
+    during training. `batch_size` is the number of responses that are sampled at once; `auto` is
+    decided by the memory plan, 128 without one. `resample` is how many times flat groups are
+    replaced by groups of other problems. `eager` does without CUDA graphs, which make tokens
+    faster and take memory and time at the start. `servers` are addresses of vLLM servers for
+    engine `vllm_server`, used in turn, which read adapters under the same path; without
+    addresses, a server is started on this machine. `probe_limit`, in nats per token, is the
+    largest accepted difference between the log-probs of engine and trainer.
     """
 
     engine: Annotated[str, named_in(ENGINE_NAMES), EVALUATION] = "auto"
@@ -276,13 +288,17 @@ class RolloutSettings(Settings):
         BeforeValidator(_as_list),
         NO_RESULT,
     ] = []
-    temperature: Annotated[NonNegativeFloat, SAMPLING] = 1.0
+    temperature: Annotated[Temperature, SAMPLING] = 1.0
     top_p: Annotated[Share, SAMPLING] = 1.0
     top_k: Annotated[NonNegativeInt, SAMPLING] = 0
     max_tokens: Annotated[PositiveInt, EVERYTHING] = 1024
-    stop: Annotated[list[str], BeforeValidator(_as_list), EVERYTHING] = []
-    batch_size: Annotated[Literal["auto"] | PositiveInt, NO_RESULT] = 128
-    resample: Annotated[NonNegativeInt, TRAINING] = 0
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list), EVERYTHING
+    ] = []
+    batch_size: Annotated[
+        Literal["auto"] | Annotated[PositiveInt, at_most(1_000_000)], NO_RESULT
+    ] = 128
+    resample: Annotated[NonNegativeInt, at_most(1000), TRAINING] = 0
     base: Annotated[Literal["nf4_dequantised", "original", "plugin"], EVALUATION] = (
         "nf4_dequantised"
     )
@@ -299,6 +315,11 @@ class RolloutSettings(Settings):
         return self
 
     @property
+    def is_greedy(self) -> bool:
+        """True if all samples of a prompt are the same."""
+        return self.temperature == 0 or self.top_k == 1
+
+    @property
     def rows(self) -> int:
-        """How many responses are sampled side by side."""
+        """The number of responses that are sampled at once."""
         return 128 if isinstance(self.batch_size, str) else self.batch_size

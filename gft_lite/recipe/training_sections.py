@@ -13,13 +13,24 @@ from pydantic import (
 )
 
 from gft_lite.objective.methods import METHODS
-from gft_lite.recipe.base import Fraction, Settings, Share, matching, named_in
+from gft_lite.recipe.base import (
+    Fraction,
+    Settings,
+    Share,
+    Temperature,
+    at_most,
+    matching,
+    named_in,
+)
 from gft_lite.recipe.effects import EVALUATION, NO_RESULT, TRAINING
 from gft_lite.recipe.sections import DataSettings
 
 
 class OptimSettings(Settings):
-    """The optimiser, its schedule, and what it does about gradients that are no numbers."""
+    """The optimiser and its schedule.
+
+    After `max_bad_steps` steps in a row with a non-finite loss or gradient, training fails.
+    """
 
     name: Literal["auto", "adamw", "paged_adamw_8bit"] = "auto"
     lr: PositiveFloat = 1e-4
@@ -38,14 +49,14 @@ class OptimSettings(Settings):
 
 
 class TrainSettings(Settings):
-    """How long and in which portions: one step is one rollout of `problems_per_step` groups.
+    """The number and size of steps; a step is a rollout of `problems_per_step` groups.
 
-    `drop_zero_advantage` leaves out rows that add nothing to the gradient, before the forward.
-    `memory` is what the memory plan may fill; `auto` is what the device has free.
+    `drop_zero_advantage` drops rows without effect on the gradient before the forward pass.
+    `memory` is the limit of the memory plan; `auto` is the free memory of the device.
     """
 
     steps: Annotated[PositiveInt, TRAINING] = 100
-    problems_per_step: Annotated[PositiveInt, TRAINING] = 16
+    problems_per_step: Annotated[PositiveInt, at_most(1_000_000), TRAINING] = 16
     updates_per_rollout: Annotated[PositiveInt, TRAINING] = 1
     micro_batch_tokens: Annotated[Literal["auto"] | PositiveInt, NO_RESULT] = 8192
     memory: Annotated[
@@ -64,10 +75,10 @@ class TrainSettings(Settings):
 
 
 class BudgetSettings(Settings):
-    """What may be spent, in place of `train.steps`, so that methods compare at equal cost.
+    """A limit in place of `train.steps`, to compare methods at equal cost.
 
-    `problems` counts visits of a problem, `trajectories` responses, `tokens` the tokens of
-    all responses of the groups; the step in which the amount is reached is the last.
+    `problems` counts visits of problems, `trajectories` responses, `tokens` the tokens of all
+    responses of the groups. The step that reaches the limit is the last.
     """
 
     problems: PositiveInt | None = None
@@ -83,9 +94,9 @@ class BudgetSettings(Settings):
 
 
 class StageSettings(Settings):
-    """One stage of a staged run: a method, what differs from the recipe, and the reference.
+    """A stage of a staged run: its method, and the fields in which it differs from the recipe.
 
-    `start` takes the policy at the start of the stage as the reference of its KL.
+    `reference: start` measures the stage's KL to the policy at the start of the stage.
     """
 
     method: Annotated[str, named_in(METHODS)]
@@ -94,24 +105,24 @@ class StageSettings(Settings):
 
 
 def stage_shorthand(value: Any) -> Any:
-    """A stage may be written as the mere name of its method."""
+    """A stage from the name of its method alone."""
     return {"method": value} if isinstance(value, str) else value
 
 
 class MonitorSettings(Settings):
-    """KL to the reference every n steps (0: never), on fixed held-out prompts."""
+    """The KL to the reference on fixed held-out prompts, every N steps (0: never)."""
 
     every: Annotated[NonNegativeInt, TRAINING] = 10
     problems: Annotated[PositiveInt, EVALUATION] = 16
 
 
 class EvalSettings(Settings):
-    """Base and trained policy on named sets, the first of which is the headline."""
+    """The evaluation of base and trained policy on named sets; the first is the headline."""
 
     sets: dict[str, DataSettings] = {}
-    samples: PositiveInt = 8
+    samples: Annotated[PositiveInt, at_most(100_000)] = 8
     k: list[PositiveInt] = [1, 8]
-    temperature: NonNegativeFloat = 0.5
+    temperature: Temperature = 0.5
     top_p: Share = 1.0
     max_tokens: PositiveInt | None = None
 
@@ -123,14 +134,14 @@ class EvalSettings(Settings):
 
 
 class CheckpointSettings(Settings):
-    """A checkpoint every n steps; the newest `keep` stay on the disk."""
+    """A checkpoint every N steps; the newest `keep` remain on disk."""
 
     every: PositiveInt = 25
     keep: PositiveInt = 2
 
 
 class LogSettings(Settings):
-    """What is written beside metrics.jsonl."""
+    """Output in addition to metrics.jsonl."""
 
     groups: bool = True
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []

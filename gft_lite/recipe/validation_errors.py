@@ -1,4 +1,4 @@
-"""Recipe errors: one line each, with the place, the field, the rule, the value and a way out."""
+"""Texts of validation errors: a line each with place, field, rule, value and advice."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gft_lite.utils.errors import dotted_path, nearest, short_repr
 
 @dataclass(frozen=True)
 class Place:
-    """Where a value was written."""
+    """The file and line of a value."""
 
     file: str
     line: int | None = None
@@ -31,7 +31,7 @@ UNKNOWN_FIELD = "unknown_field"  # pydantic error type; its context has the `kno
 
 @dataclass(frozen=True)
 class _Problem:
-    """One error of a recipe, in parts."""
+    """The parts of an error text."""
 
     at: At
     rule: str
@@ -39,7 +39,7 @@ class _Problem:
     advice: str = ""
 
     def place(self, places: Places) -> Place | None:
-        """Where the value was written, or the section that lacks it."""
+        """The place of the value, or of the section that lacks it."""
         above = (self.at[:i] for i in range(len(self.at), -1, -1))
         return next((places[at] for at in above if at in places), None)
 
@@ -80,7 +80,7 @@ def explain(
     return [problem.text(places) for problem in sorted(problems, key=order)]
 
 
-# pydantic's error types in the words of a recipe; for the others, its own text will do.
+# Rules for pydantic's error types; other types keep pydantic's text.
 _RULES = {
     "string_type": "must be text",
     "list_type": "must be a list",
@@ -121,14 +121,14 @@ def _allowed(e: Any) -> list[str]:
 
 
 def _one_of_union(at: At, found: list[_Problem]) -> list[_Problem]:
-    """The errors of a union's branches as one, or those inside of the branch that fits."""
+    """The errors of all members of a union as one, or those inside of the member that fits."""
     deeper = [problem for problem in found if len(problem.at) > len(at)]
     rules = [found[0].rule, *(problem.rule.removeprefix("must be ") for problem in found[1:])]
     return deeper or [_Problem(at, " or ".join(rules), found[0].got, found[0].advice)]
 
 
 def _cross_fields(at: At, section: type[BaseModel], e: Any) -> list[_Problem]:
-    """What a section's own check says: each line is a rule, after `field: ` or for all of it."""
+    """The errors of a section's own check, a line each: `field: rule`, or a rule for all of it."""
     problems = []
     for line in str(e["ctx"]["error"]).splitlines():
         field, _, rule = line.partition(": ")
@@ -142,7 +142,7 @@ def _cross_fields(at: At, section: type[BaseModel], e: Any) -> list[_Problem]:
 
 
 def _value_below(schema: Any, value: Any, names: tuple[str, ...]) -> Any:
-    """The value of a field below a section's raw input, as written or by default."""
+    """The value of a field in a section's input, or its default."""
     for name in names:
         section = section_class(schema)
         field = section.model_fields.get(name) if section else None
@@ -173,7 +173,7 @@ def _unknown(schema: type[BaseModel], at: At, known: Iterable[str], got: Any) ->
 
 
 def _follow(schema: Any, loc: At) -> tuple[At, Any, At | None]:
-    """The user's path in pydantic's `loc`, its type, and the union whose branches `loc` names."""
+    """The field's path in pydantic's `loc`, its type, and the path of a union that `loc` enters."""
     at: At = ()
     union = None
     for part in loc:
@@ -201,7 +201,7 @@ def _child(annotation: Any, part: str | int) -> Any:
 
 
 def _all_fields(schema: type[BaseModel], above: At = ()) -> list[str]:
-    """The dotted path of every field, but for those inside of lists and named sections."""
+    """The dotted path of every field outside of lists and named sections."""
     paths = []
     for name, field in schema.model_fields.items():
         section = section_class(field.annotation)

@@ -73,7 +73,7 @@ def policy_on_meta(model, layers, checkpointed, monkeypatch):
     policy.layout = "shared"
     base.set_attn_implementation(attention.NAME)
     # Autocast has no meta device; the CPU's casts the same operations.
-    monkeypatch.setattr(policy, "_compute", lambda: torch.autocast("cpu", torch.bfloat16))
+    monkeypatch.setattr(lora, "autocast", lambda *_: torch.autocast("cpu", torch.bfloat16))
     policy.model.train()
     return policy
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from test_recipe import _broken_recipes, _leaves
+from recipe_cases import broken_recipes, leaves
 
 from gft_lite.cli import main
 from gft_lite.evaluation.suites import Suite
@@ -46,7 +46,7 @@ def refused_recipe(refusal, text: str | bytes, *overrides: str) -> str:
 
 
 def test_six_hundred_broken_recipe_files(refusal):
-    for field, tree in random.Random(0).sample(_broken_recipes(), 600):
+    for field, tree in random.Random(0).sample(broken_recipes(), 600):
         assert field in refused_recipe(refusal, yaml.safe_dump(tree)), tree
 
 
@@ -61,7 +61,7 @@ def _override(field: str, tree: Any) -> str | None:
 
 def test_the_same_values_as_overrides(refusal):
     Path("x.yaml").write_text("seed: 1\n")
-    for field, tree in random.Random(1).sample(_broken_recipes(), 100):
+    for field, tree in random.Random(1).sample(broken_recipes(), 100):
         assert field in refusal("train", "x.yaml", _override(field, tree), "--dry-run"), tree
 
 
@@ -78,7 +78,7 @@ def test_other_files_are_checked_as_well(schema, refusal):
     if schema is Sweep:
         least, command = {"recipe": "recipes/lab.yaml"}, ["sweep", "x.yaml", "--dry-run"]
     checked = 0
-    for path, _ in _leaves(schema):
+    for path, _ in leaves(schema):
         if path[0] in ("definitions", "overrides", "grid"):
             continue
         for wrong in (path, (*path[:-1], path[-1] + "qz")):

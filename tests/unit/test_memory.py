@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -411,19 +410,15 @@ class TestResolving:
 
 
 class TestCommand:
-    def test_it_answers_within_a_second_and_without_torch(self):
+    def test_it_imports_no_torch(self):
         code = (
             "import sys; from gft_lite.cli import main; main(['plan', 'recipes/qwen_math_1p5b.yaml'"
             "]); print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
         )
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
         )
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert done.stdout.splitlines()[-1] == "[]", done.stderr
-        # The CPU's seconds, which other work on the machine doesn't stretch as much.
-        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
         for word in ("Qwen/Qwen2.5-Math-1.5B", "1,543.7M", "KV cache", "peak", "80 GiB"):
             assert word in done.stdout
 
