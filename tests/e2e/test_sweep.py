@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from gft_lite.experiments.sweep_config import grid_override
 from gft_lite.experiments.sweep_results import SweepFolder
 from gft_lite.experiments.sweep_runner import sweep
 from gft_lite.training.run import train
-from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.errors import RecipeError, UserError
 
 SMALL = [
     "train.steps=2", "train.problems_per_step=3", "data.problems=40", "data.holdout=4",
@@ -27,7 +28,7 @@ SMALL = [
     "eval.sets.test.problems=4", "eval.sets.retention.problems=2",
 ]  # fmt: skip
 QUIET = Console(quiet=True)
-# Reward functions of the user's: one is fine, one module raises, one takes its process with it.
+# A user's reward functions: one raises, one kills its process, one works.
 FINE = "def reward(completions, **_):\n    return [float(len(c) % 2) for c in completions]\n"
 OWN = {
     "raises": "raise RuntimeError('no such luck')",
@@ -51,7 +52,7 @@ def plan(*grid, seeds=1, changes=()):
 
 
 def comparable(run):
-    """What a run found, without what no two runs share."""
+    """The results of a run without those that differ between equal runs."""
     metrics, summary = run.metrics(), run.summary()
     for each in (*metrics, summary):
         each.pop("seconds")
@@ -64,6 +65,20 @@ def assert_equal(run, other):
     assert metrics[0] == metrics[1]
     assert summary[0] == summary[1]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+@contextmanager
+def started_processes():
+    """The programs that this process starts."""
+    started, active = [], True
+
+    def hook(event, arguments):  # An audit hook cannot be removed again.
+        if active and event == "subprocess.Popen":
+            started.append(arguments[0])
+
+    sys.addaudithook(hook)
+    yield started
+    active = False
 
 
 def states(folder):
@@ -95,7 +110,7 @@ class TestTwoJobs:
             for seed in (0, 1):
                 assert times[f"tau=0,seed={seed}"] == times[f"tau=0.5,seed={seed}"]
 
-    def test_results_say_what_the_runs_say(self, planned, folder):
+    def test_results_are_those_of_the_runs(self, planned, folder):
         results = folder.results()
         names = [trial.name for trial in planned.trials()]
         assert [t["name"] for t in results["trials"]] == names
@@ -122,16 +137,16 @@ class TestTwoJobs:
             t["summary"]["trained"]["pass@1"] for t in results["trials"]
         ]
 
-    def test_what_is_done_stays_done_and_another_recipe_is_refused(self, planned, folder):
-        began = time.monotonic()
-        again = sweep(planned, folder.path, console=QUIET)
-        assert time.monotonic() - began < 2  # No process was started.
+    def test_finished_trials_are_kept_and_another_recipe_is_an_error(self, planned, folder):
+        with started_processes() as started:
+            again = sweep(planned, folder.path, console=QUIET)
+        assert started == []
         assert again.results() == folder.results()
         other = plan("objective.tau=0,0.5", seeds=2, changes=["optim.lr=1e-3"])
         with pytest.raises(RecipeError, match="--out: must be a new folder or one of the same"):
             sweep(other, folder.path, console=QUIET)
 
-    def test_a_sweep_in_use_is_left_alone(self, planned, folder):
+    def test_a_folder_in_use_is_an_error(self, planned, folder):
         hold = "import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); " \
                "print('held', flush=True); sys.stdin.read()"  # fmt: skip
         holder = subprocess.Popen([sys.executable, "-c", hold, str(folder.path / ".lock")],
@@ -143,14 +158,14 @@ class TestTwoJobs:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [({"jobs": 0}, "--jobs: must be at least 1, got 0."),
      ({"launcher": "slurm"}, "--launcher: must be local or ray, got 'slurm'.")],
 )  # fmt: skip
-def test_wrong_options_are_told_before_anything_is_made(options, told, tmp_path):
-    with pytest.raises(RecipeError) as caught:
+def test_wrong_options_are_errors_before_anything_is_written(options, message, tmp_path):
+    with pytest.raises(UserError) as caught:
         sweep(plan(), tmp_path / "out", console=QUIET, **options)
-    assert caught.value.problems == [told]
+    assert caught.value.problems == [message]
     assert not (tmp_path / "out").exists()
 
 
@@ -175,10 +190,22 @@ def test_failed_trials_are_reported_and_tried_again(own_rewards, capsys):
     assert set(states(folder).values()) == {"done"}
 
 
+def is_locked(run):
+    """True if a process trains in the run's folder."""
+    try:
+        with run.lock():
+            return False
+    except UserError:
+        return True
+
+
+STEPS = 60  # Many more than can pass between the sixth step and a signal.
+
+
 def test_a_killed_and_an_interrupted_sweep_continue(tmp_path):
     """The first trial ends; the second is killed, continues, is interrupted, and can go on."""
     changes = ["checkpoint.every=5", "monitor.every=0"]
-    grid = "train.steps=1,50"
+    grid = f"train.steps=1,{STEPS}"
     planned = plan(grid, changes=changes)
     first, second = planned.trials()
     folder = SweepFolder(tmp_path / "out")
@@ -190,34 +217,68 @@ def test_a_killed_and_an_interrupted_sweep_continue(tmp_path):
         process = subprocess.Popen(
             command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
         )
-        deadline = time.monotonic() + 200
-        while len(run.metrics()) < steps and time.monotonic() < deadline:
+        while len(run.metrics()) < steps and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(how)
-        said = process.communicate(timeout=100)[1]
-        return process.returncode, said
+        errors = process.communicate()[1]
+        return process.returncode, errors
 
-    code, _ = stop_at(6, signal.SIGKILL)
-    assert code == -signal.SIGKILL
-    time.sleep(1)  # The trial's process notices, and takes no further step.
+    code, errors = stop_at(6, signal.SIGKILL)
+    assert code == -signal.SIGKILL, errors
+    while is_locked(run):  # The trial's process ends when it loses the sweep.
+        time.sleep(0.01)
     killed_at = len(run.metrics())
-    assert 6 <= killed_at < 50
-    time.sleep(1)
-    assert len(run.metrics()) == killed_at
+    assert 6 <= killed_at < STEPS
     assert states(folder) == {first.name: "done", second.name: "running"}
     written = (folder.run(first.name).path / "summary.json").stat().st_mtime_ns
 
-    code, said = stop_at(killed_at + 1, signal.SIGINT)
-    assert code == 130
-    assert "interrupted; the same command continues" in said
+    code, errors = stop_at(killed_at + 1, signal.SIGINT)
+    assert code == 130, errors
+    assert "interrupted; the same command continues" in errors
     assert states(folder) == {first.name: "done", second.name: "interrupted"}
     assert (folder.run(first.name).path / "summary.json").stat().st_mtime_ns == written
     reached = len(run.metrics())
-    assert killed_at < reached < 50
+    assert killed_at < reached < STEPS
     # It stopped after a step, with a checkpoint; from there it ends as if nothing had been.
     assert (run.checkpoints / f"step-{reached:06d}").exists()
     train(second.recipe, run.path, resume=True, console=QUIET)
     assert_equal(run, train(second.recipe, tmp_path / "alone", console=QUIET))
+
+
+OWN_METHOD = """
+from gft_lite.objective.losses import LossOutput
+from gft_lite.objective.methods import Method
+
+def loss(inputs, *, power: float = 1.0):
+    weight = inputs.logprobs.detach().exp() ** power
+    return LossOutput(-weight * inputs.logprobs, {"weight": weight})
+
+METHOD = Method(loss, ("expert", "teacher"), "nobody", group_advantages=False)
+"""
+
+
+def test_a_grid_over_a_parameter_of_a_users_own_method(tmp_path, monkeypatch):
+    """Its own metric is a figure of the sweep: p ** power is smaller for the larger power."""
+    (tmp_path / "own_method.py").write_text(OWN_METHOD)
+    monkeypatch.chdir(tmp_path)
+    changes = ["method=own_method:METHOD", "group={expert: 1, teacher: 1, self: 0}"]
+    folder = sweep(plan("objective.power=1,2", changes=changes), "out", console=QUIET)
+    assert set(states(folder).values()) == {"done"}
+    small, large = (row["figures"]["weight"]["mean"] for row in folder.results()["settings"])
+    assert 0 < large < small < 1
+    assert sweep(plan("objective.power=1,2", changes=changes), "out", console=QUIET)
+
+
+def test_a_damaged_run_does_not_hide_the_others(tmp_path):
+    planned = plan("objective.tau=0,0.5")
+    folder = sweep(planned, tmp_path / "out", console=QUIET)
+    first, second = (folder.run(trial.name) for trial in planned.trials())
+    (first.path / "metrics.jsonl").write_text("not JSON\n")
+    again = sweep(planned, folder.path, console=QUIET)
+    damaged, fine = again.results()["trials"]
+    assert (damaged["state"], fine["state"]) == ("failed", "done")
+    assert damaged["reason"].startswith(f"{first.path / 'metrics.jsonl'}:1: ")
+    assert fine["summary"] == second.summary()
 
 
 def test_a_local_ray_with_two_workers(own_rewards, monkeypatch):
