@@ -22,7 +22,12 @@ from gft_lite.planning.memory import Batch, MemoryModel
 from gft_lite.planning.model_shape import ModelShape
 from gft_lite.policy.batching import MicroBatch
 from gft_lite.policy.lora import LoraPolicy
-from gft_lite.policy.qlora import _adapt, _checkpoint_layers, _keep_on_cpu, _quantization
+from gft_lite.policy.qlora import (
+    add_adapter,
+    checkpoint_layers,
+    keep_embedding_on_cpu,
+    quantization_config_of,
+)
 from gft_lite.policy.registry import model_location
 from gft_lite.recipe.sections import PolicySettings
 
@@ -58,11 +63,11 @@ def random_policy(
     base.tie_weights()
     if settings.quantization == "nf4":
         base.is_loaded_in_4bit = True
-        config.quantization_config = _quantization(settings, dtype)
-    model = _adapt(base, settings, seed=0)
-    _checkpoint_layers(base, settings)
+        config.quantization_config = quantization_config_of(settings, dtype)
+    model = add_adapter(base, settings, None, seed=0)
+    checkpoint_layers(base, settings)
     if settings.offload_embedding is True:
-        _keep_on_cpu(base)
+        keep_embedding_on_cpu(base)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_location("lab"))
     policy = _policy(model, tokenizer, settings, dtype)
     _shake(policy)
@@ -115,9 +120,9 @@ def with_settings(policy: LoraPolicy, settings: PolicySettings) -> LoraPolicy:
     """A policy with other settings on the same model. The embedding does not come back."""
     base: Any = policy.model.get_base_model()
     base.gradient_checkpointing_disable()
-    _checkpoint_layers(base, settings)
+    checkpoint_layers(base, settings)
     if settings.offload_embedding is True:
-        _keep_on_cpu(base)
+        keep_embedding_on_cpu(base)
     return _policy(policy.model, policy.tokenizer, settings, policy.dtype)
 
 

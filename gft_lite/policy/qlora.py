@@ -36,7 +36,7 @@ def load(
             checked.location,
             dtype=dtype,
             device_map={"": device},
-            quantization_config=_quantization(settings, dtype),
+            quantization_config=quantization_config_of(settings, dtype),
             attn_implementation=settings.attention,
             use_safetensors=True,
             output_loading_info=True,
@@ -48,14 +48,14 @@ def load(
         if isinstance(module, Linear4bit):
             # A forward pass in eval mode would repack the weights for a bf16 kernel that rounds.
             module.support_avx512bf16_for_cpu = False
-    model = _adapt(base, settings, checked.adapter, seed)
-    _checkpoint_layers(base, settings)
+    model = add_adapter(base, settings, checked.adapter, seed)
+    checkpoint_layers(base, settings)
     if settings.offload_embedding is True:
-        _keep_on_cpu(base)
+        keep_embedding_on_cpu(base)
     return LoraPolicy(model, checked.tokenizer, settings, dtype)
 
 
-def _quantization(
+def quantization_config_of(
     settings: PolicySettings, dtype: torch.dtype
 ) -> transformers.BitsAndBytesConfig | None:
     """The configuration of `policy.quantization`, None for an unquantised base."""
@@ -71,7 +71,7 @@ def _quantization(
     )
 
 
-def _adapt(base: Any, settings: PolicySettings, adapter: Path | None, seed: int) -> PeftModel:
+def add_adapter(base: Any, settings: PolicySettings, adapter: Path | None, seed: int) -> PeftModel:
     """Add an adapter to the base: a new one, initialised from `seed`, or `policy.adapter`."""
     model: PeftModel
     if adapter is None:
@@ -99,7 +99,7 @@ def _adapt(base: Any, settings: PolicySettings, adapter: Path | None, seed: int)
     return model
 
 
-def _checkpoint_layers(base: Any, settings: PolicySettings) -> None:
+def checkpoint_layers(base: Any, settings: PolicySettings) -> None:
     """Recompute the first `policy.gradient_checkpointing` layers in the backward pass."""
     wanted = settings.gradient_checkpointing
     if not wanted:
@@ -110,7 +110,7 @@ def _checkpoint_layers(base: Any, settings: PolicySettings) -> None:
         layer.gradient_checkpointing = False
 
 
-def _keep_on_cpu(base: Any) -> None:
+def keep_embedding_on_cpu(base: Any) -> None:
     """Keep the input embedding in the CPU's memory and copy only the rows that are looked up."""
     embedding = base.get_input_embeddings()
     device = embedding.weight.device

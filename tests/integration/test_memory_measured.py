@@ -65,8 +65,8 @@ def policy_on_meta(model, layers, checkpointed, monkeypatch):
     settings = PolicySettings(layout="padded", gradient_checkpointing=checkpointed)
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        adapted = qlora._adapt(base, settings, 0)
-    qlora._checkpoint_layers(base, settings)
+        adapted = qlora.add_adapter(base, settings, None, 0)
+    qlora.checkpoint_layers(base, settings)
     tokenizer = type("Tokenizer", (), {"eos_token_id": 1, "pad_token_id": 0})
     policy = lora.LoraPolicy(adapted, tokenizer, settings, torch.bfloat16)
     # Trying layouts out, as a policy does when it is made, needs numbers.
