@@ -5,7 +5,10 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -30,6 +33,30 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def signal_when(tmp_path_factory):
+    """Run the command line in a process and send it a signal once a condition holds.
+
+    Returns exit code and stderr. Fails, with stderr, if the process ends before.
+    """
+
+    def run(arguments, condition, number):
+        log = tmp_path_factory.mktemp("process") / "stderr.txt"
+        with log.open("w") as errors:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "gft_lite", *map(str, arguments)],
+                stderr=errors, stdout=subprocess.DEVNULL,
+            )  # fmt: skip
+        while process.poll() is None and not condition():
+            time.sleep(0.01)
+        assert process.poll() is None, f"ended before the signal: {log.read_text()}"
+        process.send_signal(number)
+        process.wait()
+        return process.returncode, log.read_text()
+
+    return run
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -35,21 +32,16 @@ def weights(run):
     return load_file(run.adapter / "adapter_model.safetensors")
 
 
-def kill_once_it_steps(run, watched, *overrides):
+@pytest.fixture
+def kill_after_a_step(signal_when):
     """Start a run in a process of its own and kill it when `watched` has its first step."""
-    command = [sys.executable, "-m", "gft_lite", "train", "recipes/lab.yaml", *SMALL, *overrides]
-    process = subprocess.Popen(
-        [*command, "--out", str(run.path)],
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 200
-    while not watched.metrics() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert watched.metrics()
-    assert not (run.path / "summary.json").exists()
+
+    def kill(run, watched, *overrides):
+        arguments = ["train", "recipes/lab.yaml", *SMALL, *overrides, "--out", run.path]
+        signal_when(arguments, watched.metrics, signal.SIGKILL)
+        assert not (run.path / "summary.json").exists()
+
+    return kill
 
 
 class TestStages:
@@ -98,9 +90,11 @@ class TestStages:
         assert summary["trained"] == parts[2].summary()["trained"]
 
     @pytest.mark.parametrize("kill_in", ["1-sft", "2-gft", "3-grpo"])
-    def test_a_run_killed_in_any_stage_resumes_to_the_same_end(self, whole, kill_in, tmp_path):
+    def test_a_run_killed_in_any_stage_resumes_to_the_same_end(
+        self, whole, kill_in, tmp_path, kill_after_a_step
+    ):
         run = RunFolder(tmp_path / "run")
-        kill_once_it_steps(run, RunFolder(run.path / "stages" / kill_in), STAGES)
+        kill_after_a_step(run, RunFolder(run.path / "stages" / kill_in), STAGES)
         train(small(STAGES), run.path, resume=True, console=QUIET)
         assert all(torch.equal(v, weights(run)[k]) for k, v in weights(whole).items())
         assert [(m["stage"], m["step"], m["loss"]) for m in run.metrics()] == [
@@ -148,11 +142,11 @@ class TestBudget:
         rates = [m["lr"] for m in run.metrics()]
         assert rates[-1] < rates[1]
 
-    def test_a_resumed_run_remembers_its_tokens(self, tmp_path):
+    def test_a_resumed_run_remembers_its_tokens(self, tmp_path, kill_after_a_step):
         recipe = small("budget={tokens: 1500}")
         whole = train(recipe, tmp_path / "whole", console=QUIET)
         part = RunFolder(tmp_path / "part")
-        kill_once_it_steps(part, part, "budget={tokens: 1500}")
+        kill_after_a_step(part, part, "budget={tokens: 1500}")
         train(recipe, part.path, resume=True, console=QUIET)
         assert [m["tokens"] for m in part.metrics()] == [m["tokens"] for m in whole.metrics()]
         assert all(torch.equal(v, weights(part)[k]) for k, v in weights(whole).items())

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -85,20 +84,12 @@ def test_a_run_leaves_what_the_readme_promises(tmp_path):
     assert not list(out.rglob("*.tmp"))
 
 
-def test_a_killed_run_resumes_to_the_same_end(tmp_path):
+def test_a_killed_run_resumes_to_the_same_end(tmp_path, signal_when):
     overrides = ["train.steps=12", "policy.lora.dropout=0.1"]
     whole = train(small(*overrides), tmp_path / "whole", console=QUIET)
     killed = RunFolder(tmp_path / "killed")
     arguments = ["train", "recipes/lab.yaml", *SMALL, *overrides, "--out", str(killed.path)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gft_lite", *arguments],
-        stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline = time.monotonic() + 200
-    while len(killed.metrics()) < 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    signal_when(arguments, lambda: len(killed.metrics()) >= 3, signal.SIGKILL)
     assert 3 <= len(killed.metrics()) < 12
     done = cli(*arguments, "--resume")
     assert done.returncode == 0, done.stderr
@@ -284,19 +275,11 @@ class TestCommandLine:
         assert "Traceback" not in done.stderr
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-    def test_an_interrupted_step_is_finished_and_kept(self, number, tmp_path):
+    def test_an_interrupted_step_is_finished_and_kept(self, number, tmp_path, signal_when):
         run = RunFolder(tmp_path / "run")
-        process = subprocess.Popen(
-            [sys.executable, "-m", "gft_lite", "train", "recipes/lab.yaml", "eval.samples=1",
-             "eval.k=[1]", "--out", str(run.path)],
-            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
-        deadline = time.monotonic() + 100
-        while not run.metrics() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == 130
+        arguments = ["train", "recipes/lab.yaml", "eval.samples=1", "eval.k=[1]", "--out", run.path]
+        code, errors = signal_when(arguments, run.metrics, number)
+        assert code == 130
         assert "--resume" in errors
         steps = [m["step"] for m in run.metrics()]
         [saved] = (run.path / "checkpoints").iterdir()

@@ -11,7 +11,6 @@ from rich.console import Console
 
 from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import RolloutSettings
-from gft_lite.rollout import restarting_engine as restart
 from gft_lite.rollout.base import EngineFailed, Request, RolloutError, Sampling
 from gft_lite.rollout.restarting_engine import RestartingEngine
 from gft_lite.rollout.transformers_engine import TransformersEngine
@@ -108,7 +107,7 @@ def test_an_engine_that_tells_nothing_on_the_way_will_do(lab_policy):
 
 
 def test_a_terminal_shows_responses_and_tokens_per_second(lab_policy, monkeypatch):
-    monkeypatch.setattr(restart, "REFRESH", 0.0)
+    monkeypatch.setattr("gft_lite.utils.progress._REFRESH_SECONDS", 0.0)
     screen = StringIO()
     console = Console(file=screen, force_terminal=True, width=100)
     engine = RestartingEngine(lambda: Fragile(lab_policy, [99], []), console)
