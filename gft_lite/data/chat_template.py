@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
 
 from gft_lite.data.base import Unusable
 from gft_lite.utils.errors import RecipeError
@@ -20,6 +22,8 @@ Turn = tuple[str, str | None]  # A user's text, and the assistant's answer once 
 _SYSTEM, _QUESTION, _ANSWER = "QZSYSTEMZQ", "QZQUESTIONZQ", "QZANSWERZQ"
 # The mark of a template that prints a list of content parts instead of their texts.
 _PRINTED_PARTS = re.compile(r"""['"]text['"]\s*:""")
+# A template is a program: these are what its operations on messages can raise.
+_RENDER_ERRORS = (TemplateError, TypeError, ValueError, AttributeError, LookupError)
 _SHOWN = 60  # characters of a rendering in an error
 _PLAIN = "Or use style: plain, with the turns written in template"
 _ADVICE = {
@@ -127,7 +131,7 @@ class ChatTemplate:
             raise Unusable("text that the chat template leaves out")
         if not whole.startswith(prompt):
             opening = sample.prompt[len(sample.before_answer) :]
-            raise Unusable(f"no {opening!r} at its start, with which the prompt ends")
+            raise Unusable(f"a start other than {opening!r}, which the prompt already has")
         if not whole.endswith(sample.after_answer):
             raise Unusable("an end that the chat template changes")
         end = len(whole) - len(sample.after_answer)
@@ -156,13 +160,10 @@ def _find_roles_in_parts(
 
 def _check(renderer: Renderer, field: str) -> None:
     """Render sentinels. Raises: RecipeError with the difference if the rendering is not right."""
-    from jinja2 import TemplateError
-
     has_system = renderer.system is not None
-    # A template is a program: these are what the values of a message can raise in it.
     try:
         sample = _take_sample(renderer)
-    except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
+    except _RENDER_ERRORS as error:
         what, advice = ("system", "Leave system out.") if has_system else ("style", f"{_PLAIN}.")
         reason = " ".join(str(error).split())[: 3 * _SHOWN]
         rule = f"must suit the model's chat template, which says: {reason}"
@@ -209,16 +210,38 @@ def _take_sample(renderer: Renderer) -> Sample:
         closed=renderer.render([(_QUESTION, None)], generation_prompt=False),
         conversation=renderer.render([(_QUESTION, _ANSWER)], generation_prompt=False),
     )
-    after, tokenizer = sample.after_answer, renderer.tokenizer
-    tokens = {i: t.content for i, t in tokenizer.added_tokens_decoder.items()}
-    if tokenizer.eos_token is not None:
-        tokens[tokenizer.eos_token_id] = tokenizer.eos_token
-    # The first token after the answer; the longest of those that begin there.
-    places = [(after.find(t), -len(t), i) for i, t in tokens.items() if t.strip() and t in after]
+    tokens = {i: t.content for i, t in renderer.tokenizer.added_tokens_decoder.items()}
+    if renderer.tokenizer.eos_token is not None:
+        tokens[renderer.tokenizer.eos_token_id] = renderer.tokenizer.eos_token
+    end, end_id = _up_to_token(sample.after_answer, tokens)
+    if end_id is None and not sample.after_answer.strip():
+        end, end_id = _end_before_next_turn(renderer, tokens)
+    return replace(sample, end=end, end_id=end_id)
+
+
+def _up_to_token(text: str, tokens: Mapping[int, str]) -> tuple[str, int | None]:
+    """The text up to and including its first special token, and the token; ("", None) if none."""
+    # The longest of those that begin at the same place.
+    places = [(text.find(t), -len(t), i) for i, t in tokens.items() if t.strip() and t in text]
     if not places:
-        return sample
-    place, negative_length, end_id = min(places)
-    return replace(sample, end=after[: place - negative_length], end_id=end_id)
+        return "", None
+    place, negative_length, token_id = min(places)
+    return text[: place - negative_length], token_id
+
+
+def _end_before_next_turn(renderer: Renderer, tokens: Mapping[int, str]) -> tuple[str, int | None]:
+    """The end of turn of a template that leaves the last turn open: one that every turn has."""
+    turns = [(_QUESTION, _ANSWER), (_SYSTEM, None)]
+    try:
+        whole = replace(renderer, system=None).render(turns, generation_prompt=False)
+    except _RENDER_ERRORS:
+        return "", None
+    start, _, rest = whole.partition(_QUESTION)
+    after_question, _, rest = rest.partition(_ANSWER)
+    end, end_id = _up_to_token(rest.partition(_SYSTEM)[0], tokens)
+    of_question = _up_to_token(after_question, tokens)[1]
+    start_of_turn = _up_to_token(start.removeprefix(str(renderer.tokenizer.bos_token)), tokens)[1]
+    return (end, end_id) if end_id == of_question != start_of_turn else ("", None)
 
 
 def _difference(first: str, second: str) -> tuple[str, str]:

@@ -118,6 +118,10 @@ MIXED = (  # the system message as text, the others as parts
     "{% if m.role == 'system' %}{{ m.content + '' }}{% else %}"
     "{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}" + GENERATE
 )
+LAST_TURN_OPEN = (  # the end of turn is written only before something else
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% if not loop.last or add_generation_prompt %}<|im_end|>\n{% endif %}{% endfor %}" + GENERATE
+)
 ALPACA = (
     "{% for m in messages %}{% if m.role == 'assistant' %}### Response:\n{{ m.content }}\n\n"
     "{% elif m.role == 'user' %}### Instruction:\n{{ m.content }}\n\n"
@@ -196,6 +200,20 @@ FAMILIES = {
         thoughts="<|channel|>final<|message|>" + THOUGHTS + "<|return|>",
         tokens=("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>"),
     ),
+    "last turn open": Family(
+        LAST_TURN_OPEN, USER + OPEN, IT, WITH_SYSTEM, thoughts=THOUGHT,
+    ),
+    "last turn open, default system": Family(
+        DEFAULT_SYSTEM + LAST_TURN_OPEN,
+        "<|im_start|>system\nYou are a model.<|im_end|>\n" + USER + OPEN,
+        IT, WITH_SYSTEM, thoughts=THOUGHT,
+    ),
+    "turns without an end": Family(  # EOS, not the start of the next turn
+        "{{ bos_token }}" + TURNS.replace("<|im_end|>", "") + GENERATE,
+        "<bos><|im_start|>user\nWhat is 2+2?\n" + OPEN, "It is 4.<eos>",
+        "<bos><|im_start|>system\nBe brief.\n<|im_start|>user\nWhat is 2+2?\n" + OPEN,
+        thoughts=THOUGHTS + "<eos>", bos="<bos>",
+    ),
     "alpaca": Family(  # writes no end of turn: EOS
         ALPACA, "### Instruction:\nWhat is 2+2?\n\n### Response:\n", "It is 4.<eos>",
         "Be brief.\n\n### Instruction:\nWhat is 2+2?\n\n### Response:\n",
@@ -220,12 +238,12 @@ def conversation(question: str, answer: str, system: str | None, parts: bool = F
     ]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("system", [None, SYSTEM])
+@pytest.mark.parametrize(
+    ("name", "system"),
+    [(n, s) for n, family in FAMILIES.items() for s in (None, SYSTEM) if not s or family.system],
+)
 def test_prompt_and_response_are_the_templates_own_conversation(name, system):
     family = FAMILIES[name]
-    if system and family.system is None:
-        pytest.skip(f"{name} has no system role")
     tokenizer = tokenizer_of(family)
     format = PromptFormat(tokenizer, PromptSettings(style="chat", system=system))
     prompt, response = format.prompt_ids(QUESTION), format.response_ids(ANSWER)[0]
@@ -237,9 +255,10 @@ def test_prompt_and_response_are_the_templates_own_conversation(name, system):
     whole = tokenizer.apply_chat_template(
         conversation(QUESTION, ANSWER, system, parts=name == "content in parts"), return_dict=False
     )
-    if name == "alpaca":
-        response = response[:-1]
-    assert whole[: len(prompt) + len(response)] == [*prompt, *response]
+    if not name.startswith(("alpaca", "last turn open", "turns without an end")):
+        assert whole[: len(prompt) + len(response)] == [*prompt, *response]
+    else:  # which write no end of turn after the last
+        assert whole[: len(prompt) + len(response) - 1] == [*prompt, *response[:-1]]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -369,11 +388,13 @@ def test_thoughts_that_the_prompt_opens_are_not_opened_twice():
     format = chat_format(THINK)
     prompt, (response, _) = format.prompt_ids(QUESTION), format.response_ids(THOUGHTS)
     assert format.text(prompt + response) == USER + OPEN + THOUGHTS
-    with pytest.raises(Unusable, match=r"no '<think>\\n' at its start, with which the prompt ends"):
+    with pytest.raises(Unusable, match=r"a start other than '<think>\\n'"):
         format.response_ids(ANSWER)
 
 
-@pytest.mark.parametrize(("answer", "reason"), [(THOUGHTS, "leaves out"), (ANSWER, "at its start")])
+@pytest.mark.parametrize(
+    ("answer", "reason"), [(THOUGHTS, "leaves out"), (ANSWER, "a start other than")]
+)
 def test_a_template_that_drops_thoughts_has_prompts_but_no_demonstrations(answer, reason):
     format = chat_format(R1)
     assert format.text(format.prompt_ids(QUESTION)) == "<|User|>What is 2+2?<|Assistant|><think>\n"
