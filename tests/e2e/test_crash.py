@@ -1,4 +1,4 @@
-"""Killed, interrupted or out of disk at every kind of moment: `--resume` ends as if nothing was.
+"""Killed, interrupted or out of disk space at any moment: `--resume` ends with equal results.
 
 Elsewhere: a killed evaluation (test_eval.py), a killed sweep and a trial's process killed
 (test_sweep.py), runs killed at random moments (test_train.py).
@@ -39,31 +39,33 @@ def at(function, step=None, call=1, act="kill", **more):
     return {"at": function, "acts": {str(call): act}, **where, **more}
 
 
-# The moment, and the last step that a checkpoint has then.
+# The moment, and the step of the newest checkpoint at that moment.
 KILLED = {
-    "base evaluation": (at("gft_lite.evaluation.evaluator:measure", 0, call=2), 0),
+    "base evaluation": (at("gft_lite.evaluation.sets:measure", 0, call=2), 0),
     "base evaluation written": (at(RENAME, 0, matching="base.json.tmp"), 0),
     "rollout": (at(DECODE, 2, call=5), 1),
     "reward": (at("gft_lite.rewards.scorer:Scorer._combine", 2, call=3), 1),
     "groups half written": (at("gft_lite.runs.folder:RunFolder._write_groups", 2, act="tear",
-                               after=True), 1),
+                               file="groups/step-000002.jsonl", after=True), 1),
     "backward": (at("gft_lite.policy.lora:LoraPolicy.backward", 2, call=2), 1),
     "optimiser step": (at("torch.optim:AdamW.step", 2, after=True), 1),
     "adapter half written": (at("gft_lite.policy.lora:LoraPolicy.save_adapter", 2,
-                                matching="adapters/v2", act="tear", after=True), 1),
+                                matching="adapters/v2", act="tear", after=True,
+                                file="engine/adapters/v2/adapter_model.safetensors"), 1),
     "sync": (at("gft_lite.rollout.transformers_engine:TransformersEngine.sync", 2), 1),
     "log half written": (at("gft_lite.runs.folder:RunFolder.append_metrics", 2, act="tear",
-                            after=True), 1),
+                            file="metrics.jsonl", after=True), 1),
     "log written": (at("gft_lite.runs.folder:RunFolder.append_metrics", 2, after=True), 1),
     "checkpoint half written": (at("gft_lite.runs.checkpoint:save_file", 2, act="tear",
+                                   file="checkpoints/step-000002.tmp/optimizer.safetensors",
                                    after=True), 1),
     "checkpoint not yet named": (at("gft_lite.runs.checkpoint:_write_manifest", 2, after=True), 1),
     "checkpoint before goes": (at("shutil:rmtree", 2, matching="step-000001"), 2),
-    "last evaluation": (at("gft_lite.evaluation.evaluator:measure", 3, call=2), 3),
+    "last evaluation": (at("gft_lite.evaluation.sets:measure", 3, call=2), 3),
     "final adapter": (at(RENAME, 3, matching="{folder}/adapter.tmp"), 3),
     "summary": (at(RENAME, 3, matching="summary.json.tmp"), 3),
 }  # fmt: skip
-# Signals and the exit code, the steps in the log and the last step with a checkpoint.
+# Signals, and the exit code, the steps in the log and the step of the newest checkpoint.
 SIGNALLED = {
     "one SIGINT": (at(DECODE, 2, call=5, act="interrupt"), 130, 2, 2),
     "one SIGTERM": (at(DECODE, 2, call=5, act="terminate"), 130, 2, 2),
@@ -76,32 +78,39 @@ SIGNALLED = {
     ),
     "two SIGINT": ({**at(DECODE, 2), "acts": {"5": "interrupt", "7": "interrupt"}}, 130, 1, 1),
     "SIGINT in an evaluation": (
-        at("gft_lite.evaluation.evaluator:measure", 0, act="interrupt"),
+        at("gft_lite.evaluation.sets:measure", 0, act="interrupt"),
         130,
         0,
         0,
     ),
 }
-# In the first stage's evaluation of the base, then before the second stage, as it begins, and
-# when all are put together.
+# Before the second stage, at its start, and when the results of both are joined.
 STAGED = {
     "between stages": at("gft_lite.training.stages:copy_base_files"),
     "second stage begins": at(RENAME, matching="2-gft/recipe.yaml.tmp"),
     "stages put together": at("gft_lite.runs.folder:RunFolder.write_json", matching="sft > gft"),
 }
-FULL = at("gft_lite.training.session:Session.save", 2, act="full")
+# Full when a checkpoint is written, and when an adapter is written for the engine.
+FULL = {
+    "full": at("gft_lite.training.learner:Learner.save", 2, act="full"),
+    "full at a sync": at("gft_lite.rollout.policy_engine:PolicyEngine.sync", 2,
+                         act="full_for_adapters"),
+}  # fmt: skip
 BROKEN = at("vllm.v1.engine.llm_engine:LLMEngine.step", 2, call=4, act="fail")
-KEEP_ONE = "checkpoint.keep=1"  # So that the removal of the one before can be disturbed.
+KEEP_ONE = "checkpoint.keep=1"  # The removal of the previous checkpoint is then disturbed.
 
 
 def jobs(folder):
-    """Every run of this file: its name, its folder and the attempts at it."""
+    """Every run of this file: its name, its folder and its attempts."""
 
     def job(name, *attempts, overrides=()):
         own = folder / name.replace(" ", "_")
         arguments = ["train", "recipes/lab.yaml", *SMALL, *overrides, "--out", str(own)]
         made = [
-            ([*arguments, "--resume"][: len(arguments) + resume], moment and _placed(moment, own))
+            (
+                [*arguments, "--resume"][: len(arguments) + resume],
+                moment and _with_folder(moment, own),
+            )
             for resume, moment in attempts
         ]
         return {"name": name, "folder": str(own), "attempts": made}
@@ -114,8 +123,11 @@ def jobs(folder):
     for name, (moment, *_) in SIGNALLED.items():
         yield job(name, (False, moment), resumed)
     yield job("twice", (False, KILLED["rollout"][0]), (True, KILLED["log written"][0]), resumed)
-    yield job("no recipe yet", (False, at(RENAME, matching="recipe.yaml.tmp")), (False, None))
-    yield job("full", (False, FULL), resumed)
+    unstarted = at(RENAME, matching="recipe.yaml.tmp")
+    yield job("no recipe yet", (False, unstarted), (False, None))
+    yield job("no recipe yet, resumed", (False, unstarted), resumed)
+    for name, moment in FULL.items():
+        yield job(name, (False, moment), resumed)
     yield job("second", (False, at("gft_lite.policy.qlora:load", act="occupy")))
     yield job("staged", (False, None), overrides=STAGES)
     for name, moment in STAGED.items():
@@ -127,7 +139,7 @@ def jobs(folder):
         yield job("vllm broken", (False, BROKEN), overrides=VLLM)
 
 
-def _placed(moment, folder):
+def _with_folder(moment, folder):
     matching = moment.get("matching", "").replace("{folder}", str(folder))
     return {**moment, "matching": matching}
 
@@ -138,24 +150,24 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     plan = list(jobs(folder))
     (folder / "plan.json").write_text(json.dumps(plan))
-    side = Path(__file__).with_name("crash_side.py")
-    subprocess.run([sys.executable, side, folder / "plan.json"], check=True, timeout=900)
+    script = Path(__file__).with_name("crash_runs.py")
+    subprocess.run([sys.executable, script, folder / "plan.json"], check=True, timeout=3600)
 
-    def ended(job):
+    def attempts(job):
         own = Path(job["folder"])
         for number in range(len(job["attempts"])):
             left = own.with_name(f"{own.name}.{number}")
             code = int(left.with_name(f"{left.name}.code").read_text())
-            yield SimpleNamespace(code=code, said=left.with_name(f"{left.name}.txt").read_text(),
-                                  run=RunFolder(left))  # fmt: skip
+            output = left.with_name(f"{left.name}.txt").read_text(encoding="utf-8")
+            yield SimpleNamespace(code=code, output=output, run=RunFolder(left))
 
-    return {job["name"]: list(ended(job)) for job in plan}
+    return {job["name"]: list(attempts(job)) for job in plan}
 
 
 def lines(run):
-    """The complete lines of the log, to the letter: seconds tell a step that was run again."""
+    """The complete lines of the log as text; their seconds differ if a step is run again."""
     file = run.path / "metrics.jsonl"
-    return file.read_text().split("\n")[:-1] if file.exists() else []
+    return file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
 
 
 def last_step(run):
@@ -164,7 +176,7 @@ def last_step(run):
 
 
 def comparable(run):
-    """What a run has found, without what no two runs share."""
+    """Metrics, groups and summary of a run, without times and memory."""
     summary = {k: v for k, v in run.summary().items() if k not in ("seconds", "name")}
     metrics = [{k: v for k, v in m.items() if k not in ("seconds", "peak_memory")}
                for m in run.metrics()]  # fmt: skip
@@ -186,7 +198,7 @@ def assert_same_end(run, whole):
 @pytest.fixture(scope="module")
 def whole(runs):
     [only] = runs["whole"]
-    assert only.code == 0, only.said
+    assert only.code == 0, only.output
     assert [m["step"] for m in only.run.metrics()] == [1, 2, 3]
     return only.run
 
@@ -195,10 +207,10 @@ def whole(runs):
 def test_killed(name, runs, whole):
     saved = KILLED[name][1]
     killed, resumed = runs[name]
-    assert killed.code == -signal.SIGKILL, killed.said
+    assert killed.code == -signal.SIGKILL, killed.output
     assert last_step(killed.run) == saved
     assert len(lines(killed.run)) >= saved
-    assert resumed.code == 0, resumed.said
+    assert resumed.code == 0, resumed.output
     # What the checkpoint covers was not run again, and what it doesn't was.
     assert lines(resumed.run)[:saved] == lines(killed.run)[:saved]
     assert not set(lines(resumed.run)[saved:]) & set(lines(killed.run))
@@ -209,10 +221,10 @@ def test_killed(name, runs, whole):
 def test_signalled(name, runs, whole):
     _, code, steps, saved = SIGNALLED[name]
     stopped, resumed = runs[name]
-    assert stopped.code == code, stopped.said
-    assert "interrupted; continue with --resume" in stopped.said
+    assert stopped.code == code, stopped.output
+    assert "interrupted; continue with --resume" in stopped.output
     assert (len(lines(stopped.run)), last_step(stopped.run)) == (steps, saved)
-    assert resumed.code == 0, resumed.said
+    assert resumed.code == 0, resumed.output
     assert lines(resumed.run)[:saved] == lines(stopped.run)
     assert_same_end(resumed.run, whole)
 
@@ -223,30 +235,36 @@ def test_killed_twice(runs, whole):
     assert_same_end(third.run, whole)
 
 
-def test_killed_before_there_is_a_recipe_the_same_command_starts_again(runs, whole):
-    killed, again = runs["no recipe yet"]
-    assert (killed.code, again.code) == (-signal.SIGKILL, 0), again.said
+@pytest.mark.parametrize("name", ["no recipe yet", "no recipe yet, resumed"])
+def test_killed_before_recipe_yaml_both_commands_start_again(name, runs, whole):
+    killed, again = runs[name]
+    assert (killed.code, again.code) == (-signal.SIGKILL, 0), again.output
     assert not (killed.run.path / "recipe.yaml").exists()
     assert_same_end(again.run, whole)
 
 
-def test_a_full_disk_leaves_the_checkpoint_before_and_room_lets_it_go_on(runs, whole):
-    stopped, resumed = runs["full"]
+@pytest.mark.parametrize("name", FULL)
+def test_a_full_disk_keeps_the_previous_checkpoint_and_the_error_names_resume(name, runs, whole):
+    stopped, resumed = runs[name]
     assert stopped.code == 1
-    assert "checkpoint: could not write" in stopped.said
-    assert "Older ones are untouched: step-000001. Make room" in stopped.said
-    assert "Traceback" not in stopped.said
+    [error] = [line for line in stopped.output.splitlines() if "continue with --resume" in line]
+    if name == "full":
+        assert "checkpoint: could not write" in error
+        assert "Older ones are untouched: step-000001. Make room" in error
+    else:
+        assert "The disk is full: make room; continue with --resume." in error
+    assert "Traceback" not in stopped.output
     [saved] = stopped.run.checkpoints.iterdir()
     assert saved.name == "step-000001"
     assert checkpoint.find_damage(saved) is None
-    assert resumed.code == 0, resumed.said
+    assert resumed.code == 0, resumed.output
     assert_same_end(resumed.run, whole)
 
 
-def test_of_two_that_start_at_the_same_time_the_second_stops_before_it_writes(runs):
+def test_the_second_of_two_runs_started_at_once_stops_before_it_writes(runs):
     [second] = runs["second"]
     assert second.code == 2
-    assert "--out: must not be in use by another run" in second.said
+    assert "--out: must not be in use by another run" in second.output
     assert [p.name for p in second.run.path.iterdir()] == [".lock"]
 
 
@@ -254,28 +272,28 @@ def test_of_two_that_start_at_the_same_time_the_second_stops_before_it_writes(ru
 def test_killed_in_a_staged_run(name, runs):
     [staged] = runs["staged"]
     killed, resumed = runs[name]
-    assert (staged.code, killed.code, resumed.code) == (0, -signal.SIGKILL, 0), resumed.said
+    assert (staged.code, killed.code, resumed.code) == (0, -signal.SIGKILL, 0), resumed.output
     assert_same_end(resumed.run, staged.run)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm")
 class TestVllm:
-    """The engine runs in the trainer's process: it dies with it, or raises."""
+    """The engine runs in the trainer's process: it ends with it, or raises."""
 
     @pytest.fixture(scope="class")
     def alone(self, runs):
         [only] = runs["vllm"]
-        assert only.code == 0, only.said
+        assert only.code == 0, only.output
         return only.run
 
     def test_killed(self, runs, alone):
         killed, resumed = runs["vllm killed"]
-        assert (killed.code, resumed.code) == (-signal.SIGKILL, 0), resumed.said
+        assert (killed.code, resumed.code) == (-signal.SIGKILL, 0), resumed.output
         assert_same_end(resumed.run, alone)
 
     def test_an_engine_that_breaks_down_is_started_again(self, runs, alone):
         [broken] = runs["vllm broken"]
-        assert broken.code == 0, broken.said
-        told = "rollout: vllm failed. RuntimeError: broken at this moment Starting it again."
-        assert broken.said.count(told) == 1
+        assert broken.code == 0, broken.output
+        text = "rollout: vllm failed. RuntimeError: broken at this moment Starting it again."
+        assert broken.output.count(text) == 1
         assert_same_end(broken.run, alone)

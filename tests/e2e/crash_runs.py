@@ -1,8 +1,8 @@
-"""The command line in processes that die, or are disturbed, at a chosen moment of their work.
+"""The command line in processes that are killed or disturbed at a chosen moment of their work.
 
-`crash_side.py PLAN` runs the jobs of a JSON file, two at a time, and prints how they ended. A
-job's attempts follow each other, each in its own process: a fork of this one, which has paid for
-the imports. Nothing but the moment is tampered with.
+`crash_runs.py PLAN` runs the jobs of a JSON file, two at a time, and writes their exit codes and
+output. The attempts of a job follow each other, each in a fork of this process, which has imported
+the large libraries once. Only the chosen function is replaced.
 """
 
 from __future__ import annotations
@@ -20,68 +20,80 @@ from gft_lite.cli import main
 from gft_lite.utils.files import lock_folder
 
 PRELOADED = (
-    "gft_lite.evaluation.evaluator",
+    "gft_lite.evaluation.sets",
     "gft_lite.policy.qlora",
     "gft_lite.rollout.transformers_engine",
     "transformers.models.llama.modeling_llama",
 )
-AT_A_TIME = 2
-FULL = 600_000  # Bytes: an adapter of the lab fits, its optimiser state does not.
+PARALLEL_JOBS = 2
+# Bytes that a file may have: an adapter of the lab fits in the first, no tensors in the second.
+NO_CHECKPOINT, NO_ADAPTER = 600_000, 50_000
 
 
-def kill(folder):
+def kill(folder, file):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def tear(folder):
-    """As a power cut may leave the file that was written last."""
-    last = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_mtime_ns)
-    os.truncate(last, last.stat().st_size - 30)
-    kill(folder)
+def tear(folder, file):
+    """Cut the end of a file, as a power failure may, and kill."""
+    os.truncate(folder / file, (folder / file).stat().st_size - 30)
+    kill(folder, file)
 
 
-def full(folder):
-    """No file may grow beyond FULL bytes: writing fails as it does on a full disk."""
+def _limit_files(size):
+    """Let writing fail beyond a file size, as it does on a full disk."""
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (FULL, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
 
 
-def fail(folder):
+def full(folder, file):
+    _limit_files(NO_CHECKPOINT)
+
+
+def full_for_adapters(folder, file):
+    _limit_files(NO_ADAPTER)
+
+
+def fail(folder, file):
     raise RuntimeError("broken at this moment")
 
 
-def interrupt(folder):
+def interrupt(folder, file):
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def occupy(folder):
-    """As another run does that starts there at the same time."""
+def occupy(folder, file):
+    """Lock the folder, as another run does that starts at the same time."""
     lock = lock_folder(folder)
     lock.__enter__()
-    HELD.append(lock)
+    LOCKS.append(lock)
 
 
-def terminate(folder):
+def terminate(folder, file):
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-ACTS = {act.__name__: act for act in (kill, tear, full, fail, interrupt, occupy, terminate)}
-HELD = []  # Locks, which go with the process.
+ACTS = {
+    act.__name__: act
+    for act in (kill, tear, full, full_for_adapters, fail, interrupt, occupy, terminate)
+}
+LOCKS = []  # Held until the process ends.
 
 
 def arm(moment, folder):
-    """Have the calls of one function do what the moment says, before or after their work.
+    """Replace a function so that some of its calls act before or after their work.
 
-    `at` is the function, `acts` what to do at which call of it; only calls in `step` (0 is before
-    the first one) with `matching` in their arguments count.
+    `at` is the function and `acts` maps the number of a call to an act; calls count only in `step`
+    (0 is before the first step) and with `matching` in one of their arguments. `file` is the path
+    in `folder` that `tear` cuts.
     """
     now = {"step": 0, "calls": 0}
     training = importlib.import_module("gft_lite.training.loop")
     train_step = training.train_step
 
-    def counting(session, step):
+    def counting(run, step):
         now["step"] = step
-        return train_step(session, step)
+        return train_step(run, step)
 
     training.train_step = counting
     module, _, path = moment["at"].partition(":")
@@ -89,31 +101,31 @@ def arm(moment, folder):
     owner = importlib.import_module(module)
     for part in owners:
         owner = getattr(owner, part)
-    real, wanted = getattr(owner, name), moment["matching"]
+    original, matching = getattr(owner, name), moment["matching"]
 
-    def disturbed(*args, **kwargs):
+    def replacement(*args, **kwargs):
         act, in_step = None, now["step"] == moment.get("step", now["step"])
-        if in_step and (not wanted or any(wanted in str(a) for a in args)):
+        if in_step and (not matching or any(matching in str(a) for a in args)):
             now["calls"] += 1
             act = moment["acts"].get(str(now["calls"]))
         if act and not moment.get("after"):
-            ACTS[act](folder)
-        result = real(*args, **kwargs)
+            ACTS[act](folder, moment.get("file"))
+        result = original(*args, **kwargs)
         if act and moment.get("after"):
-            ACTS[act](folder)
+            ACTS[act](folder, moment.get("file"))
         return result
 
-    setattr(owner, name, disturbed)
+    setattr(owner, name, replacement)
 
 
 def attempt(arguments, moment, folder, log):
-    """Run the command line in a fork; returns its exit code, negative for a signal."""
+    """Run the command line in a fork; returns its exit code, negative if a signal ended it."""
     pid = os.fork()
     if pid == 0:
-        with log.open("w") as file:
+        with log.open("w", encoding="utf-8") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        # A shell in the background has its commands ignore it.
+        # A background shell starts its commands with SIGINT ignored.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if moment:
             arm(moment, folder)
@@ -126,7 +138,7 @@ def attempt(arguments, moment, folder, log):
 
 
 def run(job):
-    """All attempts of a job; keeps what each leaves beside the folder."""
+    """Make all attempts of a job and copy the folder after each."""
     folder = Path(job["folder"])
     for number, (arguments, moment) in enumerate(job["attempts"]):
         log = folder.with_name(f"{folder.name}.{number}.txt")
@@ -141,7 +153,7 @@ if __name__ == "__main__":
         importlib.import_module(module)
     running = 0
     for job in json.loads(Path(sys.argv[1]).read_text()):
-        if running == AT_A_TIME:
+        if running == PARALLEL_JOBS:
             os.wait()
             running -= 1
         if os.fork() == 0:
