@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from gft_lite.recipe.schema import Recipe
-from gft_lite.utils.errors import short_repr
+from gft_lite.utils.errors import UserError, short_repr
 from gft_lite.utils.files import check_output_path
 
 if TYPE_CHECKING:
@@ -73,6 +74,14 @@ def output_path(flag: str, kind: Literal["folder", "file"]) -> Callable[[str], s
         return text
 
     return convert
+
+
+def run_folder(text: str) -> str:
+    """The type of an argument that is the folder of a run or sweep."""
+    if not os.path.isdir(text):  # Also False for a name that is too long, or a circle of links.
+        rule = "must be the folder of a run or of a sweep"
+        raise UserError([f"RUN: {rule}, got {short_repr(text)}."])
+    return text
 
 
 # --- trust -----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import os
 import sys
@@ -45,6 +46,9 @@ COMMANDS = (
     lab,
 )
 _AGAIN = "continue with --resume"
+# Only the paths that users give can be the cause of these.
+_PATH_ERRORS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EACCES,
+                errno.EROFS)  # fmt: skip
 # Set by `accelerate launch` for each process.
 _RANK_VARIABLES = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
 
@@ -53,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
     0: done; 2: the user's input is wrong; 1: any other failure; 130: interrupted. argparse raises
-    SystemExit with the code for --help and for arguments that it cannot parse.
+    SystemExit after --help and --version.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # Not every locale has every character.
@@ -69,6 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"interrupted; {getattr(options, 'again', _AGAIN)}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _PATH_ERRORS and error.filename:
+            path = short_repr(os.fspath(error.filename))
+            print(redact(f"path: must be usable, got {path} ({error.strerror}). Choose another."),
+                  file=sys.stderr)  # fmt: skip
+            return WRONG_INPUT
         # Developers set the variable to see the traceback.
         if os.environ.get("GFT_LITE_DEBUG"):
             raise
@@ -82,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Raises: UserError or SystemExit for arguments and variables that are not valid."""
+    """Raises: UserError for arguments and environment variables that are not valid."""
     for text in arguments:
         # Bytes that are not UTF-8 arrive as lone surrogates, which cannot be written to files.
         if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
@@ -117,11 +126,11 @@ def _number(name: str, low: int) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports an error on one line, as the rest of the program does."""
+    """Reports an error as the rest of the program does: on one line, as a UserError."""
 
     def error(self, message: str) -> NoReturn:
         line = " ".join(message.removeprefix("argument ").split())
-        self.exit(WRONG_INPUT, f"{line}. See {self.prog} --help.\n")
+        raise UserError([f"{line}. See {self.prog} --help."])
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,14 +6,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from gft_lite.cli.common import DONE, add_allow_code, output_path, whole_number
+from gft_lite.cli.common import DONE, add_allow_code, output_path, run_folder, whole_number
 from gft_lite.recipe.schema import Recipe
 
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
     parser = commands.add_parser("report", help="runs and sweeps as one page to read and browse")
-    parser.add_argument("folders", nargs="+", metavar="RUN_OR_SWEEP", help="their folders")
+    parser.add_argument(
+        "folders", nargs="+", type=run_folder, metavar="RUN_OR_SWEEP", help="their folders"
+    )
     parser.add_argument("--out", type=output_path("--out", "file"), metavar="FILE",
                         default="report.html",
                         help="default: report.html")  # fmt: skip
@@ -23,7 +25,7 @@ def add(commands: Any) -> None:
         metavar="DIR",
         help="every plot as SVG and PNG as well",
     )
-    parser.add_argument("--groups", type=whole_number(0, 10**6), default=8, metavar="N",
+    parser.add_argument("--groups", type=whole_number(1, 10**6), default=8, metavar="N",
                         help="groups shown of each step shown (default: 8)")  # fmt: skip
     parser.add_argument("--no-tokens", dest="tokens", action="store_false",
                         help="load no model: groups without p of each token")  # fmt: skip

@@ -1,4 +1,4 @@
-"""gft-lite chat: once, from a pipe and on a terminal, against rollouts of the same policy."""
+"""`gft-lite chat` with one prompt, a pipe and a terminal, compared with rollouts of the policy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import PolicySettings, PromptSettings, RolloutSettings
 from gft_lite.rollout.base import Request, Sampling
 from gft_lite.rollout.registry import start_engine
-from gft_lite.tools.chat import Chat, show
+from gft_lite.tools.chat import Chat, write_text
 
 PROBLEM, OTHER = "432*141-223-434=", "040-321-110+042="
 TOKENS = 24
@@ -34,7 +34,7 @@ TOKENS = 24
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """What a run leaves, with an adapter that says something else than the base."""
+    """The folder of a run whose adapter changes the answers of the base."""
     folder = tmp_path_factory.mktemp("runs") / "lab"
     overrides = ["policy.dtype=float32", f"rollout.max_tokens={TOKENS}"]
     recipe = Recipe.load("recipes/lab.yaml", overrides)
@@ -51,7 +51,7 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(run) -> dict[str, dict[str, str]]:
-    """Greedy rollouts of the policy and of its base, by the engine that trains."""
+    """Greedy rollouts of the policy and of its base by the transformers engine."""
     [target] = find_targets([str(run)], PolicySettings())
     policy = load_policy(target.policy)
     format = PromptFormat(policy.tokenizer, PromptSettings())
@@ -59,8 +59,8 @@ def expected(run) -> dict[str, dict[str, str]]:
     answers: dict[str, dict[str, str]] = {}
     for name, adapter in (("base", None), ("adapter", target.adapter)):
         engine.sync(adapter, 1)
-        asked = [Request(format.prompt_ids(text), (0,)) for text in (PROBLEM, OTHER)]
-        found = engine.generate(asked, Sampling(temperature=0, max_tokens=TOKENS))
+        requests = [Request(format.prompt_ids(text), (0,)) for text in (PROBLEM, OTHER)]
+        found = engine.generate(requests, Sampling(temperature=0, max_tokens=TOKENS))
         texts = [format.text(answer.token_ids) for [answer] in found]
         answers[name] = dict(zip((PROBLEM, OTHER), texts, strict=True))
     assert answers["base"][PROBLEM] != answers["adapter"][PROBLEM]
@@ -74,20 +74,20 @@ def test_one_prompt_with_and_without_the_adapter(run, expected, capsys):
     assert capsys.readouterr().out == expected["base"][PROBLEM] + "\n"
 
 
-def test_lines_of_a_pipe(run, expected, capsys, monkeypatch):
+def test_each_line_of_a_pipe_is_answered(run, expected, capsys, monkeypatch):
     lines = [PROBLEM, "", "/base", OTHER, "/base", "/what", "/reset", "/base", "/quit", PROBLEM]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
     assert main(["chat", str(run)]) == 0
-    told = capsys.readouterr()
+    printed = capsys.readouterr()
     base, adapter = expected["base"], expected["adapter"]
-    # /base asks the last question again; after /reset there is none.
+    # /base repeats the last question; after /reset there is none.
     answers = [adapter[PROBLEM], base[PROBLEM], base[OTHER], adapter[OTHER]]
-    assert told.out == "".join(f"{answer}\n" for answer in answers)
-    assert "/reset" in told.err and told.err.count("the base alone") == 2
+    assert printed.out == "".join(f"{answer}\n" for answer in answers)
+    assert "/reset" in printed.err and printed.err.count("the base alone") == 2
 
 
-def test_answers_are_sampled_with_seeds_of_their_own(run):
-    """At temperature 0 all first tokens would be one; a chat begun anew repeats itself."""
+def test_every_answer_has_its_own_seed(run):
+    """Equal seeds would sample equal first tokens; a new chat repeats the same samples."""
     [target] = find_targets([str(run)], PolicySettings())
     chat = Chat(target, Sampling(temperature=3.0, max_tokens=1))
     firsts: list[str] = []
@@ -101,8 +101,8 @@ def test_answers_are_sampled_with_seeds_of_their_own(run):
     assert repeated == firsts
 
 
-def test_turns_of_a_chat(tmp_path):
-    """The prompt of a second turn is the whole conversation, written here by hand."""
+def test_the_prompt_of_a_second_turn(tmp_path):
+    """The prompt of the second turn is the whole conversation, here written by hand."""
     folder = tmp_path / "model"
     shutil.copytree(BASE, folder)
     settings = PolicySettings(quantization="none", dtype="float32")
@@ -115,43 +115,45 @@ def test_turns_of_a_chat(tmp_path):
         chat.ask(question, pieces.append)
         return "".join(pieces)
 
-    def rolled_out(text: str) -> str:
+    def rollout(text: str) -> str:
         ids = tuple(chat.policy.tokenizer.encode(text))
-        asked = [Request(ids, (0,))]
-        [[answer]] = engine.generate(asked, Sampling(temperature=0, max_tokens=8))
+        [[answer]] = engine.generate([Request(ids, (0,))], Sampling(temperature=0, max_tokens=8))
         return chat.format.text(answer.token_ids)
 
     engine = start_engine(RolloutSettings(engine="transformers"), chat.policy, tmp_path)
     first = ask(PROBLEM)
-    assert first == rolled_out(f"<|user|>{PROBLEM}")
+    assert first == rollout(f"<|user|>{PROBLEM}")
     second = ask(OTHER)
-    assert second == rolled_out(f"<|user|>{PROBLEM}{first}<eos><|user|>{OTHER}")
-    assert second != rolled_out(f"<|user|>{OTHER}")
+    assert second == rollout(f"<|user|>{PROBLEM}{first}<eos><|user|>{OTHER}")
+    assert second != rollout(f"<|user|>{OTHER}")
     pieces: list[str] = []
-    chat.again(pieces.append)
+    chat.ask_again(pieces.append)
     assert "".join(pieces) == second and len(chat.turns) == 2
     chat.reset()
-    assert ask(OTHER) == rolled_out(f"<|user|>{OTHER}")
+    assert ask(OTHER) == rollout(f"<|user|>{OTHER}")
 
 
-def test_what_cannot_be_asked(run, capsys):
-    wrong = ["--temperature", "-1", "--max-tokens", "0"]
-    assert main(["chat", str(run), "--prompt", "x", *wrong]) == 2
-    told = capsys.readouterr().err
-    assert "--temperature: must be at least 0" in told and "--max-tokens: must be" in told
+def test_wrong_arguments_end_in_exit_code_2(run, capsys):
+    for flag, value, rule in (
+        ("--temperature", "-1", "must be a number and at least 0, got '-1'"),
+        ("--temperature", "nan", "must be a number and at least 0, got 'nan'"),
+        ("--max-tokens", "0", "must be a whole number from 1 to 1,048,576, got '0'"),
+    ):
+        assert main(["chat", str(run), "--prompt", "x", f"{flag}={value}"]) == 2
+        assert capsys.readouterr().err == f"{flag}: {rule}. See gft-lite chat --help.\n"
     assert main(["chat", str(run), "--prompt", "1" * 3000]) == 2
     assert "prompt: must have 1 to 2047 tokens" in capsys.readouterr().err
     assert main(["chat", "nowhere", "--prompt", "x"]) == 2
     assert "TARGET: must be lab" in capsys.readouterr().err
 
 
-def test_an_answer_does_not_steer_the_terminal(capsys):
-    show("a\x1b[2Jb\r\x07\x9b1m\tc\n")
+def test_control_characters_are_replaced(capsys):
+    write_text("a\x1b[2Jb\r\x07\x9b1m\tc\n")
     assert capsys.readouterr().out == "a\ufffd[2Jb\ufffd\ufffd\ufffd1m\tc\n"
 
 
 class Terminal:
-    """A command on a terminal of its own."""
+    """A command on a pseudo-terminal."""
 
     def __init__(self, *command: str) -> None:
         self.master, slave = pty.openpty()
@@ -163,7 +165,7 @@ class Terminal:
         self.seen = ""
 
     def until(self, pattern: str, seconds: float = 60) -> str:
-        """What is written until the pattern has come."""
+        """The output up to a match of the pattern."""
         deadline = time.monotonic() + seconds
         while not (match := re.search(pattern, self.seen)):
             left = deadline - time.monotonic()
@@ -182,7 +184,7 @@ def test_on_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_leaves(run, expected):
     try:
         terminal.until("base> ")
         terminal.type("hi\n")
-        terminal.until("hhhh")  # What the base makes of a chat, with no end to it.
+        terminal.until("hhhh")  # The base's answer to a chat prompt does not end.
         terminal.process.send_signal(signal.SIGINT)
         assert len(terminal.until("stopped; Ctrl-D leaves")) < 1900
         terminal.until("base> ")

@@ -1,4 +1,4 @@
-"""`gft-lite doctor` where all is well, where something is broken, and each check by itself."""
+"""`gft-lite doctor` on a working and on a broken installation, and each check alone."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def lines_of(done: subprocess.CompletedProcess[str]) -> dict[str, tuple[str, str
     return {row[1]: (row[2], row[3]) for row in rows if row}
 
 
-def test_where_training_works_it_says_so_after_a_real_step_and_a_real_hot_load():
+def test_a_working_installation_passes_a_training_step_and_a_hot_load():
     done = run_doctor()
     assert done.returncode == 0, done.stdout
     assert done.stdout.rstrip().endswith("everything that training needs works")
@@ -51,7 +51,7 @@ def test_where_training_works_it_says_so_after_a_real_step_and_a_real_hot_load()
     assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_a_broken_package_is_exit_code_1_and_named(tmp_path):
+def test_a_broken_package_is_named_with_exit_code_1(tmp_path):
     (tmp_path / "bitsandbytes.py").write_text("raise ImportError('libcudart.so is missing')")
     done = run_doctor(PYTHONPATH=str(tmp_path))
     assert done.returncode == 1
@@ -65,7 +65,7 @@ def checks(name: str) -> dict[str, Check]:
     return {check.name: check for check in doctor.CHECKS[name]()}
 
 
-def test_versions_are_held_against_those_of_the_package_itself(tmp_path, monkeypatch):
+def test_versions_are_compared_with_the_package_metadata(tmp_path, monkeypatch):
     for name, version in (("rich", "1.0"), ("unsloth", "1.2")):
         folder = tmp_path / f"{name}-{version}.dist-info"
         folder.mkdir()
@@ -80,7 +80,7 @@ def test_versions_are_held_against_those_of_the_package_itself(tmp_path, monkeyp
     assert found["torch"].state == "ok"  # 2.13.0+cpu is 2.13.0 as well.
 
 
-def test_what_may_be_missing_is_a_warning_that_names_the_extra():
+def test_a_missing_extra_is_a_warning_with_its_name():
     if find_spec("unsloth"):
         pytest.skip("unsloth is installed")
     assert checks("versions")["unsloth"] == Check(
@@ -89,13 +89,15 @@ def test_what_may_be_missing_is_a_warning_that_names_the_extra():
 
 
 @pytest.mark.parametrize(("amount", "state"), [(1, "fail"), (2, "warn"), (7, "warn"), (8, "ok")])
-def test_how_much_is_enough(amount, state):
-    check = doctor._enough("memory", amount << 30, 2 << 30, 8 << 30, "free", "Close something.")
+def test_amounts_fail_warn_or_pass(amount, state):
+    check = doctor._check_amount(
+        "memory", amount << 30, 2 << 30, 8 << 30, "free", "Close something."
+    )
     advice = "" if state == "ok" else "Close something."
     assert check == Check("memory", state, f"{amount}.0 GiB free", advice)
 
 
-def test_disk_is_that_of_the_place_even_if_it_is_not_there_yet(tmp_path, monkeypatch):
+def test_disk_space_of_a_folder_that_does_not_exist_yet(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "not" / "yet"))
     found = checks("disk")
@@ -114,7 +116,7 @@ class _Answer(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[int]:
-    """The port of a web server of our own."""
+    """The port of a local web server."""
     web = HTTPServer(("127.0.0.1", 0), _Answer)
     threading.Thread(target=web.serve_forever, daemon=True).start()
     yield web.server_port
@@ -130,7 +132,7 @@ class TestHub:
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
             monkeypatch.delenv(name, raising=False)
 
-    def test_it_answers_and_no_secret_is_shown(self, server, monkeypatch):
+    def test_access_without_showing_a_secret(self, server, monkeypatch):
         monkeypatch.setattr(constants, "ENDPOINT", f"http://me:password@127.0.0.1:{server}")
         assert checks("hub")["hub"] == Check(
             "hub", "ok", "127.0.0.1 answers; no token, which gated models such as Llama need"
@@ -139,7 +141,7 @@ class TestHub:
         assert checks("hub")["hub"].found == "127.0.0.1 answers; a token is set"
 
     def test_no_answer_is_a_warning(self, monkeypatch):
-        with socket.socket() as silent:  # Takes connections and says nothing.
+        with socket.socket() as silent:  # Accepts connections, never answers.
             silent.bind(("127.0.0.1", 0))
             silent.listen()
             for port, why in ((silent.getsockname()[1], "ReadTimeout"), (1, "ConnectError")):
@@ -149,17 +151,17 @@ class TestHub:
                 assert check.found == f"no answer from 127.0.0.1 ({why})"
 
 
-def test_a_check_that_breaks_keeps_no_other_from_being_made(monkeypatch):
+def test_other_checks_run_after_one_that_raises(monkeypatch):
     def broken() -> Iterator[Check]:
         yield Check("first", "ok", "1")
         raise OSError("no such device\nmore")
 
-    heard: list[str] = []
+    started: list[str] = []
     monkeypatch.setattr(doctor, "CHECKS", {"broken": broken, "memory": doctor.memory})
-    first, failed, last = doctor.examine(heard.append)
-    assert heard == ["broken", "memory"]
+    first, failed, last = doctor.run_checks(started.append)
+    assert started == ["broken", "memory"]
     assert (first, last.name) == (Check("first", "ok", "1"), "memory")
     assert (failed.name, failed.state) == ("broken", "fail")
     assert failed.found == "OSError: no such device"
-    assert not doctor.healthy([first, failed])
-    assert doctor.healthy([first, Check("x", "warn", "")])
+    assert not doctor.all_required_pass([first, failed])
+    assert doctor.all_required_pass([first, Check("x", "warn", "")])

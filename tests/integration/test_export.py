@@ -1,4 +1,4 @@
-"""Merging: the weights by hand, the log-probs by plain transformers, peft and the real vLLM."""
+"""`gft-lite merge`: weights computed by hand; log-probs by transformers, peft and vLLM."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> RunFolder:
-    """Three steps on the lab, at a rate that moves the policy far."""
+    """Three steps on the lab at a large learning rate."""
     recipe = Recipe.load("recipes/lab.yaml", ["train.steps=3", *SMALL])
     return train(recipe, tmp_path_factory.mktemp("runs") / "first")
 
@@ -45,7 +45,7 @@ def merged(run, tmp_path_factory) -> Path:
 
 
 def scaled(run: RunFolder, folder: Path, factor: float) -> Path:
-    """The run's adapter with an update `factor` times as large."""
+    """A copy of the run's adapter with its update scaled by `factor`."""
     shutil.copytree(run.adapter, folder)
     state = load_file(folder / WEIGHTS)
     state = {k: v * factor if "lora_B" in k else v for k, v in state.items()}
@@ -71,7 +71,7 @@ def tokens(run: RunFolder) -> list[int]:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_weights_are_those_of_the_base_plus_the_update_rounded_once(dtype, run, tmp_path):
+def test_merged_weights_are_base_plus_update_rounded_once(dtype, run, tmp_path):
     kept = merge(str(run.path), tmp_path / "out", dtype=dtype).kept
     adapter, kind = load_file(run.adapter / WEIGHTS), getattr(torch, dtype)
     expected, wanted, stored = {}, [], []
@@ -95,7 +95,7 @@ def test_weights_are_those_of_the_base_plus_the_update_rounded_once(dtype, run, 
     assert config["dtype"] == dtype and "quantization_config" not in config
 
 
-def test_plain_transformers_reads_it_as_peft_reads_the_adapter(run, merged):
+def test_transformers_and_peft_agree(run, merged):
     ids = tokens(run)
     base = distribution(model(BASE), ids)
     unmerged = distribution(PeftModel.from_pretrained(model(BASE), run.adapter), ids)
@@ -106,7 +106,7 @@ def test_plain_transformers_reads_it_as_peft_reads_the_adapter(run, merged):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm")
-def test_vllm_serves_it(run, merged, tmp_path):
+def test_vllm_serves_the_merged_model(run, merged, tmp_path):
     from gft_lite.policy.registry import load_policy
     from gft_lite.recipe.sections import PolicySettings, RolloutSettings
     from gft_lite.rollout.base import Request, Sampling
@@ -130,7 +130,7 @@ def test_vllm_serves_it(run, merged, tmp_path):
         ids.append(token)
 
 
-def test_the_comparison_is_that_of_the_three_models(run, tmp_path):
+def test_the_comparison_uses_the_three_models(run, tmp_path):
     found = merge(str(run.path), tmp_path / "out", dtype="float32")
     assert found.gap < 1e-4 and found.largest < 1e-3 and found.kl < 1e-6
     rows = [(group, response) for group in run.groups(3) for response in group["responses"]
@@ -146,12 +146,12 @@ def test_the_comparison_is_that_of_the_three_models(run, tmp_path):
         gaps.append((both[0] - both[1]).abs())
     assert found.to_base == pytest.approx(torch.cat(gaps).mean().item(), rel=1e-4)
     assert found.effect == pytest.approx(found.to_base, rel=1e-3)
-    # NF4 of so small a base is felt, but less than three large steps.
+    # NF4 changes so small a base, but less than three large steps do.
     assert found.as_trained is not None and 10 * found.gap < found.as_trained < found.effect
 
 
 @pytest.mark.parametrize("kind", ["ranks", "rslora", "dora"])
-def test_adapters_that_peft_made_elsewhere(kind, run, tmp_path):
+def test_adapters_written_by_peft(kind, run, tmp_path):
     options = {
         "ranks": {"rank_pattern": {"q_proj": 8}, "alpha_pattern": {"v_proj": 3}},
         "rslora": {"use_rslora": True},
@@ -171,7 +171,7 @@ def test_adapters_that_peft_made_elsewhere(kind, run, tmp_path):
     assert (distribution(model(tmp_path / "out"), ids) - distribution(made, ids)).abs().max() < 1e-4
 
 
-def test_a_checkpoint_is_merged_by_its_step(run, tmp_path):
+def test_a_checkpoint_is_merged(run, tmp_path):
     merge(f"{run.path}@step-2", tmp_path / "out", dtype="float32")
     adapter = run.checkpoints / "step-000002" / "adapter"
     unmerged = PeftModel.from_pretrained(model(BASE), adapter)
@@ -181,14 +181,14 @@ def test_a_checkpoint_is_merged_by_its_step(run, tmp_path):
     assert "## Results" not in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_an_adapter_without_effect_is_merged_into_the_base_itself(run, tmp_path):
+def test_a_zero_adapter_leaves_the_base_unchanged(run, tmp_path):
     found = merge(str(scaled(run, tmp_path / "adapter", 0.0)), tmp_path / "out")
     assert (found.gap, found.effect, found.to_base, found.kept) == (0, 0, 0, 1)
     for name, weight in load_file(tmp_path / "out" / "model.safetensors").items():
         assert torch.equal(weight, load_file(BASE / "model.safetensors")[name].bfloat16())
 
 
-def test_an_update_that_bf16_loses_is_refused_and_float32_keeps_it(run, tmp_path):
+def test_an_update_that_bf16_rounds_away_is_an_error(run, tmp_path):
     adapter = scaled(run, tmp_path / "adapter", 3e-4)
     with pytest.raises(ExportError, match="rounding would lose the update"):
         merge(str(adapter), tmp_path / "out")
@@ -197,23 +197,23 @@ def test_an_update_that_bf16_loses_is_refused_and_float32_keeps_it(run, tmp_path
     assert found.kept > 0.99 and 10 * found.gap < found.effect
 
 
-def test_over_the_limit_nothing_is_left(run, tmp_path, capsys):
+def test_over_the_limit_no_file_remains(run, tmp_path, capsys):
     out = tmp_path / "deep" / "out"
     assert main(["merge", str(run.path), "--out", str(out), "--limit", "1e-9"]) == 1
     assert "--limit: must be at least the gap" in capsys.readouterr().err
     assert not out.exists() and not any(tmp_path.glob("deep/*"))
 
 
-def test_the_command_tells_what_comes_next(run, tmp_path, capsys):
+def test_the_command_prints_the_next_commands(run, tmp_path, capsys):
     out = tmp_path / "my model"
     assert main(["merge", str(run.path), "--out", str(out), "--dtype", "float32"]) == 0
-    told = capsys.readouterr()
-    assert f"convert_hf_to_gguf.py '{out}' --outfile '{out}.gguf' --outtype f32" in told.out
-    assert f"vllm serve '{out}'" in told.out
-    assert "for scale, what training changed" in told.err
+    printed = capsys.readouterr()
+    assert f"convert_hf_to_gguf.py '{out}' --outfile '{out}.gguf' --outtype f32" in printed.out
+    assert f"vllm serve '{out}'" in printed.out
+    assert "for scale, what training changed" in printed.err
 
 
-def test_what_cannot_be_merged(run, tmp_path, capsys):
+def test_unusable_targets_and_folders(run, tmp_path, capsys):
     for target in ("lab", f"{run.path}@all"):
         with pytest.raises(RecipeError, match="TARGET: must be one run"):
             merge(target, tmp_path / "out")
@@ -229,14 +229,14 @@ def test_what_cannot_be_merged(run, tmp_path, capsys):
         assert "--allow-code: must be given" in capsys.readouterr().err
 
 
-def test_the_merged_model_ends_where_the_policy_did(run, tmp_path):
+def test_the_merged_model_has_the_policys_end_tokens(run, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(BASE, base)
     config = json.loads((base / "tokenizer_config.json").read_text())
-    # As chat models do: a turn ends with a token that is not EOS.
+    # In chat models a turn often ends with another token than EOS.
     config["chat_template"] = config["chat_template"].replace("<eos>", "<|user|>")
     (base / "tokenizer_config.json").write_text(json.dumps(config))
-    # As some are published; transformers reads this, but would not write it.
+    # Some models are published like this; transformers reads it but does not write it.
     sampling = {"eos_token_id": 1, "temperature": 0.6, "top_p": 0.9}
     (base / "generation_config.json").write_text(json.dumps(sampling))
     adapter = scaled(run, tmp_path / "adapter", 1.0)
