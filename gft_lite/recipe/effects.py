@@ -57,7 +57,7 @@ def _included(schema: type[BaseModel], results: Affects, above: str) -> IncludeT
 def values_affecting(settings: BaseModel, results: Affects) -> dict[str, Any]:
     """The values on which all of `results` depend, as JSON has them, by dotted name."""
     include = fields_affecting(type(settings), results)
-    return dict(_leaves(settings.model_dump(mode="json", include=include)))
+    return dict(leaves(settings.model_dump(mode="json", include=include)))
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
@@ -67,9 +67,10 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tupl
             yield name, old.get(name), new.get(name)
 
 
-def _leaves(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of everything in a tree that is no section, or an empty one."""
     for name, value in tree.items():
         if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{above}{name}.")
+            yield from leaves(value, f"{above}{name}.")
         else:
             yield f"{above}{name}", value

@@ -23,7 +23,14 @@ from pydantic import (
 
 from gft_lite.objective.methods import METHODS
 from gft_lite.recipe.base import Settings, matching, named_in, read_settings
-from gft_lite.recipe.effects import EVALUATION, EVERYTHING, NO_RESULT, TRAINING
+from gft_lite.recipe.effects import (
+    EVALUATION,
+    EVERYTHING,
+    NO_RESULT,
+    TRAINING,
+    differences,
+    leaves,
+)
 from gft_lite.recipe.loader import Dumper, find_recipe, merge
 from gft_lite.recipe.objective_schema import check_objective
 from gft_lite.recipe.sections import (
@@ -46,9 +53,12 @@ from gft_lite.recipe.training_sections import (
     TrainSettings,
     stage_shorthand,
 )
-from gft_lite.recipe.validation_errors import Places, explain
+from gft_lite.recipe.validation_errors import Places, Problem, explain
 from gft_lite.rewards.registry import REWARDS
-from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.errors import RecipeError, short_repr
+
+# Fields of `policy` that no stage may change, as the adapter is that of the stage before.
+_CONTINUED = {"model", "revision", "adapter", "reference", "lora"}
 
 
 class Recipe(Settings):
@@ -178,22 +188,45 @@ class Recipe(Settings):
         """
         recipe, places = read_settings(cls, find_recipe(path), overrides)
         problems = []
-        for number, stage in enumerate(recipe.stages):
+        for number in range(len(recipe.stages)):
             below = ("stages", number, "overrides")
+            inside = {at[3:]: place for at, place in places.items() if at[:3] == below}
             try:
-                cls.model_validate(recipe._stage_tree(stage))
-            except ValidationError as error:
-                inside = {at[3:]: place for at, place in places.items() if at[:3] == below}
-                problems += [f"{t} (stage {number + 1})" for t in explain(error, cls, inside)]
+                recipe.stage(number, inside)
+            except RecipeError as error:
+                problems += [f"{text} (stage {number + 1})" for text in error.problems]
         if problems:
             raise RecipeError(problems)
         return recipe
 
-    def stage(self, number: int) -> Recipe:
-        """The recipe of a stage (from 0), without stages."""
-        return Recipe.from_tree(self._stage_tree(self.stages[number]))
+    def stage(self, number: int, places: Places | None = None) -> Recipe:
+        """The recipe of a stage (from 0), without stages; `places` are those of its overrides.
 
-    def _stage_tree(self, stage: StageSettings) -> dict[str, Any]:
+        Raises: RecipeError with every error found.
+        """
+        overrides, places = self.stages[number].overrides, places or {}
+        rule = "must be written in the stage, not in its overrides"
+        misplaced = [Problem((name,), rule, short_repr(overrides[name])).text(places)
+                     for name in ("method", "stages") if name in overrides]  # fmt: skip
+        if misplaced:
+            raise RecipeError(misplaced)
+        stage = Recipe.from_tree(self._stage_tree(number), places)
+        old, new = (leaves(r.model_dump(include={"policy": _CONTINUED})) for r in (self, stage))
+        why = "in a stage, which continues the adapter of the stage before it"
+        changed = [
+            Problem(
+                tuple(name.split(".")),
+                f"must be that of the recipe, {short_repr(value)}, {why}",
+                short_repr(other),
+            ).text(places)
+            for name, value, other in differences(dict(old), dict(new))
+        ]
+        if changed:
+            raise RecipeError(changed)
+        return stage
+
+    def _stage_tree(self, number: int) -> dict[str, Any]:
+        stage = self.stages[number]
         tree = self.model_dump(exclude={"stages"})
         if stage.method != self.method:
             # Values that may be defaults of the other method.

@@ -38,7 +38,7 @@ class LoraSettings(Settings):
     rank: Annotated[PositiveInt, at_most(65_536)] = 16
     alpha: PositiveInt = 32
     dropout: Fraction = 0.0
-    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
 
 
 class PolicySettings(Settings):

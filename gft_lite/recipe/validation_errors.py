@@ -30,7 +30,7 @@ UNKNOWN_FIELD = "unknown_field"  # pydantic error type; its context has the `kno
 
 
 @dataclass(frozen=True)
-class _Problem:
+class Problem:
     """The parts of an error text."""
 
     at: At
@@ -54,8 +54,8 @@ def explain(
     error: ValidationError, schema: type[BaseModel], places: Places, *, cross_fields: bool = True
 ) -> list[str]:
     """One line for each error of a tree checked against `schema`, in the order of the files."""
-    problems: list[_Problem] = []
-    branches: dict[At, list[_Problem]] = {}
+    problems: list[Problem] = []
+    branches: dict[At, list[Problem]] = {}
     for e in error.errors(include_url=False):
         unknown = e["type"] in ("extra_forbidden", UNKNOWN_FIELD)
         at, kind, union = _follow(schema, e["loc"][:-1] if unknown else e["loc"])
@@ -73,7 +73,7 @@ def explain(
     for at, found in branches.items():
         problems += _one_of_union(at, found)
 
-    def order(problem: _Problem) -> tuple[str, int]:
+    def order(problem: Problem) -> tuple[str, int]:
         place = problem.place(places)
         return (place.file, place.line or 0) if place else ("", 0)
 
@@ -99,9 +99,9 @@ _RULES = {
 }
 
 
-def _one_field(at: At, kind: Any, e: Any) -> _Problem:
+def _one_field(at: At, kind: Any, e: Any) -> Problem:
     if e["type"] == "missing":
-        return _Problem(at, "is required", "nothing")
+        return Problem(at, "is required", "nothing")
     got = e["input"]
     rule = _RULES.get(e["type"]) or re.sub(r"^\w+ should", "must", e["msg"])
     rule = rule.removeprefix("Value error, ").partition(" after validation")[0]
@@ -112,7 +112,7 @@ def _one_field(at: At, kind: Any, e: Any) -> _Problem:
         advice = "Put it in quotes."
     elif e["type"] == "model_type" and got is None:
         advice = "Write its fields under it, or leave it out."
-    return _Problem(at, rule, short_repr(got), advice)
+    return Problem(at, rule, short_repr(got), advice)
 
 
 def _allowed(e: Any) -> list[str]:
@@ -120,14 +120,14 @@ def _allowed(e: Any) -> list[str]:
     return re.findall(r"'([^']*)'", e.get("ctx", {}).get("expected", ""))
 
 
-def _one_of_union(at: At, found: list[_Problem]) -> list[_Problem]:
+def _one_of_union(at: At, found: list[Problem]) -> list[Problem]:
     """The errors of all members of a union as one, or those inside of the member that fits."""
     deeper = [problem for problem in found if len(problem.at) > len(at)]
-    rules = [found[0].rule, *(problem.rule.removeprefix("must be ") for problem in found[1:])]
-    return deeper or [_Problem(at, " or ".join(rules), found[0].got, found[0].advice)]
+    rules = [found[0].rule, *(re.sub("^must (be )?", "", each.rule) for each in found[1:])]
+    return deeper or [Problem(at, " or ".join(rules), found[0].got, found[0].advice)]
 
 
-def _cross_fields(at: At, section: type[BaseModel], e: Any) -> list[_Problem]:
+def _cross_fields(at: At, section: type[BaseModel], e: Any) -> list[Problem]:
     """The errors of a section's own check, a line each: `field: rule`, or a rule for all of it."""
     problems = []
     for line in str(e["ctx"]["error"]).splitlines():
@@ -135,9 +135,9 @@ def _cross_fields(at: At, section: type[BaseModel], e: Any) -> list[_Problem]:
         names = tuple(field.split("."))
         if rule and _follow(section, names)[0] == names:
             got = short_repr(_value_below(section, e["input"], names))
-            problems.append(_Problem((*at, *names), rule, got))
+            problems.append(Problem((*at, *names), rule, got))
         else:
-            problems.append(_Problem(at, line, short_repr(e["input"])))
+            problems.append(Problem(at, line, short_repr(e["input"])))
     return problems
 
 
@@ -152,7 +152,7 @@ def _value_below(schema: Any, value: Any, names: tuple[str, ...]) -> Any:
     return value
 
 
-def _unknown(schema: type[BaseModel], at: At, known: Iterable[str], got: Any) -> _Problem:
+def _unknown(schema: type[BaseModel], at: At, known: Iterable[str], got: Any) -> Problem:
     """An unknown field of a section with the fields `known`, and the likely right name."""
     name, above = str(at[-1]), at[:-1]
     here = [*known, *(() if above else ("extends",))]
@@ -166,7 +166,7 @@ def _unknown(schema: type[BaseModel], at: At, known: Iterable[str], got: Any) ->
     elif close or elsewhere:
         meant = [dotted_path((*above, close))] if close else elsewhere[:3]
         advice = f"Did you mean {' or '.join(meant)}?"
-    return _Problem(at, "unknown field", short_repr(got), advice)
+    return Problem(at, "unknown field", short_repr(got), advice)
 
 
 # --- the schema's types ----------------------------------------------------------------------

@@ -271,6 +271,10 @@ FIELDS = {
         "x.yaml:3: policy.lora.target_modules: must be 'all-linear' or a list, "
         "got 'all-linaer'. Did you mean all-linear?"
     ),
+    "policy: {lora: {target_modules: []}}\n": (
+        "x.yaml:1: policy.lora.target_modules: must be 'all-linear' or have at least 1 item, "
+        "got []."
+    ),
     "policy:\n  lora:\n    target_modules:\n      - q_proj\n      - 1\n": (
         "x.yaml:5: policy.lora.target_modules.1: must be text, got 1. Put it in quotes."
     ),
@@ -362,6 +366,43 @@ CROSS = {
 @pytest.mark.parametrize("text", CROSS)
 def test_the_text_of_an_error_between_fields(text: str):
     assert problems(text) == [CROSS[text]]
+
+
+STAGED = "in a stage, which continues the adapter of the stage before it, got"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "errors"),
+    [
+        ("{policy: {model: other}}", [f"policy.model: must be that of the recipe, 'lab', {STAGED} "
+                                      "'other'."]),
+        ("{policy: {lora: {rank: 4, target_modules: [q_proj]}}}",
+         [f"policy.lora.rank: must be that of the recipe, 16, {STAGED} 4.",
+          f"policy.lora.target_modules: must be that of the recipe, 'all-linear', {STAGED} "
+          "['q_proj']."]),
+        ("{policy: {adapter: a, reference: adapter}}",
+         [f"policy.adapter: must be that of the recipe, null, {STAGED} 'a'.",
+          f"policy.reference: must be that of the recipe, 'base', {STAGED} 'adapter'."]),
+        ("{method: sft}",
+         ["method: must be written in the stage, not in its overrides, got 'sft'."]),
+        ("{stages: [gft]}",
+         ["stages: must be written in the stage, not in its overrides, got ['gft']."]),
+    ],
+)  # fmt: skip
+def test_what_a_stage_may_not_change(overrides: str, errors: list[str]):
+    text = f"stages:\n- sft\n- method: gft\n  overrides: {overrides}\n"
+    found = problems(text)
+    assert sorted(found) == sorted(f"x.yaml:4: {error} (stage 2)" for error in errors)
+    recipe = Recipe.from_tree(read_tree(Path("x.yaml"))[0])
+    recipe.stage(0)
+    with pytest.raises(RecipeError) as caught:
+        recipe.stage(1)
+    assert sorted(caught.value.problems) == sorted(errors)
+
+
+def test_a_stage_may_repeat_what_the_recipe_says():
+    text = "policy: {lora: {rank: 4}}\nstages: [{method: gft, overrides: {policy: {lora: {rank: 4}"
+    assert Recipe.load(write("x.yaml", text + "}}}]\n")).stage(0).policy.lora.rank == 4
 
 
 GREEDY = "or all self samples of a group are the same, got"

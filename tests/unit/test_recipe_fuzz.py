@@ -203,9 +203,8 @@ def test_any_tree_is_a_recipe_that_works_or_an_error_that_names_its_fields(
     assert Recipe.load(write("x.yaml", recipe.to_yaml())) == recipe
     assert recipe.steps is None or recipe.steps > 0
     base_inputs(recipe)
-    for number in range(len(recipe.stages)):
-        recipe.stage(number)
     for action in (
+        lambda: [recipe.stage(number) for number in range(len(recipe.stages))],
         lambda: bind_method(recipe),
         lambda: plan_for(recipe, "8GiB"),
         lambda: resolve(recipe, 8 * GIB, "cpu"),
