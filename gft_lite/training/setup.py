@@ -16,6 +16,7 @@ from gft_lite.data.prompts import PromptFormat
 from gft_lite.evaluation.sets import SetEvaluator, open_scorer
 from gft_lite.planning.planner import Plan, resolve
 from gft_lite.policy.base import Policy
+from gft_lite.policy.batching import Row
 from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.schema import Recipe
 from gft_lite.rewards.scorer import Scorer
@@ -115,6 +116,8 @@ def setup_run(
         policy = _load_policy(recipe)
     format = make_prompt_format(policy, recipe.data.prompt)
     data = load_run_data(recipe, policy, console)
+    grade = partial(_grade, scorer, distributed)
+    check_demonstrations(recipe, data.problems, format, grade, console)
     stack.enter_context(folder.lock())
     folder.create(saved.to_yaml())
     folder.check_data(data.fingerprints)
@@ -125,26 +128,13 @@ def setup_run(
         console.print(f"group.offline: {described}", markup=False, soft_wrap=True)
     console.print(f"run folder: {folder.path}")
     console.print(f"layout of micro-batches: {policy.layout}")
-    grade = partial(_grade, scorer, distributed)
-    check_demonstrations(recipe, data.problems, format, grade, console)
-    start = partial(start_engine, recipe.rollout, policy, folder.scratch)
-    with show_phase(console, "starting the rollout engine"):
-        sampler = DistributedEngine(start, console, distributed)
-    stack.callback(sampler.close)
+    monitored = (data.held_out or data.problems)[: recipe.monitor.problems]
+    place = _Place(folder, distributed, console, stack)
+    engine, kl_rows = _start_engine(recipe, place, policy, format, monitored)
     names = recipe.log.trackers if distributed.is_main else []
     trackers = Trackers(names, recipe.name, folder.path, recipe.model_dump(mode="json"))
     stack.callback(trackers.close)
-    monitored = (data.held_out or data.problems)[: recipe.monitor.problems]
-    kl_rows = distributed.cached_json(
-        folder.path / KL_SET,
-        lambda: _sample_kl_set(recipe, sampler, format, monitored),
-        lambda file: read_kl_set(file, monitored),
-    )
-    engine = PolicyEngine(sampler, policy, folder.scratch / "adapters")
-    gap = engine.start_checks(kl_rows[0], recipe.rollout.probe_limit)
-    sampler.on_restart = engine.check
-    served = f"engine: {sampler.name}, base {sampler.base}, log-prob gap {gap:.2g} nats"
-    console.print(served, soft_wrap=True)
+    sampler = engine.sampler
     evaluator = SetEvaluator(format, grade, recipe.eval, _eval_sampling(recipe), recipe.seed)
     return TrainingRun(
         recipe=recipe,
@@ -161,6 +151,39 @@ def setup_run(
         eval_sets=data.eval_sets,
         memory=memory,
     )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a run happens; `stack` closes what must be closed."""
+
+    folder: RunFolder
+    distributed: Distributed
+    console: Console
+    stack: ExitStack
+
+
+def _start_engine(
+    recipe: Recipe, place: _Place, policy: Policy, format: PromptFormat,
+    monitored: Sequence[Problem],
+) -> tuple[PolicyEngine, list[Row]]:  # fmt: skip
+    """The engine, checked against the policy, and the KL set that it sampled."""
+    folder, console = place.folder, place.console
+    start = partial(start_engine, recipe.rollout, policy, folder.scratch)
+    with show_phase(console, "starting the rollout engine"):
+        sampler = DistributedEngine(start, console, place.distributed)
+    engine = PolicyEngine(sampler, policy, folder.scratch / "adapters")
+    place.stack.callback(engine.close)
+    kl_rows = place.distributed.cached_json(
+        folder.path / KL_SET,
+        lambda: _sample_kl_set(recipe, sampler, format, monitored),
+        lambda file: read_kl_set(file, monitored),
+    )
+    gap = engine.start_checks(kl_rows[0], recipe.rollout.probe_limit)
+    sampler.on_restart = engine.check
+    served = f"engine: {sampler.name}, base {sampler.base}, log-prob gap {gap:.2g} nats"
+    console.print(served, soft_wrap=True)
+    return engine, kl_rows
 
 
 def _grade(scorer: Scorer, distributed: Distributed, groups: Sequence[Group]) -> list[Group]:
