@@ -3,13 +3,28 @@
 May import `objective` and `rewards` (their tables of names) and the foundation; never torch.
 
 Adding a field:
-1. Add it to its section in `sections.py` with its rule; rules across sections stand in `schema.py`.
-2. Say in the field's metadata (`base.py`) what depends on it.
-3. Test a right and a wrong value in `tests/unit/test_recipe.py`.
+1. Add it with its rule to its section in `sections.py` or `training_sections.py`. A rule that
+   concerns several sections is a validator in `schema.py`.
+2. Name the results that depend on it in its metadata (`effects.py`), unless its section does.
+3. Test a valid and a wrong value in `tests/unit/test_recipe.py`, and what a change of the field
+   affects in `tests/unit/test_effects.py`.
+
+Parameters of a method's own loss are no fields: `objective_schema.py` reads its signature.
 """
 
+from gft_lite.recipe.effects import Affects, differences, values_affecting
 from gft_lite.recipe.loader import find_recipe
+from gft_lite.recipe.method_parameters import bind_method, complete_objective
 from gft_lite.recipe.schema import Recipe
 from gft_lite.utils.errors import RecipeError
 
-__all__ = ["Recipe", "RecipeError", "find_recipe"]
+__all__ = [
+    "Affects",
+    "Recipe",
+    "RecipeError",
+    "bind_method",
+    "complete_objective",
+    "differences",
+    "find_recipe",
+    "values_affecting",
+]
