@@ -104,7 +104,7 @@ def _adapters(run: Path, which: str, text: str) -> Iterator[tuple[str, Path]]:
         yield "", folder.adapter
         return
     steps = {checkpoint.step_of(p): p for p in checkpoint.list_checkpoints(folder.checkpoints)}
-    match = re.fullmatch(r"step-(\d+)", which)
+    match = re.fullmatch(r"step-(\d{1,18})", which)
     wanted = list(steps) if which == "all" else [int(match[1])] if match else []
     if not wanted or not set(wanted) <= steps.keys():
         there = ", ".join(f"@step-{n}" for n in steps) or "none"

@@ -16,12 +16,13 @@ from rich.console import Console
 
 from gft_lite.evaluation.evaluator import evaluate as evaluate_targets
 from gft_lite.evaluation.suites import Suite
+from gft_lite.evaluation.tables import tables
 from gft_lite.evaluation.targets import content_hash, find_targets, group_by_base
 from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import LoraSettings, PolicySettings
 from gft_lite.training.run import train
-from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.errors import RecipeError, UserError
 from gft_lite.utils.paths import PACKAGE
 
 QUIET = Console(quiet=True)
@@ -45,8 +46,8 @@ def run(tmp_path_factory):
 
 def evaluate(targets, out, *overrides, suite="lab", **options):
     options.setdefault("console", QUIET)
-    asked = ["limit=5", "samples=2", *overrides]
-    return evaluate_targets(Suite.load(str(suite), asked), list(map(str, targets)), out, **options)
+    suite = Suite.load(str(suite), ["limit=5", "samples=2", *overrides])
+    return evaluate_targets(suite, list(map(str, targets)), out, **options)
 
 
 def cli(*arguments):
@@ -54,8 +55,8 @@ def cli(*arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-def kept(out):
-    """Every response on the disk, by model and key."""
+def stored(out):
+    """Every response on the disk, by model, benchmark and key."""
     return {
         (file.parent.name, file.stem, entry["key"]): entry
         for file in out.glob("responses/*/*.jsonl")
@@ -79,7 +80,7 @@ def test_base_adapter_and_checkpoints_in_one_call(run, tmp_path):
     assert list(targets) == ["lab", str(run), f"{run}@step-1", f"{run}@step-2"]
     # The final adapter is the last checkpoint: three models, each sampled once.
     assert targets[str(run)]["identity"] == targets[f"{run}@step-2"]["identity"]
-    assert results["sampled"] == len(kept(out)) == lines(out) == 3 * 2 * 5 * 4
+    assert results["sampled"] == len(stored(out)) == lines(out) == 3 * 2 * 5 * 4
     assert results["reused"] == 2 * 5 * 4 + 2 * 3  # A twin, and the base for the drift.
     assert targets[str(run)]["benchmarks"] == targets[f"{run}@step-2"]["benchmarks"]
     assert targets["lab"]["drift"].keys() == {"entropy"}
@@ -87,6 +88,7 @@ def test_base_adapter_and_checkpoints_in_one_call(run, tmp_path):
         assert all(value > 0 for value in targets[label]["drift"].values())
     assert targets[f"{run}@step-1"]["drift"] != targets[str(run)]["drift"]
     assert len(results["pairs"]) == 6
+    assert "Differences in accuracy on the same problems, first model minus second" in done.stdout
     with (out / "results.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 8
     assert r"\toprule" in (out / "results.tex").read_text()
@@ -95,10 +97,10 @@ def test_base_adapter_and_checkpoints_in_one_call(run, tmp_path):
     assert not (out / "engine").exists()
 
 
-def test_figures_are_those_of_the_kept_verdicts(run, tmp_path):
+def test_figures_are_those_of_the_stored_grades(run, tmp_path):
     results = evaluate([run], tmp_path, "samples=4")
     entry = results["targets"][str(run)]
-    responses = kept(tmp_path)
+    responses = stored(tmp_path)
     for name in BENCHMARKS:
         file = tmp_path / "problems" / entry["identity"] / f"{name}.jsonl"
         problems = list(map(json.loads, file.read_text().splitlines()))
@@ -111,7 +113,7 @@ def test_figures_are_those_of_the_kept_verdicts(run, tmp_path):
             right += sum(ends)
         assert entry["benchmarks"][name]["pass@1"] == pytest.approx(right / 20)
         assert entry["benchmarks"][name]["samples"] == 20
-    # The base answers for the drift only: a sample of each problem, and no figures of its own.
+    # The base is sampled for the drift only: once for each problem, without figures of its own.
     assert results["sampled"] == 2 * 5 * 4 + 2 * 5
     assert list(results["targets"]) == [str(run)]
 
@@ -132,6 +134,41 @@ def test_the_training_run_and_the_evaluation_agree_on_the_base(tmp_path):
         assert mine[name]["length"] == trained[name]["length"]
 
 
+@pytest.mark.parametrize("order", [["lab", "RUN"], ["RUN", "lab"]])
+def test_the_difference_is_what_training_added_in_either_order(order, run, tmp_path):
+    targets = [str(run) if name == "RUN" else name for name in order]
+    results = evaluate(targets, tmp_path, "samples=1", "rollout.temperature=0", "drift=0")
+    assert list(results["targets"]) == targets
+    [pair] = results["pairs"]
+    assert (pair["a"], pair["b"]) == ("lab", str(run))
+    base, trained = (results["targets"][name]["average"]["pass@1"] for name in ("lab", str(run)))
+    assert pair["differences"]["average"]["difference"] == pytest.approx(trained - base)
+    table = next(t for t in tables(results) if t.title.startswith("Differences"))
+    assert table.title.startswith("Differences in accuracy on the same problems, first model minus")
+    assert table.rows[0][0] == f"{run} - lab"
+    assert table.rows[0][-1].startswith(f"{100 * (trained - base):+.1f} [")
+
+
+def test_a_graded_reward_is_no_accuracy(run, tmp_path, monkeypatch):
+    (tmp_path / "graded.py").write_text(
+        "def reward(completions, **_):\n    return [len(c) / 100 for c in completions]\n",
+        encoding="utf-8",
+    )
+    monkeypatch.chdir(tmp_path)
+    results = evaluate([run, "lab"], "out", "reward.functions=['graded:reward']", "drift=0")
+    target = results["targets"]["lab"]
+    assert not [name for name in target["benchmarks"]["test"] if name.startswith("pass@")]
+    assert results["protocol"]["k"] == []
+    mean = target["average"]["mean_reward"]
+    first, *_, pairs, _ = tables(results)
+    assert first.title == "Mean reward, the mean over 2 samples a problem"
+    assert first.rows[1][-1] == f"{mean:.3f}"
+    assert pairs.title.startswith("Differences in mean reward") and "points" not in pairs.title
+    assert f"{mean:.3f}" in (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
+    with (tmp_path / "out" / "results.csv").open(encoding="utf-8") as file:
+        assert all(float(row["low"]) <= float(row["high"]) for row in csv.DictReader(file))
+
+
 def test_default_folders(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert evaluate([run], None, "samples=1")["folder"] == str(run / "eval" / "lab")
@@ -141,26 +178,26 @@ def test_default_folders(run, tmp_path, monkeypatch):
 
 class TestNothingIsSampledTwice:
     def test_a_killed_evaluation_continues(self, run, tmp_path):
-        asked = ["samples=6", "rollout.batch_size=1"]
-        whole = evaluate(["lab", run], tmp_path / "whole", *asked)
+        overrides = ["samples=6", "rollout.batch_size=1"]
+        whole = evaluate(["lab", run], tmp_path / "whole", *overrides)
         out = tmp_path / "killed"
         command = [sys.executable, "-m", "gft_lite", "eval", "lab", str(run), "--suite", "lab",
-                   "limit=5", *asked, "--out", str(out)]  # fmt: skip
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + 200
-        while (before := lines(out)) < 20 and time.monotonic() < deadline:
+                   "limit=5", *overrides, "--out", str(out)]  # fmt: skip
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        while (before := lines(out)) < 20 and process.poll() is None:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        _, errors = process.communicate()
+        assert process.returncode == -signal.SIGKILL, errors
         found = lines(out)
         assert 20 <= before <= found < 120
-        done = cli("lab", run, "--suite", "lab", "limit=5", *asked, "--out", out)
+        done = cli("lab", run, "--suite", "lab", "limit=5", *overrides, "--out", out)
         assert done.returncode == 0, done.stderr
         again = json.loads((out / "results.json").read_text())
-        # What was whole on the disk is not asked for again, and no key is there twice.
+        # Complete lines are not sampled again, and no key is stored twice.
         assert found - 1 <= 120 - again["sampled"] <= found
-        assert len(kept(out)) == lines(out) == 120
-        assert kept(out) == kept(tmp_path / "whole")
+        assert len(stored(out)) == lines(out) == 120
+        assert stored(out) == stored(tmp_path / "whole")
         for label, target in again["targets"].items():
             expected = json.loads(json.dumps(whole["targets"][label]["benchmarks"]))
             assert target["benchmarks"] == expected
@@ -175,6 +212,12 @@ class TestNothingIsSampledTwice:
 
 
 class TestRegrade:
+    @pytest.fixture(scope="class")
+    def evaluated(self, tmp_path_factory):
+        out = tmp_path_factory.mktemp("evaluated") / "out"
+        evaluate(["lab"], out)
+        return out
+
     def test_it_needs_no_model(self, tmp_path):
         model, out = tmp_path / "model", tmp_path / "out"
         shutil.copytree(PACKAGE / "lab" / "base", model)
@@ -193,7 +236,7 @@ class TestRegrade:
         assert harsh["targets"][label]["average"]["pass@1"] == 0
         assert first["targets"][label]["average"]["pass@1"] > 0
         assert harsh["protocol"]["temperature"] == 0.5
-        # Another evaluation in the same folder leaves this one to be graded again.
+        # After another evaluation in the same folder this one can still be graded again.
         evaluate(["lab"], out, "samples=1")
         assert (
             evaluate([model], out, regrade=True)["targets"][label]["identity"]
@@ -202,6 +245,25 @@ class TestRegrade:
         evaluate([model], out, other, "k=[2]", regrade=True)
         file = out / "problems" / harsh["targets"][label]["identity"] / "retention.jsonl"
         assert all(json.loads(line)["correct"] == 0 for line in file.read_text().splitlines())
+
+    @pytest.mark.parametrize(
+        "file, text, error",
+        [("responses", "", "must have the responses of the evaluation, got 10 of them missing"),
+         ("responses", "{}\n", "test.jsonl:1: must be a response with its key"),
+         ("problems", "", "must have a line for each of the 5 problems, got 0"),
+         ("problems", "{\n", "test.jsonl:1: must be a problem with the keys of its responses"),
+         ("targets", "{", "targets.json:1: must have the results of each target"),
+         ("targets", '{"lab": {}}', "targets.json: must have the results of each target")],
+    )  # fmt: skip
+    def test_damaged_files_are_named(self, file, text, error, evaluated, tmp_path):
+        out = shutil.copytree(evaluated, tmp_path / "out")
+        [path] = out.glob("targets.json" if file == "targets" else f"{file}/*/test.jsonl")
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(UserError) as caught:
+            evaluate(["lab"], out, regrade=True)
+        [problem] = caught.value.problems
+        assert problem.startswith(str(path)) and error in problem
+        assert "Restore the file" in problem or "Remove the line" in problem
 
     def test_what_was_never_evaluated(self, run, tmp_path):
         evaluate(["lab"], tmp_path, "samples=1")
@@ -216,10 +278,13 @@ class TestTargets:
     def test_adapters_of_another_shape_get_a_base_of_their_own(self, run, tmp_path):
         settings = PolicySettings(lora=LoraSettings(rank=4, alpha=8), gradient_checkpointing=False)
         small = load_policy(settings).save_adapter(tmp_path / "small")
-        asked = [str(run / "adapter"), str(small), "lab"]
-        groups = group_by_base(find_targets(asked, Suite.load("lab").policy))
-        assert [[t.label for t in group] for group in groups] == [[asked[0], "lab"], [asked[1]]]
-        results = evaluate(asked, tmp_path / "out", "samples=1")
+        arguments = [str(run / "adapter"), str(small), "lab"]
+        groups = group_by_base(find_targets(arguments, Suite.load("lab").policy))
+        assert [[t.label for t in group] for group in groups] == [
+            [arguments[0], "lab"],
+            [arguments[1]],
+        ]
+        results = evaluate(arguments, tmp_path / "out", "samples=1")
         targets = results["targets"]
         assert list(targets) == [str(run / "adapter"), str(small), "lab"]
         # A fresh adapter is the base: the same answers, and not a step away from it.
@@ -228,17 +293,24 @@ class TestTargets:
         assert targets[str(run / "adapter")]["drift"]["forward"] > 0
         assert targets[str(small)]["identity"] != targets["lab"]["identity"]
 
-    def test_what_is_none(self, run, tmp_path):
+    def test_what_is_not_a_target(self, run, tmp_path):
         (tmp_path / "empty").mkdir()
         done = cli("nowhere", tmp_path / "empty", f"{run}@step-7", "--suite", "lab")
         assert done.returncode == 2
-        told = done.stderr.splitlines()
-        assert len(told) == 3
-        assert "must be lab, a hub id, or the folder of a model" in told[0]
-        assert "must hold a config.json, an adapter_config.json or a run's" in told[1]
-        assert "There: @step-1, @step-2." in told[2]
+        errors = done.stderr.splitlines()
+        assert len(errors) == 3
+        assert "must be lab, a hub id, or the folder of a model" in errors[0]
+        assert "must hold a config.json, an adapter_config.json or a run's" in errors[1]
+        assert "There: @step-1, @step-2." in errors[2]
 
-    def test_a_wrong_suite_setting_is_told_before_anything_is_loaded(self):
+    def test_names_that_cannot_be_paths(self):
+        names = ["x" * 300, "~nobody-of-that-name/x", "a" * 300 + "/b/c", "run@step-" + "9" * 5000]
+        with pytest.raises(UserError) as caught:
+            find_targets(names, Suite.load("lab").policy)
+        assert len(caught.value.problems) == len(names)
+        assert all(text.startswith("TARGET: must ") for text in caught.value.problems)
+
+    def test_a_wrong_suite_setting_is_an_error_before_anything_is_loaded(self):
         done = cli("lab", "--suite", "lab", "--samples", "0", "rollout.temprature=1")
         assert done.returncode == 2
         assert "samples: " in done.stderr
@@ -252,40 +324,39 @@ class TestTargets:
 
 
 def test_real_benchmarks_from_a_folder(shared_data, run, tmp_path):
-    there = ["amc23", "gaokao2023en", "math500", "olympiadbench", "mmlu_stem", "sat_math",
+    names = ["amc23", "gaokao2023en", "math500", "olympiadbench", "mmlu_stem", "sat_math",
              "mawps", "svamp"]  # fmt: skip
     console = Console(record=True, width=200, quiet=False, file=(tmp_path / "log").open("w"))
     results = evaluate(
-        ["lab", run], tmp_path / "out", f"benchmarks=[{','.join(there)}]", "limit=2",
+        ["lab", run], tmp_path / "out", f"benchmarks=[{','.join(names)}]", "limit=2",
         "policy.context=512", "drift=0", suite="paper", data_dir=shared_data / "bench",
         console=console,
     )  # fmt: skip
     found = results["targets"]["lab"]
-    assert list(found["benchmarks"]) == there
+    assert list(found["benchmarks"]) == names
     assert results["sampled"] == 2 * 8 * 2 * 2
     least, most = found["max_tokens"]
     assert 256 <= least < most < 512
-    said = console.export_text()
-    assert (
-        f"the model's context of 512 tokens leaves responses {least} to {most} of the 4096" in said
-    )
+    text = f"the model's context of 512 tokens leaves responses {least} to {most} of the 4096"
+    assert text in console.export_text()
     assert found["drift"] == {"entropy": None}
 
 
 @needs_vllm
 def test_vllm_gives_the_greedy_answers_of_transformers(run, tmp_path):
-    asked = ["samples=1", "rollout.temperature=0", "limit=8"]
+    overrides = ["samples=1", "rollout.temperature=0", "limit=8"]
     texts = []
     for engine in ("vllm", "transformers"):
         out = tmp_path / engine
-        results = evaluate(["lab", run, f"{run}@step-1"], out, *asked, f"rollout.engine={engine}")
+        targets = ["lab", run, f"{run}@step-1"]
+        results = evaluate(targets, out, *overrides, f"rollout.engine={engine}")
         assert {t["engine"] for t in results["targets"].values()} == {engine}
         answers = {}
         for label, entry in results["targets"].items():
             file = out / "problems" / entry["identity"] / "test.jsonl"
             for problem in map(json.loads, file.read_text().splitlines()):
                 key = entry["identity"], "test", problem["keys"][0]
-                answers[label, problem["id"]] = kept(out)[key]["text"]
+                answers[label, problem["id"]] = stored(out)[key]["text"]
         texts.append(answers)
     assert texts[0] == texts[1]
     by_target = [{k[1]: v for k, v in texts[0].items() if k[0] == t} for t in results["targets"]]
