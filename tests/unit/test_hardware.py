@@ -92,7 +92,7 @@ def test_why_vllm_does_not_fit_and_when_it_does(plan, card, model):
 def test_the_comment_says_what_is_tested_here(card):
     text = (FRAGMENTS / f"{card}.yaml").read_text()
     comment = " ".join(line.strip("# ") for line in text.splitlines() if line[0] == "#")
-    told = {(name, int(rows)) for name, rows in re.findall(r"(\S+B) (\d+)\b", comment)}
-    assert told == {(NAMES[m], rows) for (own, m), (_, rows, _) in SLOW.items() if own == card}
+    listed = {(name, int(rows)) for name, rows in re.findall(r"(\S+B) (\d+)\b", comment)}
+    assert listed == {(NAMES[m], rows) for (own, m), (_, rows, _) in SLOW.items() if own == card}
     plugin = any(fits for (own, _), (_, _, fits) in SLOW.items() if own == card)
     assert ("rollout.base=plugin" in comment) == plugin

@@ -199,7 +199,7 @@ def test_a_missing_file_gets_the_nearest_name(asked: str, hint: str):
     )
 
 
-@pytest.mark.parametrize("path", ["", ".", "nothing-like-it/qq", "a" * 5000, "a\0b"])
+@pytest.mark.parametrize("path", ["", ".", "nothing-like-it/qq", "a" * 5000, "a\0b", "\udcff"])
 def test_odd_paths_are_missing_files(path: str):
     with pytest.raises(RecipeError, match=r"^must be a recipe file, got '"):
         Recipe.load(path)
@@ -484,12 +484,12 @@ def test_a_whole_number_from_python_is_as_large_as_one_from_yaml():
         Recipe.from_tree({"train": {"steps": 2**64}})
 
 
-def test_a_wrong_prompt_is_told_once_though_eval_sets_would_take_it_over():
+def test_a_wrong_prompt_is_one_error_although_eval_sets_inherit_it():
     text = "data: {prompt: {template: x}}\neval: {sets: {a: {}, b: {}}}\n"
     assert problems(text) == ["x.yaml:1: data.prompt.template: must contain {problem}, got 'x'."]
 
 
-def test_a_group_that_its_method_cannot_use_is_told_for_every_source():
+def test_every_source_that_a_method_does_not_use_is_an_error():
     why = "with method grpo, which trains on self rows"
     assert problems("method: grpo\ngroup:\n  teacher: 2\n  expert: 1\n") == [
         f"x.yaml:3: group.teacher: must be 0 {why}, got 2.",
@@ -544,7 +544,7 @@ def test_a_tree_from_python_has_no_places():
 # --- the text of errors: overrides -----------------------------------------------------------
 
 
-def test_every_wrong_override_is_told():
+def test_every_wrong_override_is_reported():
     overrides = ["optim.lr", "=5", "optim..lr=1", "optim.lrr=1", "extends=a.yaml", "seed=[1",
                  "objectiv.tau=1", "seed.x=1", "optim={lr: 1, lr: 2}", "group={1: 2}"]  # fmt: skip
     assert problems("optim: {warmup: 7}\n", *overrides) == [
@@ -683,7 +683,7 @@ def test_a_file_that_may_not_be_read():
 # --- the text of errors: extends -------------------------------------------------------------
 
 
-def test_every_missing_base_is_told_and_every_field_as_well():
+def test_every_missing_base_and_every_wrong_field_is_reported():
     write("configs/models/qwen.yaml", "seed: 1\n")
     write("configs/empty.yaml", "")
     text = (
@@ -692,7 +692,7 @@ def test_every_missing_base_is_told_and_every_field_as_well():
     )
     with pytest.raises(RecipeError) as caught:
         Recipe.load(write("recipes/x.yaml", text))
-    # policy.adapter may stand in the missing base: no word of it.
+    # No error about policy.adapter, which the missing base may set.
     assert caught.value.problems == [
         "recipes/x.yaml:2: extends: must be a recipe file, got '../configs/models/qwem.yaml', "
         "which does not exist. Did you mean ../configs/models/qwen.yaml?",
@@ -747,7 +747,7 @@ def test_a_recipe_and_its_errors_import_no_large_library():
     ]  # fmt: skip
 
 
-def test_evaluation_prompts_as_training_does_unless_told_otherwise():
+def test_evaluation_has_the_training_prompt_by_default():
     tree = {
         "data": {"prompt": {"template": "Q: {problem}"}},
         "eval": {"sets": {"a": {}, "b": {"prompt": {"template": "{problem}?"}}}},
