@@ -28,6 +28,7 @@ from gft_lite.recipe.base import HUB_ID
 from gft_lite.recipe.sections import LoraSettings, PolicySettings
 from gft_lite.utils.errors import RecipeError, nearest, short_repr
 
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq")  # Values of init_lora_weights.
 _log = logging.getLogger(__name__)
 
 
@@ -42,7 +43,7 @@ def check_targets(skeleton: Any, settings: PolicySettings) -> None:
     rule = f"policy.lora.target_modules: must name linear modules of {settings.model}"
     linear = sorted({name.rpartition(".")[2] for name in _all_linear(skeleton)})
     advice = f"It has {', '.join(linear)}."
-    problems = [] if targets else [f"{rule}, got an empty list. {advice}"]
+    problems = []
     for target in targets:
         matched = _matching(skeleton, target)
         other = [module for module in matched.values() if not _is_linear(module)]
@@ -87,6 +88,7 @@ def check_adapter(skeleton: Any, settings: PolicySettings) -> Path:
     adapter afterwards. Raises: RecipeError.
     """
     adapter, requested = str(settings.adapter), settings.lora.target_modules
+    base = dict(skeleton.named_modules())
     targeted = _targeted(skeleton, requested)
     rule = f"policy.adapter: must be a PEFT adapter of {settings.model}, got {adapter!r}"
     try:
@@ -95,17 +97,26 @@ def check_adapter(skeleton: Any, settings: PolicySettings) -> Path:
         config = PeftConfig.from_pretrained(str(folder))
         if not isinstance(config, LoraConfig):
             raise ValueError(f"its peft_type is {written.get('peft_type')}, not LORA")
+        if str(written.get("init_lora_weights")).lower().startswith(CHANGES_BASE):
+            raise ValueError(f"init_lora_weights {written['init_lora_weights']} changes the base")
         _check_base(written, settings)
         config.base_model_name_or_path = None  # peft would warn of another name.
-        config.init_lora_weights = False  # Some initialisations compute with the base's weights.
+        config.init_lora_weights = False  # The weights are read, not initialised.
         model = get_peft_model(skeleton, config)
+        adapted = {name for name, m in skeleton.named_modules() if isinstance(m, LoraLayer)}
+        if other := sorted(name for name in adapted if not _is_linear(base[name])):
+            raise ValueError(f"it adapts {other[0]} of type {type(base[other[0]]).__name__}")
     except LOAD_ERRORS as error:
-        raise RecipeError([f"{rule} ({describe_error(error)})."]) from error
+        raise RecipeError([f"{rule} ({describe_error(error)}). Give another adapter."]) from error
     read_fitting_weights(model, "default", folder, "policy.adapter")
-    adapted = {name for name, module in skeleton.named_modules() if isinstance(module, LoraLayer)}
     own = lora_settings(written)
-    same = targeted == adapted or _text(requested) == _text(own.target_modules)
-    _check_settings(settings, own, same_targets=same)
+    if targeted == adapted or _text(requested) == _text(own.target_modules):
+        own = own.model_copy(update={"target_modules": requested})
+    else:
+        last = {name.rpartition(".")[2] for name in adapted}
+        short = {name for name in base if name.rpartition(".")[2] in last} == adapted
+        own = own.model_copy(update={"target_modules": sorted(last if short else adapted)})
+    _check_settings(settings, own)
     return folder
 
 
@@ -145,19 +156,16 @@ def _check_base(config: Mapping[str, Any], settings: PolicySettings) -> None:
                      settings.adapter, named, model, model)  # fmt: skip
 
 
-def _check_settings(settings: PolicySettings, own: LoraSettings, *, same_targets: bool) -> None:
+def _check_settings(settings: PolicySettings, own: LoraSettings) -> None:
     """Require the adapter's `own` LoRA settings in the recipe. Raises: RecipeError."""
-    recipe = settings.lora
-    wrong = [name for name in ("rank", "alpha", "dropout")
-             if getattr(recipe, name) != getattr(own, name)]  # fmt: skip
-    wrong += [] if same_targets else ["target_modules"]
     problems = []
-    for name in wrong:
-        want, got = _text(getattr(own, name)), _text(getattr(recipe, name))
-        problems.append(
-            f"policy.lora.{name}: must be {want}, as in {settings.adapter}, got {got}. "
-            f"Set policy.lora.{name}={want}."
-        )
+    for name in LoraSettings.model_fields:
+        want, got = getattr(own, name), getattr(settings.lora, name)
+        if want != got:
+            problems.append(
+                f"policy.lora.{name}: must be {_text(want)}, as in {settings.adapter}, got "
+                f"{_text(got)}. Set policy.lora.{name}={_text(want)}."
+            )
     if problems:
         raise RecipeError(problems)
 

@@ -71,7 +71,7 @@ def report_errors(model: str) -> Iterator[None]:
     except LOAD_ERRORS as error:
         raise RecipeError(
             [f"policy.model: must be a model folder or hub id that loads, got {model!r} "
-             f"({describe_error(error)})."]
+             f"({describe_error(error)}). Check its name and files."]
         ) from error  # fmt: skip
 
 

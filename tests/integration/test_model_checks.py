@@ -195,7 +195,6 @@ def test_a_target_that_is_no_linear_module(no_weights, target, part):
 def test_every_wrong_target_is_named(no_weights):
     found = problems_of(model=str(no_weights), lora={"target_modules": ["a", "q_proj", "mlp"]})
     assert ["'a'" in found[0], "'mlp'" in found[1]] == [True, True] and len(found) == 2
-    assert "got an empty list" in problem_of(model=str(no_weights), lora={"target_modules": []})
 
 
 def test_targets_by_name_and_by_path_are_adapted():
@@ -254,6 +253,37 @@ def test_an_adapter_with_other_ranks_per_module(small, tmp_path):
     lora = {"rank": 8, "alpha": 8, "dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}
     text = problem_of(adapter=str(folder), lora=lora)
     assert "with 6 that are missing, foreign or of another size" in text
+
+
+@pytest.mark.parametrize(
+    ("config", "part"),
+    [
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "pissa_niter_4 changes the base",
+        ),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "adapts model.embed_tokens of type Embed"),
+        ({"target_modules": ["w9"]}, "{'w9'} not found in the"),
+        ({"peft_type": "IA3"}, "its peft_type is IA3, not LORA"),
+    ],
+)
+def test_adapters_that_are_not_supported(no_weights, small, tmp_path, config, part):
+    folder = Path(shutil.copytree(small, tmp_path / "adapter"))
+    change(folder / "adapter_config.json", **config)
+    assert part in problem_of(model=str(no_weights), adapter=str(folder))
+
+
+def test_targets_by_regular_expression_are_named_as_a_list(small, tmp_path):
+    folder = Path(shutil.copytree(small, tmp_path / "adapter"))
+    change(folder / "adapter_config.json", target_modules=r".*self_attn\.(q|v)_proj")
+    lora = {"rank": 4, "alpha": 8, "dropout": 0.1}
+    assert "Set policy.lora.target_modules=[q_proj, v_proj]." in problem_of(
+        adapter=str(folder), lora=lora
+    )
+    lora["target_modules"] = ["q_proj", "v_proj"]
+    assert len(load(adapter=str(folder), lora=lora).parameters()) == 12
+    [target] = find_targets([str(folder)], PolicySettings())
+    assert len(load_policy(target.policy).parameters()) == 12
 
 
 def test_an_evaluation_takes_the_adapters_own_settings(small):
