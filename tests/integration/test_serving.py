@@ -21,7 +21,6 @@ from gft_lite.policy import serving_base as serving
 from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.sections import PolicySettings, PromptSettings, RolloutSettings
 from gft_lite.rollout import vllm_common as vllm_shared
-from gft_lite.rollout.base import RolloutError
 from gft_lite.utils.errors import RecipeError
 
 KIND = "nf4_dequantised"
@@ -38,17 +37,23 @@ def policy_of(**settings):
     return load_policy(PolicySettings(gradient_checkpointing=False, **settings))
 
 
+def written_state(file):
+    """What only writing the file changes: reading it may change its access time."""
+    state = file.stat()
+    return state.st_ino, state.st_mtime_ns, state.st_size
+
+
 def test_a_base_is_written_once_and_found_again(cache):
     first, second = policy_of(), policy_of(lora={"rank": 4, "alpha": 8})
     written = first.serving_base(KIND)
     folder = Path(written.location)
-    before = (folder / "model.safetensors").stat()
+    before = written_state(folder / "model.safetensors")
     assert re.fullmatch(rf"{KIND} \({folder}, written in \d+\.\d s\)", written.about)
     # Another run, with another adapter on the same base.
     reused = second.serving_base(KIND)
     assert reused.location == written.location
     assert reused.about == f"{KIND} ({folder}, reused)"
-    assert (folder / "model.safetensors").stat() == before
+    assert written_state(folder / "model.safetensors") == before
     assert [f.name for f in cache.iterdir()] == [folder.name]
     assert cache.stat().st_mode & 0o777 == 0o700
 
@@ -244,7 +249,7 @@ def _mean_gap(policy, pairs, scores):
 
 def test_a_plugin_that_is_absent_is_told(monkeypatch):
     monkeypatch.setattr(vllm_shared, "entry_points", lambda **_: ())
-    with pytest.raises(RolloutError, match=r"pip install --no-deps vllm-bnb-plugin==\d"):
+    with pytest.raises(RecipeError, match=r"pip install --no-deps vllm-bnb-plugin==\d"):
         vllm_shared.engine_options(RolloutSettings(base="plugin"), policy_of(dtype="bfloat16"))
 
 
@@ -258,5 +263,5 @@ def test_a_plugin_that_is_absent_is_told(monkeypatch):
     ],
 )
 def test_what_the_plugin_cannot_have_is_told(settings, words):
-    with pytest.raises(RolloutError, match=words):
+    with pytest.raises(RecipeError, match=words):
         vllm_shared.engine_options(RolloutSettings(base="plugin"), policy_of(**settings))
