@@ -15,7 +15,7 @@ from gft_lite.rewards.base import RewardError
 from gft_lite.rewards.choice_rule import chosen_letter
 from gft_lite.rewards.extract import stated_answer
 from gft_lite.rewards.latex import text_key
-from gft_lite.types import Group, Response
+from gft_lite.types import Group
 from gft_lite.utils.statistics import (
     average_interval,
     bootstrap_interval,
@@ -82,11 +82,6 @@ def by_problem(figures: Mapping[str, Any]) -> dict[str, float]:
         return dict(figures["rewards"])
     samples = figures["samples"] / figures["problems"]
     return {name: correct / samples for name, correct in figures["correct"].items()}
-
-
-def correct(response: Response) -> bool:
-    """True if a graded response is correct; False if no reward function decides that."""
-    return bool(response.correct)
 
 
 def headline(results: Mapping[str, Mapping[str, Any]], ks: Sequence[int]) -> dict[str, float]:

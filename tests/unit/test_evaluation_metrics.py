@@ -203,11 +203,14 @@ def test_csv_has_a_line_for_each_model_and_benchmark(results):
 
 
 def test_examples_show_two_models_where_they_differ():
+    def answered(name, text, answer, *responses):
+        return Group(Problem(name, text, answer), tuple(graded(r, right) for r, right in responses))
+
     examples = Examples(per_benchmark=1)
-    examples.see("x", ("p", "1 < 2?", "7"), "base", [("r0", True), ("w0", False)])
-    examples.see("x", ("p", "1 < 2?", "7"), "run", [("w1\n\n<b>", False)])
-    examples.see("x", ("q", "two?", "8"), "base", [("w2", False)])
-    examples.see("y", ("q", "three?", "9"), "base", [("w3", False)])
+    examples.add("x", "base", answered("p", "1 < 2?", "7", ("r0", True), ("w0", False)))
+    examples.add("x", "run", answered("p", "1 < 2?", "7", ("w1\n\n<b>", False)))
+    examples.add("x", "base", answered("q", "two?", "8", ("w2", False)))
+    examples.add("y", "base", answered("q", "three?", "9", ("w3", False)))
     text = examples.markdown()
     assert "<th>right: base</th><th>wrong: run</th>" in text
     assert "<pre>r0</pre>" in text
