@@ -124,11 +124,13 @@ class ColumnsSettings(Settings):
     """The columns of the data set; demonstrations may come from several columns.
 
     `a.b` is field `b` of a nested column `a`. Several columns of a problem are joined by line
-    breaks, a list in one of them as options without letters. `choices` are appended to the
-    problem as (A), (B), ...; an answer that is the number of a choice, from 0, becomes its letter.
-    `answer: null`: there are no answers. `answer_from`: the last box of the column (boxed), or the
-    text after `####` (hash). `clean: gsm8k` removes `<<48/2=24>>` from demonstrations and boxes
-    their `#### 24` line.
+    breaks, a list in one of them as options without letters. A list that is written as text (JSON
+    or Python notation, as in CSV files) is read as a list. `choices` are appended to the problem as
+    (A), (B), ...; the answer is, in this order, a label of the data set (field `label` beside
+    `choices: x.text`, as in ARC), the number of a choice from 0, a letter, or a choice's text;
+    other rows are skipped. `answer: null`: there are no answers. `answer_from`: the last box of
+    the column (boxed), or the text after `####` (hash). `clean: gsm8k` removes `<<48/2=24>>` from
+    demonstrations and boxes their `#### 24` line.
     """
 
     problem: str | list[str] = "problem"
