@@ -56,7 +56,7 @@ def serving_base(policy: Policy, kind: str) -> ServedBase:
             folder, how = _find_or_write(policy, bases)
             removed = _remove_old(bases, folder)
             _hold(policy, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk.
         raise RecipeError(
             [f"GFT_LITE_CACHE: must be a folder with room for the engine's copy of the base, got "
              f"{str(bases.parent)!r} ({error}). Make room, or set it to a folder elsewhere."]

@@ -7,6 +7,8 @@ import importlib.util
 import json
 import os
 import re
+import resource
+import signal
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -192,6 +194,23 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("GFT_LITE_CACHE", str(tmp_path / "file"))
     with pytest.raises(RecipeError, match=r"GFT_LITE_CACHE: must be a folder with room.*/file'"):
         policy_of().serving_base(KIND)
+
+
+def test_a_full_disk_is_reported_and_leaves_no_base(cache):
+    policy = policy_of()
+    # A limit on the size of a file fails as a full disk does, without filling one.
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
+    try:
+        with pytest.raises(RecipeError, match="GFT_LITE_CACHE: must be a folder with room"):
+            policy.serving_base(KIND)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "written" in policy.serving_base(KIND).about
+    [folder] = cache.iterdir()
+    assert str(folder) == policy.serving_base(KIND).location
 
 
 def test_where_the_cache_is(monkeypatch):
