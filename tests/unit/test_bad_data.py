@@ -1,4 +1,4 @@
-"""Data of every wrong shape: a bad row costs that row, a bad source is the user's error."""
+"""Data of every wrong shape: a bad row is skipped, a bad source is a recipe error."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def nested(depth: int) -> str:
         (GOOD | {"id": "\udfff"}, "broken Unicode in column 'id'"),
     ],
 )  # fmt: skip
-def test_a_bad_row_costs_that_row_only(row, reason, tmp_path):
+def test_a_bad_row_is_skipped_alone(row, reason, tmp_path):
     good = GOOD | {"id": "x"}
     file = jsonl(tmp_path / "x.jsonl", good, row, good)
     loaded = load(file, columns={"expert": "expert", "id": "id"})
@@ -78,7 +78,7 @@ def test_a_bad_row_costs_that_row_only(row, reason, tmp_path):
         ({"answer": 10**9}, "no choice of that number in column 'answer'"),
     ],
 )
-def test_a_choice_that_is_none_costs_that_row_only(change, reason, tmp_path):
+def test_a_row_with_a_wrong_choice_is_skipped_alone(change, reason, tmp_path):
     file = jsonl(tmp_path / "x.jsonl", CHOICE, CHOICE | change)
     loaded = load(file, columns={"choices": "choices"})
     assert loaded.skipped == {reason: 1}
@@ -119,7 +119,7 @@ def test_a_stray_quote_is_an_error_that_names_the_line(tmp_path, text, line):
     assert "\n" not in str(caught.value)
 
 
-def test_two_stray_quotes_that_look_like_one_cell_cost_those_rows(tmp_path):
+def test_two_stray_quotes_that_look_like_one_cell_skip_those_rows(tmp_path):
     text = 'problem,answer\n1+2?,3\n"5 inch + 3 inch?,8\n3+4?,7\nHow much is 6",9\n7+8?,15\n'
     loaded = load(csv_file(tmp_path, text))
     assert answers(loaded) == ["3", "15"]
@@ -235,7 +235,7 @@ BAD_COLUMNS = {
 
 
 @pytest.mark.parametrize("name", BAD_COLUMNS)
-def test_a_bad_cell_in_an_unused_column_costs_nothing(tmp_path, name):
+def test_a_bad_cell_in_an_unused_column_is_ignored(tmp_path, name):
     columns = {"problem": ["a", "b", "c"], "answer": ["1", "2", "3"], "other": BAD_COLUMNS[name]}
     pa.parquet.write_table(pa.table(columns), tmp_path / "x.parquet")
     loaded = load(tmp_path / "x.parquet")
@@ -245,7 +245,7 @@ def test_a_bad_cell_in_an_unused_column_costs_nothing(tmp_path, name):
         assert loaded.problems[0].columns["other"] == "good"
 
 
-def test_a_bad_cell_in_a_used_column_costs_its_row(tmp_path):
+def test_a_row_with_a_bad_cell_in_a_used_column_is_skipped(tmp_path):
     struct_column = BAD_COLUMNS["struct"]
     columns = {"problem": TEXTS, "answer": ["1", "2", "3"], "demo": struct_column}
     pa.parquet.write_table(pa.table(columns), tmp_path / "x.parquet")
@@ -276,7 +276,7 @@ def test_a_folder_of_save_to_disk_is_a_data_set_not_its_descriptions(tmp_path):
         load(tmp_path / "one")
 
 
-def test_a_bad_cell_of_a_data_set_costs_what_it_costs_in_a_file(tmp_path):
+def test_a_bad_cell_of_a_data_set_is_handled_as_in_a_file(tmp_path):
     table = pa.table({"problem": TEXTS, "answer": ["1", "2", "3"], "date": BAD_COLUMNS["date"]})
     datasets.Dataset(table).save_to_disk(tmp_path / "set")
     loaded = load(tmp_path / "set")

@@ -134,17 +134,19 @@ def test_the_lab_needs_no_columns():
         load("lab", split="trian")
 
 
-# --- sources that aren't there ---------------------------------------------------------------
+# --- sources that do not exist ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "source",
     ["no.jsonl", "./no", "../no", "/no/such/folder", "~/no", "a/b/c", "org/no.parquet", "a\\b", ""],
 )
-def test_a_missing_file_is_an_error_and_no_download(source, tmp_path, monkeypatch):
+def test_a_missing_file_is_an_error_without_a_download(source, tmp_path, monkeypatch):
     import datasets
 
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: pytest.fail("asked the hub"))
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *a, **k: pytest.fail("a download was attempted")
+    )
     monkeypatch.chdir(tmp_path)
     if source == "":
         (tmp_path / "sub").mkdir()  # the empty string is the folder one is in
@@ -152,18 +154,18 @@ def test_a_missing_file_is_an_error_and_no_download(source, tmp_path, monkeypatc
         load(source)
 
 
-def test_a_hub_data_set_is_asked_for_as_the_recipe_says(monkeypatch):
+def test_a_hub_data_set_is_requested_with_the_settings_of_the_recipe(monkeypatch):
     import datasets
 
-    asked = []
+    requested = []
 
     def answer(*args, **kwargs):
-        asked.append((args, kwargs))
+        requested.append((args, kwargs))
         return datasets.Dataset.from_list([{"problem": "a", "answer": "1"}] * 3)
 
     monkeypatch.setattr(datasets, "load_dataset", answer)
     loaded = load("org/set", config="main", split="test", revision="abc")
-    assert asked == [(("org/set",), {"name": "main", "split": "test", "revision": "abc"})]
+    assert requested == [(("org/set",), {"name": "main", "split": "test", "revision": "abc"})]
     assert loaded.total == 3
     assert [p.id for p in loaded.problems] == ["1", "2", "3"]
 
@@ -237,7 +239,7 @@ GOOD = {"problem": "1+1=", "answer": "2", "expert": "so 2"}
         (GOOD | {"problem": "1" * 9}, "prompt too long (> 8 tokens)"),
     ],
 )
-def test_an_unusable_row_costs_that_row_only(tmp_path, row, reason):
+def test_an_unusable_row_is_skipped_alone(tmp_path, row, reason):
     path = jsonl(tmp_path / "x.jsonl", GOOD, row, GOOD)
     loaded = load(path, columns={"expert": "expert"}, max_prompt_tokens=8)
     assert [p.id for p in loaded.problems] == ["1", "3"]
@@ -277,7 +279,7 @@ def test_the_policys_context_limits_the_prompt_too(tmp_path):
     assert loaded.skipped == {"prompt too long (> 4 tokens)": 2}
 
 
-def test_a_column_that_no_row_has_is_a_slip_in_the_recipe(tmp_path):
+def test_a_column_that_no_row_has_is_a_recipe_error(tmp_path):
     path = jsonl(tmp_path / "x.jsonl", "{\n", GOOD | {"extra": {"solution": "2"}}, {"more": 1})
     columns = {"expert": ["expert", "extra.solutoin"], "id": "zzz"}
     with pytest.raises(RecipeError) as caught:
@@ -322,7 +324,7 @@ def test_a_demonstration_that_only_some_rows_have_is_no_error(tmp_path):
         ("boxed", r"\boxed{ }", None),
     ],
 )
-def test_the_answer_is_found(tmp_path, how, value, answer):
+def test_the_answer_is_extracted(tmp_path, how, value, answer):
     fallback = {"plain": "good", "hash": "#### good", "boxed": r"\boxed{good}"}[how]
     rows = [{"problem": "a", "answer": v} for v in (value, fallback)]
     loaded = load(jsonl(tmp_path / "x.jsonl", *rows), columns={"answer_from": how})
@@ -330,7 +332,7 @@ def test_the_answer_is_found(tmp_path, how, value, answer):
     assert loaded.skipped == ({} if answer else {"no answer": 1})
 
 
-def test_data_without_answers_can_say_so(tmp_path):
+def test_data_without_answers_are_declared_by_a_null_column(tmp_path):
     path = jsonl(tmp_path / "x.jsonl", {"problem": "Tell a joke."})
     assert answers(load(path, columns={"answer": None})) == [None]
 
@@ -417,7 +419,7 @@ def test_real_gsm8k_rows():
 # --- order -----------------------------------------------------------------------------------
 
 
-def test_the_seed_sets_the_order_once_and_for_all(tmp_path):
+def test_the_seed_determines_the_order(tmp_path):
     path = jsonl(tmp_path / "x.jsonl", *[GOOD | {"problem": str(i)} for i in range(10)])
     texts = [p.text for p in load(path, shuffle=True, seed=0).problems]
     # Fixed by hand: Python's own generator, the same on every platform.
@@ -589,7 +591,7 @@ def test_data_without_demonstrations_are_no_error(tmp_path):
 # --- shipped mappings ------------------------------------------------------------------------
 
 
-def test_all_mappings_are_here():
+def test_all_mappings_exist():
     names = {"gsm8k", "math", "numinamath_cot", "numinamath_cot_distillation_100k", "jsonl"}
     assert {p.stem for p in MAPPINGS} >= names
 
@@ -647,7 +649,7 @@ def test_a_problem_of_several_columns_and_of_options_without_letters(tmp_path):
     assert problem.answer == "3"
 
 
-def test_choices_get_letters_and_so_does_the_number_of_one(tmp_path):
+def test_choices_and_the_number_of_one_get_letters(tmp_path):
     rows = [
         {"q": "Which?", "of": ["x", "y", "z"], "answer": 2},
         {"q": "And?", "of": ["x", "y"], "answer": "A"},
@@ -722,13 +724,13 @@ def test_a_row_keeps_its_own_answer_type(tmp_path):
 def test_one_file_of_a_hub_data_set(monkeypatch):
     import datasets
 
-    asked = []
+    requested = []
 
     def answer(*args, **kwargs):
-        asked.append(kwargs)
+        requested.append(kwargs)
         return datasets.Dataset.from_list([{"problem": "a", "answer": "1"}])
 
     monkeypatch.setattr(datasets, "load_dataset", answer)
     load("org/set", file="data/x/test.jsonl", split="test", revision="abc")
-    assert asked[0]["data_files"] == {"test": "data/x/test.jsonl"}
-    assert (asked[0]["split"], asked[0]["revision"]) == ("test", "abc")
+    assert requested[0]["data_files"] == {"test": "data/x/test.jsonl"}
+    assert (requested[0]["split"], requested[0]["revision"]) == ("test", "abc")
