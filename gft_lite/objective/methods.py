@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Any, Literal, get_type_hints
 
 from gft_lite.objective.losses import (
     LossOutput,
@@ -65,7 +66,9 @@ def _resolve(parameter: inspect.Parameter, function: Callable[..., Any]) -> insp
     if not isinstance(parameter.annotation, str):
         return parameter
     names = getattr(inspect.unwrap(function), "__globals__", {})
-    return parameter.replace(annotation=eval(parameter.annotation, names))
+    holder = SimpleNamespace(__annotations__={parameter.name: parameter.annotation})
+    hints = get_type_hints(holder, names, include_extras=True)
+    return parameter.replace(annotation=hints[parameter.name])
 
 
 def _defaults(

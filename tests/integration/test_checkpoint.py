@@ -1,4 +1,4 @@
-"""Checkpoints on the real policy and optimiser."""
+"""Checkpoints of the real policy and optimiser."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def pair(lab_policy):
     return lab_policy, make_optimizer(lab_policy, OptimSettings())
 
 
-def test_training_goes_on_exactly_where_it_was(pair, tmp_path):
+def test_training_continues_bit_for_bit(pair, tmp_path):
     policy, optimizer = pair
     one_step(policy, optimizer, 1)
     saved = checkpoint.save(tmp_path, 1, policy, optimizer, keep=2, bad_steps=1)
@@ -46,7 +46,7 @@ def test_training_goes_on_exactly_where_it_was(pair, tmp_path):
     assert torch.equal(weights(other), weights(policy))
 
 
-def test_only_the_newest_are_kept_and_no_partial_one_counts(pair, tmp_path):
+def test_only_the_newest_are_kept_and_partial_ones_do_not_count(pair, tmp_path):
     policy, optimizer = pair
     for step in (1, 2, 10):
         checkpoint.save(tmp_path, step, policy, optimizer, keep=2)

@@ -26,7 +26,7 @@ def run(tmp_path):
     return run
 
 
-def test_a_step_is_a_line_and_nested_names_are_joined(run):
+def test_a_step_is_a_row_and_nested_names_are_joined(run):
     frame = run.frame()
     assert list(frame.columns) == [
         "step", "skipped", "rectified", "reward/expert", "reward/self", "kl/held_out/forward",
@@ -35,7 +35,7 @@ def test_a_step_is_a_line_and_nested_names_are_joined(run):
     assert frame["reward/self"].tolist() == [0.25, 0.5]
 
 
-def test_what_a_step_lacks_is_no_number_and_no_text(run):
+def test_missing_values_are_nan(run):
     frame = run.frame()
     for column, second in (("rectified", 0.1), ("kl/held_out/forward", 0.02)):
         assert frame[column].dtype == float
@@ -50,6 +50,6 @@ def test_a_run_without_steps_is_empty(tmp_path):
 
 @pytest.mark.parametrize("folder", [Run, SweepFolder])
 def test_without_pandas_the_extra_is_named(folder, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pandas", None)  # What Python itself takes for missing.
+    monkeypatch.setitem(sys.modules, "pandas", None)  # Python treats the module as missing.
     with pytest.raises(ModuleNotFoundError, match=r"gft-lite\[notebooks\]"):
         folder(tmp_path).frame()

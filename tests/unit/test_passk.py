@@ -19,8 +19,8 @@ from gft_lite.utils.statistics import bootstrap_interval, mean_pass_at_k, paired
     ("n", "correct", "k", "expected"),
     [
         (8, 2, 1, 0.25),
-        (4, 1, 2, 0.5),  # 3 of the 6 pairs hold the right one.
-        (5, 2, 3, 0.9),  # Only 1 of the 10 triples holds none.
+        (4, 1, 2, 0.5),  # 3 of the 6 pairs contain the correct one.
+        (5, 2, 3, 0.9),  # Only 1 of the 10 triples contains none.
         (8, 0, 8, 0.0),
         (8, 8, 1, 1.0),
         (8, 1, 8, 1.0),
@@ -54,7 +54,7 @@ def test_exact_to_the_last_bit_with_1024_samples(correct: int, k: int):
 
 @given(st.data())
 @settings(deadline=None, derandomize=True)
-def test_never_falls_with_k_nor_with_correct(data: st.DataObject):
+def test_increases_with_k_and_with_correct(data: st.DataObject):
     n = data.draw(st.integers(2, 200))
     correct, k = data.draw(st.integers(0, n - 1)), data.draw(st.integers(1, n - 1))
     here = pass_at_k(n, correct, k)
@@ -64,7 +64,7 @@ def test_never_falls_with_k_nor_with_correct(data: st.DataObject):
 
 
 def test_unbiased_over_the_samples_drawn():
-    # 3 of 10 possible samples are right. Over all draws of 6, the estimate of pass@2 averages
+    # 3 of 10 possible samples are correct. Over all draws of 6, the estimate of pass@2 averages
     # to pass@2 of all 10: 1 - (7 * 6) / (10 * 9) = 8/15.
     possible = [1] * 3 + [0] * 7
     estimates = [pass_at_k(6, sum(draw), 2) for draw in itertools.combinations(possible, 6)]
@@ -98,7 +98,7 @@ def test_an_interval_without_spread_is_a_point():
 
 
 def test_an_interval_against_every_resample_of_two_values():
-    # The mean of two draws from {0, 1} is 0, 1/2, 1 with chances 1/4, 1/2, 1/4.
+    # The mean of two draws from {0, 1} is 0, 1/2, 1 with probabilities 1/4, 1/2, 1/4.
     assert bootstrap_interval([0.0, 1.0], level=0.95) == (0.0, 1.0)
     assert bootstrap_interval([0.0, 1.0], level=0.3) == (0.5, 0.5)
 
@@ -132,7 +132,7 @@ def test_the_seed_decides():
     assert bootstrap_interval(values) != bootstrap_interval(values, seed=1)
 
 
-def test_the_global_generator_is_left_alone():
+def test_the_global_generator_is_not_used():
     random.seed(5)
     expected = random.random()
     random.seed(5)
@@ -140,7 +140,7 @@ def test_the_global_generator_is_left_alone():
     assert random.random() == expected
 
 
-def test_an_interval_covers_the_truth_as_often_as_it_says():
+def test_the_coverage_of_an_interval_is_its_level():
     draws = random.Random(2)
     hits = 0
     for seed in range(200):
@@ -178,7 +178,7 @@ def test_impossible_intervals(arguments: dict, text: str):
         paired_interval([1.0], [1.0, 2.0])
 
 
-def test_the_standard_library_suffices():
+def test_only_the_standard_library_is_imported():
     code = (
         "import sys, gft_lite.utils.statistics; "
         "print({'numpy', 'torch', 'scipy'} & set(sys.modules))"

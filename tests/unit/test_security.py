@@ -1,4 +1,4 @@
-"""SECURITY.md, line by line: each of its numbered promises has its tests here or named there."""
+"""Tests of the numbered statements of SECURITY.md; it names the others."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TOKEN = "hf_" + "aBcDeFgHiJkLmNoPqRsTuVwXyZ0123"
 
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
-    """The working directory, beside which other things lie."""
+    """The working directory, inside a folder with other files."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "here"
@@ -41,7 +41,7 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_every_test_that_security_md_names_is_there():
+def test_every_test_that_security_md_names_exists():
     text = (ROOT / "SECURITY.md").read_text()
     names = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
     assert len(names) >= 10
@@ -52,7 +52,7 @@ def test_every_test_that_security_md_names_is_there():
 # --- code ------------------------------------------------------------------------------------
 
 
-def test_yaml_makes_no_objects(here):
+def test_yaml_creates_no_objects(here):
     for tag in ("python/object/apply:os.system", "python/object/new:os.system", "python/name:os",
                 "python/module:os", "python/object/apply:subprocess.Popen"):  # fmt: skip
         write(here / "x.yaml", f"name: !!{tag} ['touch pwned']\n")
@@ -96,7 +96,7 @@ FOREIGN = {
 @pytest.mark.parametrize("kind", FOREIGN)
 @pytest.mark.parametrize("how", ["itself", "extended", "linked"])
 def test_code_that_a_recipe_from_elsewhere_names_needs_allow_code(kind, how, here, capsys):
-    text, told = FOREIGN[kind]
+    text, error = FOREIGN[kind]
     elsewhere = write(here.parent / "downloads" / "x.yaml", text)
     path = elsewhere
     if how == "extended":
@@ -107,10 +107,10 @@ def test_code_that_a_recipe_from_elsewhere_names_needs_allow_code(kind, how, her
     assert main(["train", str(path)]) == 2
     errors = capsys.readouterr().err
     assert errors.startswith("--allow-code: must be given to run code")
-    assert told in errors and errors.rstrip().endswith("then add --allow-code.")
-    # The sweep of it is refused in the same words.
+    assert error in errors and errors.rstrip().endswith("then add --allow-code.")
+    # A sweep of it gives the same error.
     assert main(["sweep", str(path), "--grid", "optim.lr=1e-3,1e-4"]) == 2
-    assert told in capsys.readouterr().err
+    assert error in capsys.readouterr().err
     assert not any(here.glob("runs"))
 
 
@@ -122,7 +122,7 @@ def test_with_allow_code_it_runs(here, capsys):
     assert "reward 'other:reward': must not raise, got OSError: it ran" in capsys.readouterr().err
 
 
-def test_ones_own_code_and_foreign_recipes_without_code_need_no_flag(here):
+def test_local_code_and_foreign_recipes_without_code_need_no_flag(here):
     from gft_lite.cli.trust import check_code_trust, named_code
 
     own = write(here / "sub" / "other.yaml", "reward: {functions: 'other:reward'}\n")
@@ -150,7 +150,7 @@ def test_a_suite_and_a_run_from_elsewhere_need_allow_code(here, capsys):
         assert "policy.trust_remote_code: true, the code of a/b" in capsys.readouterr().err
 
 
-def test_nothing_trusts_remote_code_unless_told():
+def test_remote_code_is_not_trusted_by_default():
     assert Recipe.from_tree({}).policy.trust_remote_code is False
     for path in [*ROOT.glob("recipes/**/*.yaml"), *ROOT.glob("configs/**/*.yaml")]:
         assert "trust_remote_code" not in path.read_text(), path
@@ -161,7 +161,7 @@ def test_nothing_trusts_remote_code_unless_told():
     assert all("settings.trust_remote_code" in line for line in calls), calls
 
 
-def test_no_source_of_ours_evaluates_or_unpickles():
+def test_the_package_neither_evaluates_nor_unpickles():
     banned = {"eval", "exec", "compile", "pickle.load", "pickle.loads", "torch.load", "yaml.load",
               "yaml.unsafe_load", "os.system", "os.popen", "np.load", "joblib.load"}  # fmt: skip
     found, calls = [], 0
@@ -208,7 +208,7 @@ def test_text_of_a_model_reaches_no_interpreter(here):
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    ("text", "redacted"),
     [
         (f"401 for {TOKEN}", "401 for ***"),
         ("see https://me:pass@hub.example/x", "see https://***@hub.example/x"),
@@ -217,11 +217,11 @@ def test_text_of_a_model_reaches_no_interpreter(here):
         ("nothing here, hf_cache, a@b.c, https://hub.example/@me", None),
     ],
 )
-def test_secrets_are_recognised(text, shown, monkeypatch):
+def test_secrets_are_recognised(text, redacted, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "wandb-0123456789abcdef")
     monkeypatch.setenv("SOME_KEY", "short")
-    assert redact(text) == (shown or text)
-    assert (find_secret(text) is None) == (shown is None)
+    assert redact(text) == (redacted or text)
+    assert (find_secret(text) is None) == (redacted is None)
     assert redact("a short text") == "a short text"
 
 
@@ -240,17 +240,17 @@ def test_a_recipe_holds_no_secret(value, here, monkeypatch, capsys):
 
 
 def test_no_token_in_what_a_run_writes_nor_in_its_errors(here, monkeypatch, capfd):
-    """A finished run, a model that the hub refuses, and a reward that tells: no trace."""
+    """A finished run, a model that the hub rejects, and a reward with the token in its error."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     write(
-        here / "tell.py",
+        here / "leak.py",
         "import os\ndef reward(**_):\n    raise KeyError(os.environ['HF_TOKEN'])\n",
     )
     small = [*SMALL, "log.trackers=[tensorboard]"]
     assert main(["train", "recipes/lab.yaml", *small, "--out", "run"]) == 0
     assert main(["train", "recipes/lab.yaml", "policy.model=no/such-model"]) == 2
-    told = [*small, "reward.functions=[tell:reward]", "--out", "other"]
-    assert main(["train", "recipes/lab.yaml", *told]) == 2
+    other = [*small, "reward.functions=[leak:reward]", "--out", "other"]
+    assert main(["train", "recipes/lab.yaml", *other]) == 2
     out, errors = capfd.readouterr()
     assert "got KeyError: '***'" in errors
     assert TOKEN not in out + errors
@@ -263,8 +263,8 @@ def test_no_token_in_what_a_run_writes_nor_in_its_errors(here, monkeypatch, capf
 # --- paths -----------------------------------------------------------------------------------
 
 
-def test_names_in_data_are_no_paths(here):
-    """Ids of problems, names of sets and texts that look like paths leave no file outside."""
+def test_names_in_data_are_not_used_as_paths(here):
+    """Problem ids, set names and texts that look like paths create no file outside."""
     names = ("../../x", "/tmp/gft-lite-x", "a/b", "..", "x\0y", "~/x")
     row = {"problem": "011-012+131....=", "answer": "130", "expert": "@011;004;130#130"}
     rows = [row | {"id": name} for name in names]

@@ -1,4 +1,4 @@
-"""The suite schema: what ships, what a user may write, and what each mistake is told."""
+"""The suite schema: the shipped suites, the user's files, and the errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write(folder, text):
     return file
 
 
-def test_what_ships():
+def test_the_shipped_suites():
     assert list(shipped()) == ["diversity", "lab", "paper", "retention"]
     paper = Suite.load("paper")
     assert [paper.title(name) for name in paper.names] == PAPER
@@ -41,7 +41,7 @@ def test_what_ships():
 
 
 @pytest.mark.parametrize("name", ["paper", "lab"])
-def test_every_benchmark_says_where_it_is_from_and_its_licence(name):
+def test_every_benchmark_has_a_source_and_a_license(name):
     for benchmark in Suite.load(name).definitions.values():
         assert benchmark.license
         assert benchmark.source == "lab" or "/" in benchmark.source
@@ -64,7 +64,7 @@ def test_a_users_file(tmp_path):
     assert suite.rollout.max_tokens == 4096
 
 
-def test_mistakes_are_told_all_at_once_with_file_and_line(tmp_path):
+def test_all_errors_are_reported_with_file_and_line(tmp_path):
     file = write(
         tmp_path,
         "sampels: 3\ndefinitions:\n  a:\n    source: a.jsonl\n    answer_typ: math\n"
@@ -103,7 +103,7 @@ def test_unknown_suites():
     assert "no.yaml" in errors("no.yaml")[0]
 
 
-def test_naming_a_suite_wrong_imports_nothing_heavy():
+def test_a_wrong_suite_name_imports_nothing_heavy():
     code = (
         "import sys; from gft_lite.cli import main\n"
         "assert main(['eval', 'lab', '--suite', 'papr']) == 2\n"
@@ -117,13 +117,13 @@ def test_naming_a_suite_wrong_imports_nothing_heavy():
 # --- problems --------------------------------------------------------------------------------
 
 
-def test_a_file_in_data_dir_takes_the_hubs_place(tmp_path):
+def test_a_file_in_data_dir_replaces_the_hub(tmp_path):
     row = '{"id": "x", "problem": "one two", "answer": "B", "answer_type": "choice"}\n'
     (tmp_path / "svamp.jsonl").write_text(row + row.replace('"x"', '"y"').replace("one ", ""))
     suite = Suite.load("paper")
     found = load_benchmark(suite, "svamp", WORDS, 100, tmp_path).problems
     assert {p.id for p in found} == {"x", "y"}
-    # A row's own kind of answer comes before its benchmark's.
+    # A row's own type of answer overrides its benchmark's.
     assert {p.columns["answer_type"] for p in found} == {"choice"}
     one = load_benchmark(Suite.load("paper", ["limit=1"]), "svamp", WORDS, 100, tmp_path).problems
     assert len(one) == 1
@@ -131,7 +131,7 @@ def test_a_file_in_data_dir_takes_the_hubs_place(tmp_path):
         find_file(tmp_path / "absent", "svamp")
 
 
-def test_the_benchmarks_kind_of_answer_where_the_rows_have_none(tmp_path):
+def test_the_benchmarks_answer_type_for_rows_without_one(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"problem": "p", "answer": "B"}\n')
     file = write(tmp_path, f"definitions: {{a: {{source: {tmp_path}/rows.jsonl, "
                  "answer_type: choice}}\n")  # fmt: skip
@@ -139,10 +139,10 @@ def test_the_benchmarks_kind_of_answer_where_the_rows_have_none(tmp_path):
     assert problem.columns["answer_type"] == "choice"
 
 
-def test_prompts_that_leave_no_room_are_left_out(tmp_path):
+def test_too_long_prompts_are_left_out(tmp_path):
     rows = [f'{{"id": "{n}", "problem": "{"w " * n}", "answer": "1"}}\n' for n in (3, 9)]
     (tmp_path / "svamp.jsonl").write_text("".join(rows))
-    # Half of a context of 10 and a token are kept for the response: 4 tokens of prompt at most.
+    # Half of a context of 10 and a token are reserved for the response: at most 4 prompt tokens.
     suite = Suite.load("paper")
     loaded = load_benchmark(suite, "svamp", WORDS, 10, tmp_path)
     assert [p.id for p in loaded.problems] == ["3"]
@@ -151,7 +151,7 @@ def test_prompts_that_leave_no_room_are_left_out(tmp_path):
     )
 
 
-def test_a_benchmark_that_does_not_load_says_what_to_do(tmp_path):
+def test_the_error_of_a_benchmark_that_does_not_load(tmp_path):
     file = write(tmp_path, "definitions: {a: {source: no/such.jsonl, unverified: its columns}}\n")
     with pytest.raises(RecipeError) as caught:
         load_benchmark(Suite.load(str(file)), "a", WORDS, 100, None)
