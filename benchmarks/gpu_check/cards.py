@@ -43,8 +43,9 @@ def fits(setup: Setup, model: str, card: str) -> Figures:
     budget, policy_settings = plan.choice.micro_batch_tokens, plan.model.recipe.policy
     beside = sum(plan.training.get(name, 0) for name in ("context", "engine", "kv_cache"))
     policy = random_policy(setup, policy_settings)
-    learner = Learner(policy, plan.model.recipe)
-    learner.micro_batch_tokens = budget
+    recipe = plan.model.recipe
+    train = recipe.train.model_copy(update={"micro_batch_tokens": budget})
+    learner = Learner(policy, recipe.model_copy(update={"train": train}))
     free()
     with capped(setup, limit - beside), Peak(setup.device, held(policy)) as peak:
         try:
