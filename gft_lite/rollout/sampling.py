@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -69,7 +69,7 @@ def sample(
         tuple(
             Response(
                 token_ids=c.token_ids,
-                text=format.text(c.token_ids),
+                text=graded_text(c.token_ids, format, sampling.stop),
                 source="self",
                 finish_reason=c.finish_reason,
                 logprobs=c.logprobs,
@@ -78,3 +78,14 @@ def sample(
         )
         for request in requests
     ]
+
+
+def graded_text(token_ids: Sequence[int], format: PromptFormat, stop: Sequence[str]) -> str:
+    """The text of a sample that is graded: it ends before the end token and the stop string.
+
+    The tokens of both stay in the response and are trained. Of several stop strings, the one that
+    is completed first counts, as if the text was sampled character by character.
+    """
+    text = format.text(token_ids)
+    found = [(start + len(s), start) for s in stop if (start := text.find(s)) >= 0]
+    return text[: min(found)[1]] if found else text

@@ -20,7 +20,11 @@ from gft_lite.types import FinishReason
 
 @dataclass(slots=True)
 class _Sample:
-    """A completion in progress; `noise` [limit] are its uniform random numbers."""
+    """A completion in progress.
+
+    `noise` [limit] are its uniform random numbers; the first `searched` tokens were searched for
+    stop strings.
+    """
 
     prompt_ids: tuple[int, ...]
     seed: int
@@ -28,6 +32,7 @@ class _Sample:
     limit: int
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    searched: int = 0
     stopped: bool = False
 
     @property
@@ -145,15 +150,22 @@ class TransformersEngine:
         for sample, token, logprob in zip(samples, tokens.tolist(), logprobs.tolist(), strict=True):
             sample.token_ids.append(token)
             sample.logprobs.append(logprob)
-            sample.stopped = token in self._policy.eos_ids or self._hits(sample, sampling.stop)
+            sample.stopped = token in self._policy.eos_ids or self._hits_stop(sample, sampling.stop)
 
-    def _hits(self, sample: _Sample, stops: Sequence[str]) -> bool:
-        if not stops:
+    def _hits_stop(self, sample: _Sample, stop: Sequence[str]) -> bool:
+        """Whether the text contains a stop string, in the tokens that were not searched before."""
+        if not stop:
             return False
-        # A stop string of n characters lies within the last n tokens.
-        tail = sample.token_ids[-max(map(len, stops)) :]
-        text = self._policy.tokenizer.decode(tail)
-        return any(stop in text for stop in stops)
+        # A stop string of n bytes is within the last n tokens before a new one; three more in case
+        # that the first of them begins inside a character.
+        first = max(0, sample.searched - max(len(s.encode()) for s in stop) - 3)
+        text = self._policy.tokenizer.decode(
+            sample.token_ids[first:], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        if text.endswith("\ufffd"):
+            return False  # The last character is incomplete: vLLM, too, waits for the rest.
+        sample.searched = len(sample.token_ids)
+        return any(s in text for s in stop)
 
 
 def draw(logits: Tensor, noise: Tensor, sampling: Sampling) -> Tensor:

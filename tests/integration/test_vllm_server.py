@@ -24,6 +24,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from gft_lite.lab import rows
 from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.sections import PolicySettings, RolloutSettings
 from gft_lite.rollout import child_supervisor, vllm_server_engine
@@ -34,6 +35,7 @@ from gft_lite.rollout.vllm_client import KEY_VARIABLE
 from gft_lite.rollout.vllm_common import LORA_RANKS, engine_options
 from gft_lite.rollout.vllm_launcher import server_command
 from gft_lite.rollout.vllm_server_engine import VllmServerEngine
+from gft_lite.utils.errors import RecipeError
 from gft_lite.utils.openai_client import Endpoint
 
 pytestmark = [
@@ -268,6 +270,17 @@ def test_greedy_tokens_are_those_of_the_transformers_engine(engine, policy, publ
                 assert _gap(a.logprobs, b.logprobs) < GAP
 
 
+@pytest.mark.parametrize("stop", [("#",), (";", "#"), ("<",), ("#1", "#2", "#3"), tuple("bcdef#")])
+def test_stop_strings_end_samples_as_in_the_transformers_engine(engine, policy, stop):
+    engine.sync(None, 0)
+    sampling = Sampling(temperature=0, max_tokens=24, stop=stop)
+    prompts = [tuple(policy.tokenizer.encode(row["problem"])) for row in rows("test", limit=8)]
+    requests = [Request(prompt, (0,)) for prompt in prompts]
+    expected = _exact(policy, base=True).generate(requests, sampling)
+    for [theirs], [ours] in zip(expected, engine.generate(requests, sampling), strict=True):
+        assert (ours.token_ids, ours.finish_reason) == (theirs.token_ids, theirs.finish_reason)
+
+
 def test_samples_depend_on_prompt_and_seed_alone(engine, policy):
     engine.sync(None, 0)
     requests = _requests(policy, (3, -1, 2**64 + 3, 4))
@@ -412,7 +425,7 @@ def test_the_last_server_is_missed(connect, proxy, policy, monkeypatch):
         engine.generate(_requests(policy), WARM)
     with pytest.raises(RolloutError, match="closed"):
         engine.score((60,), (61,))
-    with pytest.raises(RolloutError, match=r"must have one that answers.*refused"):
+    with pytest.raises(RecipeError, match=r"must have one that answers.*refused"):
         connect("http://127.0.0.1:1")
 
 
@@ -426,25 +439,25 @@ def test_a_server_that_serves_something_else_is_found(connect, server, proxy, po
 
 @pytest.mark.parametrize("key", ["", "not-the-key-of-this-server"])
 def test_a_wrong_key_is_named_but_not_shown(connect, server, key):
-    with pytest.raises(RolloutError, match=f"answered 401.*{KEY_VARIABLE}") as caught:
+    with pytest.raises(RecipeError, match=f"answered 401.*{KEY_VARIABLE}") as caught:
         connect(server[0], key=key)
     assert not key or key not in str(caught.value)
 
 
 def test_the_key_goes_to_other_machines_over_https_only(connect):
-    with pytest.raises(RolloutError, match=r"must be https, .* got http://192\.0\.2\.1:8000/v1"):
+    with pytest.raises(RecipeError, match=r"must be https, .* got http://192\.0\.2\.1:8000/v1"):
         connect("http://192.0.2.1:8000", key="some-key-of-my-servers")
 
 
 def test_servers_that_do_not_fit_are_refused(connect, server, proxy, policy, monkeypatch):
     proxy.faults = ["processed"]
-    with pytest.raises(RolloutError, match=r"--logprobs-mode raw_logprobs.*" + proxy.url):
+    with pytest.raises(RecipeError, match=r"--logprobs-mode raw_logprobs.*" + proxy.url):
         connect(proxy.url)
     proxy.faults = ["alien"]
-    with pytest.raises(RolloutError, match="malformed completion"):
+    with pytest.raises(RecipeError, match="malformed completion"):
         connect(proxy.url)
     monkeypatch.setattr(policy, "context", 129)
-    with pytest.raises(RolloutError, match=r"--max-model-len 129 .*or more, got 128"):
+    with pytest.raises(RecipeError, match=r"--max-model-len 129 .*or more, got 128"):
         connect(server[0])
 
 
