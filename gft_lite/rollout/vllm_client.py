@@ -10,6 +10,7 @@ from typing import Any
 
 from gft_lite.rollout.base import Completion, RolloutError
 from gft_lite.rollout.vllm_common import VllmRequest
+from gft_lite.utils.errors import RecipeError, short_repr
 from gft_lite.utils.openai_client import LISTING, Endpoint, EndpointError
 
 KEY_VARIABLE = "GFT_LITE_SERVER_KEY"
@@ -30,7 +31,7 @@ class VllmClient:
     def __init__(self, endpoint: Endpoint, context: int, vocabulary: int) -> None:
         """Look up the server's base; `vocabulary` is the number of the policy's token ids.
 
-        Raises: RolloutError for a server without it or with too short a context; EndpointError
+        Raises: RecipeError for a server without one or with too short a context; EndpointError
         for one that can't be reached.
         """
         self._endpoint = endpoint
@@ -49,15 +50,16 @@ class VllmClient:
         except EndpointError as error:
             if error.transient:
                 raise
-            raise rejected("rollout.servers: must be vLLM servers", error) from None
+            what = f"rollout.servers: must be vLLM servers ({error})."
+            raise RecipeError([what + _hint(error)]) from None
         bases = [(name, card) for name, card in models.items() if not card.get("parent")]
         name, card = bases[0] if bases else ("", {})
         longest = card.get("max_model_len")
         if not isinstance(longest, int) or longest < context:
-            raise RolloutError(
-                f"rollout.servers: must be vLLM servers with --max-model-len {context} "
-                f"(policy.context) or more, got {longest or 0} at {self.url}."
-            )
+            raise RecipeError(
+                [f"rollout.servers: must be vLLM servers with --max-model-len {context} "
+                 f"(policy.context) or more, got {short_repr(longest or 0)} at {self.url}."]
+            )  # fmt: skip
         return name
 
     def sample(self, request: VllmRequest) -> Completion:
@@ -98,7 +100,7 @@ class VllmClient:
             # 404: the server was restarted and no longer has the adapter.
             if error.transient or error.status == 404:
                 raise
-            raise rejected("rollout: vllm rejected the request", error) from None
+            raise _rejected("rollout: vllm rejected the request", error) from None
         with self._malformed():
             [choice] = response["choices"]
             if choice["finish_reason"] not in ("stop", "length"):
@@ -140,7 +142,7 @@ class VllmClient:
             except EndpointError as error:
                 if error.status not in (None, 408, 429, 502, 503, 504):
                     what = f"adapter: must load in vllm, got {folder}"
-                    raise rejected(what, error) from None
+                    raise _rejected(what, error) from None
                 failure = error
             if name in self._endpoint.models():
                 return
@@ -165,14 +167,20 @@ class VllmClient:
         self._endpoint.close()
 
 
-def rejected(what: str, error: EndpointError) -> RolloutError:
-    """The error for a request that a server rejected, with a hint for the status."""
-    hints = {
-        401: f" Set the environment variable {KEY_VARIABLE} to the key of the servers.",
-        404: " A server needs --enable-lora, VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its "
-        "environment, and adapters under the same path as here.",
-    }
-    return RolloutError(f"{what} ({error}).{hints.get(error.status or 0, '')}")
+def _rejected(what: str, error: EndpointError) -> RolloutError:
+    return RolloutError(f"{what} ({error}).{_hint(error)}")
+
+
+def _hint(error: EndpointError) -> str:
+    """What a status means here."""
+    if error.status == 401:
+        return f" Set the environment variable {KEY_VARIABLE} to the key of the servers."
+    if error.status == 404:
+        return (
+            " A server needs --enable-lora, VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its "
+            "environment, and adapters under the same path as here."
+        )
+    return ""
 
 
 def _check_logprobs(logprobs: Any, length: int) -> None:

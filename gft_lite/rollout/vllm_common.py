@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from gft_lite.rollout.base import Request, RolloutError, Sampling
+from gft_lite.utils.errors import RecipeError
 
 if TYPE_CHECKING:
     from gft_lite.policy.base import Policy
@@ -39,7 +40,7 @@ class VllmRequest:
 def engine_options(settings: RolloutSettings, policy: Policy) -> dict[str, Any]:
     """vLLM's engine arguments, without the model.
 
-    Raises: RolloutError if the rank or the KV cache is outside vLLM's limits.
+    Raises: RecipeError if the rank or the KV cache is outside vLLM's limits.
     """
     options: dict[str, Any] = {
         "dtype": str(policy.dtype).removeprefix("torch."),
@@ -56,10 +57,10 @@ def engine_options(settings: RolloutSettings, policy: Policy) -> dict[str, Any]:
     least = _smallest_kv_cache(policy)
     kv_cache = None if settings.kv_cache_mib is None else settings.kv_cache_mib << 20
     if kv_cache is not None and kv_cache < least:
-        raise RolloutError(
-            f"rollout.kv_cache_mib: must be at least {math.ceil(least / 2**20)} to hold one "
-            f"sequence of policy.context {policy.context}, got {settings.kv_cache_mib}."
-        )
+        raise RecipeError(
+            [f"rollout.kv_cache_mib: must be at least {math.ceil(least / 2**20)} to hold one "
+             f"sequence of policy.context {policy.context}, got {settings.kv_cache_mib}."]
+        )  # fmt: skip
     if settings.base == "plugin":
         _check_plugin(policy)
         options["quantization"] = "bitsandbytes"
@@ -99,34 +100,34 @@ def _gpu_share(gpu_memory: Literal["auto"] | float, device: torch.device) -> flo
 
 
 def _check_plugin(policy: Policy) -> None:
-    """Raises: RolloutError unless vLLM's bitsandbytes plugin quantises as the trainer does."""
+    """Raises: RecipeError unless vLLM's bitsandbytes plugin quantises as the trainer does."""
     instead = "or rollout.base=nf4_dequantised"
     settings = policy.settings
     if not entry_points(group="vllm.general_plugins", name="bitsandbytes"):
-        raise RolloutError(
-            "rollout.base: plugin needs the package vllm-bnb-plugin, which is not installed. "
-            f"pip install --no-deps vllm-bnb-plugin==0.0.3, {instead}."
-        )
+        raise RecipeError(
+            ["rollout.base: plugin needs the package vllm-bnb-plugin, which is not installed. "
+             f"pip install --no-deps vllm-bnb-plugin==0.0.3, {instead}."]
+        )  # fmt: skip
     if settings.quantization != "nf4" or not settings.double_quantization:
-        raise RolloutError(
-            "policy.quantization: must be nf4 with policy.double_quantization for rollout.base "
-            f"plugin, which quantises so, got {settings.quantization} with "
-            f"{settings.double_quantization}. Set both, {instead}."
-        )
+        raise RecipeError(
+            ["policy.quantization: must be nf4 with policy.double_quantization for rollout.base "
+             f"plugin, which quantises so, got {settings.quantization} with "
+             f"{settings.double_quantization}. Set both, {instead}."]
+        )  # fmt: skip
     if policy.dtype == torch.float32:
-        raise RolloutError(
-            "policy.dtype: must be bfloat16 or float16 for rollout.base plugin, got float32. "
-            f"Set policy.dtype=bfloat16, {instead}."
-        )
+        raise RecipeError(
+            ["policy.dtype: must be bfloat16 or float16 for rollout.base plugin, got float32. "
+             f"Set policy.dtype=bfloat16, {instead}."]
+        )  # fmt: skip
 
 
 def _served_rank(rank: int) -> int:
     """The smallest rank that vLLM can be started with and that fits the policy's adapter."""
     if rank > max(LORA_RANKS):
-        raise RolloutError(
-            f"policy.lora.rank: must be at most {max(LORA_RANKS)} with vLLM, got {rank}. "
-            "Lower it or set rollout.engine=transformers."
-        )
+        raise RecipeError(
+            [f"policy.lora.rank: must be at most {max(LORA_RANKS)} with vLLM, got {rank}. "
+             "Lower it or set rollout.engine=transformers."]
+        )  # fmt: skip
     return min(r for r in LORA_RANKS if r >= rank)
 
 

@@ -31,6 +31,7 @@ from gft_lite.rollout.vllm_common import (
     sampling_requests,
     scoring_request,
 )
+from gft_lite.rollout.vllm_failures import describe, start_failure
 from gft_lite.types import FinishReason
 
 if TYPE_CHECKING:
@@ -73,21 +74,10 @@ class VllmEngine:
         logging.getLogger("vllm").setLevel(self._environment["VLLM_LOGGING_LEVEL"])
         with isolated_process_state(self._environment), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            from vllm import LLM
-            from vllm.distributed import cleanup_dist_env_and_memory, model_parallel_is_initialized
-            from vllm.exceptions import VLLMError
-
-            if model_parallel_is_initialized():
-                # Closing one of two engines would destroy state that both use.
-                raise RolloutError("rollout.engine: close the other vllm engine of this process.")
+            _check_no_other_engine()
             base = policy.serving_base(settings.base)
             self.base = base.about
-            try:
-                return LLM(model=base.location, use_tqdm_on_load=False, **options)
-            # AssertionError: sleep mode found that the previous engine still holds memory.
-            except (VLLMError, ValueError, RuntimeError, OSError, AssertionError) as error:
-                cleanup_dist_env_and_memory()
-                raise RolloutError(f"rollout.engine: vllm could not start. {error}") from error
+            return _start_llm(base.location, options)
 
     def sync(self, adapter: Path | None, version: int) -> None:
         """Serve the adapter saved at `adapter`, which must stay there until the next sync.
@@ -218,6 +208,29 @@ class VllmEngine:
                 # After an interrupted or failed step, the next one can hang.
                 self.close()
                 raise
+
+
+def _check_no_other_engine() -> None:
+    try:
+        from vllm.distributed import model_parallel_is_initialized
+    except Exception as error:  # Whatever the loader of its compiled libraries raises.
+        raise start_failure("vllm could not be imported", describe(error)) from error
+    if model_parallel_is_initialized():
+        # Closing one of two engines would destroy state that both use.
+        raise RolloutError("rollout.engine: close the other vllm engine of this process.")
+
+
+def _start_llm(model: str, options: dict[str, Any]) -> Any:
+    """Start vLLM. Raises: UserError or RolloutError if that fails."""
+    try:
+        from vllm import LLM
+
+        return LLM(model=model, use_tqdm_on_load=False, **options)
+    except Exception as error:  # Whatever its kernels, torch and CUDA raise.
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        cleanup_dist_env_and_memory()
+        raise start_failure("vllm could not start", describe(error)) from error
 
 
 def _add_requests(

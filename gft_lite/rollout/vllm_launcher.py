@@ -19,6 +19,7 @@ from gft_lite.policy.vllm_process import engine_environment
 from gft_lite.rollout import child_supervisor
 from gft_lite.rollout.base import RolloutError
 from gft_lite.rollout.vllm_common import engine_options
+from gft_lite.rollout.vllm_failures import cause_in_log, start_failure
 from gft_lite.utils.openai_client import Endpoint, EndpointError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class VllmServerProcess:
     def __init__(self, settings: RolloutSettings, policy: Policy, scratch: Path) -> None:
         """Start the server and wait until it is ready.
 
-        Raises: RolloutError with the end of the server's log.
+        Raises: UserError or RolloutError with the cause, or with the end of the server's log.
         """
         if importlib.util.find_spec("vllm") is None:
             raise RolloutError(
@@ -55,6 +56,7 @@ class VllmServerProcess:
         self.url = f"http://127.0.0.1:{_free_port()}"
         self.can_sleep = settings.sleep and policy.device.type == "cuda"
         self._log = scratch / "server.log"
+        self._log_start = self._log.stat().st_size if self._log.exists() else 0
         self._sockets = tempfile.TemporaryDirectory(prefix="gft-lite-")
         self._process: subprocess.Popen[bytes] | None = self._start(
             server_command(self.url, {"model": base.location, **options}),
@@ -85,6 +87,7 @@ class VllmServerProcess:
             **engine_environment(device),
             "VLLM_API_KEY": self.key,
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+            "VLLM_MAX_STOP_STRINGS": "1000000",  # Default 4.
             # A private folder for the sockets between the server's processes.
             "VLLM_RPC_BASE_PATH": self._sockets.name,
         }
@@ -113,14 +116,20 @@ class VllmServerProcess:
                 return endpoint.close()
             except EndpointError as error:
                 if time.monotonic() > until:
-                    raise self._failed(f"did not start in {START_SECONDS:.0f} s") from error
+                    what = f"the vllm server did not start in {START_SECONDS:.0f} s"
+                    raise RolloutError(f"rollout.engine: {what}. {self._log_end()}") from error
             time.sleep(0.2)
-        raise self._failed("could not start")
+        what = "the vllm server could not start"
+        if cause := cause_in_log(self._log_text()):
+            raise start_failure(what, cause)
+        raise RolloutError(f"rollout.engine: {what}. {self._log_end()}")
 
-    def _failed(self, what: str) -> RolloutError:
-        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
-        end = "\n".join(f"  {line}" for line in lines)
-        return RolloutError(f"rollout.engine: the vllm server {what}. The end of its log:\n{end}")
+    def _log_text(self) -> str:
+        return self._log.read_bytes()[self._log_start :].decode(errors="replace")
+
+    def _log_end(self) -> str:
+        lines = self._log_text().splitlines()[-LOG_LINES:]
+        return "\n  ".join(["The end of its log:", *lines])
 
 
 def _free_port() -> int:

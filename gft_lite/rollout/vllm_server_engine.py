@@ -30,6 +30,7 @@ from gft_lite.rollout.vllm_common import (
     scoring_request,
 )
 from gft_lite.rollout.vllm_launcher import VllmServerProcess
+from gft_lite.utils.errors import RecipeError, short_repr
 from gft_lite.utils.openai_client import Endpoint, EndpointError, key_from
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class VllmServerEngine:
     def __init__(self, settings: RolloutSettings, policy: Policy, scratch: Path) -> None:
         """Connect to the servers of the recipe, or start one.
 
-        Raises: RolloutError if a server is unfit or none can be reached.
+        Raises: RecipeError if a server is unfit or none can be reached.
         """
         self._context = policy.context
         self._vocabulary = policy.config.get_text_config().vocab_size
@@ -73,7 +74,7 @@ class VllmServerEngine:
         self.base = "the servers'"
         try:
             if settings.servers:
-                self._connect(settings.servers)
+                self._connect(settings)
             else:
                 self._launch(settings, policy, scratch)
         except BaseException:
@@ -91,42 +92,42 @@ class VllmServerEngine:
         except EndpointError as error:
             raise RolloutError(f"rollout.engine: the vllm server failed ({error}).") from None
 
-    def _connect(self, urls: Sequence[str]) -> None:
+    def _connect(self, settings: RolloutSettings) -> None:
         key = key_from(KEY_VARIABLE)
         failure = ""
-        for url in urls:
-            endpoint = Endpoint(url, key, timeout=REQUEST_TIMEOUT, retries=RETRIES)
-            if endpoint.exposes_key:
-                raise RolloutError(
-                    "rollout.servers: must be https, or on this machine (such as the end of an SSH "
-                    f"tunnel), to be sent the key in {KEY_VARIABLE}, got {endpoint.url}."
-                )
+        for url in settings.servers:
             try:
-                client = self._client(endpoint)
-                self._check_logprobs_mode(client)
+                client = self._client(_open_endpoint(url, key))
+                self._check_sampling(client, tuple(settings.stop))
                 self._clients += (client,)
             except EndpointError as error:
                 failure = str(error)
                 _log.warning(SERVER_DROPPED, error)
         if not self._clients:
-            raise RolloutError(f"rollout.servers: must have one that answers ({failure}).")
+            raise RecipeError([f"rollout.servers: must have one that answers ({failure})."])
 
     def _client(self, endpoint: Endpoint) -> VllmClient:
         return VllmClient(endpoint, self._context, self._vocabulary)
 
-    def _check_logprobs_mode(self, client: VllmClient) -> None:
-        """Raises: RolloutError unless the log-probs are those of temperature 1 at temperature 2."""
-        prompt_ids, hot = (0,), Sampling(temperature=2.0, max_tokens=8)
+    def _check_sampling(self, client: VllmClient, stop: tuple[str, ...]) -> None:
+        """Raises: RecipeError unless stop strings are accepted and log-probs are untempered."""
+        prompt_ids, hot = (0,), Sampling(temperature=2.0, max_tokens=8, stop=stop)
         [request] = sampling_requests(
             [Request(prompt_ids, (0,))], hot, self._context, self._end_ids
         )
-        sampled = client.sample(request)
+        try:
+            sampled = client.sample(request)
+        except RolloutError as error:
+            advice = "Its number of stop strings is limited by VLLM_MAX_STOP_STRINGS." * bool(stop)
+            raise RecipeError(
+                [f"rollout.servers: must accept requests. {error} {advice}"]
+            ) from None
         scored = self._score_on(client, prompt_ids, sampled.token_ids)
         if not _mean_gap(sampled.logprobs, scored) <= self._limit:
-            raise RolloutError(
-                "rollout.servers: must be started with --logprobs-mode raw_logprobs, got log-probs "
-                f"of another temperature at {client.url}."
-            )
+            raise RecipeError(
+                ["rollout.servers: must be started with --logprobs-mode raw_logprobs, got "
+                 f"log-probs of another temperature at {client.url}."]
+            )  # fmt: skip
 
     def sync(self, adapter: Path | None, version: int) -> None:
         """Serve the adapter saved at `adapter`, which must stay there until the next sync.
@@ -277,6 +278,20 @@ class VllmServerEngine:
                 raise EngineFailed(f"rollout: no server is left ({error}).")
             self._clients = tuple(c for c in self._clients if c is not client)
             _log.warning(SERVER_DROPPED, error)
+
+
+def _open_endpoint(url: str, key: str | None) -> Endpoint:
+    """Raises: RecipeError for an address that is invalid or would expose the key."""
+    try:
+        endpoint = Endpoint(url, key, timeout=REQUEST_TIMEOUT, retries=RETRIES)
+    except ValueError as error:
+        raise RecipeError([f"rollout.servers: {error}, got {short_repr(url)}."]) from None
+    if endpoint.exposes_key:
+        raise RecipeError(
+            ["rollout.servers: must be https, or on this machine (such as the end of an SSH "
+             f"tunnel), to be sent the key in {KEY_VARIABLE}, got {endpoint.url}."]
+        )  # fmt: skip
+    return endpoint
 
 
 def _mean_gap(a: Sequence[float], b: Sequence[float]) -> float:

@@ -205,6 +205,7 @@ def training() -> Iterator[Check]:
     from gft_lite.policy.registry import load_policy
     from gft_lite.recipe.sections import PolicySettings
     from gft_lite.rollout.base import RolloutError
+    from gft_lite.utils.errors import UserError
 
     policy = load_policy(PolicySettings(gradient_checkpointing=False))
     row = _lab_row(policy)
@@ -221,7 +222,7 @@ def training() -> Iterator[Check]:
     try:
         started = time.perf_counter()
         gap, noise = _hot_load(policy, row, engine)
-    except (RolloutError, ImportError, OSError) as error:
+    except (RolloutError, UserError, ImportError, OSError) as error:
         reason = _first_line(str(error)) or type(error).__name__
         advice = "Set rollout.engine=transformers meanwhile, or reinstall vllm."
         yield Check(f"hot-load: {engine}", "fail", reason, advice)

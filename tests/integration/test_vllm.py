@@ -25,6 +25,7 @@ from gft_lite.rollout.base import Request, RolloutError, Sampling
 from gft_lite.rollout.restarting_engine import RestartingEngine
 from gft_lite.rollout.vllm_common import sampling_requests
 from gft_lite.rollout.vllm_engine import VllmEngine
+from gft_lite.utils.errors import RecipeError
 
 pytestmark = [
     pytest.mark.skipif(
@@ -413,11 +414,11 @@ def test_the_trainer_still_trains(engine, policy, publish):
 
 def test_settings_that_do_not_fit_are_named(policy, tmp_path, monkeypatch):
     wide = _policy(tmp_path / "wide", lora={"rank": 600, "alpha": 8}, context=400)
-    with pytest.raises(RolloutError, match=r"policy\.lora\.rank: must be at most 512.*got 600"):
+    with pytest.raises(RecipeError, match=r"policy\.lora\.rank: must be at most 512.*got 600"):
         VllmEngine(_settings(), wide, tmp_path)
     # 2 (K and V) x 2 layers x 1 head x 32 x 4 bytes = 512 bytes a token; 5000 and one block.
     monkeypatch.setattr(policy, "context", 5000)
-    with pytest.raises(RolloutError, match=r"rollout\.kv_cache_mib: must be at least 3 .*got 2"):
+    with pytest.raises(RecipeError, match=r"rollout\.kv_cache_mib: must be at least 3 .*got 2"):
         VllmEngine(_settings(kv_cache_mib=2), policy, tmp_path)
 
 
