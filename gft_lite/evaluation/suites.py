@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from gft_lite.data.problems import Loaded, load_problems
 from gft_lite.data.prompts import PromptFormat
 from gft_lite.data.sources import FORMATS
-from gft_lite.recipe.base import Settings, read_settings
+from gft_lite.recipe.base import Settings, Temperature, read_settings
 from gft_lite.recipe.loader import find_recipe
 from gft_lite.recipe.sections import (
     ColumnsSettings,
@@ -50,7 +50,7 @@ class Benchmark(DataSettings):
 class SuiteRollout(RolloutSettings):
     """The settings of training, with the paper's temperature and length."""
 
-    temperature: NonNegativeFloat = 0.5
+    temperature: Temperature = 0.5
     max_tokens: PositiveInt = 4096
 
 
@@ -93,8 +93,8 @@ class Suite(Settings):
                 rules.append(f"benchmarks: must be among definitions, which lack {name}{hint}")
         if self.k and max(self.k) > self.samples:
             rules.append(f"k: must be at most samples, which is {self.samples}")
-        if self.samples > 1 and self.rollout.temperature == 0:
-            rules.append("samples: must be 1 at temperature 0, where all are the same")
+        if self.samples > 1 and self.rollout.is_greedy:
+            rules.append("samples: must be 1 at temperature 0 or top_k 1, where all are the same")
         if rules:
             raise ValueError("\n".join(rules))
         return self

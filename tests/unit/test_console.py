@@ -1,0 +1,72 @@
+"""Metrics of a step on the console and in trackers, those of any loss among them."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from gft_lite.runs.console import TrainingConsole
+from gft_lite.runs.metrics import group_metrics
+from gft_lite.runs.trackers import Trackers
+from gft_lite.types import Group, Problem, Response
+
+STEP: dict[str, Any] = {
+    "step": 1, "reward": {"expert": 1.0, "self": 0.25}, "flat_groups": 0.5, "truncated": 0.0,
+    "loss": 0.125, "skipped": None, "rectified": 0.5, "rollout_tokens": 100, "trained_tokens": 40,
+    "objective": {"rectified": 0.5, "my_own_metric": 0.0625, "absent": None},
+    "seconds": {"rollout": 4.0},
+}  # fmt: skip
+
+
+def test_the_metrics_of_a_loss_are_shown_by_name():
+    out = io.StringIO()
+    with TrainingConsole(Console(file=out), 1, 0) as console:
+        console.step(STEP)
+    assert out.getvalue() == (
+        "step 1/1  reward: expert 1.00 self 0.25  flat groups: 50%  rectified tokens: 50%  "
+        "my own metric: 0.0625  loss: 0.1250  truncated: 0%  rollout tokens/s: 25\n"
+    )
+
+
+def test_a_terminal_keeps_the_last_kl():
+    out = io.StringIO()
+    kl = {"held_out": {"forward": 0.5}}
+    with TrainingConsole(Console(file=out, force_terminal=True, width=80), 2, 0) as console:
+        console.step({**STEP, "kl": kl})
+        out.truncate(0)
+        console.step({**STEP, "step": 2})
+    assert "KL held out" in out.getvalue() and "0.5000" in out.getvalue()
+
+
+def test_a_tracker_receives_every_number(tmp_path: Path):
+    trackers = Trackers([], "run", tmp_path, {})
+
+    class Recorder:
+        def log(self, values, step):
+            self.values = values
+
+        def finish(self):
+            pass
+
+    recorder = Recorder()
+    trackers._trackers.append(recorder)
+    trackers.log(STEP, 1)
+    assert recorder.values["objective/my_own_metric"] == 0.0625
+    assert recorder.values["reward/self"] == 0.25
+    assert not {"objective/absent", "skipped"} & recorder.values.keys()
+
+
+def test_responses_without_a_reward_do_not_count_in_means():
+    def response(reward: float | None, source: Any = "self") -> Response:
+        return Response(
+            (1,), "x", source, reward=reward, verdict="ok" if reward else "not_applicable"
+        )
+
+    group = Group(Problem("a", "?", "1"), (response(None, "expert"), response(1.0), response(None)))
+    metrics = group_metrics([group])
+    assert metrics["reward"] == {"self": 1.0}
+    assert metrics["sources"] == {"expert": 1, "self": 2}
+    assert metrics["verdicts"] == {"not_applicable": 2, "ok": 1}
