@@ -1,4 +1,4 @@
-"""The transformers rollout engine: sampling, seeds, stops, and which weights it serves."""
+"""The transformers rollout engine: sampling, seeds, stop rules, and the weights it serves."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from gft_lite import lab
 from gft_lite.policy.batching import Row, cut
 from gft_lite.recipe.sections import RolloutSettings
 from gft_lite.rollout.base import Request, RolloutError, Sampling
+from gft_lite.rollout.policy_engine import PolicyEngine
 from gft_lite.rollout.registry import start_engine
-from gft_lite.rollout.sync_check import Probe, sync
+from gft_lite.rollout.sync_check import SyncCheck
 from gft_lite.rollout.transformers_engine import draw
 
 
@@ -93,7 +94,7 @@ def test_base_and_adapter_are_served_as_synced(lab_policy, engine, prompts):
     assert lab_policy.model.training
 
 
-def test_ends_at_eos_at_a_stop_string_or_at_the_length(lab_policy, engine, prompts):
+def test_a_sample_ends_at_eos_at_a_stop_string_or_at_the_length_limit(lab_policy, engine, prompts):
     requests = [Request(p, tuple(range(6))) for p in prompts]
     free = [c for g in engine.generate(requests, Sampling(max_tokens=40)) for c in g]
     ended = [c for c in free if c.finish_reason == "stop"]
@@ -109,7 +110,7 @@ def test_ends_at_eos_at_a_stop_string_or_at_the_length(lab_policy, engine, promp
     assert all("#" not in t[:-1] for t in texts)
 
 
-def test_a_prompt_without_room_is_refused(lab_policy, engine):
+def test_a_prompt_that_fills_the_context_is_an_error(lab_policy, engine):
     full = tuple([5] * lab_policy.context)
     with pytest.raises(RolloutError, match=f"prompt: must have 1 to {lab_policy.context - 1} tok"):
         engine.generate([Request(full, (0,))], Sampling())
@@ -134,43 +135,45 @@ def test_draw_inverts_the_distribution():
     assert draw(edge, highest, Sampling(1.0)).tolist() == [1, 1]
 
 
-class TestProbe:
-    """An engine that does not serve the trainer's adapter is found out."""
+class TestSyncCheck:
+    """An engine that does not serve the trainer's adapter is detected."""
 
     @pytest.fixture
-    def probe(self, lab_policy, engine, prompts):
-        row = Row(prompts[-1], tuple(lab_policy.tokenizer.encode("@104;231#231")))
-        probe = Probe(lab_policy, row, limit=0.2)
-        assert probe.calibrate(engine) < 1e-5
-        return probe
+    def check(self, lab_policy, engine, prompts):
+        check = self.make(lab_policy, engine, prompts, 0.2)
+        assert check.noise < 1e-5
+        return check
 
-    def test_agreement_passes(self, lab_policy, engine, probe):
+    def make(self, policy, engine, prompts, limit):
+        row = Row(prompts[-1], tuple(policy.tokenizer.encode("@104;231#231")))
+        return SyncCheck(policy, row, limit, engine)
+
+    def test_agreement_passes(self, lab_policy, engine, check):
         for _ in range(3):
             move(lab_policy)
             engine.sync(Path("anything"), 1)
-            assert probe.check(engine) < 1e-5
+            assert check.check(engine) < 1e-5
 
-    def test_an_engine_still_on_the_base_is_refused(self, lab_policy, engine, probe):
+    def test_an_engine_that_still_serves_the_base_is_detected(self, lab_policy, engine, check):
         with torch.no_grad():  # A small step: the gap stays under the limit, the sync is missing.
             for name, parameter in lab_policy.parameters().items():
                 if "lora_B" in name:
                     parameter.add_(1e-3)
         engine.sync(None, 1)
         with pytest.raises(RolloutError, match="must serve the new adapter, got the base"):
-            probe.check(engine)
+            check.check(engine)
 
-    def test_a_gap_over_the_limit_is_refused(self, lab_policy, engine, prompts):
-        row = Row(prompts[-1], tuple(lab_policy.tokenizer.encode("@104;231#231")))
-        probe = Probe(lab_policy, row, limit=1e-3)
-        probe.calibrate(engine)
+    def test_a_gap_over_the_limit_is_an_error(self, lab_policy, engine, prompts):
+        check = self.make(lab_policy, engine, prompts, 1e-3)
         move(lab_policy)
         engine.sync(None, 1)
         with pytest.raises(RolloutError, match=r"must agree within 0.001 nats per token"):
-            probe.check(engine)
+            check.check(engine)
 
 
 def test_a_sync_leaves_only_the_newest_adapter_on_the_disk(lab_policy, engine, tmp_path):
+    served = PolicyEngine(engine, lab_policy, tmp_path)
     for version in (1, 2, 3):
-        sync(engine, lab_policy, tmp_path, version)
+        served.sync_unchecked(version)
         assert [p.name for p in tmp_path.iterdir()] == [f"v{version}"]
         assert (tmp_path / f"v{version}" / "adapter_model.safetensors").exists()
