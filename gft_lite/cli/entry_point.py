@@ -96,7 +96,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         # Bytes that are not UTF-8 arrive as lone surrogates, which cannot be written to files.
         if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
             raise UserError([f"arguments: must be UTF-8, got {short_repr(text)}. Rename the file."])
-    parser = _parser()
+    parser = make_parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse accepts positional arguments in one block only; overrides may follow flags.
     unknown = [word for word in rest if word.startswith("-") or "=" not in word]
@@ -133,7 +133,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError([f"{line}. See {self.prog} --help."])
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="gft-lite", description="Group Fine-Tuning of language models on one GPU."
     )
