@@ -199,7 +199,7 @@ class _ServedBase:
     def check_row(self) -> Row:
         """A prompt and its gold answer, on which trainer and engine are compared."""
         name, [problem, *_] = next(iter(self._problems.items()))
-        ids, _ = self._formats[name].response_ids(problem.answer or "?", 16)
+        ids = self._formats[name].token_ids(problem.answer or "?")[:16]
         return Row(problem.prompt_ids, ids)
 
     def first_samples(self, model: str) -> list[Row]:

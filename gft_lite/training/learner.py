@@ -15,8 +15,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from gft_lite.objective.losses import LossInputs, k3
-from gft_lite.objective.methods import find_method
+from gft_lite.objective.losses import LossInputs, LossOutput, k3
+from gft_lite.objective.methods import METHODS, find_method
 from gft_lite.objective.reduction import token_weights
 from gft_lite.policy.base import Policy, TokenScores, without_dropout
 from gft_lite.policy.batching import MicroBatch, Row
@@ -27,6 +27,8 @@ from gft_lite.training.optim import learning_rate, make_optimizer
 from gft_lite.training.updates import Mean, Update, add_means
 from gft_lite.types import SOURCES, Problem, ScoredGroup
 from gft_lite.utils.distributed import SINGLE_PROCESS, Distributed
+from gft_lite.utils.errors import UserError
+from gft_lite.utils.user_code import user_errors_as
 
 
 class Learner:
@@ -215,9 +217,7 @@ class Learner:
         parts: list[dict[str, Mean]] = []
 
         def loss(scores: TokenScores, span: slice) -> Tensor:
-            output = self.method.loss(
-                self._loss_inputs(batch, scores, span, reference, progress), **self.parameters
-            )
+            output = self._loss(self._loss_inputs(batch, scores, span, reference, progress))
             per_token = output.per_token
             if weight_of_kl and reference is not None:
                 per_token = per_token + weight_of_kl * k3(scores.logprobs, reference[span])
@@ -226,6 +226,21 @@ class Learner:
 
         value, scores = self.policy.backward(batch, loss, reference_kl="reference_kl" in needs)
         return value, add_means([{"entropy": Mean.of(scores.entropy)}, *parts])
+
+    def _loss(self, inputs: LossInputs) -> LossOutput:
+        """The method's loss. Raises: UserError for a user's own loss that fails."""
+        name = self.recipe.method
+        if name in METHODS:
+            return self.method.loss(inputs, **self.parameters)
+        with user_errors_as(lambda text: UserError([f"method: the loss of {name} failed: {text}"])):
+            output = self.method.loss(inputs, **self.parameters)
+            shapes = [output.per_token.shape, *(m.shape for m in output.metrics.values())]
+        if any(shape != inputs.logprobs.shape for shape in shapes):
+            raise UserError(
+                [f"method: the loss of {name} must give a value per token for per_token and each "
+                 f"metric, {list(inputs.logprobs.shape)}, got {[list(s) for s in shapes]}."]
+            )  # fmt: skip
+        return output
 
     def _loss_inputs(
         self,

@@ -17,7 +17,7 @@ from gft_lite.recipe.effects import Affects, differences, values_affecting
 from gft_lite.recipe.schema import Recipe
 from gft_lite.runs.base_cache import BASE_EVALUATION, KL_SET, base_inputs, copy_base_files
 from gft_lite.runs.folder import RunFolder
-from gft_lite.training.visits import ProblemVisit, presampled_visits, visits_of_step
+from gft_lite.training.visits import ProblemVisit, presampled_visits
 from gft_lite.types import Group, Problem, Response
 from gft_lite.utils.errors import RecipeError, short_repr
 from gft_lite.utils.jsonl import JsonlFile
@@ -109,15 +109,13 @@ class PresampledGroups:
             f"{len(self)} groups in {self.folder}; their self responses are from before training, "
             "not from the policy as it learns (off-policy)"
         )
-        visits = [
-            visit
-            for step in range(1, (recipe.steps or 0) + 1)
-            for visit in visits_of_step(recipe, problems, step)
-        ]
-        repeated = sum(visit not in self for visit in visits)
+        visits = (recipe.steps or 0) * recipe.train.problems_per_step
+        epochs = max(self._epochs.values(), default=0)
+        stored = sum(visit in self for visit in presampled_visits(recipe, problems, epochs))
+        repeated = visits - stored
         if not repeated:
             return line
-        return f"{line}; {repeated} of {len(visits)} visits use the group of an earlier epoch"
+        return f"{line}; {repeated} of {visits} visits use the group of an earlier epoch"
 
     def begin(
         self, recipe: Recipe, run: RunFolder | None, policy: Policy, problems: Sequence[Problem]

@@ -118,7 +118,7 @@ def test_later_steps_have_the_bases_responses(filled, offline):
             assert [r["token_ids"] for r in group["responses"]] == [r["token_ids"] for r in stored]
             assert [r["reward"] for r in group["responses"]] == [r["reward"] for r in stored]
     assert "(off-policy)" in said
-    assert "4 of 12 visits find an earlier one's" in said
+    assert "4 of 12 visits use the group of an earlier epoch" in said
     assert run.summary()["off_policy"] is True
 
 

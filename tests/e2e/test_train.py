@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from gft_lite.cli import main
 from gft_lite.objective.methods import METHODS
+from gft_lite.policy.batching import Row
 from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.schema import Recipe
 from gft_lite.runs.folder import RunFolder
@@ -23,7 +24,7 @@ from gft_lite.training.learner import Learner
 from gft_lite.training.loop import TrainError
 from gft_lite.training.run import train
 from gft_lite.types import Group, Problem, Response, ScoredGroup
-from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.errors import RecipeError, UserError
 
 SMALL = [
     "train.steps=2", "train.problems_per_step=3", "data.problems=40", "data.holdout=4",
@@ -364,6 +365,28 @@ class TestDottedPaths:
         for group in run.groups(1):
             for response in group["responses"]:
                 assert response["reward"] == response["text"].count("3") / 100
+
+    @pytest.mark.parametrize(
+        ("body", "text"),
+        [
+            ("import sys; sys.exit(0)", "method: the loss of bad:method failed: SystemExit: 0"),
+            ("raise KeyboardInterrupt", "method: the loss of bad:method failed: KeyboardInterrupt"),
+            ("return inputs.logprobs", "method: the loss of bad:method failed: AttributeError"),
+            ("return LossOutput(inputs.logprobs.sum())", r"a value per token .* got \[\[\]\]"),
+            ("return LossOutput(inputs.logprobs, {'mean': inputs.logprobs.mean()})",
+             r"a value per token .* \[\]\]"),
+        ],
+    )  # fmt: skip
+    def test_a_loss_that_fails_is_the_users_error(self, own, body, text):
+        (own / "bad.py").write_text(
+            "from gft_lite.objective import LossOutput, Method\n"
+            f"def loss(inputs):\n    {body}\nmethod = Method(loss, ('expert',), 'mine')\n"
+        )
+        sys.modules.pop("bad", None)
+        recipe = small("method=bad:method", "group={expert: 1, teacher: 0, self: 0}")
+        learner = Learner(load_policy(recipe.policy), recipe)
+        with pytest.raises(UserError, match=text):
+            learner.gradient([Row((1, 2), (3, 4))])
 
     @pytest.mark.parametrize(
         ("override", "text"),
