@@ -9,6 +9,7 @@ from statistics import mean
 from rich.console import Console
 
 from gft_lite.experiments.sweep_config import MAX_RUNS
+from gft_lite.experiments.sweep_results import other_recipe
 from gft_lite.recipe.schema import Recipe
 from gft_lite.runs.folder import RunFolder
 from gft_lite.training.run import train
@@ -68,8 +69,7 @@ def _check_folders(recipes: dict[str, list[Recipe]], out: Path) -> None:
     problems = []
     for method, by_seed in recipes.items():
         for recipe in by_seed:
-            saved = _folder(out, method, recipe).path / "recipe.yaml"
-            if saved.exists() and Recipe.load(saved) != recipe:
+            if saved := other_recipe(_folder(out, method, recipe), recipe):
                 rule = "--out: must be a new folder or one of the same recipes"
                 problems.append(f"{rule}, got another in {saved}. Choose another folder.")
     if problems:

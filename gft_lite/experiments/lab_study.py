@@ -22,6 +22,7 @@ from gft_lite.experiments.sweep_config import MAX_RUNS, Sweep
 from gft_lite.experiments.sweep_runner import sweep
 from gft_lite.recipe.loader import Dumper, find_recipe
 from gft_lite.recipe.schema import Recipe
+from gft_lite.rewards.registry import REWARDS
 from gft_lite.utils.errors import UserError
 from gft_lite.utils.files import check_output_path, write_text_atomic
 from gft_lite.utils.jsonl import JsonlFile
@@ -136,7 +137,15 @@ def _check(design: Design, jobs: int, overrides: Sequence[str]) -> Recipe:
         problems.append(f"{rule}, which are {runs:,}.")
     if problems:
         raise UserError(problems)
-    return Recipe.load(_shipped(design.methods[0]), overrides)
+    recipe = Recipe.load(_shipped(design.methods[0]), overrides)
+    if not any(f.name in REWARDS and REWARDS[f.name].correct_above is not None
+               for f in recipe.reward.functions):  # fmt: skip
+        names = ", ".join(f.name for f in recipe.reward.functions)
+        rule = (
+            "reward.functions: must have a rule that compares the answer, since methods are tuned"
+        )
+        raise UserError([f"{rule} by pass@1, got {names}. Add exact, choice or math."])
+    return recipe
 
 
 def _shipped(method: str) -> Path:

@@ -9,6 +9,8 @@ from statistics import fmean
 from typing import Any
 
 from gft_lite.experiments.sweep_config import Sweep, Trial, as_text
+from gft_lite.recipe.effects import Affects, differences, values_affecting
+from gft_lite.recipe.schema import Recipe
 from gft_lite.report.loading import objective_metrics, read_sweep_results
 from gft_lite.runs.folder import RunFolder
 from gft_lite.utils.errors import UserError
@@ -37,6 +39,15 @@ class SweepFolder:
     def frame(self) -> Any:
         """A pandas DataFrame with a row for each trial."""
         return import_pandas().read_csv(self.path / "results.csv")
+
+
+def other_recipe(run: RunFolder, recipe: Recipe) -> Path | None:
+    """The recipe file in a run's folder if it gives other results than `recipe`, else None."""
+    file = run.path / "recipe.yaml"
+    if not file.exists():
+        return None
+    old, new = (values_affecting(r, Affects.RUN) for r in (Recipe.load(file), recipe))
+    return file if any(differences(old, new)) else None
 
 
 def write_results(folder: SweepFolder, plan: Sweep, trials: Sequence[Mapping[str, Any]]) -> None:

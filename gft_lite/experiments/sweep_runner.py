@@ -14,7 +14,12 @@ from rich.table import Table as RichTable
 
 from gft_lite.experiments.launchers import LAUNCHERS, LOG, Launcher
 from gft_lite.experiments.sweep_config import Sweep, Trial
-from gft_lite.experiments.sweep_results import SweepFolder, trial_result, write_results
+from gft_lite.experiments.sweep_results import (
+    SweepFolder,
+    other_recipe,
+    trial_result,
+    write_results,
+)
 from gft_lite.recipe.schema import Recipe
 from gft_lite.runs.base_cache import BASE_EVALUATION, KL_SET, base_inputs, copy_base_files
 from gft_lite.runs.folder import RunFolder, stage_folder
@@ -112,8 +117,7 @@ def _check_folders(work: Sequence[_Job]) -> None:
     """Raises: RecipeError if the folder of a trial has another recipe."""
     problems = []
     for job in work:
-        saved = job.run.path / "recipe.yaml"
-        if saved.exists() and Recipe.load(saved) != job.trial.recipe:
+        if saved := other_recipe(job.run, job.trial.recipe):
             rule = "--out: must be a new folder or one of the same recipe"
             problems.append(f"{rule}, got another in {saved}. Choose another folder.")
     if problems:

@@ -220,6 +220,10 @@ class TestPage:
         ({"design": Design(seeds=10**9)}, "--seeds: must give at most 1,000 runs of the methods"),
         ({"jobs": 0}, "--jobs: must be at least 1, got 0."),
         ({"overrides": ["train.stepps=3"]}, "train.stepps: unknown field"),
+        (
+            {"overrides": ["reward.functions=[format]"]},
+            "reward.functions: must have a rule that compares the answer, because methods are",
+        ),
     ],
 )
 def test_wrong_options_are_errors_before_anything_runs(options, message, tmp_path):

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from gft_lite.experiments.sweep_config import Sweep, grid_override
-from gft_lite.experiments.sweep_results import results_by_settings, settings_figures
+from gft_lite.experiments.sweep_results import other_recipe, results_by_settings, settings_figures
 from gft_lite.experiments.sweep_runner import _Job, _next, _start
 from gft_lite.recipe.schema import Recipe
 from gft_lite.runs.base_cache import base_inputs
@@ -355,3 +355,15 @@ def test_student_intervals(n, level, t):
 def test_an_interval_needs_two_values():
     with pytest.raises(ValueError, match="at least two, got 1"):
         t_interval([1.0])
+
+
+def test_a_folder_with_another_recipe_is_found_by_what_has_an_effect(tmp_path):
+    run = RunFolder(tmp_path)
+    recipe = Recipe.load("recipes/lab.yaml")
+    assert other_recipe(run, recipe) is None
+    run.create(recipe.to_yaml())
+    assert other_recipe(run, recipe) is None
+    faster = Recipe.load("recipes/lab.yaml", ["train.micro_batch_tokens=64"])
+    assert other_recipe(run, faster) is None
+    other = Recipe.load("recipes/lab.yaml", ["optim.lr=1e-3"])
+    assert other_recipe(run, other) == tmp_path / "recipe.yaml"
