@@ -1,4 +1,4 @@
-"""Models and adapters that are not what they should be: refused in words, pickles unread."""
+"""Broken or hostile models and adapters: one clear error each, and no pickle is read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 class Pwn:
-    """Creates ./pwned when it is unpickled."""
+    """Creates the file ./pwned when it is unpickled."""
 
     def __reduce__(self):
         return os.close, (os.open("pwned", os.O_CREAT),)
@@ -43,18 +43,18 @@ def good(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def adapter(good, tmp_path) -> Path:
-    """A copy of it to break."""
+    """A copy of the good adapter, to be damaged."""
     return Path(shutil.copytree(good, tmp_path / "adapter"))
 
 
 @pytest.fixture
 def model(tmp_path) -> Path:
-    """A copy of the lab's base to break."""
+    """A copy of the lab's base, to be damaged."""
     return Path(shutil.copytree(BASE, tmp_path / "model"))
 
 
 def change(file: Path, **values) -> None:
-    """Set fields of a JSON file; None drops one."""
+    """Set fields of a JSON file; None removes a field."""
     tree = json.loads(file.read_text()) | values
     file.write_text(json.dumps({k: v for k, v in tree.items() if v is not None}))
 
@@ -63,7 +63,7 @@ def change_weights(file: Path, make) -> None:
     save_file(make(load_file(file)), file, metadata={"format": "pt"})
 
 
-def refused(**settings) -> str:
+def error_of(**settings) -> str:
     with pytest.raises(RecipeError) as caught:
         load(**settings)
     [text] = caught.value.problems
@@ -75,7 +75,7 @@ def refused(**settings) -> str:
 
 
 @pytest.mark.parametrize("hostile", [False, True])
-def test_pickles_are_refused_and_not_read(hostile, model, adapter, monkeypatch, tmp_path):
+def test_pickles_are_rejected_and_not_read(hostile, model, adapter, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for folder, weights, other, settings in (
         (model, "model.safetensors", "pytorch_model.bin", {"model": str(model)}),
@@ -85,12 +85,12 @@ def test_pickles_are_refused_and_not_read(hostile, model, adapter, monkeypatch, 
         (folder / weights).unlink()
         torch.save(state, folder / other)
         Path("pwned").unlink(missing_ok=True)  # Pickling it has made it, too.
-        text = refused(**settings)
+        text = error_of(**settings)
         assert f"safetensors, got {other}, a pickle, which can run code when it is read" in text
         assert not Path("pwned").exists()
     # A file of another name beside the pickle makes no difference.
     shutil.copy(BASE / "model.safetensors", adapter / "other.safetensors")
-    assert "a pickle" in refused(adapter=str(adapter))
+    assert "a pickle" in error_of(adapter=str(adapter))
 
 
 def test_a_reader_of_datasets_is_no_data_set(tmp_path, monkeypatch):
@@ -110,7 +110,7 @@ def test_code_beside_a_model_does_not_run(model, tmp_path, monkeypatch):
     change(model / "config.json", auto_map=mapped)
     assert load(model=str(model)).config.model_type == "qwen2"  # transformers' own code serves.
     change(model / "config.json", model_type="weird")
-    assert "contains custom code" in refused(model=str(model))
+    assert "contains custom code" in error_of(model=str(model))
     assert not Path("pwned").exists()
 
 
@@ -150,18 +150,18 @@ def test_an_adapter_that_does_not_fit(name, adapter):
     change(adapter / "adapter_config.json", **config)
     if weights:
         change_weights(adapter / WEIGHTS, weights)
-    assert part in refused(adapter=str(adapter), **settings)
+    assert part in error_of(adapter=str(adapter), **settings)
 
 
 def test_an_adapter_folder_that_cannot_be_read(adapter, good, tmp_path):
     (adapter / WEIGHTS).write_bytes((good / WEIGHTS).read_bytes()[:500])
-    assert "SafetensorError" in refused(adapter=str(adapter))
+    assert "SafetensorError" in error_of(adapter=str(adapter))
     (adapter / WEIGHTS).unlink()
-    assert "safetensors, got none, in" in refused(adapter=str(adapter))
+    assert "safetensors, got none, in" in error_of(adapter=str(adapter))
     shutil.copy(good / WEIGHTS, adapter)
     (adapter / "adapter_config.json").write_text("{")
-    assert "must be a PEFT adapter of lab" in refused(adapter=str(adapter))
-    assert "must be a PEFT adapter of lab" in refused(adapter=str(tmp_path / "nowhere"))
+    assert "must be a PEFT adapter of lab" in error_of(adapter=str(adapter))
+    assert "must be a PEFT adapter of lab" in error_of(adapter=str(tmp_path / "nowhere"))
 
 
 def test_a_checkpoint_with_missing_tensors_does_not_keep_the_old_ones(adapter, lab_policy):
@@ -193,15 +193,15 @@ def test_models_that_are_broken(model):
     config, weights = model / "config.json", model / "model.safetensors"
     whole, text = weights.read_bytes(), config.read_text()
     change_weights(weights, lambda s: dict(list(s.items())[1:]))
-    assert "whose files lack " in refused(model=str(model))
+    assert "whose files lack " in error_of(model=str(model))
     weights.write_bytes(b"junk")
-    assert "SafetensorError" in refused(model=str(model))
+    assert "SafetensorError" in error_of(model=str(model))
     weights.write_bytes(whole)
     change(config, hidden_size=2 * json.loads(text)["hidden_size"])
-    assert "whose files have another size of 21, such as" in refused(model=str(model))
+    assert "whose files have another size of 21, such as" in error_of(model=str(model))
     for broken in ("{", "{}", "[]"):
         config.write_text(broken)
-        assert "must be a model folder or hub id that loads" in refused(model=str(model))
+        assert "must be a model folder or hub id that loads" in error_of(model=str(model))
     config.write_text(text)
     assert load(model=str(model)).context == 2048
 
@@ -214,13 +214,13 @@ def test_a_tokenizer_without_pad_pads_with_eos(model):
     assert policy.tokenizer.pad_token_id == policy.config.vocab_size
 
 
-def test_a_tokenizer_without_eos_or_vocabulary_is_refused(model):
+def test_a_tokenizer_without_eos_or_vocabulary_is_rejected(model):
     change(model / "tokenizer_config.json", eos_token=None, pad_token=None)
-    assert "must have its EOS token among its 261 tokens" in refused(model=str(model))
+    assert "must have its EOS token among its 261 tokens" in error_of(model=str(model))
     (model / "tokenizer.json").write_text("{}")
-    assert "must be a model folder or hub id that loads" in refused(model=str(model))
+    assert "must be a model folder or hub id that loads" in error_of(model=str(model))
     (model / "tokenizer.json").unlink()
-    assert "must have a tokenizer with a vocabulary" in refused(model=str(model))
+    assert "must have a tokenizer with a vocabulary" in error_of(model=str(model))
 
 
 def test_rewards_that_compare_need_answers():

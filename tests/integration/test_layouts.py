@@ -287,7 +287,24 @@ def test_without_dropout_two_passes_are_equal_and_layers_are_still_recomputed(fo
     assert (now - old).abs().max() > 1e-2
 
 
-def test_as_many_layers_are_recomputed_as_the_recipe_says(folders, rows):
+def test_with_dropout_the_ratio_is_one_before_any_update(folders, rows):
+    own = {"model": str(folders["qwen2"]), "quantization": "none", "lora": {"dropout": 0.3}}
+    train = {"updates_per_rollout": 2}
+    recipe = Recipe.from_tree({"method": "grpo", "policy": own, "train": train})
+    policy = load_policy(recipe.policy)
+    policy.model.train()
+    with torch.no_grad():
+        for parameter in policy.parameters().values():
+            parameter.add_(0.05)
+        noisy = [logprobs(policy, rows, "padded") for _ in range(2)]
+    assert (noisy[0] - noisy[1]).abs().max() > 1e-2
+    learner = Learner(policy, recipe)
+    metrics = learner.gradient(learner.prepare_rows(rows)).metrics
+    assert metrics["ratio"].sum == metrics["ratio"].count > 0
+    assert metrics["clip_fraction"].sum == 0
+
+
+def test_gradient_checkpointing_recomputes_the_given_number_of_layers(folders, rows):
     policy = load(folders["qwen2"], gradient_checkpointing=2)
     calls = []
     for number, layer in enumerate(policy.model.get_base_model().model.layers):

@@ -236,7 +236,7 @@ def test_a_loss_gets_detached_entropy_for_its_slice(lab_policy, fused, reference
     assert value == pytest.approx(-(expected * scores.logprobs).sum().item(), rel=1e-4)
 
 
-def test_dropout_is_the_policys_alone_and_not_the_references(tmp_path):
+def test_dropout_applies_to_the_policy_and_not_to_the_reference(tmp_path):
     dropping = PolicySettings(lora={"dropout": 0.5}, gradient_checkpointing=False)
     first = load_policy(dropping)
     move(first)
@@ -293,12 +293,12 @@ def test_low_precision_compute_keeps_fp32_masters(dtype):
         ({"adapter": "/nowhere/at/all"}, "policy.adapter: must be a PEFT adapter of lab"),
     ],
 )
-def test_a_wrong_name_is_the_users_error(settings, text):
+def test_an_unknown_name_is_an_error(settings, text):
     with pytest.raises(RecipeError, match=text):
         load_policy(PolicySettings(**settings))
 
 
-def test_an_adapter_of_another_rank_is_refused(lab_policy, tmp_path):
+def test_an_adapter_of_another_rank_is_rejected(lab_policy, tmp_path):
     folder = lab_policy.save_adapter(tmp_path / "adapter")
     settings = PolicySettings(adapter=str(folder), lora={"rank": 4})
     with pytest.raises(RecipeError, match=r"policy.lora.rank: must be 16.*got 4"):

@@ -1,4 +1,4 @@
-"""The engine's copy of the base: written once, whole, never another's; and what each kind costs."""
+"""The engine's copy of the base: written once, complete, of the right base, and how exact."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ KIND = "nf4_dequantised"
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """A user's cache that is empty."""
+    """An empty user cache."""
     monkeypatch.setenv("GFT_LITE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "bases"
 
@@ -51,7 +51,7 @@ def test_a_base_is_written_once_and_found_again(cache):
     folder = Path(written.location)
     before = written_state(folder / "model.safetensors")
     assert re.fullmatch(rf"{KIND} \({folder}, written in \d+\.\d s\)", written.about)
-    # Another run, with another adapter on the same base.
+    # The second policy has another adapter on the same base.
     reused = second.serving_base(KIND)
     assert reused.location == written.location
     assert reused.about == f"{KIND} ({folder}, reused)"
@@ -86,7 +86,7 @@ def test_other_numbers_are_another_base(tmp_path):
     ]  # fmt: skip
     folders = {each.serving_base(KIND).location for each in policies}
     assert len(folders) == len(policies)
-    # What describes the numbers is served, and so part of them.
+    # The tokenizer is served with the weights and is part of the hash.
     policy.tokenizer.add_tokens("new")
     assert policy.serving_base(KIND).location not in folders
 
@@ -119,7 +119,7 @@ def _edit(folder):
      lambda folder: (folder / "model.safetensors").unlink()],
     ids=["cut", "a tensor less", "edited", "no tokenizer", "no weights"],
 )  # fmt: skip
-def test_a_damaged_base_is_written_anew(damage):
+def test_a_damaged_base_is_written_again(damage):
     policy = policy_of()
     folder = Path(policy.serving_base(KIND).location)
     whole = {file.name: file.read_bytes() for file in folder.iterdir()}
@@ -128,7 +128,7 @@ def test_a_damaged_base_is_written_anew(damage):
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
 
 
-def test_what_a_killed_process_left_is_no_base(cache):
+def test_the_partial_folder_of_a_killed_process_is_not_used(cache):
     (cache / "partial").mkdir(parents=True)
     (cache / "partial" / "model.safetensors").write_bytes(b"half of it")
     policy = policy_of()
@@ -159,7 +159,7 @@ def test_the_bases_used_last_are_kept_and_those_in_use(cache):
         gc.collect()
     for age, name in enumerate(names):
         os.utime(cache / name, (1000 + age, 1000 + age))
-    # The second one is used once more, so that the third is the oldest that nobody needs.
+    # The second is used again, so that the third is the oldest unused copy.
     policy = policy_of()
     policy.serving_base(KIND)
     del policy
@@ -189,7 +189,7 @@ def test_a_large_base_is_written_in_parts(monkeypatch):
     assert torch.equal(served.get_input_embeddings().weight, whole["model.embed_tokens.weight"])
 
 
-def test_a_cache_that_cannot_be_written_is_told(tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("GFT_LITE_CACHE", str(tmp_path / "file"))
     with pytest.raises(RecipeError, match=r"GFT_LITE_CACHE: must be a folder with room.*/file'"):
@@ -213,7 +213,7 @@ def test_a_full_disk_is_reported_and_leaves_no_base(cache):
     assert str(folder) == policy.serving_base(KIND).location
 
 
-def test_where_the_cache_is(monkeypatch):
+def test_the_location_of_the_cache(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     monkeypatch.setenv("XDG_CACHE_HOME", "/large/cache")
     monkeypatch.setenv("GFT_LITE_CACHE", "~/mine")
@@ -266,7 +266,7 @@ def _mean_gap(policy, pairs, scores):
     return sum(gaps) / len(gaps)
 
 
-def test_a_plugin_that_is_absent_is_told(monkeypatch):
+def test_a_missing_plugin_is_an_error(monkeypatch):
     monkeypatch.setattr(vllm_shared, "entry_points", lambda **_: ())
     with pytest.raises(RecipeError, match=r"pip install --no-deps vllm-bnb-plugin==\d"):
         vllm_shared.engine_options(RolloutSettings(base="plugin"), policy_of(dtype="bfloat16"))
@@ -281,6 +281,6 @@ def test_a_plugin_that_is_absent_is_told(monkeypatch):
         ({"dtype": "bfloat16", "double_quantization": False}, "got nf4 with False"),
     ],
 )
-def test_what_the_plugin_cannot_have_is_told(settings, words):
+def test_settings_that_the_plugin_does_not_support_are_errors(settings, words):
     with pytest.raises(RecipeError, match=words):
         vllm_shared.engine_options(RolloutSettings(base="plugin"), policy_of(**settings))

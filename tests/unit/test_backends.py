@@ -23,12 +23,12 @@ from gft_lite.utils.errors import RecipeError
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 
 
-def test_the_recipe_knows_the_table():
+def test_the_recipe_accepts_exactly_the_backends_of_the_table():
     assert set(get_args(PolicySettings.model_fields["backend"].annotation)) == set(BACKENDS)
 
 
 @no_gpu
-def test_without_a_gpu_unsloth_is_refused_before_it_is_imported(tmp_path):
+def test_without_a_gpu_unsloth_is_rejected_before_it_is_imported(tmp_path):
     command = [sys.executable, "-X", "importtime", "-m", "gft_lite", "train", "recipes/lab.yaml",
                "policy.backend=unsloth", "--out", str(tmp_path / "run")]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
@@ -40,31 +40,31 @@ def test_without_a_gpu_unsloth_is_refused_before_it_is_imported(tmp_path):
 
 
 @no_gpu
-def test_not_on_the_cpu_of_a_machine_with_a_gpu_either():
+def test_unsloth_on_device_cpu_is_rejected():
     with pytest.raises(RecipeError, match="must be transformers without a CUDA GPU"):
         load_policy(PolicySettings(backend="unsloth", device="cpu"))
 
 
-def test_its_engine_needs_it():
+def test_the_unsloth_engine_requires_the_backend():
     with pytest.raises(RecipeError, match=r"with policy\.backend transformers"):
         load_policy(PolicySettings(), 0, RolloutSettings(engine="unsloth"))
 
 
-def test_what_unsloth_does_its_own_way_is_told_at_once(capsys):
+def test_settings_that_unsloth_does_not_support_are_reported_at_once(capsys):
     wrong = ["policy.quantization=int8", "policy.double_quantization=false",
              "policy.attention=eager", "policy.gradient_checkpointing=1",
              "policy.offload_embedding=true", "policy.layout=shared"]  # fmt: skip
     assert main(["train", "recipes/lab.yaml", "policy.backend=unsloth", *wrong, "--dry-run"]) == 2
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == len(wrong)
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == len(wrong)
     assert "policy.gradient_checkpointing: must be true or false with backend unsloth, got 1" in (
-        "".join(told)
+        "".join(errors)
     )
     Recipe.load("recipes/lab.yaml", ["policy.backend=unsloth"])
 
 
 class _TupleDecoder(nn.Module):
-    """A decoder that takes and gives its cache as tuples, as Unsloth's does."""
+    """A decoder with its cache as tuples, as Unsloth's."""
 
     def __init__(self, plain):
         super().__init__()
