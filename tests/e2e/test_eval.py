@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from rich.console import Console
@@ -177,20 +176,15 @@ def test_default_folders(run, tmp_path, monkeypatch):
 
 
 class TestNothingIsSampledTwice:
-    def test_a_killed_evaluation_continues(self, run, tmp_path):
+    def test_a_killed_evaluation_continues(self, run, tmp_path, signal_when):
         overrides = ["samples=6", "rollout.batch_size=1"]
         whole = evaluate(["lab", run], tmp_path / "whole", *overrides)
         out = tmp_path / "killed"
-        command = [sys.executable, "-m", "gft_lite", "eval", "lab", str(run), "--suite", "lab",
-                   "limit=5", *overrides, "--out", str(out)]  # fmt: skip
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-        while (before := lines(out)) < 20 and process.poll() is None:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        _, errors = process.communicate()
-        assert process.returncode == -signal.SIGKILL, errors
+        command = ["eval", "lab", run, "--suite", "lab", "limit=5", *overrides, "--out", out]
+        code, errors = signal_when(command, lambda: lines(out) >= 20, signal.SIGKILL)
+        assert code == -signal.SIGKILL, errors
         found = lines(out)
-        assert 20 <= before <= found < 120
+        assert 20 <= found < 120
         done = cli("lab", run, "--suite", "lab", "limit=5", *overrides, "--out", out)
         assert done.returncode == 0, done.stderr
         again = json.loads((out / "results.json").read_text())

@@ -268,11 +268,12 @@ class TestCommandLine:
         assert expected.optim.lr == 1e-5
 
     def test_our_failure_is_exit_code_1_without_a_traceback(self, tmp_path):
-        blocked = tmp_path / "file"
-        blocked.write_text("")
-        done = cli("train", "recipes/lab.yaml", *SMALL, "--out", blocked / "run")
+        run = RunFolder(tmp_path / "run")
+        run.create(small().to_yaml())
+        (run.path / "metrics.jsonl").mkdir()
+        done = cli("train", "recipes/lab.yaml", *SMALL, "--out", run.path, "--resume")
         assert done.returncode == 1
-        assert "NotADirectoryError" in done.stderr
+        assert "IsADirectoryError" in done.stderr
         assert "Traceback" not in done.stderr
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
