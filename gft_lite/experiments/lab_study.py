@@ -141,10 +141,8 @@ def _check(design: Design, jobs: int, overrides: Sequence[str]) -> Recipe:
     if not any(f.name in REWARDS and REWARDS[f.name].correct_above is not None
                for f in recipe.reward.functions):  # fmt: skip
         names = ", ".join(f.name for f in recipe.reward.functions)
-        rule = (
-            "reward.functions: must have a rule that compares the answer, since methods are tuned"
-        )
-        raise UserError([f"{rule} by pass@1, got {names}. Add exact, choice or math."])
+        rule = "reward.functions: must have a rule that compares the answer"
+        raise UserError([f"{rule}, because methods are tuned by pass@1, got {names}. Add exact."])
     return recipe
 
 
