@@ -24,7 +24,7 @@ from gft_lite.recipe.sections import PolicySettings
 from gft_lite.rollout.base import Request, Sampling
 from gft_lite.rollout.policy_engine import PolicyEngine
 from gft_lite.rollout.registry import find_engine, start_engine
-from gft_lite.rollout.sampling import make_prompt_format
+from gft_lite.rollout.sampling import graded_text, make_prompt_format
 from gft_lite.types import Problem
 from gft_lite.utils.errors import UserError
 
@@ -69,7 +69,8 @@ class LocalTeacher:
         if target.adapter is not None:
             PolicyEngine(self._engine, policy, scratch / "adapters").sync_unchecked(1)
         # Engines, and the bases that they serve, sample differently from equal seeds.
-        return f"{model}/{self._engine.name}/{recipe.rollout.base}/{policy.context}"
+        stop = f"/{recipe.rollout.stop}" if recipe.rollout.stop else ""
+        return f"{model}/{self._engine.name}/{recipe.rollout.base}/{policy.context}{stop}"
 
     def prompt(self, problem: Problem) -> Sequence[Any]:
         """The token ids of the prompt, by the model's chat template if it has one."""
@@ -81,7 +82,9 @@ class LocalTeacher:
         """Yield a batch of results at a time; a prompt that fills the context is a failure."""
         settings, rollout = self._settings, self._recipe.rollout
         max_tokens = settings.max_tokens or rollout.max_tokens
-        sampling = Sampling(settings.temperature, settings.top_p, max_tokens=max_tokens)
+        sampling = Sampling(
+            settings.temperature, settings.top_p, max_tokens=max_tokens, stop=tuple(rollout.stop)
+        )
         fitting = [r for r in requests if len(r.prompt) < self._context]
         if len(fitting) < len(requests):
             reason = f"the prompt fills the teacher's context of {self._context} tokens"
@@ -92,7 +95,7 @@ class LocalTeacher:
             results: Results = []
             for request, [c] in zip(batch, self._engine.generate(jobs, sampling), strict=True):
                 counts = len(request.prompt), len(c.token_ids)
-                text = self._format.text(c.token_ids)
+                text = graded_text(c.token_ids, self._format, sampling.stop)
                 response = TeacherResponse(text, c.finish_reason, *counts)
                 on_response(request, response)
                 results.append((request, response))

@@ -20,10 +20,11 @@ from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import PromptSettings
 from gft_lite.rollout.base import Sampling
-from gft_lite.rollout.sampling import make_prompt_format, sample_seed
+from gft_lite.rollout.sampling import graded_text, make_prompt_format, sample_seed
 from gft_lite.rollout.transformers_engine import draw
 from gft_lite.tools.merge import prompt_settings_of
 from gft_lite.utils.errors import UserError
+from gft_lite.utils.secrets import redact
 
 HELP = "/base: adapter off or on, and the last question again   /reset   /quit   Ctrl-C: stop"
 MAX_TOKENS = 512
@@ -77,14 +78,24 @@ class Chat:
 
     def _answer(self, question: str, write: Callable[[str], object]) -> None:
         ids: list[int] = []
+        stop = self.sampling.stop
+        held = max((len(s) - 1 for s in stop), default=0)  # May begin a stop string.
+        written = 0
         decoder = DecodeStream(skip_special_tokens=False)
+        text = ""
         for token in self._sample(self.format.prompt_ids(question, self.turns)):
             ids.append(token)
             if token in self.policy.eos_ids:
                 break
-            if piece := decoder.step(self.policy.tokenizer.backend_tokenizer, token):
-                write(piece)
-        self.turns.append((question, self.format.text(ids)))
+            text += decoder.step(self.policy.tokenizer.backend_tokenizer, token) or ""
+            if any(s in text for s in stop):
+                break
+            if len(text) - held > written:
+                write(text[written : len(text) - held])
+                written = len(text) - held
+        answer = graded_text(ids, self.format, stop)
+        write(answer[written:])
+        self.turns.append((question, answer))
 
     @torch.no_grad()
     def _sample(self, prompt_ids: tuple[int, ...]) -> Iterator[int]:
@@ -106,7 +117,7 @@ class Chat:
 
 
 def sampling_for(targets: Sequence[Target], temperature: float, tokens: int | None) -> Sampling:
-    """The sampling settings for the one target; `tokens` defaults to its run's `max_tokens`.
+    """The sampling settings for the one target; of its run, if it has one.
 
     Raises: UserError for several targets or values outside their range.
     """
@@ -119,10 +130,10 @@ def sampling_for(targets: Sequence[Target], temperature: float, tokens: int | No
         problems.append(f"--max-tokens: must be at least 1, got {tokens}.")
     if problems:
         raise UserError(problems)
-    run = targets[0].run
-    if tokens is None:
-        tokens = Recipe.load(run / "recipe.yaml").rollout.max_tokens if run else MAX_TOKENS
-    return Sampling(temperature, max_tokens=tokens)
+    if (run := targets[0].run) is None:
+        return Sampling(temperature, max_tokens=tokens or MAX_TOKENS)
+    rollout = Recipe.load(run / "recipe.yaml").rollout
+    return Sampling(temperature, max_tokens=tokens or rollout.max_tokens, stop=tuple(rollout.stop))
 
 
 def write_text(piece: str) -> None:
@@ -183,4 +194,4 @@ def _handle_line(chat: Chat, line: str, console: Console) -> None:
         else:
             answer_once(chat, line)
     except UserError as error:
-        console.print(str(error), markup=False, highlight=False)
+        console.print(redact(str(error)), markup=False, highlight=False)
