@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from gft_lite.cli.common import DONE, add_allow_code, add_recipe, check_recipe_trust, output_path
+from gft_lite.objective.methods import METHODS
 from gft_lite.recipe.schema import Recipe
 
 
@@ -29,6 +31,9 @@ def run(options: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
     recipe = Recipe.load(options.recipe, options.overrides)
     if options.dry_run:
+        if recipe.method not in METHODS:
+            print("method: a dry run imports no code; the parameters of this method are checked "
+                  "when training starts.", file=sys.stderr)  # fmt: skip
         print(recipe.to_yaml(), end="")
         return DONE
     check_recipe_trust(options, recipe)
