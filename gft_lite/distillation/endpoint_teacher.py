@@ -187,7 +187,7 @@ def open_endpoint(url: str, **options: Any) -> Endpoint:
 
     Raises: UserError for an address that is invalid or would expose the key.
     """
-    if find_secret(url):
+    if find_secret(url) or "@" in url:
         rule = "must not hold a token or a password, got one"
         raise UserError([f"teacher: {rule}. Set the environment variable {KEY} instead."])
     try:
