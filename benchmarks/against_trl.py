@@ -1,20 +1,20 @@
-"""TRL's GRPO and ours on one recorded batch: cost of an optimiser step, memory, gradient.
+"""TRL's GRPO and ours on one recorded batch: the cost of an optimiser step, memory, gradient.
 
-Every side takes the same step on the same responses from the same weights (fp32, nothing
+Every side runs the same step on the same responses from the same weights (fp32, nothing
 quantised, LoRA of rank 16 on every linear layer, AdamW), in a process of its own with one torch
 thread. CPU-seconds are the process's; the best of the rounds counts, and rounds alternate the
-order. Trained tokens are all response tokens of the batch, those of flat groups too: the step
-that is taken is the same.
+order. Trained tokens are all response tokens of the batch, those of flat groups too: all sides
+run the same step.
 
-- `trl`: as shipped, on the path that it takes with vLLM. `trl_peer.py` says how.
+- `trl`: as shipped, on its code path with vLLM (see `trl_peer.py`).
 - `trl_tuned`: without importance-sampling correction, hence without the old policy's log-probs,
   and two rows a micro-batch in place of 8.
 - `trl_by_group`: tuned, and one prompt a rollout, so that it pads to the longest of a group; its
   loss then averages over groups, and vLLM would sample one prompt at a time.
 - `gft_lite`, and without the gradient checkpointing that TRL's defaults have on.
 
-TRL's work does not depend on the rewards, so its runs with flat groups stand for those without.
-The law beside a ratio is what it would be if time went with forwarded positions alone.
+TRL's work does not depend on the rewards, so that its runs with flat groups are used for both cases.
+The law next to a ratio is its value if time were proportional to forwarded positions.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ Figures = dict[str, Any]
 
 
 def replay(folder: Path, prompt: int, flat: str, options: Figures, steps: int) -> Figures:
-    """Take `steps` of our optimiser steps on the recorded batch, each measured."""
+    """Run `steps` of our optimiser steps on the recorded batch and measure each."""
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     recipe = Recipe.from_tree(
@@ -105,8 +105,10 @@ def rows(recipe: Recipe, groups: list[Figures]) -> list[Row]:
 
 @dataclass(frozen=True)
 class Side:
-    """Who replays the batch, with which options and on which cases (percent of flat groups), and
-    how many passes each position takes: old log-probs, forward, recomputation, backward."""
+    """A function that replays the batch, its options and cases (percent of flat groups).
+
+    `passes` per position: old log-probs, forward, recomputation, backward.
+    """
 
     replay: Callable[..., Figures]
     options: Figures

@@ -1,9 +1,8 @@
 """Items/s of the scorer with math-verify in its worker processes, on full solutions.
 
-Real solutions of MATH and GSM8K where they lie beside the project, else made-up ones; each set
-once against its own answers (right, most of them letter by letter) and once against its
-neighbours' (nearly all wrong, each of which math-verify must refute). Started workers, none of
-the items seen before, so that no cache answers; best of several turns.
+Real solutions of MATH and GSM8K if they are next to the project, else generated ones; each set is graded
+once with its own answers (correct) and once with the answers of the next row (nearly all wrong). The
+workers are started before, and have no item in a cache; the best of several turns.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ Pairs = list[tuple[str, str]]
 
 
 def pairs(name: str, count: int) -> Pairs:
-    """(solution, answer) pairs of a set beside the project, or made-up ones."""
+    """(solution, answer) pairs of a set next to the project, or generated ones."""
     file = SHARED / f"{name}.jsonl"
     if not file.exists():
         return [(_made_up(i), rf"\frac{{{i}}}{{{i + 7}}}") for i in range(count)]
@@ -39,20 +38,20 @@ def _made_up(i: int) -> str:
 
 
 def shuffled(given: Pairs) -> Pairs:
-    """Every solution with its neighbour's answer."""
+    """Every solution with the answer of the next row."""
     return [(text, answer) for (text, _), (_, answer) in zip(given, given[1:] + given[:1],
                                                               strict=True)]  # fmt: skip
 
 
 def golden() -> Pairs:
-    """The hand-made pairs of every kind of answer, where they lie beside the project."""
+    """The hand-made pairs of every kind of answer, if they are next to the project."""
     file = SHARED.parent / "grader_golden_dev.jsonl"
     rows = [json.loads(line) for line in file.open(encoding="utf-8")] if file.exists() else []
     return [(row["response"], row["answer"]) for row in rows if row["answer_type"] == "math"]
 
 
 def speed(given: Sequence[tuple[str, str]], workers: int, turns: int) -> dict[str, float]:
-    """Items/s of started workers that have seen none of the items, and the share found right."""
+    """Items/s of started workers without cached items, and the share of correct ones."""
     groups = [
         Group(Problem(str(i), "", answer), (Response((), text, "self"),))
         for i, (text, answer) in enumerate(given)

@@ -149,7 +149,7 @@ def _file(folder: Path, prompt: int) -> Path:
 
 
 def warm_up(groups: list[Group]) -> list[Group]:
-    """The same groups cut down to a few tokens, for a step that is not measured."""
+    """The same groups shortened to a few tokens, for a warm-up step."""
     return [
         group
         | {"prompt_ids": group["prompt_ids"][:8]}
@@ -183,8 +183,8 @@ class Forwarded:
 def make_reference(folder: Path, prompt: int) -> None:
     """The log-probs of the recording, and both cases' gradients, row by row in fp32.
 
-    Each row goes through transformers alone, with full logits and no padding: the definition,
-    in nobody's layout. The loss is GRPO's on policy with TRL's default reduction, the mean over
+    Each row is forwarded by transformers alone, with full logits and no padding, independent of any
+    layout. The loss is GRPO's on policy with TRL's default reduction, the mean over
     all response tokens.
     """
     torch.set_num_threads(1)

@@ -1,8 +1,8 @@
-"""What a step costs as one thing grows: K, response, prompt, vocabulary, width of the model.
+"""The cost of a step by K, response length, prompt length, vocabulary and width of the model.
 
-One group, gradients of the GFT loss, in the `shared` layout and in `padded`; all else stays at
-the middle of its sweep. CPU-seconds of one thread, the least of several turns, both layouts by
-turns. The plot is results/scaling.png.
+One group, gradients of the GFT loss, in the `shared` and the `padded` layout; the other sizes are
+fixed. CPU-seconds of one thread, the lowest of several turns, alternating the layouts. The plot is
+results/scaling.png.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Point:
     hidden: int = 256
 
     def rows(self) -> list[Row]:
-        """The group as rows that all count, with random tokens."""
+        """The group as rows of random tokens, none with advantage 0."""
         draw = random.Random(0)
 
         def tokens(count: int) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
-"""Tokens/s of rollout and of training on the lab, each beside what transformers alone would do.
+"""Tokens/s of rollout and training on the lab, compared with transformers alone.
 
 Peers: `model.generate` with the same prompts, samples and tokens; and a training pass that
 takes the full logits of every position. One process, one thread, alternating, best of several
-runs: on a busy machine the best run is the one that was disturbed least.
+runs, which is the one least affected by other load.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TOKENS = 24
 
 
 def seconds(functions: dict[str, Callable[[], int]], repeats: int) -> dict[str, float]:
-    """Tokens/s of each function, which returns how many it handled; the best of its turns."""
+    """Tokens/s of each function, which returns its number of tokens; the best of several turns."""
     best = dict.fromkeys(functions, 0.0)
     for turn in range(repeats + 1):
         for name, function in functions.items():
@@ -45,7 +45,7 @@ def seconds(functions: dict[str, Callable[[], int]], repeats: int) -> dict[str, 
 
 
 def rollout(run: TrainingRun) -> dict[str, Callable[[], int]]:
-    """Ours and `generate`, both without an end-of-sequence, so that the token counts agree."""
+    """Our engine and `generate`, both without end tokens, so that the token counts are equal."""
     policy, prompts = run.policy, [p.prompt_ids for p in run.builder.problems[:16]]
     policy.eos_ids = frozenset()
     run.engine.sampler.sync(None, 0)

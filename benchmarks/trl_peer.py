@@ -1,12 +1,12 @@
 """TRL's side of `against_trl.py`: its GRPOTrainer takes steps on the recorded groups.
 
-Everything is TRL's own code, through `train()`, but for three things that a CPU needs, or that
-the recording takes the place of:
+Everything is TRL's own code, called by `train()`, except for three parts that a CPU needs or that the
+recording replaces:
 
 - Responses and their log-probs come from the recording, by TRL's `rollout_func`.
 - `use_vllm` is set after the trainer is made, so that it takes the code path it has with vLLM
-  (log-probs of the old policy, importance-sampling correction) while no engine is started. The
-  weight sync that it would do before a rollout is left out; `sync.py` measures it.
+  (log-probs of the old policy, importance-sampling correction) although no engine is started. The
+  weight sync before a rollout is left out; `sync.py` measures it.
 - TRL's log-prob kernel multiplies tiles with torch and folds each into running sums with Triton,
   which has no CPU backend: those two element-wise kernels are replaced by the same arithmetic in
   torch, a few rows at a time so that they need no memory of their own. Tiles, their sizes and
@@ -51,7 +51,7 @@ ROWS = 64  # that the torch kernels take at a time
 def replay(
     folder: Path, prompt: int, flat: str, options: dict[str, Any], steps: int
 ) -> dict[str, Any]:
-    """Take `steps` optimiser steps on the recorded batch, each measured."""
+    """Run `steps` optimiser steps on the recorded batch and measure each."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -65,7 +65,7 @@ def replay(
     use_torch_kernels()
 
     class Watched(trl.GRPOTrainer):
-        """Notes what each micro-batch trains on."""
+        """Records the rows of each micro-batch."""
 
         def _compute_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
             lines = zip(inputs["completion_ids"], inputs["completion_mask"].bool(), strict=True)
@@ -73,7 +73,7 @@ def replay(
             return super()._compute_loss(model, inputs)
 
     class Watch(transformers.TrainerCallback):
-        """Measures whole steps; the first one, on shortened rows, warms up."""
+        """Measures whole steps; the first one, on shortened rows, is a warm-up."""
 
         def __init__(self) -> None:
             self.seconds: list[float] = []
@@ -123,7 +123,7 @@ def replay(
 
 
 def _rollout(groups: list[dict[str, Any]]) -> Any:
-    """The recorded responses of each prompt in turn, which TRL asks for K times in a row."""
+    """The recorded responses of each prompt in turn; TRL requests K of them in a row."""
     left: dict[str, Any] = {}
 
     def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
