@@ -87,12 +87,12 @@ def _policy(folder, **settings):
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-    names = ["<pad>", "<eos>", *map(chr, range(32, 127))]
+    names = ["<pad>", "<|endoftext|>", *map(chr, range(32, 127))]
     inner = Tokenizer(models.WordLevel({n: i for i, n in enumerate(names)}, unk_token="<pad>"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     inner.decoder = decoders.Fuse()
     PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>"
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<|endoftext|>"
     ).save_pretrained(folder)
     config = Qwen2Config(
         vocab_size=len(names), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
