@@ -270,10 +270,10 @@ class TestCommandLine:
     def test_our_failure_is_exit_code_1_without_a_traceback(self, tmp_path):
         run = RunFolder(tmp_path / "run")
         run.create(small().to_yaml())
-        (run.path / "metrics.jsonl").mkdir()
+        (run.checkpoints / "step-000001").mkdir(parents=True)  # Without any file.
         done = cli("train", "recipes/lab.yaml", *SMALL, "--out", run.path, "--resume")
         assert done.returncode == 1
-        assert "IsADirectoryError" in done.stderr
+        assert "CheckpointError: checkpoint: must be as it was written" in done.stderr
         assert "Traceback" not in done.stderr
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
