@@ -13,7 +13,7 @@ run the same step.
   loss then averages over groups, and vLLM would sample one prompt at a time.
 - `gft_lite`, and without the gradient checkpointing that TRL's defaults have on.
 
-TRL's work does not depend on the rewards, so that its runs with flat groups are used for both cases.
+TRL's work does not depend on the rewards: its runs with flat groups are used for both cases.
 The law next to a ratio is its value if time were proportional to forwarded positions.
 """
 

@@ -1,8 +1,8 @@
 """Items/s of the scorer with math-verify in its worker processes, on full solutions.
 
-Real solutions of MATH and GSM8K if they are next to the project, else generated ones; each set is graded
-once with its own answers (correct) and once with the answers of the next row (nearly all wrong). The
-workers are started before, and have no item in a cache; the best of several turns.
+Real solutions of MATH and GSM8K if they are next to the project, else generated ones. Each set is
+graded once with its own answers (correct) and once with those of the next row (nearly all wrong),
+by started workers without cached items; the best of several turns.
 """
 
 from __future__ import annotations

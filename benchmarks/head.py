@@ -2,8 +2,8 @@
 
 `fused` and `chunked` are ours (`policy.fused_head` on and off), `full` is log_softmax over all
 logits at once, `trl` is TRL's kernel with its Triton parts in torch (see `trl_peer.py`). Each in
-a fresh process with one thread; CPU-seconds are the lowest of several turns, the peak is the growth of
-the process.
+a fresh process with one thread; CPU-seconds are the lowest of several turns, the peak is the growth
+of the process.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def lora() -> LoraConfig:
 
 
 def plain_model(folder: Path) -> PeftModel:
-    """The recorded model as anybody would load it: transformers and peft, fp32, SDPA."""
+    """The recorded model loaded by transformers and peft alone: fp32, SDPA."""
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True)
 

@@ -1,7 +1,7 @@
 """TRL's side of `against_trl.py`: its GRPOTrainer takes steps on the recorded groups.
 
-Everything is TRL's own code, called by `train()`, except for three parts that a CPU needs or that the
-recording replaces:
+Everything is TRL's own code, called by `train()`, except for three parts that a CPU needs or that
+the recording replaces:
 
 - Responses and their log-probs come from the recording, by TRL's `rollout_func`.
 - `use_vllm` is set after the trainer is made, so that it takes the code path it has with vLLM

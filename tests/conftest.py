@@ -1,4 +1,4 @@
-"""What the tests share: the lab's policy, and where real data may lie."""
+"""Shared fixtures: the lab's policy, real data, processes that get a signal."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-# Two busy threads on two cores spin against each other; one is faster here.
+# Two busy OpenMP threads on two cores wait for each other; one is faster.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# The user's cache is no place for the bases of tests. Workers of xdist inherit it.
+# Bases of tests are not written to the user's cache. Workers of xdist inherit the variable.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["GFT_LITE_CACHE"] = tempfile.mkdtemp(prefix="gft-lite-tests-")
     atexit.register(shutil.rmtree, os.environ["GFT_LITE_CACHE"], ignore_errors=True)
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real benchmark data beside the project; skips, saying so, where they are absent."""
+    """The folder of real benchmark data next to the project; skips if it does not exist."""
     folder = ROOT.parent / "shared" / "data"
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}")
@@ -61,7 +61,7 @@ def signal_when(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """OpenMP threads that spin for each other's cores can slow tiny models a hundredfold."""
+    """One thread: several OpenMP threads on busy cores can slow tiny models a hundredfold."""
     import torch
 
     threads = torch.get_num_threads()
@@ -83,7 +83,7 @@ def lab_policy():
 
 @pytest.fixture
 def full_distribution():
-    """The exact next-token distributions at a micro-batch's targets, the plain way, in fp64."""
+    """The exact next-token distributions at a micro-batch's targets, from full logits in fp64."""
     import torch
 
     def compute(policy, batch):

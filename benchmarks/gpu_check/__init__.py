@@ -1,1 +1,1 @@
-"""Does the GPU path do what it should, and what does it cost? README.md tells how to run it."""
+"""Checks and measurements of the GPU path; README.md describes how to run them."""

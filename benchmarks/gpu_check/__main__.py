@@ -34,31 +34,31 @@ PARTS = {
 
 
 def main() -> None:
-    """Read the arguments, run, print."""
+    """Run the parts and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny models and rows")
     parser.add_argument("--minutes", type=float, default=9.0, help="for all parts together")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--out", type=Path, default=Path("gpu_check.json"))
-    asked = parser.parse_args()
-    # Nothing here may ask a hub, and CUDA is asked about memory as it really is.
+    options = parser.parse_args()
+    # No request to a hub.
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     head: Figures = {
         "benchmark": "gpu_check",
         "date": datetime.date.today().isoformat(),
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "gpu": None},
         "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
-        "device": asked.device,
-        "tiny": asked.tiny,
+        "device": options.device,
+        "tiny": options.tiny,
     }
-    parts = {name: part for name, part in PARTS.items() if name in asked.parts}
-    setup = Setup(asked.device, asked.tiny)
-    # Without CUDA nothing can be spoilt by reading all of it once.
-    preload = PRELOAD if asked.device == "cuda" else (*PRELOAD, f"{_HERE}.steps")
-    document = run(parts, setup, asked.out, head, asked.minutes, finish_part, preload)
+    parts = {name: part for name, part in PARTS.items() if name in options.parts}
+    setup = Setup(options.device, options.tiny)
+    # Without CUDA, all modules can be imported before the processes are forked.
+    preload = PRELOAD if options.device == "cuda" else (*PRELOAD, f"{_HERE}.steps")
+    document = run(parts, setup, options.out, head, options.minutes, finish_part, preload)
     print_summary(document["figures"])
-    print(f"written: {asked.out}")
+    print(f"written: {options.out}")
 
 
 def _version(package: str) -> str | None:

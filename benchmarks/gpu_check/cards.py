@@ -1,8 +1,7 @@
-"""What fits on a smaller card: the plan's largest micro-batch under a cap on torch's memory.
+"""What fits on a smaller card: the plan's largest micro-batch under a limit on torch's memory.
 
-The cap leaves out what the plan counts beside torch's own: the context, and an engine that keeps
-its memory while the trainer trains. Where the plan says that nothing fits, what takes least is
-tried all the same.
+The limit excludes what the plan counts besides torch: the context, and an engine that keeps its
+memory while the trainer trains. If nothing fits by the plan, the smallest setting is tried.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ CARDS = {"laptop_8gb": 8, "rtx4070_12gb": 12, "rtx4080_16gb": 16, "rtx4090_24gb"
 
 
 def check(setup: Setup, notes: Notes) -> None:
-    """Note for each model on each card what the plan says and what happens."""
+    """Compare the plan and a real step for each model on each card."""
     for model in MODELS:
         for card in CARDS:
             notes.case(f"{model} on {card}", fits, setup, model, card)
@@ -37,7 +36,7 @@ def check(setup: Setup, notes: Notes) -> None:
 
 
 def fits(setup: Setup, model: str, card: str) -> Figures:
-    """Train the largest micro-batch that the plan allows on a card, under a cap of its size."""
+    """Train the largest micro-batch that the plan allows on a card, under a limit of its size."""
     limit = CARDS[card] * GIB
     plan = planned(setup, model, card, limit)
     budget, policy_settings = plan.choice.micro_batch_tokens, plan.model.recipe.policy
@@ -67,7 +66,7 @@ def fits(setup: Setup, model: str, card: str) -> Figures:
 
 
 def planned(setup: Setup, model: str, card: str, limit: int) -> Plan:
-    """The plan for a card's own recipe, whose policy has what the plan chose."""
+    """The plan for a card's recipe with the policy settings that the plan chose."""
     file = PACKAGE.parent / "configs" / "hardware" / f"{card}.yaml"
     sections = yaml.safe_load(file.read_text(encoding="utf-8"))
     sections["train"] |= {"problems_per_step": 1}  # A group is more than any micro-batch takes.
@@ -83,7 +82,7 @@ def planned(setup: Setup, model: str, card: str, limit: int) -> Plan:
 
 
 def largest(plan: Plan) -> list[Row]:
-    """A prompt of full length with as many responses of full length as the micro-batch takes."""
+    """A prompt of full length with as many full responses as the micro-batch can hold."""
     model, budget = plan.model, plan.choice.micro_batch_tokens
     prompt, longest = tuple(range(2, 2 + model.prompt)), model.longest_row - model.prompt
     left = max(longest, budget - model.prompt)
@@ -98,7 +97,7 @@ def largest(plan: Plan) -> list[Row]:
 
 @contextmanager
 def capped(setup: Setup, size: int) -> Iterator[None]:
-    """Let torch have no more than so many bytes of the card."""
+    """Limit torch to `size` bytes of the device."""
     if setup.device == "cpu":
         yield
         return

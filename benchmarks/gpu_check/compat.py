@@ -1,4 +1,4 @@
-"""What differs in torch 2.11 and vLLM 0.26, which some machines have in place of our pins."""
+"""Differences of torch 2.11 and vLLM 0.26, which some machines have instead of our pins."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from gft_lite.policy import attention
 
 
 def native_groups() -> bool:
-    """Whether torch's varlen_attn knows of heads in groups; 2.11 only lacks the word for it."""
+    """True if torch's varlen_attn has `enable_gqa`; 2.11 supports groups without the argument."""
     return "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
 
 
 def adapt_attention() -> None:
-    """Leave `enable_gqa` out for a torch without: its flash kernel takes fewer heads of keys."""
+    """Omit `enable_gqa` if torch does not have it: its flash kernel supports fewer key heads."""
     if native_groups():
         return
 
-    def without_word(*arguments: Any, enable_gqa: bool = False, **options: Any) -> Any:
+    def without_argument(*arguments: Any, enable_gqa: bool = False, **options: Any) -> Any:
         return varlen.varlen_attn(*arguments, **options)
 
-    attention.varlen_attn = without_word  # type: ignore[assignment]
+    attention.varlen_attn = without_argument  # type: ignore[assignment]
 
 
 def adapt_vllm() -> bool:
-    """Give vLLM 0.26 the names of errors that 0.32 has; returns whether it lacked them."""
+    """Define the error names of vLLM 0.32 in 0.26; returns True if they were missing."""
     exceptions: Any = import_module("vllm.exceptions")
     if hasattr(exceptions, "VLLMError"):
         return False

@@ -22,7 +22,7 @@ from typing import Any
 Figures = dict[str, Any]
 LONGEST_ERROR = 1500  # characters
 LINGER = 5  # seconds
-# None of them asks CUDA anything when it is imported, as peft and bitsandbytes do.
+# None of them initialises CUDA when it is imported, unlike peft and bitsandbytes.
 PRELOAD = (
     "torch", "numpy", "safetensors.torch", "transformers.models.qwen2.modeling_qwen2",
     "transformers.models.llama.modeling_llama",

@@ -97,7 +97,7 @@ def theirs(
     on_cpu = setup.device == "cpu"
     if on_cpu:
         trl_peer.use_torch_kernels()
-    model = _as_loaded_by_anybody(setup)
+    model = _plain_model(setup)
 
     class Watch(transformers.TrainerCallback):
         """Times whole steps, and keeps the gradient of the last."""
@@ -140,7 +140,7 @@ def theirs(
     return {"seconds": watch.seconds[-1], "peak_gib": peak.gib}
 
 
-def _as_loaded_by_anybody(setup: Setup) -> Any:
+def _plain_model(setup: Setup) -> Any:
     """The random model without what our policy changed in it."""
     model = random_policy(setup, setup.recipe(SMALL).policy).model
     base: Any = model.get_base_model()

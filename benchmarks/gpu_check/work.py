@@ -33,7 +33,7 @@ from gft_lite.recipe.sections import PolicySettings
 
 T = TypeVar("T")
 
-adapt_attention()  # Whoever makes a policy here needs it.
+adapt_attention()  # Needed by every policy made here.
 
 # --- a model that was never on a disk ---------------------------------------------------------
 
@@ -41,10 +41,10 @@ adapt_attention()  # Whoever makes a policy here needs it.
 def random_policy(
     setup: Setup, settings: PolicySettings, *, rounded: bool = False, layers: int = 0
 ) -> LoraPolicy:
-    """A policy of `settings.model`'s shape with random weights, made where it will stay.
+    """A policy of `settings.model`'s shape with random weights, created on the device.
 
-    The same numbers for every quantisation and precision. `rounded` ones went to NF4 and back;
-    `layers`, if not 0, are how many the model has.
+    The weights are the same for every quantisation and precision; `rounded` ones are dequantised
+    from NF4. `layers`, if not 0, is the number of layers.
     """
     fields = setup.config(settings.model) | ({"num_hidden_layers": layers} if layers else {})
     dtype = getattr(torch, settings.resolved_dtype(setup.device))
@@ -75,7 +75,7 @@ def random_policy(
 
 
 def _fill(module: nn.Module, generator: torch.Generator, dtype: torch.dtype) -> None:
-    """Give a module on the meta device weights as a model has them before training."""
+    """Initialise the weights of a module on the meta device."""
     module.to_empty(device=generator.device, recurse=False)
     with torch.no_grad():
         for name, parameter in module.named_parameters(recurse=False):
@@ -89,7 +89,7 @@ def _fill(module: nn.Module, generator: torch.Generator, dtype: torch.dtype) -> 
 def _converted(
     linear: nn.Linear, settings: PolicySettings, dtype: torch.dtype, rounded: bool
 ) -> nn.Module:
-    """The linear with the weights that the settings ask for."""
+    """The linear with weights as the settings require."""
     if settings.quantization == "none" and not rounded:
         return linear
     options: Any = {"quant_type": "nf4", "compress_statistics": settings.double_quantization}
@@ -109,7 +109,7 @@ def _converted(
 
 
 def _shake(policy: LoraPolicy) -> None:
-    """An adapter that does something: the same one on every device."""
+    """Fill the adapter with random weights, the same ones on every device."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in policy.parameters().values():
@@ -127,7 +127,7 @@ def with_settings(policy: LoraPolicy, settings: PolicySettings) -> LoraPolicy:
 
 
 def _policy(model: Any, tokenizer: Any, settings: PolicySettings, dtype: torch.dtype) -> LoraPolicy:
-    """The policy; with padded rows, and so told in every figure, where segments can't be tried."""
+    """The policy, with padded rows if segments can't be tested; every figure has its layout."""
     try:
         policy = LoraPolicy(model, tokenizer, settings, dtype)
     except (RuntimeError, TypeError):
@@ -140,7 +140,7 @@ def _policy(model: Any, tokenizer: Any, settings: PolicySettings, dtype: torch.d
 
 
 def free() -> None:
-    """Give back what nobody holds any more."""
+    """Free unreferenced memory."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -173,7 +173,7 @@ def make_groups(setup: Setup, vocabulary: int, *, flat: int = 0) -> list[Group]:
 
 
 def timed(setup: Setup, function: Callable[[], T]) -> tuple[T, float]:
-    """What it returned, and the seconds until the device had done it."""
+    """The result of a function, and the seconds until the device has finished."""
     if setup.device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -184,7 +184,7 @@ def timed(setup: Setup, function: Callable[[], T]) -> tuple[T, float]:
 
 
 def held(policy: LoraPolicy) -> list[Tensor]:
-    """The tensors of a policy, which a step finds there."""
+    """The tensors of a policy, which exist before a step."""
     return [*policy.model.parameters(), *policy.model.buffers()]
 
 
@@ -201,7 +201,7 @@ def predicted_gib(model: MemoryModel, choice: Any, batches: Sequence[MicroBatch]
 
 
 def seen_by_plan(batch: MicroBatch) -> Batch:
-    """What the planner's formulas take of a micro-batch."""
+    """A micro-batch as the planner's formulas need it."""
     tokens = batch.input_ids.numel()
     sizes = [(s.prompt_end - s.prompt_start, s.end - s.start) for s in batch.segments]
     keys = sum(prompt + own for prompt, own in sizes)
@@ -226,7 +226,7 @@ def flops(shape: ModelShape, batches: Sequence[MicroBatch], recomputed: float) -
 
 
 def _pairs(batch: MicroBatch) -> float:
-    """How many times a token of a micro-batch looks at another, causally."""
+    """The number of token pairs of causal attention in a micro-batch."""
     if not batch.segments:
         lines, width = batch.input_ids.shape
         return lines * width**2 / 2
@@ -235,7 +235,7 @@ def _pairs(batch: MicroBatch) -> float:
 
 
 def compared(found: Tensor, wanted: Tensor) -> Figures:
-    """How far one vector is from another: cosine, and distance relative to the wanted one."""
+    """Cosine of two vectors, and their distance relative to the reference."""
     found, wanted = found.double().flatten(), wanted.double().flatten()
     return {
         "cosine": nn.functional.cosine_similarity(found, wanted, dim=0).item(),
