@@ -160,15 +160,16 @@ def _check_config(config: Any, settings: PolicySettings) -> None:
 
 
 def _check_tokenizer(tokenizer: Any, vocabulary: int, model: str) -> None:
-    """Require a vocabulary that the embedding covers, but for an unused pad token.
+    """Require a vocabulary that the embedding covers. Raises: RecipeError.
 
-    Raises: RecipeError.
+    transformers adds pad and unknown tokens that the files lack; neither occurs in a text.
     """
     if not tokenizer.encode("1", add_special_tokens=False):
         rule = "must have a tokenizer with a vocabulary, such as tokenizer.json"
         raise RecipeError([f"policy.model: {rule}, got {model!r} without. Download it again."])
     tokens = tokenizer.get_vocab()
-    exempt = (tokenizer.pad_token_id, tokenizer.eos_token_id)  # find_eos_ids checks the latter.
+    # find_eos_ids checks the EOS token.
+    exempt = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id)
     beyond = sorted((i, token) for token, i in tokens.items() if i >= vocabulary)
     beyond = [each for each in beyond if each[0] not in exempt]
     if beyond:

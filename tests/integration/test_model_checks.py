@@ -141,6 +141,13 @@ def test_a_token_without_an_embedding(no_weights, special):
     )
 
 
+def test_a_pad_and_an_unknown_token_that_transformers_adds_need_no_embedding(model):
+    change(model / "tokenizer_config.json", pad_token=None, unk_token="<new>")
+    policy = load(model=str(model))
+    assert max(policy.tokenizer.get_vocab().values()) >= policy.config.vocab_size
+    assert policy.pad_id == 1
+
+
 def test_a_tokenizer_smaller_than_the_embedding_is_usual(tmp_path):
     config = transformers.AutoConfig.from_pretrained(lab.BASE)
     config.vocab_size += 59
