@@ -68,8 +68,13 @@ def serving_base(policy: Policy, kind: str) -> ServedBase:
 def cache_folder() -> Path:
     """The folder for files that gft-lite can recreate."""
     if own := os.environ.get("GFT_LITE_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gft-lite"
+        return _expand_home(own)
+    return _expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "gft-lite"
+
+
+def _expand_home(path: str) -> Path:
+    """A path with `~` replaced; pathlib raises an error for an unknown user, os.path does not."""
+    return Path(os.path.expanduser(path))
 
 
 # --- the cache ---------------------------------------------------------------------------------

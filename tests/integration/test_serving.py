@@ -218,6 +218,8 @@ def test_the_location_of_the_cache(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/large/cache")
     monkeypatch.setenv("GFT_LITE_CACHE", "~/mine")
     assert serving.cache_folder() == Path("/home/someone/mine")
+    monkeypatch.setenv("GFT_LITE_CACHE", "~no-such-user/mine")
+    assert serving.cache_folder() == Path("~no-such-user/mine")
     monkeypatch.delenv("GFT_LITE_CACHE")
     assert serving.cache_folder() == Path("/large/cache/gft-lite")
     monkeypatch.delenv("XDG_CACHE_HOME")
