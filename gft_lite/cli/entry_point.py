@@ -49,8 +49,9 @@ _AGAIN = "continue with --resume"
 # Only the paths that users give can be the cause of these.
 _PATH_ERRORS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EACCES,
                 errno.EROFS)  # fmt: skip
-# Set by `accelerate launch` for each process.
-_RANK_VARIABLES = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+# Set by `accelerate launch` for each process, or read by huggingface_hub when it is imported.
+_NUMBERS = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1,
+            "HF_HUB_DOWNLOAD_TIMEOUT": 0, "HF_HUB_ETAG_TIMEOUT": 0}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = argparse.Namespace()
     try:
         options = _parse(sys.argv[1:] if arguments is None else arguments)
-        return options.run(options)
+        return _run(options)
     # A RewardError comes from the user's reward function while it runs.
     except (UserError, RewardError) as error:
         print(redact(str(error)), file=sys.stderr)
@@ -90,6 +91,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
 
 
+def _run(options: argparse.Namespace) -> int:
+    """Run the command. Raises: RuntimeError for a SystemExit, which would set the exit code."""
+    try:
+        return options.run(options)
+    except SystemExit as error:
+        reason = f"code that the command called ended the program by SystemExit: {error}"
+        raise RuntimeError(reason) from error
+
+
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Raises: UserError for arguments and environment variables that are not valid."""
     for text in arguments:
@@ -106,7 +116,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(map(short_repr, rest))}")
     if rest:
         options.overrides += rest
-    numbers = {name: _number(name, low) for name, low in _RANK_VARIABLES.items()}
+    numbers = {name: _number(name, low) for name, low in _NUMBERS.items()}
     if numbers["WORLD_SIZE"] > 1 and options.run is not train.run:
         parser.error("only train runs in several processes")
     return options

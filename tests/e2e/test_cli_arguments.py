@@ -201,9 +201,11 @@ def test_a_number_out_of_range_is_one_line(here, line, rule):
     assert code == 2 and errors.startswith(rule) and len(errors.splitlines()) == 1
 
 
-@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"])
+@pytest.mark.parametrize(
+    "name", ["WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "HF_HUB_ETAG_TIMEOUT"]
+)
 @pytest.mark.parametrize("value", ["", "x", "-1", "1e9", "9" * 5000])
-def test_a_rank_variable_that_is_not_a_number_is_one_line(here, name, value, monkeypatch):
+def test_a_variable_that_is_not_a_number_is_one_line(here, name, value, monkeypatch):
     monkeypatch.setenv(name, value)
     code, errors = run(["train", "recipes/lab.yaml"])
     assert code == 2
