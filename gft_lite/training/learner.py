@@ -59,6 +59,10 @@ class Learner:
         self._compares = (
             "old_logprobs" in self.method.needs and recipe.train.updates_per_rollout > 1
         )
+        if self._compares and recipe.policy.lora.dropout:
+            self.console.print(
+                f"policy.lora.dropout: off, as {recipe.method} compares log-probs of two passes"
+            )
 
     # --- a step --------------------------------------------------------------------------------
 

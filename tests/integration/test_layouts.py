@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from io import StringIO
 
 import pytest
 import torch
 import transformers
+from rich.console import Console
 
 from gft_lite import lab
 from gft_lite.objective.advantages import group_advantages
@@ -298,7 +300,9 @@ def test_with_dropout_the_ratio_is_one_before_any_update(folders, rows):
             parameter.add_(0.05)
         noisy = [logprobs(policy, rows, "padded") for _ in range(2)]
     assert (noisy[0] - noisy[1]).abs().max() > 1e-2
-    learner = Learner(policy, recipe)
+    log = StringIO()
+    learner = Learner(policy, recipe, console=Console(file=log, width=200))
+    assert log.getvalue().startswith("policy.lora.dropout: off, as grpo compares log-probs")
     metrics = learner.gradient(learner.prepare_rows(rows)).metrics
     assert metrics["ratio"].sum == metrics["ratio"].count > 0
     assert metrics["clip_fraction"].sum == 0
