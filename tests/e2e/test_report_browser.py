@@ -370,4 +370,5 @@ def test_wrong_arguments_are_told(tmp_path, capsys, run):
     assert "must be the folder of a run or of a sweep" in capsys.readouterr().err
     out = str(tmp_path / "page.html")
     assert main(["report", str(run.path), "--groups", "0", "--out", out]) == WRONG_INPUT
-    assert "--groups: must be a whole number from 1 to 1,000,000, got '0'" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "--groups: must be a whole number from 1 to 1,000,000, got '0'" in errors
