@@ -14,13 +14,14 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from gft_lite import Recipe, RecipeError
+from gft_lite import Recipe
 from gft_lite.cli import main
 from gft_lite.lab import BASE
 from gft_lite.runs.folder import RunFolder
 from gft_lite.runs.model_card import write_card
 from gft_lite.tools.merge import ExportError, merge
 from gft_lite.training.run import train
+from gft_lite.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["train.problems_per_step=4", "optim.lr=1e-2", "optim.warmup=0", "data.problems=32",
@@ -215,9 +216,9 @@ def test_the_command_prints_the_next_commands(run, tmp_path, capsys):
 
 def test_unusable_targets_and_folders(run, tmp_path, capsys):
     for target in ("lab", f"{run.path}@all"):
-        with pytest.raises(RecipeError, match="TARGET: must be one run"):
+        with pytest.raises(UserError, match="TARGET: must be one run"):
             merge(target, tmp_path / "out")
-    with pytest.raises(RecipeError, match="--out: must be a new or empty folder"):
+    with pytest.raises(UserError, match="--out: must be a new or empty folder"):
         merge(str(run.path), run.path)
     foreign = tmp_path / "run"
     shutil.copytree(run.path, foreign)
