@@ -26,7 +26,7 @@ _KNOWN = (
         "Another process took the port in the meantime; start the run again.",
     ),
     (
-        r"ImportError|ModuleNotFoundError|undefined symbol|shared object|_OpNamespace|"
+        r"\bImportError|No module named 'vllm|undefined symbol|shared object|_OpNamespace|"
         r"no kernel image|CUDA driver version|Failed to infer device type",
         "The vllm package does not fit this machine's torch or driver: reinstall it with pip "
         'install --force-reinstall "gft-lite[vllm]", or set rollout.engine=transformers.',

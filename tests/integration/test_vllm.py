@@ -21,11 +21,12 @@ from safetensors.torch import load_file, save_file
 
 from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.sections import PolicySettings, RolloutSettings
+from gft_lite.rollout import vllm_engine
 from gft_lite.rollout.base import Request, RolloutError, Sampling
 from gft_lite.rollout.restarting_engine import RestartingEngine
-from gft_lite.rollout.vllm_common import sampling_requests
+from gft_lite.rollout.vllm_common import engine_options, sampling_requests
 from gft_lite.rollout.vllm_engine import VllmEngine
-from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.errors import RecipeError, UserError
 
 pytestmark = [
     pytest.mark.skipif(
@@ -197,6 +198,36 @@ def test_base_and_adapter_in_turn_are_never_stale(engine, policy, publish):
             _assert_serves(engine, policy)
         engine.sync(adapter, version)
         _assert_serves(engine, policy)
+
+
+def _sample_base(engine):
+    """A request to the bare base while an adapter is loaded, as another user of vLLM might send."""
+    loaded, engine._lora = engine._lora, None
+    found = engine.generate(_requests(), GREEDY)
+    engine._lora = loaded
+    return found
+
+
+def test_requests_without_adapter_and_dummy_batches_leave_its_slot_alone(engine, policy, publish):
+    """vLLM is reported to empty a slot that no request of a batch uses, and not to fill it again.
+
+    The prefix cache is on, so that the base's and the adapter's blocks are in it side by side.
+    """
+    with policy.base():
+        base = [_greedy(policy, prompt) for prompt in PROMPTS]
+    for _ in range(4):
+        engine.sync(*publish())
+        for _ in range(2):
+            _assert_serves(engine, policy)
+            assert [sample.token_ids for [sample] in _sample_base(engine)] == base
+            assert _cached_tokens(engine) == 64
+            engine._llm.collective_rpc("execute_dummy_batch")
+            _assert_serves(engine, policy)
+            engine._llm.reset_prefix_cache()
+    engine.sync(None, 0)
+    engine.generate(_requests(), GREEDY)
+    engine.sync(*publish())
+    _assert_serves(engine, policy)
 
 
 def _cached_tokens(engine):
@@ -481,8 +512,15 @@ def _interrupt(engine):
         signal.signal(signal.SIGALRM, before)
 
 
-def test_engines_follow_each_other_without_a_trace(policy, publish, tmp_path):
-    """The last test of this file, since none of the others' engines may be there."""
+def _demanding_options(settings, policy):
+    """More memory than is free, which vLLM checks on a CPU, too."""
+    options = {"gpu_memory_utilization": 0.9999, "kv_cache_memory_bytes": None}
+    return engine_options(settings, policy) | options
+
+
+def test_engines_follow_each_other_without_a_trace(engine, policy, publish, tmp_path):
+    """The last test of this file, since it closes the engine that the others share."""
+    engine.close()
     engine = VllmEngine(_settings(), policy, tmp_path)
     engine.sync(*publish())
     files = set(Path(tempfile.gettempdir()).glob("vllm_dist_*"))
@@ -495,9 +533,14 @@ def test_engines_follow_each_other_without_a_trace(policy, publish, tmp_path):
             call()
     weights = Path(policy.settings.model) / "model.safetensors"
     weights.rename(tmp_path / weights.name)
-    with pytest.raises(RolloutError, match="could not start"):
+    with pytest.raises(RolloutError, match="could not start") as caught:
         VllmEngine(_settings(base="original"), policy, tmp_path)
+    assert "\n" not in str(caught.value)
     (tmp_path / weights.name).rename(weights)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vllm_engine, "engine_options", _demanding_options)
+        with pytest.raises(UserError, match=r"Lower rollout\.gpu_memory"):
+            VllmEngine(_settings(), policy, tmp_path)
     torch.set_num_threads(2)
     trace = _trace()
     second = VllmEngine(_settings(kv_cache_mib=1, base="original"), policy, tmp_path)

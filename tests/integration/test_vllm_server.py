@@ -27,7 +27,7 @@ from rich.console import Console
 from gft_lite.lab import rows
 from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.sections import PolicySettings, RolloutSettings
-from gft_lite.rollout import child_supervisor, vllm_server_engine
+from gft_lite.rollout import child_supervisor, vllm_launcher, vllm_server_engine
 from gft_lite.rollout.base import EngineFailed, Request, RolloutError, Sampling
 from gft_lite.rollout.restarting_engine import RestartingEngine
 from gft_lite.rollout.transformers_engine import TransformersEngine
@@ -35,7 +35,7 @@ from gft_lite.rollout.vllm_client import KEY_VARIABLE
 from gft_lite.rollout.vllm_common import LORA_RANKS, engine_options
 from gft_lite.rollout.vllm_launcher import server_command
 from gft_lite.rollout.vllm_server_engine import VllmServerEngine
-from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.errors import RecipeError, UserError
 from gft_lite.utils.openai_client import Endpoint
 
 pytestmark = [
@@ -334,6 +334,18 @@ def test_old_adapters_are_unloaded_under_their_own_names(engine, server, publish
     assert list(listed()) == ["base"]
 
 
+def test_requests_to_the_base_leave_the_adapters_slot_alone(engine, server, policy, publish):
+    """They come from another user of the server; see the test of the same name in test_vllm."""
+    for _ in range(3):
+        engine.sync(*publish())
+        for request in _requests(policy):
+            _assert_serves(engine, policy)
+            body = {"model": "base", "prompt": list(request.prompt_ids), "max_tokens": 4}
+            Endpoint(*server).post("completions", body)
+            _assert_serves(engine, policy)
+    engine.sync(None, 0)
+
+
 def test_several_servers_take_requests_in_turn_and_agree(connect, server, proxy, policy, publish):
     requests = _requests(policy, (1, 2, 3))
     one = connect(server[0])
@@ -587,12 +599,30 @@ def _wait(condition, limit=30):
         time.sleep(0.1)
 
 
-def test_a_server_that_cannot_start_shows_its_log(policy, tmp_path, monkeypatch):
+def test_a_server_that_cannot_start_gives_the_cause_from_its_log(policy, tmp_path, monkeypatch):
+    (tmp_path / "server.log").write_text("ValueError: of an earlier start\n")
     monkeypatch.setenv("PYTHONHOME", "/nowhere")
-    with pytest.raises(
-        RolloutError, match=r"(?s)vllm server could not start.*end of its log.*\n  "
-    ):
+    with pytest.raises(RolloutError) as caught:
         VllmServerEngine(_settings(), policy, tmp_path)
+    assert str(caught.value) == (
+        "rollout.engine: the vllm server could not start "
+        "(ModuleNotFoundError: No module named 'encodings')."
+    )
+
+
+def test_settings_that_vllm_rejects_at_the_start_are_one_line(policy, tmp_path, monkeypatch):
+    """A share of the memory that is not free, which vLLM checks on a CPU, too."""
+    monkeypatch.setattr(vllm_launcher, "engine_options", _demanding_options)
+    with pytest.raises(UserError) as caught:
+        VllmServerEngine(_settings(), policy, tmp_path)
+    [line] = str(caught.value).splitlines()
+    assert "less than desired CPU memory utilization (0.999" in line
+    assert line.endswith("Lower rollout.gpu_memory, or end other processes that use the memory.")
+
+
+def _demanding_options(settings, policy):
+    options = {"gpu_memory_utilization": 0.9999, "kv_cache_memory_bytes": None}
+    return engine_options(settings, policy) | options
 
 
 _PARSE = """
