@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 CPU_KV_CACHE_BYTES = 64 << 20
 CPU_BLOCK_TOKENS = 32  # With vLLM's 128, shorter prompts would never be cached.
+MAX_TEMPERATURE = 2.0
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm.config.lora.MaxLoRARanks of vLLM 0.32
 
 
@@ -40,7 +41,7 @@ class VllmRequest:
 def engine_options(settings: RolloutSettings, policy: Policy) -> dict[str, Any]:
     """vLLM's engine arguments, without the model.
 
-    Raises: RecipeError if the rank or the KV cache is outside vLLM's limits.
+    Raises: RecipeError if rank, temperature or KV cache are outside vLLM's limits.
     """
     options: dict[str, Any] = {
         "dtype": str(policy.dtype).removeprefix("torch."),
@@ -54,6 +55,11 @@ def engine_options(settings: RolloutSettings, policy: Policy) -> dict[str, Any]:
         "generation_config": "vllm",
         "logprobs_mode": "raw_logprobs",
     }
+    if settings.temperature > MAX_TEMPERATURE:
+        raise RecipeError(
+            [f"rollout.temperature: must be at most {MAX_TEMPERATURE:g} with vLLM, got "
+             f"{settings.temperature:g}. Lower it or set rollout.engine=transformers."]
+        )  # fmt: skip
     least = _smallest_kv_cache(policy)
     kv_cache = None if settings.kv_cache_mib is None else settings.kv_cache_mib << 20
     if kv_cache is not None and kv_cache < least:

@@ -447,6 +447,8 @@ def test_settings_that_do_not_fit_are_named(policy, tmp_path, monkeypatch):
     wide = _policy(tmp_path / "wide", lora={"rank": 600, "alpha": 8}, context=400)
     with pytest.raises(RecipeError, match=r"policy\.lora\.rank: must be at most 512.*got 600"):
         VllmEngine(_settings(), wide, tmp_path)
+    with pytest.raises(RecipeError, match=r"rollout\.temperature: must be at most 2 .*got 2\.5"):
+        VllmEngine(_settings(temperature=2.5), policy, tmp_path)
     # 2 (K and V) x 2 layers x 1 head x 32 x 4 bytes = 512 bytes a token; 5000 and one block.
     monkeypatch.setattr(policy, "context", 5000)
     with pytest.raises(RecipeError, match=r"rollout\.kv_cache_mib: must be at least 3 .*got 2"):
