@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
 from gft_lite.data.base import Unusable
 from gft_lite.utils.errors import RecipeError
 
@@ -18,12 +16,10 @@ if TYPE_CHECKING:
 
 Turn = tuple[str, str | None]  # A user's text, and the assistant's answer once there is one.
 
-# Plain letters: no chat template trims, escapes or parses them.
-_SYSTEM, _QUESTION, _ANSWER = "QZSYSTEMZQ", "QZQUESTIONZQ", "QZANSWERZQ"
+# Plain letters, which no chat template trims, escapes or parses, in both cases.
+_SYSTEM, _QUESTION, _ANSWER = "QzSystemZq", "QzQuestionZq", "QzAnswerZq"
 # The mark of a template that prints a list of content parts instead of their texts.
 _PRINTED_PARTS = re.compile(r"""['"]text['"]\s*:""")
-# A template is a program: these are what its operations on messages can raise.
-_RENDER_ERRORS = (TemplateError, TypeError, ValueError, AttributeError, LookupError)
 _SHOWN = 60  # characters of a rendering in an error
 _PLAIN = "Or use style: plain, with the turns written in template"
 _ADVICE = {
@@ -109,6 +105,10 @@ class ChatTemplate:
         self._renderer = Renderer(tokenizer, system, in_parts)
         self._sample = _take_sample(self._renderer)
         self.end_id = self._sample.end_id
+        if system is not None and not _contains(self._sample.prompt, system):
+            rule = "must suit the model's chat template, which changes the system message to"
+            changed = self._sample.prompt.partition(_QUESTION)[0]
+            raise RecipeError([f"{field}.system: {rule} {_end_of(changed)}. {_ADVICE['system']}"])
 
     @property
     def generation_prompt(self) -> str:
@@ -116,8 +116,14 @@ class ChatTemplate:
         return self._sample.prompt.rpartition(_QUESTION)[2]
 
     def prompt(self, question: str, history: Sequence[tuple[str, str]] = ()) -> str:
-        """The prompt for a question after the (question, answer) turns of `history`."""
-        return self._renderer.render([*history, (question, None)], generation_prompt=True)
+        """The prompt for a question after the (question, answer) turns of `history`.
+
+        Raises: Unusable for a question that the template changes or rejects.
+        """
+        prompt = self._render([*history, (question, None)], generation_prompt=True)
+        if not _contains(prompt, question):
+            raise Unusable("a problem that the chat template changes")
+        return prompt
 
     def response(self, answer: str) -> str:
         """What the template writes for an answer after the prompt, its end of turn included.
@@ -126,8 +132,8 @@ class ChatTemplate:
         """
         sample = self._sample
         prompt = self.prompt(_QUESTION)  # Rendered anew: some templates write the date.
-        whole = self._renderer.render([(_QUESTION, answer)], generation_prompt=False)
-        if _without_spaces(answer) not in _without_spaces(whole.partition(_QUESTION)[2]):
+        whole = self._render([(_QUESTION, answer)], generation_prompt=False)
+        if not _contains(whole.partition(_QUESTION)[2], answer):
             raise Unusable("text that the chat template leaves out")
         if not whole.startswith(prompt):
             opening = sample.prompt[len(sample.before_answer) :]
@@ -136,6 +142,13 @@ class ChatTemplate:
             raise Unusable("an end that the chat template changes")
         end = len(whole) - len(sample.after_answer)
         return whole[len(prompt) : end] + sample.end
+
+    def _render(self, turns: Iterable[Turn], *, generation_prompt: bool) -> str:
+        try:
+            return self._renderer.render(turns, generation_prompt=generation_prompt)
+        except Exception as error:  # a template is a program, and can reject a text
+            reason = " ".join(str(error).split())[:_SHOWN]
+            raise Unusable(f"text that the chat template rejects ({reason})") from None
 
 
 def _find_roles_in_parts(
@@ -163,7 +176,7 @@ def _check(renderer: Renderer, field: str) -> None:
     has_system = renderer.system is not None
     try:
         sample = _take_sample(renderer)
-    except _RENDER_ERRORS as error:
+    except Exception as error:  # a template is a program
         what, advice = ("system", "Leave system out.") if has_system else ("style", f"{_PLAIN}.")
         reason = " ".join(str(error).split())[: 3 * _SHOWN]
         rule = f"must suit the model's chat template, which says: {reason}"
@@ -234,7 +247,7 @@ def _end_before_next_turn(renderer: Renderer, tokens: Mapping[int, str]) -> tupl
     turns = [(_QUESTION, _ANSWER), (_SYSTEM, None)]
     try:
         whole = replace(renderer, system=None).render(turns, generation_prompt=False)
-    except _RENDER_ERRORS:
+    except Exception:  # a template may reject this order of turns
         return "", None
     start, _, rest = whole.partition(_QUESTION)
     after_question, _, rest = rest.partition(_ANSWER)
@@ -255,5 +268,6 @@ def _end_of(text: str) -> str:
     return repr(text if len(text) <= 3 * _SHOWN else f"...{text[-3 * _SHOWN :]}")
 
 
-def _without_spaces(text: str) -> str:
-    return "".join(text.split())
+def _contains(rendering: str, text: str) -> bool:
+    """Whether a rendering has the text but for spaces, which many templates trim."""
+    return "".join(text.split()) in "".join(rendering.split())

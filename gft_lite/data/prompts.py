@@ -37,6 +37,7 @@ class PromptFormat:
 
         `history` has the earlier (problem, answer) turns of a conversation; a plain prompt has
         none.
+        Raises: Unusable in chat style, for a problem that the chat template changes.
         """
         if self.chat is None:
             return self._fill(problem)

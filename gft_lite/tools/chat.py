@@ -14,6 +14,7 @@ from rich.console import Console
 from tokenizers.decoders import DecodeStream
 from transformers import DynamicCache
 
+from gft_lite.data.base import Unusable
 from gft_lite.evaluation.targets import Target
 from gft_lite.policy.base import evaluating
 from gft_lite.policy.registry import load_policy
@@ -83,7 +84,11 @@ class Chat:
         written = 0
         decoder = DecodeStream(skip_special_tokens=False)
         text = ""
-        for token in self._sample(self.format.prompt_ids(question, self.turns)):
+        try:
+            prompt_ids = self.format.prompt_ids(question, self.turns)
+        except Unusable as reason:
+            raise UserError([f"prompt: must suit the chat template, got {reason}."]) from None
+        for token in self._sample(prompt_ids):
             ids.append(token)
             if token in self.policy.eos_ids:
                 break

@@ -302,8 +302,8 @@ SYSTEM_DROPPED = CHATML.replace(
 BROKEN = {
     "no generation prompt": (
         TURNS, None,
-        r"style: .* writes '\|>user\\nQZQUESTIONZQ<\|im_end\|>\\n<\|im_start\|>assistant\\n' "
-        r"before an answer, but '\|>user\\nQZQUESTIONZQ<\|im_end\|>\\n' as its generation prompt",
+        r"style: .* writes '\|>user\\nQzQuestionZq<\|im_end\|>\\n<\|im_start\|>assistant\\n' "
+        r"before an answer, but '\|>user\\nQzQuestionZq<\|im_end\|>\\n' as its generation prompt",
     ),
     "another family's generation prompt": (
         TURNS + "{% if add_generation_prompt %}### Assistant:\n{% endif %}", None,
@@ -351,6 +351,22 @@ BROKEN = {
         "{{ messages[5].content }}" + CHATML, None, r"style: .* which says: .*no element 5",
     ),
     "an operation on a missing value": ("{{ none + 1 }}" + CHATML, None, r"style: .*unsupported"),
+    "a division by zero": ("{{ 1 / 0 }}" + CHATML, None, r"style: .* division by zero"),
+    "a macro without end": (
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}" + CHATML, None, r"style: .* recursion",
+    ),
+    "content in capitals": (
+        CHATML.replace("{{ m['content'] }}", "{{ m.content | upper }}"), None,
+        r"style: .* which leaves the problem out of the prompt '.*QZQUESTIONZQ",
+    ),
+    "content in small letters": (
+        CHATML.replace("{{ m['content'] }}", "{{ m.content | lower }}"), None,
+        r"style: .* which leaves the problem out of the prompt '.*qzquestionzq",
+    ),
+    "a system message that is cut": (
+        CHATML.replace("{{ m['content'] }}", "{{ m.content[:12] }}"), "Answer in one sentence.",
+        r"system: .* which changes the system message to '.*system\\nAnswer in on<\|im_end",
+    ),
 }  # fmt: skip
 
 
@@ -413,6 +429,22 @@ def test_a_template_that_escapes_an_answer_cannot_write_it():
     assert format.text(format.response_ids(ANSWER)[0]) == ANSWER
     with pytest.raises(Unusable, match="text that the chat template leaves out"):
         format.response_ids("1 < 2")
+
+
+@pytest.mark.parametrize("change", ["content[:12]", "content | e", "content | tojson"])
+def test_a_problem_that_the_template_changes_is_unusable(change):
+    format = chat_format(CHATML.replace("{{ m['content'] }}", f"{{{{ m.{change} }}}}"))
+    assert format.prompt_ids("short")
+    with pytest.raises(Unusable, match="a problem that the chat template changes"):
+        format.prompt_ids('Is "1 < 2" right?\nSay why.')
+
+
+def test_a_text_that_the_template_rejects_is_unusable():
+    check = "{% if '###' in messages[-1].content %}{{ raise_exception('no headings') }}{% endif %}"
+    format = chat_format(check + CHATML)
+    for use in (format.prompt_ids, format.response_ids):
+        with pytest.raises(Unusable, match=r"the chat template rejects \(no headings\)"):
+            use("### 2+2?")
 
 
 def test_earlier_turns_come_before_the_question():
