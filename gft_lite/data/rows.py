@@ -121,6 +121,8 @@ def _as_names(value: str | list[str] | None) -> list[str]:
 def _names(row: Mapping[str, Any], levels: int) -> Iterator[str]:
     """The names of the columns, and of nested fields as `a.b`."""
     for name, value in row.items():
+        if name is None:  # the cells of a CSV row without a column
+            continue
         yield str(name)
         if isinstance(value, Mapping) and levels > 1:
             yield from (f"{name}.{inner}" for inner in _names(value, levels - 1))
@@ -184,7 +186,7 @@ def _letter(
     name = str(columns.choices)
     labels = _find(row, f"{name.rpartition('.')[0]}.label") if "." in name else None
     if isinstance(labels, list) and len(labels) == len(options):
-        labels = [str(label).strip() for label in labels]
+        labels = [str(_whole(label)).strip() for label in labels]
     else:
         labels = []
     written, texts = str(answer).strip(), [option.strip() for option in options]
@@ -193,7 +195,8 @@ def _letter(
     if written in labels:
         return letters[labels.index(written)]
     if type(answer) is int:
-        if 0 <= answer < len(options):
+        # Where labels are numbers, one that is no label has another meaning.
+        if 0 <= answer < len(options) and not any(map(str.isdecimal, labels)):
             return letters[answer]
         raise Unusable(f"no choice of that number in column {columns.answer!r}")
     if len(single) == 1 and single in letters:
@@ -254,11 +257,8 @@ def _answer(row: Mapping[str, Any], columns: ColumnsSettings) -> str | int | Non
         if len(value) > 1:
             raise Unusable("more than one answer")
         value = value[0] if value else None
-    if isinstance(value, float):
-        # Pandas writes NaN for a missing answer, and 72.0 for 72 if any is missing.
-        whole = math.isfinite(value) and value.is_integer()
-        value = None if not math.isfinite(value) else int(value) if whole else value
-    if value is None:
+    value = _whole(value)
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
         raise Unusable("no answer")
     written = str(value) if isinstance(value, bool) else _as_text(value, columns.answer)
     text: str | None = written
@@ -269,6 +269,11 @@ def _answer(row: Mapping[str, Any], columns: ColumnsSettings) -> str | int | Non
     if text is None or not text.strip():
         raise Unusable("no answer")
     return value if type(value) is int else text.strip()
+
+
+def _whole(value: Any) -> Any:
+    """The integer that a float is: pandas writes 72.0 for 72 if any value is missing."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _text_as_list(value: Any, name: str) -> Any:
@@ -299,6 +304,8 @@ def _text_as_list(value: Any, name: str) -> Any:
 def _demonstrations(value: Any, name: str, clean: str | None, lists: int = 2) -> list[str]:
     """The texts of a demonstration column: none, one, several, or the last answers of chats."""
     value = _text_as_list(value, name)
+    if isinstance(value, str) and value.strip() in ("[]", "[None]", "[null]"):  # as CSV writes them
+        return []
     if isinstance(value, list) and value and all(_is_message(v) for v in value):
         value = next((m["content"] for m in reversed(value) if m["role"] == "assistant"), None)
     if isinstance(value, list) and lists:

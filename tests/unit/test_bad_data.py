@@ -196,10 +196,16 @@ def test_a_list_in_another_notation_is_no_demonstration(tmp_path, text):
     assert loaded.skipped == {"a list as text in column 'expert'": 1}
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", "[1, 2)", "['a', 'b'] has two items.", "[a](b)", "[]"])
+@pytest.mark.parametrize("text", ["[1, 2]", "[1, 2)", "['a', 'b'] has two items.", "[a](b)"])
 def test_brackets_do_not_make_a_text_a_list(tmp_path, text):
     file = jsonl(tmp_path / "x.jsonl", GOOD | {"expert": text})
     assert load(file, columns={"expert": "expert"}).problems[0].experts == (text,)
+
+
+@pytest.mark.parametrize("text", ["[]", "[None]", "[null]"])
+def test_an_empty_list_as_text_is_no_demonstration(tmp_path, text):
+    file = jsonl(tmp_path / "x.jsonl", GOOD | {"expert": text})
+    assert load(file, columns={"expert": "expert"}).problems[0].experts == ()
 
 
 def test_messages_that_are_written_as_text_are_read(tmp_path):

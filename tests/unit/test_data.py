@@ -677,6 +677,8 @@ ARC = {"question": "Which is hottest?", "choices": {"text": ["ice", "steam", "sn
         (["1", "2", "3", "4"], "3", "C"),
         (["1", "2", "3", "4"], 3, "C"),
         ([1, 2, 3, 4], 1, "A"),
+        ([1.0, 2.0, 3.0, 4.0], 3, "C"),  # pandas writes integers as floats
+        (["1", "2", "3", "4"], 3.0, "C"),
         (["0", "1", "2", "3"], "3", "D"),
         (["A", "B", "C", "D"], "B", "B"),
         (["W", "X", "Y", "Z"], "X", "B"),
@@ -698,6 +700,16 @@ def test_the_gold_choice_becomes_the_letter_in_the_prompt(tmp_path, labels, answ
     assert problem.text.endswith("Answer Choices: (A) ice (B) steam (C) snow (D) mud")
     assert problem.answer == letter
     assert problem.columns["answer_type"] == "choice"
+
+
+@pytest.mark.parametrize("answer", [0, 5])
+def test_a_number_that_is_none_of_the_numbers_that_label_choices_is_unusable(tmp_path, answer):
+    right = {"text": ["ice", "steam", "snow", "mud"], "label": ["1", "2", "3", "4"]}
+    rows = [{"question": "?", "choices": right, "answerKey": key} for key in (4, answer)]
+    columns = {"problem": "question", "choices": "choices.text", "answer": "answerKey"}
+    loaded = load(jsonl(tmp_path / "x.jsonl", *rows), columns=columns)
+    assert [p.answer for p in loaded.problems] == ["D"]
+    assert loaded.skipped == {"no choice of that number in column 'answerKey'": 1}
 
 
 def test_letters_go_as_far_as_the_choices(tmp_path):
