@@ -14,9 +14,9 @@ from gft_lite.rewards.unicode_latex import to_plain_text
 LETTERS = ascii_uppercase
 MAX_CHARS = 1200
 #: At most six: an unbounded run before the letter makes a search over `((((...` quadratic.
-_MARK = r"[*_\s$({\[]{0,6}"
+_MARK = r"[*_\s$({\[【`]{0,6}"
 #: Not the pronoun of `I think` and `I'd`.
-_OPTION = r"(?:[A-HJ-Z]|I(?!'|\s+(?!is\b|as\b|because\b|since\b|and\b|or\b)[a-z]))"
+_OPTION = r"(?:[A-HJ-Z]|I(?!['\u2019]|\s+(?!is\b|as\b|because\b|since\b|and\b|or\b)[a-z]))"
 _LETTER = rf"(?:\\text(?:bf|rm|it)?\s*\{{)?{_MARK}({_OPTION})(?![A-Za-z])"
 #: The letter at the start of a box: `B`, `(B)`, `B. 12`, `(B) 12`; not the variable of `x = 5`.
 _BOXED = re.compile(
@@ -39,12 +39,14 @@ _PHRASES = (
     ),
 )
 #: A response that begins with its letter: `B. 12`, `(B) 12`, `B`.
-_LEADING = re.compile(rf"\s*(?:[*_$]*\(({_OPTION})\)|[*_$]*({_OPTION})[*_$]*(?:[.):]|\s*$))")
-_ALONE = re.compile(rf"[\s*_$(]*({_OPTION})[\s*_$).]*")
+_LEADING = re.compile(
+    rf"\s*(?:[*_$]*[(\[【]({_OPTION})[)\]】]|[*_$]*({_OPTION})[*_$]*(?:[.):]|\s*$))"
+)
+_ALONE = re.compile(rf"[\s*_$(\[【`]*({_OPTION})[\s*_$)\]】`.]*")
 #: A second letter, joined to the first by a comma or a word: then none is chosen.
 _HEDGE = re.compile(
-    rf"[)}}\]*$]*(?:\s*(?:,|/|、|&|\bor\b|\band\b|或|和))+\s*"
-    rf"(?:(?i:maybe|perhaps|possibly|option|choice)\s+)*{_LETTER}(?=$|[\s).,:;!?}}\]*$。、])"
+    rf"[)}}\]】`*$]*(?:\s*(?:,|/|、|&|\bor\b|\band\b|或|和))+\s*"
+    rf"(?:(?i:maybe|perhaps|possibly|option|choice)\s+)*{_LETTER}(?=$|[\s).,:;!?}}\]】`*$。、])"
 )
 
 

@@ -28,7 +28,7 @@ _PHRASE = re.compile(
 )
 _OPENERS = {"$$": "$$", "$": "$", r"\(": r"\)", r"\[": r"\]"}
 _SENTENCE_END = re.compile(
-    r"[.。!！?？;；](?=\s|$|\*)|[。；！？，]|\n|,?\s+(?:because|since|which|so)\b|\*\*"
+    r"[.。!！?？;；](?=\s|$|\*)|[。；！？]|，(?!\s*[\d−－-])|\n|,?\s+(?:because|since|which|so)\b|\*\*"
 )
 _NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?%?")
 

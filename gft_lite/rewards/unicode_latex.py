@@ -32,6 +32,9 @@ _SYMBOLS = {
     "PRIME": "'",
     "FULLWIDTH TILDE": r"\sim ",
     "TILDE OPERATOR": r"\sim ",
+    "HYPHEN BULLET": "-",
+    "INCREMENT": r"\Delta ",
+    "DIVIDES": "|",
     "INFINITY": r"\infty ",
     "LESS-THAN OR EQUAL TO": r"\le ",
     "LESS-THAN OVER EQUAL TO": r"\le ",
@@ -68,7 +71,7 @@ _NO_LATEX = {"OMICRON", "Alpha", "Beta", "Epsilon", "Zeta", "Eta", "Iota", "Kapp
 _GREEK = re.compile(r"GREEK (SMALL|CAPITAL) LETTER ([A-Z]+)")
 _DOUBLE_STRUCK = re.compile(r"(?:MATHEMATICAL )?DOUBLE-STRUCK CAPITAL ([A-Z])")
 _SLANTED_FRACTION = re.compile(r"\^\{(\d+)\}/_\{(\d+)\}")
-_ROOT = re.compile(r"([\u221a-\u221c])\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[A-Za-z]))")
+_ROOT = re.compile(r"([\u221a-\u221c])\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|[A-Za-z]))")
 _ROOTS = {"\N{SQUARE ROOT}": r"\sqrt", "\N{CUBE ROOT}": r"\sqrt[3]", "\N{FOURTH ROOT}": r"\sqrt[4]"}
 
 
@@ -81,7 +84,7 @@ def to_latex(text: str) -> str:
         latex = "".join(map(_latex, run))
         parts.append(f"{script}{{{latex}}}" if script else latex)
     latex = _SLANTED_FRACTION.sub(r"\\frac{\1}{\2}", "".join(parts))
-    return _ROOT.sub(lambda root: f"{_ROOTS[root[1]]}{{{root[2] or root[3]}}}", latex)
+    return _ROOT.sub(lambda root: f"{_ROOTS[root[1]]}{{{root[2] or root[3] or root[4]}}}", latex)
 
 
 def to_plain_text(text: str) -> str:

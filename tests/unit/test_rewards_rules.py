@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 - models write full-width characters
 """The built-in rules, called directly: extraction, mathematics, choice, exact, format."""
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ def rows(path: Path) -> list[dict]:
         ("The answer is: $\\frac{3}{4}$, clearly", r"\frac{3}{4}"),
         ("The answer is $18 per day.", "$18 per day"),
         ("所以答案是 42。", "42"),
+        ("答案是１，０００，谢谢。", "１，０００"),
+        ("The answer is （−∞，−2］。", "（−∞，−2］"),
         ("She has <<1+2=3>>3.\n#### 1,234", "1,234"),
         ("#### Step 1\nthe answer is 4", "4"),
         ("#### Step 1\nwe get 4", None),
@@ -205,6 +208,9 @@ def test_model_text_is_never_executed(tmp_path):
         ("Option I is correct.", "I"),
         ("The answer is I think B.", None),
         ("I am not sure", None),
+        ("The answer is I’d say B.", None),
+        ("The answer is [A] or [B].", None),
+        ("The answer is `A`, `B`", None),
         (r"so $\boxed{x = 5}$. The answer is B.", "B"),
         (r"\boxed{a + b}", None),
         ("The answer is a train.", None),
@@ -221,7 +227,8 @@ def test_choice_letter(text, letter):
 @pytest.mark.parametrize(
     "text",
     ["(X) 12 m", "X", "X. 12 m", "The answer is X: 12 m", r"\boxed{X. 12 m}", r"\boxed{X}",
-     "The correct option is (X).", "I choose X.", "**Answer:** X", "故选 X。", "So\n\nX"],
+     "The correct option is (X).", "I choose X.", "**Answer:** X", "故选 X。", "So\n\nX",
+     "[X]", "【X】", "（X）", "The answer is [X].", "The answer is `X`.", "答案是【X】", "So\n[X]"],
 )  # fmt: skip
 def test_every_letter_is_a_choice(text):
     for letter, other in zip(LETTERS, LETTERS[1:] + "A", strict=True):
