@@ -71,19 +71,20 @@ class UserFunction:
 
     def _number(self, entry: Any) -> float:
         """A Python, NumPy or torch number as a float."""
-        try:
+        with user_errors_as(lambda _: self._no_number(entry)):  # __float__ is the user's code
             if isinstance(entry, str | bytes | bytearray):
                 raise TypeError
             score = float(entry)
             if not math.isfinite(score):
                 raise ValueError
-        except Exception as error:  # whatever the __float__ of the user's object raises
-            raise RewardError(
-                f"reward {self._name!r}: entries must be finite numbers or None, "
-                f"got {_safe_repr(entry)}. Return None where it does not apply."
-            ) from error
         check_magnitude(f"reward {self._name!r}: entries", score)
         return score
+
+    def _no_number(self, entry: Any) -> RewardError:
+        return RewardError(
+            f"reward {self._name!r}: entries must be finite numbers or None, "
+            f"got {_safe_repr(entry)}. Return None where it does not apply."
+        )
 
     def _raised(self, error: str) -> RewardError:
         return RewardError(f"reward {self._name!r}: must not raise, got {error}. Fix the function.")
@@ -155,6 +156,9 @@ def _safe_repr(value: Any) -> str:
     """The repr of any object, on one short line."""
     try:
         text = " ".join(repr(value).split())
-    except Exception:  # the user's own __repr__, or an integer of more than 4300 digits
+    except (
+        Exception,
+        SystemExit,
+    ):  # the user's own __repr__, or an integer of more than 4300 digits
         return f"a {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -269,6 +269,10 @@ def late(completions, **columns):
 def endless(completions, **columns):
     while True: yield 1.0
 async def late_exit(completions, **columns): sys.exit(0)
+class Exiting:
+    def __float__(self): sys.exit(0)
+    def __repr__(self): sys.exit(0)
+def exiting_entries(completions, **columns): return [Exiting() for _ in completions]
 
 def generator(completions, **columns):
     for c in completions: yield None if c == "b" else 0.5
@@ -441,6 +445,7 @@ def test_user_functions_get_the_arguments_of_trl(user_module, conversational):
         ("my_rewards:late", "must not raise, got SystemExit: 0. "),
         ("my_rewards:endless", r"one entry per completion \(2\), got more"),
         ("my_rewards:late_exit", "must not raise, got SystemExit: 0. "),
+        ("my_rewards:exiting_entries", "finite numbers or None, got a Exiting"),
         ("my_rewards:sparse", "got TypeError"),  # the data set has no column `level`
     ],
 )
