@@ -142,6 +142,8 @@ def _read(path: Path, field: str) -> Rows:
     if read is None:
         raise RecipeError([f"{field}.source: must be a {_FORMAT_LIST} file, got {str(path)!r}."])
     try:
+        if not path.is_file():  # Reading a pipe or a device may never end.
+            raise ValueError("it is not a regular file")
         return read(path)
     except _READ_ERRORS as error:
         raise RecipeError(
@@ -191,8 +193,7 @@ def _csv(path: Path) -> Rows:
     if not rows:
         return _listed(path.name, [])
     _, header = rows[0]
-    if twice := sorted({name for name in header if name and header.count(name) > 1}):
-        raise ValueError(f"column names must differ, got {', '.join(twice)} twice")
+    _check_names(header)
 
     def read(i: int) -> Any:
         first, cells = rows[i + 1]
@@ -203,6 +204,11 @@ def _csv(path: Path) -> Rows:
         return dict(zip_longest(header, cells[: len(header)])) | extra
 
     return Rows(path.name, len(rows) - 1, read)
+
+
+def _check_names(columns: Sequence[str]) -> None:
+    if twice := sorted({name for name in columns if name and columns.count(name) > 1}):
+        raise ValueError(f"column names must differ, got {', '.join(twice)} twice")
 
 
 def _csv_records(text: str) -> Iterator[tuple[int, list[str]]]:
@@ -237,11 +243,14 @@ def _parquet(path: Path) -> Rows:
     import pyarrow.parquet
 
     file = pyarrow.parquet.ParquetFile(path)
+    _check_names(file.schema_arrow.names)
+    unreadable: dict[str, Any] = {}
     try:
         table = file.read()
     except _READ_ERRORS:
         table = _readable_columns(file)
-    return Rows(path.name, len(table), lambda i: _arrow_row(table, i), table=True)
+        unreadable = dict.fromkeys(set(file.schema_arrow.names) - {*table.column_names}, UNREADABLE)
+    return Rows(path.name, len(table), lambda i: _arrow_row(table, i) | unreadable, table=True)
 
 
 def _readable_columns(file: Any) -> Any:

@@ -264,6 +264,22 @@ def test_a_row_with_a_bad_cell_in_a_used_column_is_skipped(tmp_path):
     assert loaded.skipped == {"unreadable value in column 'demo.bad'": 1}
 
 
+def test_a_column_that_cannot_be_read_is_named_where_it_is_used(tmp_path):
+    category = pa.DictionaryArray.from_arrays(pa.array([0, 1, 2]), TEXTS)
+    columns = {"problem": category, "answer": ["1", "2", "3"]}
+    pa.parquet.write_table(pa.table(columns), tmp_path / "x.parquet")
+    with pytest.raises(RecipeError, match="3 with unreadable value in column 'problem'"):
+        load(tmp_path / "x.parquet")
+
+
+def test_columns_of_one_name_are_an_error(tmp_path):
+    columns = [pa.array(["a"]), pa.array(["1"]), pa.array(["2"])]
+    table = pa.Table.from_arrays(columns, ["problem", "answer", "answer"])
+    pa.parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(RecipeError, match="column names must differ, got answer twice"):
+        load(tmp_path / "x.parquet")
+
+
 # --- folders ---------------------------------------------------------------------------------
 
 
