@@ -156,9 +156,6 @@ def _safe_repr(value: Any) -> str:
     """The repr of any object, on one short line."""
     try:
         text = " ".join(repr(value).split())
-    except (
-        Exception,
-        SystemExit,
-    ):  # the user's own __repr__, or an integer of more than 4300 digits
+    except (Exception, SystemExit):  # their own __repr__, or an integer of over 4300 digits
         return f"a {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."
