@@ -1,4 +1,4 @@
-"""Who may connect: nobody from another machine, and to Ray nobody without its token."""
+"""Open ports: none is reachable from another machine, and Ray requires its token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An engine that breaks down, tells how far it is, and sleeps: with engines as users write them."""
+"""Engines that fail, show progress and sleep, written as a user would write them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SAMPLING = Sampling(max_tokens=6)
 
 
 class Fragile(TransformersEngine):
-    """Breaks down at the batches that are numbered in `breaks`, and notes what it has sampled."""
+    """Fails at the batches numbered in `breaks`, and records what it has sampled."""
 
     def __init__(self, policy, breaks, sampled):
         super().__init__(RolloutSettings(batch_size=2), policy, Path())
@@ -37,23 +37,23 @@ class Fragile(TransformersEngine):
         self.sampled += keys
 
 
-def test_a_fresh_engine_is_asked_for_the_rest_alone(lab_policy):
+def test_a_restarted_engine_samples_only_the_missing_completions(lab_policy):
     expected = Fragile(lab_policy, [99], []).generate(REQUESTS, SAMPLING)
     breaks, sampled, seen = [2, 99], [], []
-    said = StringIO()
-    engine = RestartingEngine(lambda: Fragile(lab_policy, breaks, sampled), Console(file=said))
-    found = engine.generate(REQUESTS, SAMPLING, lambda *each: seen.append(each))
+    output = StringIO()
+    engine = RestartingEngine(lambda: Fragile(lab_policy, breaks, sampled), Console(file=output))
+    found = engine.generate(REQUESTS, SAMPLING, lambda *call: seen.append(call))
     assert found == expected
     # The batch that broke is sampled again, the one before it is not.
     assert len(sampled) == len(set(sampled)) == 6
     assert len(seen) == 6
-    asked = [(r.prompt_ids, seed) for r in REQUESTS for seed in r.seeds]
+    keys = [(r.prompt_ids, seed) for r in REQUESTS for seed in r.seeds]
     answers = [completion for group in found for completion in group]
-    assert sorted(seen) == sorted((*key, c) for key, c in zip(asked, answers, strict=True))
-    assert "out of luck. Starting it again." in said.getvalue()
+    assert sorted(seen) == sorted((*key, c) for key, c in zip(keys, answers, strict=True))
+    assert "out of luck. Starting it again." in output.getvalue()
 
 
-def test_the_second_failure_of_a_call_stands(lab_policy):
+def test_the_second_failure_of_a_call_is_raised(lab_policy):
     breaks = [2, 1, 99]
     engine = RestartingEngine(lambda: Fragile(lab_policy, breaks, []), Console(quiet=True))
     with pytest.raises(EngineFailed):
@@ -61,7 +61,7 @@ def test_the_second_failure_of_a_call_stands(lab_policy):
 
 
 class Lost(TransformersEngine):
-    """Gone, as a server may be, when it is next told to do what `at` names; notes its syncs."""
+    """Fails at the next call named in `at`, as a lost server does; records its syncs."""
 
     def __init__(self, policy, at, synced):
         super().__init__(RolloutSettings(), policy, Path())
@@ -81,7 +81,7 @@ class Lost(TransformersEngine):
             raise EngineFailed("gone.")
 
 
-def test_an_engine_that_went_away_while_the_trainer_trained_is_started_again(lab_policy, tmp_path):
+def test_an_engine_that_failed_during_training_is_started_again(lab_policy, tmp_path):
     adapters = [lab_policy.save_adapter(tmp_path / f"v{n}") for n in (1, 2)]
     at, synced, checked = [], [], []
     engine = RestartingEngine(lambda: Lost(lab_policy, at, synced), Console(quiet=True))
@@ -95,7 +95,7 @@ def test_an_engine_that_went_away_while_the_trainer_trained_is_started_again(lab
     assert (synced, checked) == ([1, 1, 2], [])
 
 
-def test_an_engine_that_tells_nothing_on_the_way_will_do(lab_policy):
+def test_an_engine_may_ignore_the_callback(lab_policy):
     class Silent(TransformersEngine):
         def generate(self, requests, sampling, seen=None):
             return super().generate(requests, sampling)
@@ -122,26 +122,26 @@ def test_a_terminal_shows_responses_and_tokens_per_second(lab_policy, monkeypatc
 
 
 class Sleeper(TransformersEngine):
-    """A user's engine that does nothing while asleep; it notes what it is told to do."""
+    """A user's engine that rejects calls while asleep, and records its calls."""
 
     name = "sleeper"
     calls: list[str] = []  # noqa: RUF012
 
-    def _note(self, call):
+    def _record(self, call):
         if self.calls[-1:] == ["sleep"]:
             raise RolloutError(f"{call} of an engine that is asleep")
         self.calls.append(call)
 
     def generate(self, *args):
-        self._note("generate")
+        self._record("generate")
         return super().generate(*args)
 
     def score(self, *args):
-        self._note("score")
+        self._record("score")
         return super().score(*args)
 
     def sync(self, *args):
-        self._note("sync")
+        self._record("sync")
         super().sync(*args)
 
     def sleep(self):
@@ -161,10 +161,10 @@ def test_the_engine_sleeps_while_the_trainer_trains(tmp_path, monkeypatch):
         "eval.samples=1", "eval.k=[1]", "eval.sets.test.problems=2",
         "eval.sets.retention.problems=2",
     ])  # fmt: skip
-    said = StringIO()
-    run = train(recipe, tmp_path / "run", console=Console(file=said, width=200))
+    output = StringIO()
+    run = train(recipe, tmp_path / "run", console=Console(file=output, width=200))
     assert run.summary()["steps"] == 2
-    assert "engine: sleeper, base the trainer's own, log-prob gap " in said.getvalue()
+    assert "engine: sleeper, base the trainer's own, log-prob gap " in output.getvalue()
     calls = Sleeper.calls[Sleeper.calls.index("sleep") :]
     # The dry step; two steps; the trained policy on two sets. Each sync is probed right after.
     nap = ["sleep", "wake", "sync", "score"]

@@ -52,7 +52,7 @@ def policy(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start(policy, tmp_path_factory):
-    """The engine that the tests share, and what its start had to leave as it was."""
+    """The shared engine, and the process state before and after its start."""
     _ = random.random(), np.random.rand(), torch.rand(1)  # To states that no seeding gives.
     before = _trace()
     engine = VllmEngine(_settings(), policy, tmp_path_factory.mktemp("engine"))
@@ -109,7 +109,7 @@ def _policy(folder, **settings):
 
 
 def _trace():
-    """What the engine must leave as it was."""
+    """The process state that the engine must not change."""
     places = [
         torch.Event, torch.Tensor.pin_memory, torch.set_num_threads, torch.accelerator.synchronize,
         torch.accelerator.empty_cache, torch.cuda.Stream, torch.cuda.current_stream,
@@ -156,7 +156,7 @@ def _assert_serves(engine, policy):
         assert _gap(engine.score(prompt, COMPLETION), _logprobs(policy, prompt, COMPLETION)) <= GAP
 
 
-def test_the_first_start_of_vllm_leaves_no_trace(start):
+def test_the_first_start_of_vllm_leaves_the_process_state_alone(start):
     _, before, after = start
     assert before == after
 
@@ -240,7 +240,7 @@ def _cached_tokens(engine):
     return found[0]
 
 
-def test_asleep_it_refuses_and_awake_it_serves_the_adapter_from_an_empty_cache(
+def test_calls_while_asleep_are_errors_and_wake_serves_the_adapter_from_an_empty_cache(
     engine, policy, publish
 ):
     engine.sync(*publish())
@@ -258,10 +258,10 @@ def test_asleep_it_refuses_and_awake_it_serves_the_adapter_from_an_empty_cache(
     _assert_serves(engine, policy)
 
 
-def test_each_completion_is_seen_once_and_the_shortest_first(engine):
+def test_the_callback_gets_each_completion_once_and_the_shortest_first(engine):
     order, sampling = [], Sampling(max_tokens=20)
     long, short = Request(PROMPTS[0], (1, 2)), Request((5,) * (CONTEXT - 3), (3,))
-    found = engine.generate([long, short], sampling, lambda *seen: order.append(seen))
+    found = engine.generate([long, short], sampling, lambda *call: order.append(call))
     assert order[0] == (short.prompt_ids, 3, found[1][0])
     assert sorted(order[1:]) == [(PROMPTS[0], 1, found[0][0]), (PROMPTS[0], 2, found[0][1])]
 
@@ -350,13 +350,13 @@ def test_max_tokens_is_cut_to_the_room_left(engine):
 
 
 @pytest.mark.parametrize("length", [0, CONTEXT, CONTEXT + 40])
-def test_a_prompt_without_room_is_refused_by_its_length(engine, length):
+def test_a_prompt_that_fills_the_context_is_an_error_with_its_length(engine, length):
     with pytest.raises(RolloutError, match=rf"1 to {CONTEXT - 1} tokens, got {length}\b"):
         engine.generate([*_requests(), Request((5,) * length, (1,))], GREEDY)
     assert len(engine.generate(_requests(), GREEDY)) == len(PROMPTS)
 
 
-def test_a_score_without_room_and_an_unknown_token_are_refused(engine):
+def test_a_score_that_fills_the_context_and_an_unknown_token_are_errors(engine):
     assert len(engine.score(PROMPTS[0], (5,) * (CONTEXT - 1 - len(PROMPTS[0])))) == 29
     with pytest.raises(RolloutError, match=f"got {CONTEXT}"):
         engine.score(PROMPTS[0], (5,) * (CONTEXT - len(PROMPTS[0])))
@@ -367,7 +367,7 @@ def test_a_score_without_room_and_an_unknown_token_are_refused(engine):
     assert len(engine.generate(_requests(), GREEDY)) == len(PROMPTS)
 
 
-def test_nothing_to_do(engine):
+def test_empty_requests(engine):
     assert engine.generate([], GREEDY) == []
     assert engine.generate([Request((5,), ())], GREEDY) == [[]]
     assert engine.score((5,), ()) == []
@@ -422,7 +422,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_bad_adapter_is_refused_and_the_old_one_stays(engine, policy, publish, name):
+def test_a_bad_adapter_is_an_error_and_the_old_one_stays(engine, policy, publish, name):
     damage, message = DAMAGES[name]
     bad, version = publish()
     damage(bad)
@@ -443,7 +443,7 @@ def test_the_trainer_still_trains(engine, policy, publish):
     policy.model.zero_grad()
 
 
-def test_settings_that_do_not_fit_are_named(policy, tmp_path, monkeypatch):
+def test_settings_outside_vllms_limits_are_recipe_errors(policy, tmp_path, monkeypatch):
     wide = _policy(tmp_path / "wide", lora={"rank": 600, "alpha": 8}, context=400)
     with pytest.raises(RecipeError, match=r"policy\.lora\.rank: must be at most 512.*got 600"):
         VllmEngine(_settings(), wide, tmp_path)
@@ -456,7 +456,7 @@ def test_settings_that_do_not_fit_are_named(policy, tmp_path, monkeypatch):
 
 
 def _fail_at(step, monkeypatch):
-    """Break vLLM down at one of its steps; returns the ids of the requests that it then gets."""
+    """Make one step of vLLM fail; returns the ids of the requests that are added afterwards."""
     from vllm.v1.engine.llm_engine import LLMEngine
 
     plain_step, plain_add, calls, added = LLMEngine.step, LLMEngine.add_request, [], []
@@ -468,30 +468,30 @@ def _fail_at(step, monkeypatch):
             raise RuntimeError("out of luck")
         return plain_step(self)
 
-    def noted(self, request_id, *args, **kwargs):
+    def recorded(self, request_id, *args, **kwargs):
         added.append(request_id)
         return plain_add(self, request_id, *args, **kwargs)
 
     monkeypatch.setattr(LLMEngine, "step", failing)
-    monkeypatch.setattr(LLMEngine, "add_request", noted)
+    monkeypatch.setattr(LLMEngine, "add_request", recorded)
     return added
 
 
-def test_a_crash_loses_what_was_being_written_and_no_more(engine, policy, tmp_path, monkeypatch):
+def test_a_crash_loses_only_the_unfinished_samples(engine, policy, tmp_path, monkeypatch):
     """Closes the engine that the others share, as does the test after this one."""
     engine.sync(None, 0)
     requests = [Request(PROMPTS[0], tuple(range(12))), Request(PROMPTS[1], tuple(range(12)))]
     sampling = Sampling(max_tokens=10)
     expected = engine.generate(requests, sampling)
     engine.close()
-    said = StringIO()
+    output = StringIO()
     restarting = RestartingEngine(
-        lambda: VllmEngine(_settings(batch_size=4), policy, tmp_path), Console(file=said)
+        lambda: VllmEngine(_settings(batch_size=4), policy, tmp_path), Console(file=output)
     )
     added = _fail_at(25, monkeypatch)
     found = restarting.generate(requests, sampling)
     restarting.close()
-    assert "vllm failed. RuntimeError: out of luck Starting it again." in said.getvalue()
+    assert "vllm failed. RuntimeError: out of luck Starting it again." in output.getvalue()
     # In 24 steps, each of the four places has finished at least two responses of ten tokens.
     assert 4 <= len(added) <= 24 - 8
     assert _ids(found) == _ids(expected)
@@ -520,12 +520,15 @@ def _demanding_options(settings, policy):
     return engine_options(settings, policy) | options
 
 
-def test_engines_follow_each_other_without_a_trace(engine, policy, publish, tmp_path):
+def test_a_second_engine_leaves_the_process_state_alone(
+    engine, policy, publish, tmp_path, monkeypatch
+):
     """The last test of this file, since it closes the engine that the others share."""
     engine.close()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     engine = VllmEngine(_settings(), policy, tmp_path)
     engine.sync(*publish())
-    files = set(Path(tempfile.gettempdir()).glob("vllm_dist_*"))
+    assert len(list(tmp_path.glob("vllm_dist_*"))) == 1
     with pytest.raises(RolloutError, match="close the other vllm engine"):
         VllmEngine(_settings(), policy, tmp_path)
     _assert_serves(engine, policy)
@@ -560,4 +563,4 @@ def test_engines_follow_each_other_without_a_trace(engine, policy, publish, tmp_
     second.close()
     second.close()
     assert _trace() == trace
-    assert not set(Path(tempfile.gettempdir()).glob("vllm_dist_*")) - files
+    assert not list(tmp_path.glob("vllm_dist_*"))

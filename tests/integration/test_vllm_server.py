@@ -74,7 +74,7 @@ def engine(policy, scratch):
 
 @pytest.fixture(scope="module")
 def server(engine):
-    """Where that server is, and its key, as another process of this user could find out."""
+    """Address and key of that server, as another process of this user could read them."""
     _, serving, *_ = _family()
     texts = (_proc(serving, "cmdline") + _proc(serving, "environ")).split("\0")
     port, key = (
@@ -86,7 +86,7 @@ def server(engine):
 
 @pytest.fixture
 def connect(server, proxy, policy, scratch, monkeypatch):
-    """An engine on servers that somebody else has started; the proxy goes after it."""
+    """An engine that connects to running servers; it is closed before the proxy."""
     engines = []
 
     def connect(*urls, key=server[1]):
@@ -128,7 +128,7 @@ def publish(policy, tmp_path_factory):
 
 
 class _Proxy(ThreadingHTTPServer):
-    """Passes requests on to `target`; `faults` are what befalls the next ones that sample."""
+    """Passes requests on to `target`; `faults` are applied to the next completion requests."""
 
     daemon_threads = True
 
@@ -196,7 +196,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, *_):
-        """Say nothing."""
+        """Print nothing."""
 
 
 def _edited(content, edit):
@@ -300,7 +300,7 @@ def test_log_probs_are_the_trainers_at_every_temperature(engine, policy, publish
     _assert_serves(engine, policy, base=True)
 
 
-def test_stops_and_room(engine, policy):
+def test_stop_strings_and_the_end_of_the_context(engine, policy):
     engine.sync(None, 0)
     [request, *_] = _requests(policy)
     [[whole]] = engine.generate([request], Sampling(temperature=0, max_tokens=6))
@@ -363,7 +363,7 @@ def test_several_servers_take_requests_in_turn_and_agree(connect, server, proxy,
     assert list(Endpoint(*server).models()) == ["base"]
 
 
-def test_faults_that_pass_are_waited_for(connect, proxy, policy):
+def test_transient_failures_are_retried(connect, proxy, policy):
     engine = connect(proxy.url)
     expected = engine.generate(_requests(policy), WARM)
     proxy.faults = ["500", "drop", "503", "429"]
@@ -376,7 +376,7 @@ def test_faults_that_pass_are_waited_for(connect, proxy, policy):
 
 
 @pytest.mark.parametrize("fault", ["500", "drop", "404"])
-def test_a_server_that_stays_away_is_dropped(
+def test_a_server_that_keeps_failing_is_dropped(
     connect, server, proxy, policy, publish, fault, monkeypatch, caplog
 ):
     monkeypatch.setattr(vllm_server_engine, "RETRIES", 0)
@@ -391,7 +391,7 @@ def test_a_server_that_stays_away_is_dropped(
     assert proxy.samples == 0
 
 
-def test_every_completion_is_seen_once_it_is_there(connect, server, proxy, policy):
+def test_the_callback_gets_each_completion_as_soon_as_it_arrives(connect, server, proxy, policy):
     engine = connect(proxy.url, server[0])
     slow, fast, *_ = _requests(policy, (1, 2))
     proxy.always = "hang"
@@ -405,11 +405,11 @@ def test_every_completion_is_seen_once_it_is_there(connect, server, proxy, polic
             proxy.over.set()
 
     answers = engine.generate([slow, fast], WARM, note)
-    asked = [(r.prompt_ids, s) for r in (slow, fast) for s in r.seeds]
-    assert [seen[key] for key in asked] == [c for found in answers for c in found]
+    keys = [(r.prompt_ids, s) for r in (slow, fast) for s in r.seeds]
+    assert [seen[key] for key in keys] == [c for found in answers for c in found]
 
 
-def test_an_interrupt_waits_for_no_answer(connect, proxy, policy):
+def test_an_interrupt_does_not_wait_for_responses(connect, proxy, policy):
     engine = connect(proxy.url)
     proxy.always = "hang"
 
@@ -424,12 +424,12 @@ def test_an_interrupt_waits_for_no_answer(connect, proxy, policy):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    assert not proxy.over.is_set()  # Nobody has answered, and nobody waits for it.
+    assert not proxy.over.is_set()  # No response has arrived, and none is awaited.
     proxy.always = ""
     _assert_serves(engine, policy, base=True)
 
 
-def test_the_last_server_is_missed(connect, proxy, policy, monkeypatch):
+def test_the_failure_of_the_last_server_is_an_engine_failure(connect, proxy, policy, monkeypatch):
     monkeypatch.setattr(vllm_server_engine, "RETRIES", 0)
     engine = connect(proxy.url)
     proxy.always = "500"
@@ -441,7 +441,7 @@ def test_the_last_server_is_missed(connect, proxy, policy, monkeypatch):
         connect("http://127.0.0.1:1")
 
 
-def test_a_server_that_serves_something_else_is_found(connect, server, proxy, policy, publish):
+def test_a_server_with_other_weights_is_detected(connect, server, proxy, policy, publish):
     engine = connect(server[0], proxy.url)
     engine.sync(*publish())
     proxy.always = "base"
@@ -461,7 +461,7 @@ def test_the_key_goes_to_other_machines_over_https_only(connect):
         connect("http://192.0.2.1:8000", key="some-key-of-my-servers")
 
 
-def test_servers_that_do_not_fit_are_refused(connect, server, proxy, policy, monkeypatch):
+def test_unfit_servers_are_recipe_errors(connect, server, proxy, policy, monkeypatch):
     proxy.faults = ["processed"]
     with pytest.raises(RecipeError, match=r"--logprobs-mode raw_logprobs.*" + proxy.url):
         connect(proxy.url)
@@ -493,7 +493,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_bad_adapter_is_refused_and_the_old_one_stays(
+def test_a_bad_adapter_is_an_error_and_the_old_one_stays(
     connect, server, proxy, policy, publish, name
 ):
     engine = connect(server[0], proxy.url)
@@ -509,7 +509,7 @@ def test_a_bad_adapter_is_refused_and_the_old_one_stays(
     _assert_serves(engine, policy)
 
 
-def test_an_adapter_that_one_server_refuses_is_served_by_none(
+def test_an_adapter_that_one_server_rejects_is_served_by_none(
     connect, server, proxy, policy, publish
 ):
     engine = connect(server[0], proxy.url)
@@ -636,7 +636,7 @@ print(json.dumps([get_args(MaxLoRARanks), vars(arguments)], default=str))
 """
 
 
-def test_vllm_understands_the_options_for_a_card_too(policy, monkeypatch):
+def test_vllm_parses_the_options_for_a_gpu(policy, monkeypatch):
     monkeypatch.setattr(policy, "device", torch.device("cuda"))
     options = engine_options(_settings(gpu_memory=0.4, eager=False), policy)
     arguments = server_command("http://127.0.0.1:8000", options)
@@ -669,10 +669,10 @@ def test_training_with_a_server_of_the_users_own(server, tmp_path):
 def test_a_killed_server_is_started_again(engine, policy, publish, tmp_path):
     """The last test of this file, since it kills the server that the others share."""
     engines = iter([engine])
-    said = StringIO()
+    output = StringIO()
     again = RestartingEngine(
         lambda: next(engines, None) or VllmServerEngine(_settings(), policy, tmp_path),
-        Console(file=said),
+        Console(file=output),
     )
     try:
         again.sync(*publish())
@@ -680,7 +680,7 @@ def test_a_killed_server_is_started_again(engine, policy, publish, tmp_path):
         _, serving, *_ = _family()
         os.kill(serving, signal.SIGKILL)
         assert again.generate(_requests(policy), WARM) == expected
-        assert "no server is left" in said.getvalue() and "Starting it again" in said.getvalue()
+        assert "no server is left" in output.getvalue() and "Starting it again" in output.getvalue()
         _assert_serves(again, policy)
     finally:
         again.close()
