@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -181,8 +182,8 @@ def split_holdout(
 
 
 def _key(problem: Problem) -> str:
-    """What repetitions of a problem have in common: its text but for spaces."""
-    return " ".join(problem.text.split())
+    """What repetitions of a problem have in common: its text but for spaces, case and encoding."""
+    return " ".join(unicodedata.normalize("NFKC", problem.text).casefold().split())
 
 
 def problems_of_step(

@@ -478,6 +478,16 @@ def test_copies_of_a_held_out_problem_are_not_trained_on():
     assert split_holdout([problems[0]] * 10, 2) == ((problems[0],) * 10, ())
 
 
+@pytest.mark.parametrize(
+    "copy", ["CAF\u00c9 2+2?", "cafe\u0301 2+2?", "caf\u00e9\u00a0 2+2?", "caf\u00e9 2\uff0b2?"]
+)
+def test_a_copy_in_another_case_or_encoding_is_a_copy(copy):
+    texts = ["1", "3", "caf\u00e9 2+2?", "5", "7", copy]
+    train, held = split_holdout([Problem(str(i), t, None) for i, t in enumerate(texts)], 1)
+    assert [p.id for p in held] == ["2"]
+    assert [p.id for p in train] == ["0", "1", "3", "4"]
+
+
 @given(st.lists(st.integers(0, 12), max_size=40), st.integers(0, 10))
 def test_no_text_is_in_both_parts_and_none_is_held_out_twice(numbers, holdout):
     problems = [Problem(str(i), str(n), None) for i, n in enumerate(numbers)]
