@@ -27,6 +27,7 @@ from gft_lite.recipe.sections import PolicySettings, PromptSettings, RolloutSett
 from gft_lite.rollout.base import Request, Sampling
 from gft_lite.rollout.registry import start_engine
 from gft_lite.tools.chat import Chat, write_text
+from gft_lite.utils.errors import UserError
 
 PROBLEM, OTHER = "432*141-223-434=", "040-321-110+042="
 TOKENS = 24
@@ -131,6 +132,9 @@ def test_the_prompt_of_a_second_turn(tmp_path):
     assert "".join(pieces) == second and len(chat.turns) == 2
     chat.reset()
     assert ask(OTHER) == rollout(f"<|user|>{OTHER}")
+    chat.policy.tokenizer.chat_template = "{{ messages[0].content | upper }}"
+    with pytest.raises(UserError, match="prompt: must suit the chat template, got a problem that"):
+        ask("in small letters")
 
 
 def test_wrong_arguments_end_in_exit_code_2(run, capsys):
