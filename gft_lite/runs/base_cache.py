@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,10 +41,12 @@ def copy_base_files(run: RunFolder, recipe: Recipe, donor: RunFolder, files: Seq
             shutil.copy2(donor.path / name, partial)  # Keeps the time of the evaluation.
 
 
-def read_base_evaluation(file: Path, sets: Mapping[str, Sequence[Problem]]) -> Evaluation:
-    """The base's results on each evaluation set.
+def read_base_evaluation(
+    file: Path, sets: Mapping[str, Sequence[Problem]], ks: Sequence[int]
+) -> Evaluation:
+    """The base's results on each evaluation set; `ks` are the k of its pass@k.
 
-    Raises: UserError unless the file has exactly these sets with all their problems.
+    Raises: UserError unless the file has exactly these sets with all their problems and figures.
     """
 
     def parse(value: Any) -> Evaluation:
@@ -52,9 +55,12 @@ def read_base_evaluation(file: Path, sets: Mapping[str, Sequence[Problem]]) -> E
             raise ValueError("results of other sets")
         for name, problems in sets.items():
             results, ids = found[name], {p.id for p in problems}
-            float(results["mean_reward"] if "rewards" in results else results["pass@1"])
+            graded = "rewards" in results
+            for figure in ["mean_reward"] if graded else [f"pass@{k}" for k in ks]:
+                if not math.isfinite(results[figure]):
+                    raise ValueError(f"{figure} of {name} is not finite")
             # `rewards` leaves out problems to whose responses no reward function applies.
-            same = "rewards" in results or results["correct"].keys() == ids
+            same = graded or results["correct"].keys() == ids
             if not same or results["problems"] != len(problems):
                 raise ValueError(f"results of other problems of {name}")
         return found

@@ -30,6 +30,15 @@ from gft_lite.utils.tables import import_pandas
 
 DATA_IDENTITY = "data.json"
 _RESTORE = "Restore the file from a copy, or train the run again."
+# The metrics of a step that a resumed run and the summary read, with their types.
+_STEP_METRICS = {
+    **dict.fromkeys(("step", "trajectories", "updates"), int),
+    **dict.fromkeys(("tokens", "rollout_tokens", "trained_tokens"), int),
+    **dict.fromkeys(("sources", "seconds"), dict),
+    "skipped": str | None,
+}
+# What the report reads of a response of a group.
+_RESPONSE = {"token_ids", "text", "source", "finish_reason", "reward", "advantage"}
 Evaluation = dict[str, dict[str, Any]]
 
 
@@ -92,11 +101,13 @@ class RunFolder:
             f"Restore the file from a copy, or remove the folders in {self.checkpoints} from the "
             "first missing step on: --resume then continues before it."
         )
-        kept = list(islice(self._metrics, step))
-        _check_steps(self._metrics.path, kept, advice)
+        file = self._metrics.path
+        lines = JsonlFile(file, _complete_metrics, "must be the metrics of one step", advice)
+        kept = list(islice(lines, step))
+        _check_steps(file, kept, advice)
         if len(kept) < step:
             rule = f"must have the metrics of the {step} steps before the checkpoint"
-            raise UserError([f"{self._metrics.path}: {rule}, got {len(kept)}. {advice}"])
+            raise UserError([f"{file}: {rule}, got {len(kept)}. {advice}"])
         if len(self._metrics) > step:
             (self.path / "summary.json").unlink(missing_ok=True)  # The run is not finished now.
         self._metrics.keep_first(step)
@@ -213,6 +224,12 @@ def _step_metrics(line: dict[str, Any]) -> dict[str, Any]:
     return line
 
 
+def _complete_metrics(line: dict[str, Any]) -> dict[str, Any]:
+    if not all(isinstance(line[name], kind) for name, kind in _STEP_METRICS.items()):
+        raise TypeError(f"{', '.join(_STEP_METRICS)}: must have their types")
+    return line
+
+
 def _check_steps(file: Path, metrics: Sequence[Mapping[str, Any]], advice: str) -> None:
     """Check that steps count from 1, in every stage, without a gap. Raises: UserError."""
     expected, stage = 1, None
@@ -229,12 +246,16 @@ def _check_steps(file: Path, metrics: Sequence[Mapping[str, Any]], advice: str) 
 def _group(line: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(line["problem"]["id"], str) or not isinstance(line["responses"], list):
         raise TypeError("problem or responses")
+    for response in line["responses"]:
+        if missing := _RESPONSE - response.keys():
+            raise KeyError(min(missing))
     return line
 
 
 def _summary(value: Any) -> dict[str, Any]:
-    if not isinstance(value["trained"], dict):
-        raise TypeError("trained")
+    for name in ("trained", "seconds"):
+        if not isinstance(value[name], dict):
+            raise TypeError(name)
     return value
 
 
@@ -248,8 +269,9 @@ def parse_evaluation(value: Any) -> Evaluation:
     """The results of an evaluation by set. Raises: one of `INVALID` for another value."""
     for results in value.values():
         by_problem = results["rewards"] if "rewards" in results else results["correct"]
-        if not (isinstance(results["problems"], int) and isinstance(by_problem, dict)):
-            raise TypeError("problems, correct or rewards")
+        counts = results["problems"], results["samples"]
+        if not (all(isinstance(n, int) for n in counts) and isinstance(by_problem, dict)):
+            raise TypeError("problems, samples, correct or rewards")
     return value
 
 

@@ -74,7 +74,7 @@ class TrainingRun:
         return self.distributed.cached_json(
             self.folder.path / BASE_EVALUATION,
             self.evaluate,
-            lambda file: read_base_evaluation(file, self.eval_sets),
+            lambda file: read_base_evaluation(file, self.eval_sets, self.recipe.eval.k),
         )
 
     def save_checkpoint(self, step: int) -> None:

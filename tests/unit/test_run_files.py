@@ -18,8 +18,12 @@ from gft_lite.utils.errors import RecipeError, UserError
 from gft_lite.utils.files import check_output_path, is_disk_full
 
 NAME_MAX = 255
+METRICS = {
+    "groups": 1, "trajectories": 1, "tokens": 10, "rollout_tokens": 10, "trained_tokens": 10,
+    "updates": 1, "sources": {"self": 1}, "seconds": {}, "skipped": None,
+}  # fmt: skip
 PROBLEMS = [Problem("a", "1+1", "2", (5, 6)), Problem("b", "1+2", "3", (5, 7))]
-FIGURES = {"pass@1": 0.5, "problems": 2, "samples": 4, "correct": {"a": 1, "b": 1}}
+FIGURES = {"pass@1": 0.5, "pass@2": 1.0, "problems": 2, "samples": 4, "correct": {"a": 1, "b": 1}}
 
 
 @pytest.fixture
@@ -27,7 +31,7 @@ def run(tmp_path: Path) -> RunFolder:
     """A run with the metrics and groups of three steps."""
     run = RunFolder(tmp_path / "run")
     for step in (1, 2, 3):
-        run.append_metrics({"step": step, "groups": 1, "tokens": 10})
+        run.append_metrics(METRICS | {"step": step})
         response = Response((1, 2), "2", "self", reward=1.0, verdict="ok")
         run.write_groups(step, [ScoredGroup(Group(PROBLEMS[0], (response,)), (0.0,))])
     return run
@@ -54,6 +58,16 @@ class TestMetrics:
         for call in (run.metrics, lambda: run.truncate_after(3)):
             assert error_of(call).startswith(f"{file}:2: must be the metrics of one step, got ")
 
+    @pytest.mark.parametrize("name", METRICS.keys() - {"groups"})
+    def test_a_resumed_run_needs_all_that_the_summary_reads(self, run: RunFolder, name: str):
+        file = run.path / "metrics.jsonl"
+        lines = lines_of(file)
+        damaged = {k: v for k, v in json.loads(lines[1]).items() if k != name}
+        file.write_bytes(lines[0] + json.dumps(damaged).encode() + b"\n" + lines[2])
+        assert len(run.metrics()) == 3  # A report shows what there is.
+        text = error_of(run.truncate_after, 3)
+        assert text.startswith(f"{file}:2: must be the metrics of one step, got ")
+
     @pytest.mark.parametrize("lost, line", [(0, 1), (1, 2)])
     def test_a_lost_line_is_named(self, run: RunFolder, lost: int, line: int):
         file = run.path / "metrics.jsonl"
@@ -73,13 +87,13 @@ class TestMetrics:
         )
         assert ", got 2. " in text and str(run.checkpoints) in text
         assert [m["step"] for m in run.metrics()] == [1, 2]  # As of a run in progress.
-        run.write_json("summary.json", {"steps": 3, "trained": {}})
+        run.write_json("summary.json", {"steps": 3, "base": {}, "trained": {}, "seconds": {}})
         assert "must have a line for each of the run's 3 steps, got 2" in error_of(run.metrics)
 
     def test_lines_after_the_checkpoint_are_not_read(self, run: RunFolder):
         with (run.path / "metrics.jsonl").open("ab") as file:
             file.write(b'not JSON\n{"step": 9}\n{"ste')
-        run.write_json("summary.json", {"steps": 3, "trained": {}})
+        run.write_json("summary.json", {"steps": 3, "base": {}, "trained": {}, "seconds": {}})
         run.truncate_after(2)
         assert [m["step"] for m in run.metrics()] == [1, 2]
         assert run.group_steps() == [1, 2]
@@ -95,7 +109,16 @@ class TestMetrics:
 
 
 class TestGroups:
-    @pytest.mark.parametrize("line", [b"{", b"{}", b'{"problem": {"id": 1}, "responses": []}'])
+    @pytest.mark.parametrize(
+        "line",
+        [
+            b"{",
+            b"{}",
+            b'{"problem": {"id": 1}, "responses": []}',
+            b'{"problem": {"id": "x"}, "responses": [{}]}',
+            b'{"problem": {"id": "x"}, "responses": [1]}',
+        ],
+    )
     def test_a_damaged_line_is_named(self, run: RunFolder, line: bytes):
         file = run.path / "groups" / "step-000002.jsonl"
         file.write_bytes(lines_of(file)[0] + line + b"\n")
@@ -112,12 +135,24 @@ class TestGroups:
 
 
 class TestSingleValues:
-    @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"trained": 1}', "null", '"x"'])
+    @pytest.mark.parametrize(
+        "text",
+        ["", "{", "[]", "{}", '{"trained": 1}', '{"base": {}, "trained": {}}', "null", '"x"'],
+    )
     def test_a_damaged_summary(self, run: RunFolder, text: str):
         (run.path / "summary.json").write_text(text, encoding="utf-8")
         assert f"{run.path}/summary.json" in error_of(run.summary)
 
-    @pytest.mark.parametrize("text", ["{", "[]", '{"test": {}}', '{"test": {"problems": 2}}'])
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "{",
+            "[]",
+            '{"test": {}}',
+            '{"test": {"problems": 2}}',
+            '{"test": {"problems": 2, "correct": {}}}',
+        ],
+    )
     def test_a_damaged_evaluation(self, run: RunFolder, text: str):
         assert run.evaluation("base") == {}
         file = run.path / "eval" / "base.json"
@@ -129,15 +164,17 @@ class TestSingleValues:
         "value",
         [{}, {"other": FIGURES}, {"test": FIGURES, "more": FIGURES}, {"test": {}},
          {"test": FIGURES | {"correct": {"a": 1}}}, {"test": FIGURES | {"problems": 3}},
-         {"test": {k: v for k, v in FIGURES.items() if k != "pass@1"}}, [], None],
+         {"test": {k: v for k, v in FIGURES.items() if k != "pass@1"}}, [], None,
+         {"test": {k: v for k, v in FIGURES.items() if k != "pass@2"}},
+         {"test": FIGURES | {"pass@2": float("nan")}}, {"test": FIGURES | {"pass@1": "0.5"}}],
     )  # fmt: skip
     def test_the_base_evaluation_has_all_sets_and_problems(self, tmp_path: Path, value: object):
         file = tmp_path / "base.json"
         file.write_text(json.dumps({"test": FIGURES}), encoding="utf-8")
         sets = {"test": PROBLEMS}
-        assert read_base_evaluation(file, sets) == {"test": FIGURES}
+        assert read_base_evaluation(file, sets, [1, 2]) == {"test": FIGURES}
         file.write_text(json.dumps(value), encoding="utf-8")
-        text = error_of(read_base_evaluation, file, sets)
+        text = error_of(read_base_evaluation, file, sets, [1, 2])
         assert text.startswith(f"{file}: must have the base's results on test, got ")
         assert text.endswith("Remove the file: --resume then computes it again.")
 
@@ -145,7 +182,7 @@ class TestSingleValues:
         file = tmp_path / "base.json"
         figures = {"mean_reward": 0.5, "problems": 2, "samples": 2, "rewards": {"a": 0.5}}
         file.write_text(json.dumps({"test": figures}), encoding="utf-8")
-        assert read_base_evaluation(file, {"test": PROBLEMS}) == {"test": figures}
+        assert read_base_evaluation(file, {"test": PROBLEMS}, [1, 2]) == {"test": figures}
 
     @pytest.mark.parametrize(
         "value",
