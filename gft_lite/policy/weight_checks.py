@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 LOAD_ERRORS = (
     OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, ArithmeticError,
     ImportError, RuntimeError, SafetensorError, HFValidationError,
-    StrictDataclassError,
+    StrictDataclassError, re.error,
 )  # fmt: skip
 
 

@@ -271,6 +271,7 @@ def test_an_adapter_with_other_ranks_per_module(small, tmp_path):
         ),
         ({"target_modules": ["q_proj", "embed_tokens"]}, "adapts model.embed_tokens of type Embed"),
         ({"target_modules": ["w9"]}, "{'w9'} not found in the"),
+        ({"target_modules": "("}, "unterminated subpattern"),
         ({"peft_type": "IA3"}, "its peft_type is IA3, not LORA"),
     ],
 )
