@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -194,6 +195,9 @@ def test_unreadable_files_are_recipe_errors(tmp_path):
     for name in ("x.parquet", "x.csv"):
         with pytest.raises(RecipeError, match=rf"^data\.source: can't read .*{name}"):
             load(tmp_path / name)
+    os.mkfifo(tmp_path / "pipe.jsonl")  # Reading it would never end.
+    with pytest.raises(RecipeError, match="it is not a regular file"):
+        load(tmp_path / "pipe.jsonl")
     with pytest.raises(RecipeError, match=r"^data\.source: must be a \.jsonl, .* or \.csv file"):
         load(tmp_path / "x.txt")
     (tmp_path / "empty").mkdir()
