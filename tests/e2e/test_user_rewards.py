@@ -20,6 +20,7 @@ import sys
 def exits(completions, **columns): sys.exit(0)
 def interrupts(completions, **columns): raise KeyboardInterrupt
 def huge(completions, **columns): return [1e308] * len(completions)
+def engine(*_): sys.exit(0)
 def late(completions, **columns):
     yield 1.0
     sys.exit(0)
@@ -41,6 +42,11 @@ def module(tmp_path, monkeypatch):
 
 def train(folder, *overrides):
     return main(["train", "recipes/lab.yaml", *SMALL, *overrides, "--out", str(folder)])
+
+
+def test_an_engine_that_ends_the_program_is_a_failure(module, capsys):
+    assert train(module / "run", "rollout.engine=my_rewards_e2e:engine") == 1
+    assert "SystemExit: 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
