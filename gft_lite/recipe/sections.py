@@ -56,7 +56,7 @@ class PolicySettings(Settings):
     backend: Annotated[Literal["transformers", "unsloth"], EVALUATION] = "transformers"
     model: Annotated[str, EVERYTHING] = "lab"
     revision: Annotated[str | None, EVERYTHING] = None
-    adapter: Annotated[str | None, EVERYTHING] = None
+    adapter: Annotated[Annotated[str, Field(min_length=1)] | None, EVERYTHING] = None
     reference: Annotated[Literal["base", "adapter"], EVALUATION] = "base"
     quantization: Annotated[Literal["nf4", "int8", "none"], EVERYTHING] = "nf4"
     double_quantization: Annotated[bool, EVERYTHING] = True

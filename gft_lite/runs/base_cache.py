@@ -69,24 +69,25 @@ def read_base_evaluation(
     return read_json(file, parse, rule, _RECOMPUTE)
 
 
-def read_kl_set(file: Path, problems: Sequence[Problem]) -> list[Row]:
+def read_kl_set(file: Path, problems: Sequence[Problem], vocabulary: int) -> list[Row]:
     """The responses to these problems on which the KL to the reference is measured.
 
-    Raises: UserError unless the file has one response to each.
+    Raises: UserError unless the file has one response to each, of tokens below `vocabulary`.
     """
 
+    def token(value: Any) -> int:
+        if not isinstance(value, int) or not 0 <= value < vocabulary:
+            raise TypeError(f"{value!r} is not a token id")
+        return value
+
     def parse(value: Any) -> list[Row]:
-        rows = [Row(tuple(map(_token, prompt)), tuple(map(_token, response)))
+        rows = [Row(tuple(map(token, prompt)), tuple(map(token, response)))
                 for prompt, response in value]  # fmt: skip
         if [row.prompt_ids for row in rows] != [p.prompt_ids for p in problems]:
             raise ValueError("responses to other problems")
+        if not all(row.response_ids for row in rows):
+            raise ValueError("an empty response")
         return rows
 
     rule = f"must have one response to each of the {len(problems)} problems of the KL set"
     return read_json(file, parse, rule, _RECOMPUTE)
-
-
-def _token(value: Any) -> int:
-    if not isinstance(value, int) or value < 0:
-        raise TypeError(f"{value!r} is not a token id")
-    return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gft_lite.data.prompts import PromptFormat
 from gft_lite.objective.advantages import advantages_of
@@ -11,7 +11,7 @@ from gft_lite.objective.methods import find_method
 from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import GroupSettings
 from gft_lite.rollout.base import RolloutEngine, Sampling
-from gft_lite.rollout.sampling import Draw, sample
+from gft_lite.rollout.sampling import Draw, graded_text, sample
 from gft_lite.runs.metrics import PhaseTimer, count_self_tokens
 from gft_lite.training.presampled_groups import PresampledGroups
 from gft_lite.training.visits import ProblemVisit, visits_of_step
@@ -83,7 +83,7 @@ class GroupBuilder:
         ]
         samples = sample(self.engine, self.format, draws, self.sampling)
         return [
-            Group(v.problem, demonstrations(c, self.format) + own)
+            Group(v.problem, demonstrations(c, self.format, self.sampling.stop) + own)
             for (v, c), own in zip(composed, samples, strict=True)
         ]
 
@@ -144,10 +144,16 @@ def compose(problem: Problem, settings: GroupSettings, epoch: int = 0) -> Compos
     return Composition(taken[0], taken[1], settings.self + missing)
 
 
-def demonstrations(composition: Composition, format: PromptFormat) -> tuple[Response, ...]:
-    """The expert and teacher responses of a composition, tokenised."""
+def demonstrations(
+    composition: Composition, format: PromptFormat, stop: Sequence[str] = ()
+) -> tuple[Response, ...]:
+    """The expert and teacher responses of a composition, tokenised.
+
+    They are graded as a sample of equal tokens is: up to the first stop string.
+    """
     pairs: list[tuple[Source, str]] = [
         *(("expert", text) for text in composition.experts),
         *(("teacher", text) for text in composition.teachers),
     ]
-    return tuple(format.demonstration(text, source) for source, text in pairs)
+    found = [format.demonstration(text, source) for source, text in pairs]
+    return tuple(replace(r, text=graded_text(r.token_ids, format, stop)) for r in found)

@@ -93,7 +93,7 @@ def check_demonstrations(
     """
     composed = [compose(problem, recipe.group) for problem in problems[:CHECKED_PROBLEMS]]
     groups = [
-        Group(problem, demonstrations(composition, format))
+        Group(problem, demonstrations(composition, format, recipe.rollout.stop))
         for problem, composition in zip(problems, composed, strict=False)
         if composition and (composition.experts or composition.teachers)
     ]

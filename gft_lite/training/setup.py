@@ -174,10 +174,11 @@ def _start_engine(
         sampler = DistributedEngine(start, console, place.distributed)
     engine = PolicyEngine(sampler, policy, folder.scratch / "adapters")
     place.stack.callback(engine.close)
+    vocabulary = policy.model.get_input_embeddings().num_embeddings
     kl_rows = place.distributed.cached_json(
         folder.path / KL_SET,
         lambda: _sample_kl_set(recipe, sampler, format, monitored),
-        lambda file: read_kl_set(file, monitored),
+        lambda file: read_kl_set(file, monitored, vocabulary),
     )
     gap = engine.start_checks(kl_rows[0], recipe.rollout.probe_limit)
     sampler.on_restart = engine.check

@@ -21,8 +21,8 @@ def build(lab_policy):
     engine = start_engine(RolloutSettings(engine="transformers"), lab_policy, Path())
     problems = load_problems(DataSettings(problems=3), format).problems
 
-    def build(max_tokens, **counts):
-        tree = {"group": counts, "rollout": {"max_tokens": max_tokens}}
+    def build(max_tokens, stop=(), **counts):
+        tree = {"group": counts, "rollout": {"max_tokens": max_tokens, "stop": list(stop)}}
         builder = GroupBuilder(Recipe.from_tree(tree), problems, engine, format, list)
         return builder.sample([ProblemVisit(problem, 1, 0) for problem in problems])
 
@@ -41,3 +41,10 @@ def test_experts_then_teachers_then_self_samples(build, lab_policy):
             assert response.truncated or response.token_ids[-1] in lab_policy.eos_ids
             assert (response.logprobs is not None) == (response.source == "self")
     assert build(32, expert=1, teacher=2, self=3) == made
+
+
+def test_a_demonstration_is_graded_up_to_a_stop_string_as_a_sample_is(build):
+    for group in build(32, stop=["#"], expert=1, teacher=0, self=0):
+        [expert], [demonstration] = group, group.problem.experts
+        assert "#" in demonstration
+        assert expert.text == demonstration.split("#")[0]

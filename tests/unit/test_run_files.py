@@ -187,19 +187,22 @@ class TestSingleValues:
     @pytest.mark.parametrize(
         "value",
         [[], [[[5, 6], [1]]], [[[5, 6], [1]], [[5, 8], [1]]], [[[5, 7], [1]], [[5, 6], [1]]],
-         [[[5, 6], ["1"]], [[5, 7], [1]]], [[[5, 6], [-1]], [[5, 7], [1]]], [[5, 6], [5, 7]], {}],
+         [[[5, 6], ["1"]], [[5, 7], [1]]], [[[5, 6], [-1]], [[5, 7], [1]]], [[5, 6], [5, 7]], {},
+         [[[5, 6], [1]], [[5, 7], []]], [[[5, 6], [8]], [[5, 7], [1]]]],
     )  # fmt: skip
     def test_the_kl_set_has_a_response_to_each_problem(self, tmp_path: Path, value: object):
         file = tmp_path / "kl_set.json"
-        file.write_text(json.dumps([[[5, 6], [1, 2]], [[5, 7], []]]), encoding="utf-8")
-        assert read_kl_set(file, PROBLEMS) == [Row((5, 6), (1, 2)), Row((5, 7), ())]
+        file.write_text(json.dumps([[[5, 6], [1, 2]], [[5, 7], [7]]]), encoding="utf-8")
+        assert read_kl_set(file, PROBLEMS, 8) == [Row((5, 6), (1, 2)), Row((5, 7), (7,))]
         file.write_text(json.dumps(value), encoding="utf-8")
-        assert error_of(read_kl_set, file, PROBLEMS).startswith(f"{file}: must have one response")
+        error = error_of(read_kl_set, file, PROBLEMS, 8)
+        assert error.startswith(f"{file}: must have one response")
 
     def test_a_syntax_error_has_its_line(self, tmp_path: Path):
         file = tmp_path / "kl_set.json"
         file.write_text("[\n[1,\n}", encoding="utf-8")
-        assert error_of(read_kl_set, file, PROBLEMS).startswith(f"{file}:3: must have one response")
+        error = error_of(read_kl_set, file, PROBLEMS, 8)
+        assert error.startswith(f"{file}:3: must have one response")
 
 
 class TestDataIdentity:
