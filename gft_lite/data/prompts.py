@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -19,15 +19,21 @@ if TYPE_CHECKING:
 class PromptFormat:
     """The prompts and responses of one recipe in the tokens of one model.
 
-    `field` is the settings' place in the recipe, for error texts.
+    `field` is the settings' place in the recipe, for error texts; `end_ids` are end tokens of the
+    model beside its EOS and the end of turn, such as those of its generation config.
     Raises: RecipeError in chat style, for a chat template that is missing or unusable.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, prompt: PromptSettings, field: str = "data.prompt"
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: PromptSettings,
+        field: str = "data.prompt",
+        end_ids: Iterable[int] = (),
     ) -> None:
         self.tokenizer = tokenizer
         self.prompt = prompt
+        self._end_ids = sorted(end_ids)
         self.chat = (
             ChatTemplate(tokenizer, prompt.system, field) if prompt.style == "chat" else None
         )
@@ -63,7 +69,7 @@ class PromptFormat:
         Raises: Unusable for a demonstration that can't follow the prompt.
         """
         # Data sets often write the end token into the text.
-        ends = tuple(map(self._token_text, self.stop_ids))
+        ends = tuple(filter(None, map(self._token_text, self.stop_ids)))
         while (stripped := text.rstrip()).endswith(ends):
             text = stripped.removesuffix(next(e for e in ends if stripped.endswith(e)))
         if any(end in text for end in ends):
@@ -133,9 +139,10 @@ class PromptFormat:
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """The tokens at which sampling stops: `end_id`, and EOS if it is another token."""
+        """The tokens at which sampling stops: `end_id`, EOS, and the model's other end tokens."""
         eos = self.tokenizer.eos_token_id
-        return (self.end_id,) if eos in (None, self.end_id) else (self.end_id, eos)
+        others = self._end_ids if eos is None else [eos, *self._end_ids]
+        return tuple(dict.fromkeys([self.end_id, *others]))
 
     def _fill(self, problem: str) -> str:
         # Not str.format: problems and templates are full of braces.

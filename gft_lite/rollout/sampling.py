@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 def make_prompt_format(
     policy: Policy, prompt: PromptSettings, field: str = "data.prompt"
 ) -> PromptFormat:
-    """The prompt format of `prompt` in the policy's tokens; its end tokens join `policy.eos_ids`.
+    """The prompt format of `prompt` in the policy's tokens; both then have the same end tokens.
 
     `field` is the recipe's path of `prompt`, for error texts. Raises: RecipeError.
     """
-    format = PromptFormat(policy.tokenizer, prompt, field)
+    format = PromptFormat(policy.tokenizer, prompt, field, policy.eos_ids)
     policy.eos_ids |= set(format.stop_ids)
     return format
 

@@ -172,6 +172,17 @@ def test_the_graded_text_has_neither_stop_string_nor_end_token(engine, policy):
             assert whole == text
 
 
+def test_every_end_token_of_the_model_ends_the_graded_text(policy, monkeypatch):
+    """A generation config may list more than the tokenizer's EOS, as Llama 3's does."""
+    monkeypatch.setattr(policy, "eos_ids", frozenset({EOS, 1}))
+    format = make_prompt_format(policy, PromptSettings())
+    assert policy.eos_ids == set(format.stop_ids)
+    text = policy.tokenizer.decode([70, 71])
+    for end in ((), (EOS,), (1,)):
+        assert graded_text((70, 71, *end), format, ()) == text
+    assert format.demonstration(text, "expert").token_ids[-1] == EOS
+
+
 @NEEDS_VLLM
 def test_transformers_and_vllm_agree_on_the_lab_base(tmp_path):
     """Greedy samples: equal tokens, equal ends, equal graded texts. See test_vllm_server, too."""
