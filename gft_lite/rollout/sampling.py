@@ -81,7 +81,7 @@ def sample(
 
 
 def graded_text(token_ids: Sequence[int], format: PromptFormat, stop: Sequence[str]) -> str:
-    """The text of a sample that is graded: it ends before the end token and the stop string.
+    """The text of a response that is graded: it ends before the end token and the stop string.
 
     The tokens of both stay in the response and are trained. Of several stop strings, the one that
     is completed first counts, as if the text was sampled character by character.
