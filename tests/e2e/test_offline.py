@@ -18,6 +18,7 @@ from gft_lite.cli import main
 from gft_lite.training.presample import presample
 from gft_lite.training.presampled_groups import PresampledGroups
 from gft_lite.training.run import train
+from gft_lite.utils.errors import UserError
 
 # A user's own engine, which writes down every seed that it has sampled by.
 ENGINE = """
@@ -78,13 +79,12 @@ def here(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def filled(here):
-    """Every problem's group, sampled once; what the base was asked bears a mark."""
+    """Every problem's group, sampled once; what was computed with the base is formatted anew."""
     folder = here / "filled"
     presample(recipe(), folder)
     for name in ("kl_set.json", "eval/base.json"):
         value = json.loads((folder / name).read_text())
-        marked = value[:1] if name == "kl_set.json" else value | {"lent": value["test"]}
-        (folder / name).write_text(json.dumps(marked))
+        (folder / name).write_text(json.dumps(value, indent=3))
     return folder
 
 
@@ -233,7 +233,7 @@ def test_groups_of_something_else_are_refused(filled, tmp_path, changed, message
         changed(group)
     text = "".join(json.dumps(g) + "\n" for g in groups)
     (tmp_path / "other" / "groups.jsonl").write_text(text)
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(UserError, match=message):
         trained(tmp_path / "run", f"group.offline={tmp_path / 'other'}")
 
 

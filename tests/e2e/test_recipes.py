@@ -195,7 +195,7 @@ def small_paper(math_rows):
     source = math_rows[0].partition("=")[2]
     columns = "{problem: question, answer: gold}"
     return [
-        *TINY, *math_rows, "budget={trajectories: null, problems: 4}", "rollout.max_tokens=32",
+        *TINY, *math_rows, "budget={trajectories: null, problems: 4}", "rollout.max_tokens=64",
         "rollout.engine=transformers", "eval.max_tokens=8", "monitor.every=2",
         f"eval.sets.math500={{source: {source}, columns: {columns}, problems: 2}}",
     ]  # fmt: skip
@@ -216,7 +216,7 @@ def test_the_papers_experiment_runs_with_a_tiny_model(small_paper, tmp_path):
 def test_gsm8k_with_vllm_and_math_verify(shared_data, tmp_path):
     source = shared_data / "bench" / "gsm8k_train.jsonl"
     columns = "{problem: problem, answer: answer, answer_from: plain, expert: solution}"
-    overrides = [f"data.source={source}", f"data.columns={columns}", "rollout.max_tokens=64"]
+    overrides = [f"data.source={source}", f"data.columns={columns}", "data.problems=30"]
     run = train(Recipe.load("recipes/gsm8k_tiny.yaml", overrides), tmp_path / "run", console=QUIET)
     assert Recipe.load(run.path / "recipe.yaml").rollout.engine == "vllm"
     assert len(run.metrics()) == 3
