@@ -40,7 +40,7 @@ demo: env
 	$(BIN)/gft-lite lab compare --out runs/demo
 
 # The tests of a file share models, and therefore a process.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: env-test
 	$(PYTEST)
