@@ -94,7 +94,9 @@ class Suite(Settings):
         if self.k and max(self.k) > self.samples:
             rules.append(f"k: must be at most samples, which is {self.samples}")
         if self.samples > 1 and self.rollout.is_greedy:
-            rules.append("samples: must be 1 at temperature 0 or top_k 1, where all are the same")
+            rules.append(
+                "samples: must be 1 at temperature 0, top_k 1 or top_p below 0.01: all are the same"
+            )
         if rules:
             raise ValueError("\n".join(rules))
         return self

@@ -158,7 +158,9 @@ class Recipe(Settings):
         group, rollout, rules = self.group, self.rollout, []
         samples = group.size if group.shortfall == "self" else group.self
         if samples > 1 and rollout.is_greedy:
-            rule = "top_k: must not be 1" if rollout.temperature else "temperature: must be above 0"
+            rule = "top_p: must be at least 0.01"
+            rule = "top_k: must not be 1" if rollout.top_k == 1 else rule
+            rule = rule if rollout.temperature else "temperature: must be above 0"
             of = f"group.self {group.self}" if group.self > 1 else "group.shortfall self"
             rules.append(f"rollout.{rule} with {of}, or all self samples of a group are the same")
         method = METHODS.get(self.method)

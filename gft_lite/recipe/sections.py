@@ -318,8 +318,8 @@ class RolloutSettings(Settings):
 
     @property
     def is_greedy(self) -> bool:
-        """True if all samples of a prompt are the same."""
-        return self.temperature == 0 or self.top_k == 1
+        """True if the samples of a prompt are the same, for `top_p` below 0.01 nearly always."""
+        return self.temperature == 0 or self.top_k == 1 or self.top_p < 0.01
 
     @property
     def rows(self) -> int:

@@ -419,6 +419,8 @@ GREEDY = "or all self samples of a group are the same, got"
          f"x.yaml:2: rollout.temperature: must be above 0 with group.self 4, {GREEDY} 0.0."),
         ("group: {self: 2, shortfall: drop}\nrollout: {top_k: 1}\n",
          f"x.yaml:2: rollout.top_k: must not be 1 with group.self 2, {GREEDY} 1."),
+        ("rollout: {top_p: 0.001}\n",
+         f"x.yaml:1: rollout.top_p: must be at least 0.01 with group.self 4, {GREEDY} 0.001."),
         # Missing demonstrations would be replaced by several self samples.
         ("group: {self: 1}\nrollout: {temperature: 0}\n",
          f"x.yaml:2: rollout.temperature: must be above 0 with group.shortfall self, {GREEDY} 0."),

@@ -86,7 +86,7 @@ def test_all_errors_are_reported_with_file_and_line(tmp_path):
         ("k=[3,99]", "k: must be at most samples, which is 16"),
         ("benchmarks=[amc32]", "definitions, which lack amc32 (did you mean amc23?)"),
         ("rollout.temperature=0", "samples: must be 1 at temperature 0"),
-        ("rollout.top_k=1", "samples: must be 1 at temperature 0 or top_k 1"),
+        ("rollout.top_k=1", "samples: must be 1 at temperature 0, top_k 1"),
         ("definitions={a/b: {source: x}}", "definitions: must have letters, digits"),
         ("name=../up", "name: must have letters, digits"),
     ],
