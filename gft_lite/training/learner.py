@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -218,18 +219,21 @@ class Learner:
         if weight_of_kl or "reference_logprobs" in needs:
             with torch.no_grad(), self.policy.reference():
                 reference = self.policy.token_scores(batch).logprobs
-        parts: list[dict[str, Mean]] = []
+        values: dict[str, list[Tensor]] = defaultdict(list)
 
         def loss(scores: TokenScores, span: slice) -> Tensor:
             output = self._loss(self._loss_inputs(batch, scores, span, reference, progress))
             per_token = output.per_token
             if weight_of_kl and reference is not None:
                 per_token = per_token + weight_of_kl * k3(scores.logprobs, reference[span])
-            parts.append({name: Mean.of(values) for name, values in output.metrics.items()})
+            for name, metric in output.metrics.items():
+                values[name].append(metric.detach())
             return (batch.weights[span] * per_token).sum()
 
-        value, scores = self.policy.backward(batch, loss, reference_kl="reference_kl" in needs)
-        return value, add_means([{"entropy": Mean.of(scores.entropy)}, *parts])
+        total, scores = self.policy.backward(batch, loss, reference_kl="reference_kl" in needs)
+        # Once per micro-batch and not per slice: every mean waits for the GPU.
+        means = {name: Mean.of(torch.cat(parts)) for name, parts in values.items()}
+        return total, {**means, "entropy": Mean.of(scores.entropy)}
 
     def _loss(self, inputs: LossInputs) -> LossOutput:
         """The method's loss. Raises: UserError for a user's own loss that fails."""
