@@ -6,7 +6,7 @@ import argparse
 import math
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from gft_lite.recipe.schema import Recipe
 from gft_lite.utils.errors import UserError, short_repr
@@ -15,6 +15,7 @@ from gft_lite.utils.files import check_output_path
 if TYPE_CHECKING:
     from gft_lite.evaluation.targets import Target
 
+N = TypeVar("N", int, float)
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 MAX_SEEDS = 1000  # Of a sweep or study, each of them a run.
@@ -40,29 +41,24 @@ def add_allow_code(parser: argparse.ArgumentParser) -> None:
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
     """The type of an argument that is a whole number from `low` to `high`."""
-
-    def convert(text: str) -> int:
-        rule = f"must be a whole number from {low:,} to {high:,}, got {short_repr(text)}"
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(rule) from None
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(rule)
-        return value
-
-    return convert
+    rule = f"must be a whole number from {low:,} to {high:,}"
+    return lambda text: _number(text, int, lambda value: low <= value <= high, rule)
 
 
 def non_negative(text: str) -> float:
     """The type of an argument that is a finite number and at least 0."""
-    rule = f"must be a number and at least 0, got {short_repr(text)}"
+    rule = "must be a number and at least 0"
+    return _number(text, float, lambda value: 0 <= value < math.inf, rule)
+
+
+def _number(text: str, convert: Callable[[str], N], accepts: Callable[[N], bool], rule: str) -> N:
     try:
-        value = float(text)
+        value = convert(text)
+        accepted = accepts(value)
     except ValueError:
-        raise argparse.ArgumentTypeError(rule) from None
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(rule)
+        accepted = False
+    if not accepted:
+        raise argparse.ArgumentTypeError(f"{rule}, got {short_repr(text)}")
     return value
 
 
