@@ -14,7 +14,7 @@ from gft_lite.rollout.base import Request, RolloutError, Sampling
 from gft_lite.rollout.policy_engine import PolicyEngine
 from gft_lite.rollout.registry import start_engine
 from gft_lite.rollout.sync_check import SyncCheck
-from gft_lite.rollout.transformers_engine import draw
+from gft_lite.rollout.transformers_engine import TransformersEngine, draw
 
 
 @pytest.fixture
@@ -177,3 +177,21 @@ def test_a_sync_leaves_only_the_newest_adapter_on_the_disk(lab_policy, engine, t
         served.sync_unchecked(version)
         assert [p.name for p in tmp_path.iterdir()] == [f"v{version}"]
         assert (tmp_path / f"v{version}" / "adapter_model.safetensors").exists()
+
+
+def test_a_sync_is_checked(lab_policy, prompts, tmp_path):
+    class Stale(TransformersEngine):
+        """Serves the base whatever it is given."""
+
+        def sync(self, adapter, version):
+            super().sync(None, version)
+
+    engine = Stale(RolloutSettings(), lab_policy, tmp_path)
+    served = PolicyEngine(engine, lab_policy, tmp_path / "adapters")
+    with pytest.raises(RuntimeError, match="start_checks must be called"):
+        served.check(engine)
+    served.start_checks(Row(prompts[-1], (5, 6, 7)), limit=5.0)
+    move(lab_policy)
+    served.sync_unchecked(1)
+    with pytest.raises(RolloutError, match="must serve the new adapter, got the base"):
+        served.sync(2)
