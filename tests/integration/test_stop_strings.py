@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from gft_lite.lab import rows
 from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.sections import PolicySettings, PromptSettings, RolloutSettings
 from gft_lite.rollout.base import Request, Sampling
@@ -179,27 +178,3 @@ def test_every_end_token_of_the_model_ends_the_graded_text(policy, monkeypatch):
     for end in ((), (EOS,), (1,)):
         assert graded_text((70, 71, *end), format, ()) == text
     assert format.demonstration(text, "expert").token_ids[-1] == EOS
-
-
-@NEEDS_VLLM
-def test_transformers_and_vllm_agree_on_the_lab_base(tmp_path):
-    """Greedy samples: equal tokens, equal ends, equal graded texts. See test_vllm_server, too."""
-    policy = _load("lab")
-    format = make_prompt_format(policy, PromptSettings())
-    prompts = [tuple(policy.tokenizer.encode(row["problem"])) for row in rows("test", limit=8)]
-    requests = [Request(prompt, (0,)) for prompt in prompts]
-    found = {}
-    for name in ("transformers", "vllm"):
-        engine = _start(name, policy, tmp_path / name)
-        for stop in ((), ("#",), (";", "#"), ("<",), ("#1", "#2", "#3")):
-            groups = engine.generate(requests, Sampling(0.0, max_tokens=24, stop=stop))
-            found[name, stop] = [
-                (c.token_ids, c.finish_reason, graded_text(c.token_ids, format, stop))
-                for [c] in groups
-            ]
-        engine.close()
-    for (_, stop), samples in found.items():
-        assert samples == found["transformers", stop]
-        assert not [s for s in stop for *_, text in samples if s in text]
-    assert "" in [text for *_, text in found["vllm", ("<",)]]
-    assert found["vllm", ("#",)] != found["vllm", (";", "#")] != found["vllm", ()]
