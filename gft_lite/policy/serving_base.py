@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from gft_lite.policy.base import Policy, ServedBase
 from gft_lite.policy.registry import model_location
 from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.paths import cache_folder
 
 KEPT = 3  # Copies in the cache; that of an 8B model has 16 GB.
 SHARD = 1 << 30  # Bytes of dequantised weights in RAM at a time.
@@ -63,18 +64,6 @@ def serving_base(policy: Policy, kind: str) -> ServedBase:
         ) from error  # fmt: skip
     note = f"; {', '.join(removed)} removed, {KEPT} are kept" if removed else ""
     return ServedBase(str(folder), f"nf4_dequantised ({folder}, {how}{note})")
-
-
-def cache_folder() -> Path:
-    """The folder for files that gft-lite can recreate."""
-    if own := os.environ.get("GFT_LITE_CACHE"):
-        return _expand_home(own)
-    return _expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "gft-lite"
-
-
-def _expand_home(path: str) -> Path:
-    """A path with `~` replaced; pathlib raises an error for an unknown user, os.path does not."""
-    return Path(os.path.expanduser(path))
 
 
 # --- the cache ---------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.sections import PolicySettings, PromptSettings, RolloutSettings
 from gft_lite.rollout import vllm_common as vllm_shared
 from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.paths import cache_folder
 
 KIND = "nf4_dequantised"
 
@@ -217,13 +218,13 @@ def test_the_location_of_the_cache(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     monkeypatch.setenv("XDG_CACHE_HOME", "/large/cache")
     monkeypatch.setenv("GFT_LITE_CACHE", "~/mine")
-    assert serving.cache_folder() == Path("/home/someone/mine")
+    assert cache_folder() == Path("/home/someone/mine")
     monkeypatch.setenv("GFT_LITE_CACHE", "~no-such-user/mine")
-    assert serving.cache_folder() == Path("~no-such-user/mine")
+    assert cache_folder() == Path("~no-such-user/mine")
     monkeypatch.delenv("GFT_LITE_CACHE")
-    assert serving.cache_folder() == Path("/large/cache/gft-lite")
+    assert cache_folder() == Path("/large/cache/gft-lite")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert serving.cache_folder() == Path("/home/someone/.cache/gft-lite")
+    assert cache_folder() == Path("/home/someone/.cache/gft-lite")
 
 
 # --- what vLLM serves --------------------------------------------------------------------------
