@@ -17,7 +17,9 @@ class Problem:
     """One question with its gold answer and whatever demonstrations the data set has.
 
     `prompt_ids` is the rendered prompt (template or chat template applied), tokenised once.
-    `columns` keeps the data set's remaining columns for user reward functions.
+    `columns` keeps the data set's remaining columns for user reward functions. Of a conversation,
+    `text` is the last user turn, `history` the earlier (user, assistant) turns, and `system` its
+    own system message.
     """
 
     id: str
@@ -27,6 +29,28 @@ class Problem:
     experts: tuple[str, ...] = ()
     teachers: tuple[str, ...] = ()
     columns: Mapping[str, Any] = field(default_factory=dict)
+    history: tuple[tuple[str, str], ...] = ()
+    system: str | None = None
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The problem as chat messages, without the prompt settings of a recipe."""
+        turns = [] if self.system is None else [("system", self.system)]
+        turns += [turn for q, a in self.history for turn in (("user", q), ("assistant", a))]
+        return [{"role": r, "content": t} for r, t in (*turns, ("user", self.text))]
+
+    def to_json(self) -> dict[str, Any]:
+        """What files record of a problem: a conversation's `system` and `history` if it has any."""
+        own = {"id": self.id, "text": self.text, "answer": self.answer}
+        earlier: dict[str, Any] = {"system": self.system, "history": [*map(list, self.history)]}
+        return own | {name: value for name, value in earlier.items() if value}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Problem:
+        """The problem of a file. Raises: KeyError, TypeError or ValueError if it is no problem."""
+        history = tuple((str(q), str(a)) for q, a in entry.get("history", ()))
+        given = entry["id"], entry["text"], entry["answer"]
+        return cls(*given, history=history, system=entry.get("system"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +59,7 @@ class Response:
 
     `token_ids` includes the end-of-sequence token when `finish_reason` is "stop" on it;
     `logprobs`, one per token id, are the rollout engine's, in nats, for self samples only.
+    The first `prefix` tokens are a demonstration's, put before the sample; their log-probs are 0.
     `reward` is the reward rule's score, never an advantage; None before grading, and after it if no
     reward function applies. `reward_parts` are the unweighted scores of each reward function.
     `verdict` is the outcome of grading, None before it: "not_applicable", "ok", "no_answer" (none
@@ -51,6 +76,7 @@ class Response:
     reward_parts: Mapping[str, float] = field(default_factory=dict)
     verdict: str | None = None
     correct: bool | None = None
+    prefix: int = 0
 
     @property
     def truncated(self) -> bool:
@@ -99,10 +125,13 @@ class ScoredGroup:
 
     @property
     def success_share(self) -> float:
-        """The share of the self samples that are right; 0 without self samples.
-
-        Where no reward function decides correctness, a reward over 0.5 counts as right.
-        """
-        samples = [r for r in self.group if r.source == "self"]
-        right = [(r.reward or 0.0) > 0.5 if r.correct is None else r.correct for r in samples]
+        """The share of the self samples that are right; 0 without self samples."""
+        right = [self.is_right(r) for r in self.group if r.source == "self"]
         return sum(right) / len(right) if right else 0.0
+
+    @staticmethod
+    def is_right(response: Response) -> bool:
+        """True if a response is right; a reward over 0.5 where no function decides that."""
+        if response.correct is None:
+            return (response.reward or 0.0) > 0.5
+        return response.correct

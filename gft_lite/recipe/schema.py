@@ -54,7 +54,6 @@ from gft_lite.recipe.training_sections import (
     stage_shorthand,
 )
 from gft_lite.recipe.validation_errors import Places, Problem, explain
-from gft_lite.rewards.registry import REWARDS
 from gft_lite.utils.errors import RecipeError, short_repr
 
 # Fields of `policy` that no stage may change, as the adapter is that of the stage before.
@@ -172,12 +171,11 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _rewards_have_answers(self) -> Recipe:
-        names = [f.name for f in self.reward.functions]
-        needy = [name for name in names if name in REWARDS and REWARDS[name].needs_answer]
-        sets = {"data": self.data, **{f"eval.sets.{n}": data for n, data in self.eval.sets.items()}}
-        why = f"must name a column, as reward {', '.join(needy)} compares with it"
-        rules = [f"{field}.columns.answer: {why}" for field, data in sets.items()
-                 if needy and data.columns.answer is None]  # fmt: skip
+        method = METHODS.get(self.method)
+        trained = {} if method and not method.group_advantages else {"data": self.data}
+        sets = trained | {f"eval.sets.{name}": data for name, data in self.eval.sets.items()}
+        rules = [f"{field}.columns.answer: {rule}" for field, data in sets.items()
+                 if (rule := self.reward.answer_rule(data.columns))]  # fmt: skip
         if rules:
             raise ValueError("\n".join(rules))
         return self

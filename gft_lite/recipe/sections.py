@@ -8,6 +8,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    JsonValue,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -131,9 +132,16 @@ class ColumnsSettings(Settings):
     other rows are skipped. `answer: null`: there are no answers. `answer_from`: the last box of
     the column (boxed), or the text after `####` (hash). `clean: gsm8k` removes `<<48/2=24>>` from
     demonstrations and boxes their `#### 24` line.
+    `messages` holds conversations, as lists of {role, content} or ShareGPT's {from, value}: their
+    system message and all turns up to the last user turn are the prompt, an assistant turn after
+    it is an expert demonstration. A list of messages in `problem` is a prompt too. Where no column
+    is named, and the data have no column `problem`, columns `messages`, `conversations`, or TRL's
+    `prompt` and `completion`, are found by their names; the answers are then in `answer` if that
+    exists.
     """
 
     problem: str | list[str] = "problem"
+    messages: str | None = None
     choices: str | None = None
     answer: str | None = "answer"
     answer_from: Literal["plain", "boxed", "hash"] = "plain"
@@ -142,13 +150,41 @@ class ColumnsSettings(Settings):
     id: str | None = None
     clean: Literal["gsm8k"] | None = None
 
+    @model_validator(mode="after")
+    def _one_source_of_problems(self) -> ColumnsSettings:
+        if self.messages is not None and (self.choices or self.problem != "problem"):
+            raise ValueError("messages: must be null with columns.problem or columns.choices")
+        return self
+
+    @property
+    def found_by_name(self) -> bool:
+        """True if no column of problems or demonstrations is named."""
+        return self.messages is None and not (
+            self.choices or self.expert or self.teacher or self.problem != "problem"
+        )
+
+
+# Arguments of transformers' apply_chat_template, and what it passes to the template itself.
+_TEMPLATE_ARGUMENTS = {
+    "conversation", "conversations", "messages", "tools", "documents", "chat_template",
+    "add_generation_prompt", "continue_final_message", "tokenize", "padding", "truncation",
+    "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
+    "tokenizer_kwargs", "self",
+}  # fmt: skip
+
 
 class PromptSettings(Settings):
-    """The prompt of a problem: plain text, or a user turn in the chat template."""
+    """The prompt of a problem: plain text, or a user turn in the chat template.
+
+    `template` is applied to every user turn. A conversation's own system message takes the place
+    of `system`. `chat_template_kwargs` are variables of the chat template, such as
+    `enable_thinking: false`.
+    """
 
     style: Literal["plain", "chat"] = "plain"
     template: str = "{problem}"
     system: str | None = None
+    chat_template_kwargs: dict[str, JsonValue] = {}
 
     @model_validator(mode="after")
     def _template_has_problem(self) -> PromptSettings:
@@ -156,6 +192,11 @@ class PromptSettings(Settings):
             raise ValueError("template: must contain {problem}")
         if self.system is not None and self.style == "plain":
             raise ValueError("system: needs prompt.style: chat")
+        if self.chat_template_kwargs and self.style == "plain":
+            raise ValueError("chat_template_kwargs: needs prompt.style: chat")
+        if own := sorted(_TEMPLATE_ARGUMENTS & self.chat_template_kwargs.keys()):
+            rule = "must be variables of the chat template, not arguments of its rendering"
+            raise ValueError(f"chat_template_kwargs.{own[0]}: {rule}")
         return self
 
 
@@ -215,6 +256,7 @@ class ObjectiveSettings(Settings):
 
     `kl` is the weight of the k3 estimate of KL(policy || reference) in the per-token loss of any
     method (TRL's `beta`, without the correction by rho that TRL may apply); `lam` is asft's.
+    `entropy` is the weight of an entropy bonus in nats, the token mean over all rows of the step.
     `mask_truncated` excludes rows at the length limit, also from the reduction's denominator.
     A method's own parameters are extra fields, which `objective_schema.py` checks.
     """
@@ -229,6 +271,7 @@ class ObjectiveSettings(Settings):
     clip_high: NonNegativeFloat = 0.2
     lam: NonNegativeFloat = 0.1
     kl: NonNegativeFloat = 0.0
+    entropy: NonNegativeFloat = 0.0
     mask_truncated: bool = False
 
 
@@ -267,6 +310,14 @@ class RewardSettings(Settings):
     ] = Field(default_factory=lambda: [RewardFunctionSettings(name="math")])
     workers: Annotated[PositiveInt, at_most(1024), NO_RESULT] = 2
     timeout: Annotated[PositiveFloat, at_most(86_400), EVALUATION] = 3.0
+
+    def answer_rule(self, columns: ColumnsSettings) -> str | None:
+        """The rule that `columns` break by having no answers, if a function compares with them."""
+        needy = [f.name for f in self.functions
+                 if f.name in REWARDS and REWARDS[f.name].needs_answer]  # fmt: skip
+        if not needy or columns.answer is not None:
+            return None
+        return f"must name a column, as reward {', '.join(needy)} compares with it"
 
 
 class RolloutSettings(Settings):
