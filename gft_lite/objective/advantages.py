@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -46,17 +47,34 @@ def group_advantages(
 
 
 def advantages_of(
-    rewards: Sequence[float | None], *, std: Std = "sample", eps: float = 1e-6
+    rewards: Sequence[float | None],
+    *,
+    std: Std = "sample",
+    eps: float = 1e-6,
+    baseline: Sequence[bool] | None = None,
 ) -> list[float]:
     """The advantages of a group in which some responses have no reward (None).
 
     A response without a reward has advantage 0 and is not part of mean and standard deviation.
     If only one of several responses has a reward, there is nothing to compare it with: 0.
+    `baseline` says which responses make up mean and standard deviation, by default all. The others
+    are compared with these; where these have equal rewards, their standard deviation counts as 1.
 
-    Shapes: rewards [K] -> advantages [K].
+    Shapes: rewards [K], baseline [K] -> advantages [K].
     """
-    graded = [reward for reward in rewards if reward is not None]
-    if not graded or (len(graded) == 1 and len(rewards) > 1):
+    members = baseline or [True] * len(rewards)
+    graded = [r for r, inside in zip(rewards, members, strict=True) if inside and r is not None]
+    if not graded or (len(graded) == 1 and sum(members) > 1):
         return [0.0] * len(rewards)
     values = iter(group_advantages(graded, std=std, eps=eps).tolist())
-    return [0.0 if reward is None else next(values) for reward in rewards]
+    mean = sum(graded) / len(graded)
+    spread = statistics.stdev(graded) if std == "sample" and len(graded) > 1 else 0.0
+    spread = statistics.pstdev(graded) if std == "population" else spread
+    scale = spread + eps if spread else 1.0
+
+    def advantage(reward: float | None, inside: bool) -> float:
+        if reward is None:
+            return 0.0
+        return next(values) if inside else (reward - mean) / scale
+
+    return [advantage(*pair) for pair in zip(rewards, members, strict=True)]

@@ -23,12 +23,14 @@ class LossInputs:
 
     Log-probs, entropy and KL are in nats, of the untempered distribution (temperature 1).
 
-    Shapes: logprobs [..., T], with gradient; advantages [...] or [..., T]; without gradient
-    source [..., T], the index in `types.SOURCES`; old_logprobs [..., T] at the start of the step
-    (None while the policy has not moved since); engine_logprobs [..., T] as sampled (the trainer's
-    own for demonstrations); entropy [..., T]; reference_logprobs [..., T]; success_share [..., T],
-    the share of the group's self samples with an advantage above 0; progress, the share of the
-    budget that is spent, in [0, 1]. With gradient: reference_kl [..., T], the exact
+    Shapes: logprobs [..., T], with gradient; advantages [...] or [..., T]. Without gradient, all
+    [..., T]: source, the index in `types.SOURCES`; old_logprobs, at the start of the step (None
+    while the policy has not moved since); engine_logprobs, as sampled (the trainer's own for
+    demonstrations); entropy; row_entropy, its mean over the row, and entropy_quantile, the share of
+    the row's tokens of the same source with a lower one, both at the start of the step;
+    reference_logprobs; teacher_logprobs; correct, 1 where the response is right, else 0;
+    success_share, the share of the group's self samples that are right. progress is the share of
+    the budget that is spent, in [0, 1]. With gradient: reference_kl [..., T], the exact
     KL(reference || policy) over the vocabulary.
     """
 
@@ -38,8 +40,12 @@ class LossInputs:
     old_logprobs: Tensor | None = None
     engine_logprobs: Tensor | None = None
     entropy: Tensor | None = None
+    row_entropy: Tensor | None = None
+    entropy_quantile: Tensor | None = None
     reference_logprobs: Tensor | None = None
     reference_kl: Tensor | None = None
+    teacher_logprobs: Tensor | None = None
+    correct: Tensor | None = None
     success_share: Tensor | None = None
     progress: float | None = None
 
@@ -58,7 +64,7 @@ class LossOutput:
     Each metric has a value per token, NaN where it does not apply; its mean over the other trained
     tokens of a step goes to `metrics.jsonl`, the console, the trackers and the report.
 
-    Shapes: per_token [..., T]; each metric [..., T].
+    Shapes: per_token [..., T], or [P, T] for a method with P `parts`; each metric [..., T].
     """
 
     per_token: Tensor
@@ -80,7 +86,7 @@ def asft_loss(inputs: LossInputs, *, lam: float = 0.1) -> LossOutput:
 
     Direction of the KL and `lam` are those of the authors' code. Needs `reference_kl`.
     """
-    kl = _present(inputs.reference_kl, "reference_kl")
+    kl = present(inputs.reference_kl, "reference_kl")
     per_token = dft_loss(inputs).per_token + lam * kl
     return LossOutput(per_token, {"reference_kl": kl.detach()})
 
@@ -116,19 +122,25 @@ def clipped_loss(
     gradient counts. Metrics: `ratio`, the mean of rho, and `clip_fraction`, the share of tokens
     whose gradient the clipping removes.
     """
-    return _clipped(inputs, inputs.token_advantages, clip_low, clip_high)
+    return clipped_surrogate(inputs, inputs.token_advantages, clip_low, clip_high)
 
 
 def psft_loss(inputs: LossInputs, *, clip_low: float = 0.2, clip_high: float = 0.28) -> LossOutput:
     """Proximal SFT (arXiv 2508.17784): the clipped surrogate with every advantage 1."""
-    return _clipped(inputs, inputs.logprobs.detach().new_ones(()), clip_low, clip_high)
+    return clipped_surrogate(inputs, inputs.logprobs.detach().new_ones(()), clip_low, clip_high)
 
 
-def _clipped(
+def importance_ratio(inputs: LossInputs) -> Tensor:
+    """rho = p / p_old with gradient; without `old_logprobs` its value is 1. Shapes: [..., T]."""
+    logprobs, old = inputs.logprobs, inputs.old_logprobs
+    return (logprobs - (logprobs.detach() if old is None else old)).exp()
+
+
+def clipped_surrogate(
     inputs: LossInputs, advantages: Tensor, clip_low: float, clip_high: float
 ) -> LossOutput:
-    logprobs, old = inputs.logprobs, inputs.old_logprobs
-    ratio = (logprobs - (logprobs.detach() if old is None else old)).exp()
+    """The clipped surrogate with these advantages; metrics as `clipped_loss`."""
+    ratio = importance_ratio(inputs)
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     metrics = {"ratio": ratio.detach(), "clip_fraction": (clipped < unclipped).detach()}
@@ -146,7 +158,8 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return difference.exp() - difference - 1
 
 
-def _present(value: Tensor | None, name: str) -> Tensor:
+def present(value: Tensor | None, name: str) -> Tensor:
+    """An optional input that the loss needs. Raises: ValueError if it is missing."""
     if value is None:
         raise ValueError(f"{name}: must be among the method's needs, got none")
     return value

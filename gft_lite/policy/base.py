@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class TokenScores:
     """Log-probs of the response tokens and the entropy of each distribution; all [T], nats.
 
-    `reference_kl`, on request, is the exact KL(reference || policy) over the vocabulary.
+    Gradient flows through the log-probs, and on request through the entropies and `reference_kl`,
+    the exact KL(reference || policy) over the vocabulary.
     """
 
     logprobs: Tensor
@@ -87,7 +88,9 @@ class Policy(Protocol):
     def batches(self, rows: Sequence[Row], token_budget: int) -> list[MicroBatch]:
         """Rows as micro-batches in the policy's layout."""
 
-    def token_scores(self, batch: MicroBatch, *, reference_kl: bool = False) -> TokenScores:
+    def token_scores(
+        self, batch: MicroBatch, *, reference_kl: bool = False, entropy_gradient: bool = False
+    ) -> TokenScores:
         """Scores of the response tokens, with gradient if grad mode is on."""
 
     def backward(
@@ -96,13 +99,14 @@ class Policy(Protocol):
         loss: Callable[[TokenScores, slice], Tensor],
         *,
         reference_kl: bool = False,
+        entropy_gradient: bool = False,
     ) -> tuple[float, TokenScores]:
         """Add the gradient of a loss to the adapter's gradient; returns the loss and the scores.
 
         `loss(scores, span)` is called once for each slice `span` of the micro-batch's response
         tokens and returns the slice's part of the loss, a scalar. Gradient flows through
-        `scores.logprobs` and, on request, `scores.reference_kl`; `scores.entropy` is detached.
-        A token's log-prob may affect only the part of its own slice.
+        `scores.logprobs` and, on request, `scores.entropy` and `scores.reference_kl`.
+        A token's scores may affect only the part of its own slice.
         """
 
     def divergence(self, batch: MicroBatch) -> Divergence:

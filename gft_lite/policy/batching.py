@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,23 +15,28 @@ from gft_lite.types import SOURCES
 Layout = Literal["shared", "packed", "padded"]
 
 
+Weight = float | tuple[float, ...]
+EXPERT, SELF = SOURCES.index("expert"), SOURCES.index("self")
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One response to train on: its tokens, its advantage, and the weight of each token.
 
-    `source` is the index in `types.SOURCES`, `success_share` the share of its group's self samples
-    that are right. Where the loss needs them: `old_logprobs` [R] at the start of the step and
-    `engine_logprobs` [R] as sampled, both in nats.
+    The weight is a number, or one for each part of the loss. `source` is the index in
+    `types.SOURCES`. The first `prefix` response tokens are those of an expert's demonstration,
+    with a weight of their own. `loss_inputs` are the inputs that the loss needs beside log-probs
+    and advantage, by their names in `LossInputs`: a number, or a value per response token [R].
     """
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     advantage: float = 1.0
-    weight: float = 1.0
-    source: int = SOURCES.index("self")
-    success_share: float = 0.0
-    old_logprobs: Tensor | None = None
-    engine_logprobs: Sequence[float] | None = None
+    weight: Weight = 1.0
+    source: int = SELF
+    prefix: int = 0
+    prefix_weight: Weight = 0.0
+    loss_inputs: Mapping[str, float | Sequence[float] | Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
@@ -56,8 +61,9 @@ class MicroBatch:
 
     Shapes: input_ids [B, S]; of padded rows attention_mask [B, S]; of a packed line (B = 1)
     position_ids [1, S] and its segments; predicts [T], the places in the flat [B * S] whose
-    states predict the targets; all others [T]. `row` is the index of each token's row in the list
-    of rows; `engine_logprobs` are NaN where no engine sampled the token.
+    states predict the targets; weights [T], or [P, T] for the P parts of a loss; all others and
+    each of `loss_inputs` [T], NaN where a row has no value. `row` is the index of each token's row
+    in the list of rows.
     """
 
     input_ids: Tensor
@@ -70,14 +76,14 @@ class MicroBatch:
     weights: Tensor
     row: Tensor
     source: Tensor
-    success_share: Tensor
-    old_logprobs: Tensor | None = None
-    engine_logprobs: Tensor | None = None
+    loss_inputs: Mapping[str, Tensor]
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch on another device."""
 
         def moved(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {name: tensor.to(device) for name, tensor in value.items()}
             return value.to(device) if isinstance(value, Tensor) else value
 
         return MicroBatch(*(moved(getattr(self, field.name)) for field in fields(self)))
@@ -191,24 +197,35 @@ def _per_token(rows: Sequence[Row], indices: Sequence[int]) -> dict[str, Any]:
     """The fields of a micro-batch that have a value for each response token."""
     chosen = [rows[i] for i in indices]
     lengths = torch.tensor([len(row.response_ids) for row in chosen])
-
-    def spread(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.get_default_dtype()).repeat_interleave(lengths)
-
-    engine = None
-    if any(row.engine_logprobs is not None for row in chosen):
-        unknown = [math.nan]
-        engine = torch.tensor(
-            [x for r in chosen for x in r.engine_logprobs or unknown * len(r.response_ids)]
-        )
-    old = [row.old_logprobs for row in chosen if row.old_logprobs is not None]
+    dtype = torch.get_default_dtype()
+    names = dict.fromkeys(name for row in chosen for name in row.loss_inputs)
     return {
         "targets": torch.tensor([token for row in chosen for token in row.response_ids]),
-        "advantages": spread([row.advantage for row in chosen]),
-        "weights": spread([row.weight for row in chosen]),
+        "advantages": torch.tensor([row.advantage for row in chosen], dtype=dtype)
+        .repeat_interleave(lengths),
+        "weights": torch.cat([_weights(row, dtype) for row in chosen], -1),
         "row": torch.tensor(indices).repeat_interleave(lengths),
-        "source": torch.tensor([row.source for row in chosen]).repeat_interleave(lengths),
-        "success_share": spread([row.success_share for row in chosen]),
-        "engine_logprobs": engine,
-        "old_logprobs": torch.cat(old) if old else None,
-    }
+        "source": torch.cat([_sources(row) for row in chosen]),
+        "loss_inputs": {
+            name: torch.cat([_spread(row, name, dtype) for row in chosen]) for name in names
+        },
+    }  # fmt: skip
+
+
+def _weights(row: Row, dtype: torch.dtype) -> Tensor:
+    """The weights of a row's response tokens, [R] or [P, R]."""
+    own, prefix = (
+        torch.tensor(weight, dtype=dtype)[..., None] for weight in (row.weight, row.prefix_weight)
+    )
+    rest = own.expand(*own.shape[:-1], len(row.response_ids) - row.prefix)
+    return torch.cat([prefix.expand(*own.shape[:-1], row.prefix), rest], -1) if row.prefix else rest
+
+
+def _sources(row: Row) -> Tensor:
+    return torch.tensor([EXPERT] * row.prefix + [row.source] * (len(row.response_ids) - row.prefix))
+
+
+def _spread(row: Row, name: str, dtype: torch.dtype) -> Tensor:
+    """A loss input of a row as a value per response token [R]."""
+    value = torch.as_tensor(row.loss_inputs.get(name, math.nan), dtype=dtype)
+    return value.expand(len(row.response_ids))

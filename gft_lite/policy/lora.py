@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gft_lite.policy import attention
 from gft_lite.policy.base import Divergence, ServedBase, TokenScores, evaluating
 from gft_lite.policy.batching import Layout, MicroBatch, Row, cut
-from gft_lite.policy.model_checks import find_eos_ids
+from gft_lite.policy.model_checks import find_eos_ids, longest_context
 from gft_lite.policy.registry import model_location
 from gft_lite.policy.scoring import Loss, OutputHead, autocast
 from gft_lite.policy.serving_base import serving_base
@@ -45,7 +45,7 @@ class LoraPolicy:
         causal_lm: Any = model.get_base_model()
         self._decoder = getattr(causal_lm, causal_lm.base_model_prefix)
         self.config = causal_lm.config
-        limit = getattr(self.config, "max_position_embeddings", None) or 1 << 30
+        limit = longest_context(self.config)
         self.context = min(settings.context or limit, limit)
         vocabulary = causal_lm.get_input_embeddings().num_embeddings
         self.eos_ids = find_eos_ids(
@@ -125,7 +125,8 @@ class LoraPolicy:
         base: Any = self.model.get_base_model()
         wanted = self.settings.layout
         known = {"full_attention", "sliding_attention"}
-        plain = set(getattr(self.config, "layer_types", None) or []) <= known
+        layers = getattr(self.config.get_text_config(), "layer_types", None) or []
+        plain = set(layers) <= known
         if wanted == "padded" or base._is_stateful or not plain:
             tried: tuple[Layout, ...] = ()
         else:
@@ -148,7 +149,10 @@ class LoraPolicy:
 
     @torch.no_grad()
     def _supports(self, layout: Layout) -> bool:
-        """True if three rows in this layout give the hidden states of padded rows."""
+        """True if three rows in this layout give the hidden states of padded rows.
+
+        Sliding windows are made shorter than the rows, so that they count as well.
+        """
         rows = [Row((1, 2, 3, 4), (5, 6, 7)), Row((1, 2, 3, 4), (8, 9)), Row((9, 8), (7, 6, 5))]
 
         def states(layout: Layout) -> Tensor:
@@ -156,7 +160,7 @@ class LoraPolicy:
             return self._hidden(batch)[batch.row.argsort(stable=True)].float()
 
         try:
-            with evaluating(self):
+            with evaluating(self), attention.short_windows(self.model):
                 tried, padded = states(layout), states("padded")
         except attention.Unsupported:
             return False
@@ -165,25 +169,32 @@ class LoraPolicy:
 
     # --- scoring ---------------------------------------------------------------------------
 
-    def token_scores(self, batch: MicroBatch, *, reference_kl: bool = False) -> TokenScores:
+    def token_scores(
+        self, batch: MicroBatch, *, reference_kl: bool = False, entropy_gradient: bool = False
+    ) -> TokenScores:
         """Scores of the response tokens, with gradient if grad mode is on."""
         batch = batch.to(self.device)
         hidden = self._hidden(batch)
         reference = self._reference_hidden(batch) if reference_kl else None
-        return self.head.scores(hidden, batch.targets, reference)
+        return self.head.scores(hidden, batch.targets, reference, entropy_gradient=entropy_gradient)
 
     def backward(
-        self, batch: MicroBatch, loss: Loss, *, reference_kl: bool = False
-    ) -> tuple[float, TokenScores]:
+        self, batch: MicroBatch, loss: Loss, *, reference_kl: bool = False,
+        entropy_gradient: bool = False,
+    ) -> tuple[float, TokenScores]:  # fmt: skip
         """Add the gradient of a loss to the adapter's gradient; see `Policy.backward`."""
         batch = batch.to(self.device)
         if reference_kl or not (self.settings.fused_head and self.head.fused):
-            scores = self.token_scores(batch, reference_kl=reference_kl)
+            scores = self.token_scores(
+                batch, reference_kl=reference_kl, entropy_gradient=entropy_gradient
+            )
             total = loss(scores, slice(None))
             total.backward()
             return total.item(), scores
         hidden = self._hidden(batch)
-        value, gradient, scores = self.head.loss_gradient(hidden.detach(), batch.targets, loss)
+        value, gradient, scores = self.head.loss_gradient(
+            hidden.detach(), batch.targets, loss, entropy_gradient=entropy_gradient
+        )
         hidden.backward(gradient)
         return value, scores
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,14 +45,16 @@ class OutputHead:
             return self.module(hidden).float()
 
     def scores(
-        self, hidden: Tensor, targets: Tensor, ref_hidden: Tensor | None = None
-    ) -> TokenScores:
+        self, hidden: Tensor, targets: Tensor, ref_hidden: Tensor | None = None,
+        *, entropy_gradient: bool = False,
+    ) -> TokenScores:  # fmt: skip
         """Scores of the targets, with the KL to the reference if its states are given.
 
         Shapes: hidden and ref_hidden [T, d], targets [T].
         """
         inputs = [hidden, targets] if ref_hidden is None else [hidden, targets, ref_hidden]
-        return TokenScores(*self._over_chunks(self._score_chunk, *inputs))
+        score = partial(self._score_chunk, entropy_gradient=entropy_gradient)
+        return TokenScores(*self._over_chunks(score, *inputs))
 
     def divergence(self, hidden: Tensor, ref_hidden: Tensor, targets: Tensor) -> Divergence:
         """Policy against reference. Shapes: hidden and ref_hidden [T, d], targets [T]."""
@@ -59,12 +62,13 @@ class OutputHead:
 
     @torch.no_grad()
     def loss_gradient(
-        self, hidden: Tensor, targets: Tensor, loss: Loss
+        self, hidden: Tensor, targets: Tensor, loss: Loss, *, entropy_gradient: bool = False
     ) -> tuple[float, Tensor, TokenScores]:
         """The loss, its gradient with respect to the hidden states [T, d], and the scores.
 
         With d log p_t / d logits = onehot(t) - softmax, the gradient of a token follows from the
         derivative of the loss in the token's own log-prob: two matrix products, no logits kept.
+        That of the entropy H is d H / d logits = -softmax (log softmax + H).
         """
         value, gradient, scores = 0.0, torch.empty_like(hidden), []
         rows = self._chunk_rows
@@ -76,14 +80,21 @@ class OutputHead:
             probs = (logits - normaliser[:, None]).exp_()
             entropy = normaliser - torch.linalg.vecdot(probs, logits)
             with torch.enable_grad():
-                part = TokenScores(logprobs.requires_grad_(), entropy)
+                part = TokenScores(
+                    logprobs.requires_grad_(), entropy.requires_grad_(entropy_gradient)
+                )
                 share = loss(part, span)
-                [slope] = torch.autograd.grad(share, [logprobs])
-            by_logits = probs.mul_(-slope[:, None]).scatter_add_(-1, pick, slope[:, None])
+                inputs = [logprobs, entropy] if entropy_gradient else [logprobs]
+                slope, *of_entropy = torch.autograd.grad(share, inputs)
+            factor = -slope[:, None]
+            for other in of_entropy:  # normaliser - entropy: log softmax + H = logits - that.
+                shift = (normaliser - entropy)[:, None]
+                factor = factor - other[:, None] * (logits - shift)
+            by_logits = probs.mul_(factor).scatter_add_(-1, pick, slope[:, None])
             with autocast(self._device, self._dtype):
                 gradient[span] = by_logits @ self.module.weight
             value += share.item()
-            scores.append((logprobs.detach(), entropy))
+            scores.append((logprobs.detach(), entropy.detach()))
             del logits, probs, by_logits  # Freed before those of the next slice are allocated.
         return value, gradient, TokenScores(*(torch.cat(c) for c in zip(*scores, strict=True)))
 
@@ -104,17 +115,19 @@ class OutputHead:
         return tuple(torch.cat(column) for column in zip(*outputs, strict=True))
 
     def _score_chunk(
-        self, hidden: Tensor, targets: Tensor, ref_hidden: Tensor | None = None
-    ) -> tuple[Tensor, ...]:
+        self, hidden: Tensor, targets: Tensor, ref_hidden: Tensor | None = None,
+        *, entropy_gradient: bool = False,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         """Log-probs [T], entropies [T] and, with `ref_hidden`, KL(reference || policy) [T]."""
         logits = self.logits(hidden)
         normaliser = logits.logsumexp(-1)
         logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - normaliser
-        with torch.no_grad():
+        with contextlib.nullcontext() if entropy_gradient else torch.no_grad():
             logp = logits - normaliser[:, None]
             entropy = -(logp.exp() * logp).sum(-1)
-            if ref_hidden is None:
-                return logprobs, entropy
+        if ref_hidden is None:
+            return logprobs, entropy
+        with torch.no_grad():
             ref = self.logits(ref_hidden)
             # The policy's formula, so that equal logits have a KL of exactly 0.
             ref = ref - ref.logsumexp(-1, keepdim=True)

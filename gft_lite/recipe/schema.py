@@ -144,8 +144,8 @@ class Recipe(Settings):
             rules.append(f"rollout.resample: must be 0 {why}")
         if self.stages:
             rules.append(f"stages: must be empty {why}, by another policy than a stage's")
-        if method and "self" in method.sources and "old_logprobs" in method.needs:
-            rule = f"must not compare with the policy that sampled, as {self.method} does,"
+        if method and method.on_policy:
+            rule = f"must not need samples of the current policy, as {self.method} does,"
             rules.append(f"method: {rule} {why}")
         if rules:
             raise ValueError("\n".join(rules))

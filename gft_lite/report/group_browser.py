@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from gft_lite.objective.losses import LossInputs
+from gft_lite.objective.method import call_with_parameters
 from gft_lite.objective.methods import METHODS, find_method
 from gft_lite.recipe.method_parameters import bind_method
 from gft_lite.recipe.schema import Recipe
@@ -187,8 +188,8 @@ def coefficients(
 ) -> list[float]:
     """The loss's coefficient of each token: `-d loss / d log p` at advantage 1.
 
-    It is C(p) of Eq. 5 for GFT, 1 for SFT, p for DFT. The policy is taken to be that of the rollout
-    and the reference, so that a KL term adds nothing.
+    It is C(p) of Eq. 5 for GFT, 1 for SFT, p for DFT; the sum over the parts of a loss. The policy
+    is taken to be that of the rollout and the reference, so that a KL term adds nothing.
 
     Raises: UserError if a user's own loss fails.
     """
@@ -197,13 +198,17 @@ def coefficients(
     method = find_method(recipe.method)
     parameters = bind_method(recipe)
     logprobs = torch.tensor(scores.probabilities, dtype=torch.float64).log().requires_grad_()
-    fixed = logprobs.detach()
+    fixed, entropy = logprobs.detach(), torch.tensor(scores.entropy, dtype=torch.float64)
     known: dict[str, Any] = {
         "source": torch.full_like(fixed, SOURCES.index(context.source), dtype=torch.long),
         "old_logprobs": None,
         "engine_logprobs": fixed,
-        "entropy": torch.tensor(scores.entropy, dtype=torch.float64),
+        "entropy": entropy,
+        "row_entropy": entropy.mean().expand_as(fixed),
+        "entropy_quantile": torch.ones_like(fixed),
         "reference_logprobs": fixed,
+        "teacher_logprobs": fixed,
+        "correct": torch.ones_like(fixed),
         "reference_kl": torch.zeros_like(fixed),
         "success_share": torch.full_like(fixed, context.success_share),
         "progress": context.progress,
@@ -211,7 +216,9 @@ def coefficients(
     needed = {need: known[need] for need in method.needs}
     inputs = LossInputs(logprobs, torch.ones_like(fixed), **needed)
     with user_errors_as(lambda text: UserError([f"method: {recipe.method}: {text}"])):
-        loss = method.loss(inputs, **parameters).per_token.sum()
+        per_token = call_with_parameters(method.loss, inputs, parameters=parameters).per_token
+        inside = [context.source in part.sources for part in method.parts]
+        loss = (per_token[inside] if method.parts else per_token).sum()
         [gradient] = torch.autograd.grad(loss, logprobs)
     return (-gradient).tolist()
 

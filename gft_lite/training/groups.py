@@ -89,15 +89,20 @@ class GroupBuilder:
 
     def score(self, groups: Sequence[Group]) -> list[ScoredGroup]:
         """Graded groups with their advantages; 1 each for methods that use no rewards."""
-        objective = self.recipe.objective
-        if not find_method(self.recipe.method).group_advantages:
+        method = find_method(self.recipe.method)
+        if not method.group_advantages:
             return [ScoredGroup(group, (1.0,) * len(group)) for group in groups]
-        return [
-            ScoredGroup(
-                group, tuple(advantages_of(group.rewards, std=objective.std, eps=objective.eps))
-            )
-            for group in groups
-        ]
+        return [ScoredGroup(group, self._advantages(group, method.baseline)) for group in groups]
+
+    def _advantages(self, group: Group, sources: Sequence[Source]) -> tuple[float, ...]:
+        """Advantages against the mean of these sources' samples; none begins with a prefix."""
+        objective = self.recipe.objective
+        baseline = [r.source in sources and not r.prefix for r in group]
+        if not any(baseline):  # All begin with a prefix and are compared with each other.
+            baseline = [r.source in sources for r in group]
+        return tuple(
+            advantages_of(group.rewards, std=objective.std, eps=objective.eps, baseline=baseline)
+        )
 
     def _sample_and_grade(self, visits: Sequence[ProblemVisit], timer: PhaseTimer) -> list[Group]:
         with timer("rollout"):

@@ -17,19 +17,24 @@ from rich.console import Console
 from torch import Tensor
 
 from gft_lite.objective.losses import LossInputs, LossOutput, k3
+from gft_lite.objective.method import call_with_parameters
 from gft_lite.objective.methods import METHODS, find_method
-from gft_lite.objective.reduction import token_weights
 from gft_lite.policy.base import Policy, TokenScores, without_dropout
 from gft_lite.policy.batching import MicroBatch, Row
 from gft_lite.recipe.method_parameters import bind_method
 from gft_lite.recipe.schema import Recipe
 from gft_lite.runs import checkpoint
 from gft_lite.training.optim import learning_rate, make_optimizer
+from gft_lite.training.rows import make_rows
 from gft_lite.training.updates import Mean, Update, add_means
 from gft_lite.types import SOURCES, Problem, ScoredGroup
 from gft_lite.utils.distributed import SINGLE_PROCESS, Distributed
 from gft_lite.utils.errors import UserError
 from gft_lite.utils.user_code import user_errors_as
+
+# Inputs of a loss that are known of each row; the second ones take a pass before the update.
+_OF_ROWS = ("old_logprobs", "engine_logprobs", "teacher_logprobs", "correct", "success_share")
+_AT_START = ("row_entropy", "entropy_quantile")
 
 
 class Learner:
@@ -90,37 +95,28 @@ class Learner:
         return steps / (self.recipe.steps or 1)
 
     def rows(self, groups: Sequence[ScoredGroup]) -> list[Row]:
-        """The rows that one update trains on, weighted by the recipe's reduction."""
-        objective = self.recipe.objective
-        engine = "engine_logprobs" in self.method.needs
-        rows = [
-            Row(
-                scored.group.problem.prompt_ids,
-                response.token_ids,
-                advantage,
-                source=SOURCES.index(response.source),
-                success_share=scored.success_share,
-                engine_logprobs=response.logprobs if engine else None,
-            )
-            for scored in groups
-            for response, advantage in scored
-            if response.token_ids and not (objective.mask_truncated and response.truncated)
-        ]
-        lengths = [len(row.response_ids) for row in rows]
-        weights = token_weights(lengths, objective.reduction, self.recipe.rollout.max_tokens)
-        return [replace(row, weight=weight) for row, weight in zip(rows, weights, strict=True)]
+        """The rows that one update trains on, weighted by the reduction of each part."""
+        return make_rows(self.recipe, groups)
 
     def prepare_rows(self, rows: Sequence[Row]) -> list[Row]:
-        """The rows that go through the model, with old log-probs if the loss needs them.
+        """The rows that go through the model, with the inputs that take a pass of their own.
 
         Rows that add nothing to loss and gradient are left out; the reduction has counted them.
         """
-        method, recipe = self.method, self.recipe
-        drop = recipe.train.drop_zero_advantage and method.scales_with_advantage
-        if drop and not recipe.objective.kl:
-            rows = [row for row in rows if row.advantage]
+        if self.recipe.train.drop_zero_advantage:
+            rows = [row for row in rows if self._has_gradient(row)]
         rows = [row for row in rows if row.response_ids]
-        return self._with_old_logprobs(rows) if self._compares else rows
+        if self._compares or set(_AT_START) & set(self.method.needs):
+            rows = self._with_scores_at_start(rows)
+        return list(rows)
+
+    def _has_gradient(self, row: Row) -> bool:
+        """False for a row that adds nothing to loss and gradient, as its advantage is 0."""
+        objective = self.recipe.objective
+        ignored = self.method.ignores_flat(SOURCES[row.source]) and (
+            not row.prefix or self.method.ignores_flat("expert")
+        )
+        return bool(objective.kl or objective.entropy or row.advantage or not ignored)
 
     def update(self, rows: Sequence[Row], progress: float) -> Update:
         """One optimiser step on `rows` with one denominator.
@@ -128,7 +124,7 @@ class Learner:
         `progress` is the share of the budget that is spent half way through the step.
         """
         lr = learning_rate(progress, self.recipe.optim)
-        if not rows or not (self.recipe.objective.kl or any(row.advantage for row in rows)):
+        if not any(map(self._has_gradient, rows)):
             return Update(lr, self.micro_batch_tokens, skipped="flat")
         done = self.gradient(rows, progress)
         parameters = self.policy.parameters().values()
@@ -214,23 +210,30 @@ class Learner:
     def _backward(self, batch: MicroBatch, progress: float) -> tuple[float, dict[str, Mean]]:
         """Add a micro-batch's gradient; returns its share of the loss and its metrics."""
         batch = batch.to(self.policy.device)
-        needs, weight_of_kl = self.method.needs, self.recipe.objective.kl
+        needs, objective = self.method.needs, self.recipe.objective
         reference: Tensor | None = None
-        if weight_of_kl or "reference_logprobs" in needs:
+        if objective.kl or "reference_logprobs" in needs:
             with torch.no_grad(), self.policy.reference():
                 reference = self.policy.token_scores(batch).logprobs
         values: dict[str, list[Tensor]] = defaultdict(list)
 
         def loss(scores: TokenScores, span: slice) -> Tensor:
             output = self._loss(self._loss_inputs(batch, scores, span, reference, progress))
-            per_token = output.per_token
-            if weight_of_kl and reference is not None:
-                per_token = per_token + weight_of_kl * k3(scores.logprobs, reference[span])
+            terms = [output.per_token]
+            if objective.kl and reference is not None:
+                terms.append(objective.kl * k3(scores.logprobs, reference[span]))
+            if objective.entropy:
+                terms.append(-objective.entropy * scores.entropy)
             for name, metric in output.metrics.items():
                 values[name].append(metric.detach())
-            return (batch.weights[span] * per_token).sum()
+            per_token = terms[0] if len(terms) == 1 else torch.cat([t.view(-1, t.shape[-1])
+                                                                    for t in terms])  # fmt: skip
+            return (batch.weights[..., span] * per_token).sum()
 
-        total, scores = self.policy.backward(batch, loss, reference_kl="reference_kl" in needs)
+        total, scores = self.policy.backward(
+            batch, loss,
+            reference_kl="reference_kl" in needs, entropy_gradient=bool(objective.entropy),
+        )  # fmt: skip
         # Once per micro-batch and not per slice: every mean waits for the GPU.
         means = {name: Mean.of(torch.cat(parts)) for name, parts in values.items()}
         return total, {**means, "entropy": Mean.of(scores.entropy)}
@@ -239,16 +242,21 @@ class Learner:
         """The method's loss. Raises: UserError for a user's own loss that fails."""
         name = self.recipe.method
         if name in METHODS:
-            return self.method.loss(inputs, **self.parameters)
+            return self._call_loss(inputs)
         with user_errors_as(lambda text: UserError([f"method: the loss of {name} failed: {text}"])):
-            output = self.method.loss(inputs, **self.parameters)
+            output = self._call_loss(inputs)
             shapes = [output.per_token.shape, *(m.shape for m in output.metrics.values())]
-        if any(shape != inputs.logprobs.shape for shape in shapes):
+        tokens = inputs.logprobs.shape
+        parts = [(len(self.method.parts), *tokens) if self.method.parts else tokens]
+        if shapes != parts + [tokens] * len(output.metrics):
             raise UserError(
                 [f"method: the loss of {name} must give a value per token for per_token and each "
                  f"metric, {list(inputs.logprobs.shape)}, got {[list(s) for s in shapes]}."]
             )  # fmt: skip
         return output
+
+    def _call_loss(self, inputs: LossInputs) -> LossOutput:
+        return call_with_parameters(self.method.loss, inputs, parameters=self.parameters)
 
     def _loss_inputs(
         self,
@@ -263,34 +271,45 @@ class Learner:
         def cut(values: Tensor | None) -> Tensor | None:
             return None if values is None else values[span]
 
-        engine = cut(batch.engine_logprobs)
-        if engine is not None:  # NaN where no engine sampled the token.
-            engine = engine.where(engine.isfinite(), scores.logprobs.detach())
         optional: dict[str, Any] = {
             "source": cut(batch.source),
-            "old_logprobs": cut(batch.old_logprobs),
-            "engine_logprobs": engine,
             "entropy": scores.entropy.detach(),
             "reference_logprobs": cut(reference),
             "reference_kl": scores.reference_kl,
-            "success_share": cut(batch.success_share),
             "progress": progress,
+            **{name: cut(batch.loss_inputs.get(name)) for name in _OF_ROWS + _AT_START},
         }
+        engine = optional["engine_logprobs"]
+        if engine is not None:  # NaN where no engine sampled the token.
+            own = scores.logprobs.detach()
+            optional["engine_logprobs"] = engine.where(engine.isfinite(), own)
         needed = {name: optional[name] for name in self.method.needs}
         return LossInputs(scores.logprobs, batch.advantages[span], **needed)
 
     @torch.no_grad()
-    def _with_old_logprobs(self, rows: Sequence[Row]) -> list[Row]:
-        own: dict[int, Tensor] = {}
+    def _with_scores_at_start(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows with log-probs and entropies of the policy before the step's first update."""
+        own: dict[int, dict[str, Any]] = {}
         batches = self.policy.batches(rows, self.micro_batch_tokens)
         for batch in self.distributed.shard(batches):
             with without_dropout(self.policy):
-                logprobs = self.policy.token_scores(batch).logprobs.cpu()
+                scores = self.policy.token_scores(batch)
             for i in batch.row.unique().tolist():
-                own[i] = logprobs[batch.row == i]
-        shards = self.distributed.all_gather([own])
-        old = {i: logprobs for shard in shards for i, logprobs in shard.items()}
-        return [replace(row, old_logprobs=old[i]) for i, row in enumerate(rows)]
+                mask = (batch.row == i).to(scores.logprobs.device)
+                logprobs, entropy = scores.logprobs[mask].cpu(), scores.entropy[mask].cpu()
+                own[i] = {
+                    "row_entropy": entropy.mean().item(),
+                    "entropy_quantile": _quantiles(entropy, rows[i].prefix),
+                    "old_logprobs": logprobs,
+                }
+        found = {i: v for shard in self.distributed.all_gather([own]) for i, v in shard.items()}
+        wanted = [n for n in self.method.needs if n != "old_logprobs" or self._compares]
+        return [
+            replace(row, loss_inputs={
+                **row.loss_inputs, **{n: v for n, v in found[i].items() if n in wanted}
+            })
+            for i, row in enumerate(rows)
+        ]  # fmt: skip
 
     def _halve_micro_batches(self, rows: Sequence[Row], batches: Sequence[MicroBatch]) -> None:
         gc.collect()
@@ -331,6 +350,12 @@ class Learner:
         step, counters = checkpoint.restore(saved, self.policy, self.optimizer)
         self.bad_steps = counters["bad_steps"]
         return step
+
+
+def _quantiles(entropy: Tensor, prefix: int) -> Tensor:
+    """The share of the prefix's tokens, or of the others, with a lower entropy. [R] -> [R]."""
+    parts = [part for part in (entropy[:prefix], entropy[prefix:]) if len(part)]
+    return torch.cat([(part[None] < part[:, None]).float().mean(1) for part in parts])
 
 
 def _split(items: Sequence[ScoredGroup], parts: int) -> list[Sequence[ScoredGroup]]:

@@ -242,7 +242,7 @@ def test_what_does_not_go_with_offline_groups_is_told_at_once():
         Recipe.load("recipes/lab_grpo.yaml", ["group.offline=x", "rollout.resample=1"])
     told = " ".join(caught.value.problems)
     assert "rollout.resample: must be 0 with group.offline" in told
-    assert "method: must not compare with the policy that sampled, as grpo does," in told
+    assert "method: must not need samples of the current policy, as grpo does," in told
     with pytest.raises(RecipeError, match=r"stages: must be empty with group\.offline"):
         recipe("group.offline=x", "stages=[gft, gft]")
 

@@ -81,7 +81,7 @@ def test_old_logprobs_are_taken_only_where_they_count(lab_policy, method, update
     settings = recipe(method, updates=updates)
     prepared = Learner(lab_policy, settings).prepare_rows(rows(lab_policy, [1.0, -1.0]))
     expected = "old_logprobs" in METHODS[method].needs and updates > 1
-    assert [row.old_logprobs is not None for row in prepared] == [expected] * 2
+    assert ["old_logprobs" in row.loss_inputs for row in prepared] == [expected] * 2
 
 
 @pytest.mark.parametrize("method", ["grpo", "dapo", "psft"])
@@ -93,7 +93,7 @@ def test_later_updates_are_off_policy_and_clipped(moved, method):
     learner.update(prepared, 0.0)
     [batch] = moved.batches(prepared, BUDGET)
     logprobs = moved.token_scores(batch).logprobs
-    ratio = (logprobs - batch.old_logprobs).exp()
+    ratio = (logprobs - batch.loss_inputs["old_logprobs"]).exp()
     assert ((ratio - 1).abs() > 1e-3).float().mean() > 0.5
     low, high = settings.objective.clip_low, settings.objective.clip_high
     too_far = torch.where(batch.advantages > 0, ratio > 1 + high, ratio < 1 - low)

@@ -1,0 +1,63 @@
+"""Which rows of a group are trained, and which demonstration prefixes stand before self samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from random import Random
+
+from gft_lite.types import ScoredGroup
+
+
+def select_by_gate(scored: ScoredGroup, *, gate: int = 0) -> list[bool]:
+    """HPT: the demonstrations if at most `gate` self samples are right, else the self samples.
+
+    A problem without demonstrations has its self samples.
+    """
+    responses = scored.group.responses
+    right = sum(scored.is_right(r) for r in responses if r.source == "self")
+    demonstrated = any(r.source != "self" for r in responses)
+    return [(r.source != "self") == (right <= gate and demonstrated) for r in responses]
+
+
+def select_unsolved(scored: ScoredGroup) -> list[bool]:
+    """ReLIFT: the self samples, and the demonstrations of a problem that none of them solves."""
+    unsolved = not any(scored.is_right(r) for r in scored.group if r.source == "self")
+    return [r.source == "self" or unsolved for r in scored.group]
+
+
+def cosine_prefix(
+    count: int, progress: float, random: Random, *, low: float = 0.05, high: float = 0.95
+) -> Sequence[float]:
+    """Prefix-RFT: one sample begins with a share U(b, `high`) of a demonstration, the others don't.
+
+    b falls from `high` to `low` by a cosine of the progress.
+    """
+    bound = low + (high - low) * _cosine(progress)
+    return [random.uniform(bound, high), *[0.0] * (count - 1)] if count else []
+
+
+def binomial_hints(
+    count: int,
+    progress: float,
+    random: Random,
+    *,
+    slices: int = 5,
+    low: float = 0.05,
+    high: float = 0.95,
+    hint_share: float = 0.6,
+) -> Sequence[float]:
+    """UFT: all samples of a group begin with the same hint, Binomial(`slices`, q) of its slices.
+
+    q falls from `high` to `low` by a cosine over the share `hint_share` of the budget; no hints
+    after that.
+    """
+    if progress >= hint_share:
+        return [0.0] * count
+    q = low + (high - low) * _cosine(progress / hint_share)
+    return [sum(random.random() < q for _ in range(slices)) / slices] * count
+
+
+def _cosine(progress: float) -> float:
+    """1 at the start and 0 at the end."""
+    return (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0))) / 2
