@@ -2,272 +2,229 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from gft_lite.data.base import Unusable
-from gft_lite.utils.errors import RecipeError
+from gft_lite.data.chat_rendering import (
+    ADVICE,
+    ANSWER,
+    END_THINK,
+    QUESTION,
+    SHOWN,
+    SYSTEM,
+    THINK,
+    Renderer,
+    contains,
+    end_of,
+    fit_renderer,
+    has_in_order,
+    packed,
+    take_sample,
+)
+from gft_lite.recipe.sections import PromptSettings
+from gft_lite.utils.errors import RecipeError, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Turn = tuple[str, str | None]  # A user's text, and the assistant's answer once there is one.
-
-# Plain letters, which no chat template trims, escapes or parses, in both cases.
-_SYSTEM, _QUESTION, _ANSWER = "QzSystemZq", "QzQuestionZq", "QzAnswerZq"
-# The mark of a template that prints a list of content parts instead of their texts.
-_PRINTED_PARTS = re.compile(r"""['"]text['"]\s*:""")
-_SHOWN = 60  # characters of a rendering in an error
-_PLAIN = "Or use style: plain, with the turns written in template"
-_ADVICE = {
-    "system": "Leave system out, or write it in template.",
-    "style": f"Correct chat_template.jinja in the model's folder. {_PLAIN}.",
-    "end": f"Use a tokenizer that has it. {_PLAIN}.",
-}
+# The variable that turns thoughts off in the templates of Qwen, SmolLM and GLM; of DeepSeek.
+_SWITCHES = ("enable_thinking", "thinking")
 
 
 @dataclass(frozen=True, slots=True)
-class Renderer:
-    """Renders conversations by a tokenizer's chat template, with an optional system message.
+class Conversation:
+    """A question after the (question, answer) turns of `history`.
 
-    The content of the roles `in_parts` is given as a list of parts, not as text.
+    Its own `system` message takes the place of the recipe's.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    system: str | None
-    in_parts: frozenset[str] = frozenset()
-
-    def render(self, turns: Iterable[Turn], *, generation_prompt: bool) -> str:
-        """The conversation as text, closed or with the prompt for an answer at its end."""
-        messages: list[dict[str, Any]] = []
-        if self.system is not None:
-            messages.append(self._message("system", self.system))
-        for question, answer in turns:
-            messages.append(self._message("user", question))
-            if answer is not None:
-                messages.append(self._message("assistant", answer))
-        rendered = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generation_prompt
-        )
-        return str(rendered)
-
-    def _message(self, role: str, text: str) -> dict[str, Any]:
-        parts = [{"type": "text", "text": text}]
-        return {"role": role, "content": parts if role in self.in_parts else text}
+    question: str
+    history: Sequence[tuple[str, str]] = ()
+    system: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """Renderings of sentinels, which show what a template writes around the messages.
-
-    `prompt` ends with the generation prompt, `closed` is the same without it; `conversation` has
-    the answer. `end` is what follows the answer up to and including the token `end_id`; None for
-    a template that writes no end of turn.
-    """
-
-    prompt: str
-    closed: str
-    conversation: str
-    end: str = ""
-    end_id: int | None = None
-
-    @property
-    def before_answer(self) -> str:
-        """The conversation up to the answer."""
-        return self.conversation.partition(_ANSWER)[0]
-
-    @property
-    def after_answer(self) -> str:
-        """What follows the answer in the conversation."""
-        return self.conversation.partition(_ANSWER)[2]
+_SENTINEL = Conversation(QUESTION)
 
 
 class ChatTemplate:
     """A tokenizer's chat template.
 
     A prompt is the template's rendering with its generation prompt. A response is what the
-    template's rendering of the whole conversation has after the prompt, up to its end of turn.
-    `field` is the prompt's place in the recipe, for error texts.
+    template's rendering of the whole conversation has after the prompt, up to its end of turn. A
+    template that leaves out thoughts (`<think>` to `</think>`), as it does in earlier turns, has
+    the response with them: the policy samples it so. `field` is the prompt's place in the recipe,
+    for error texts.
     Raises: RecipeError for a template that loses or reorders messages, whose prompt differs from
     its conversation, or whose end of turn is no token.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, system: str | None = None, field: str = "prompt"
+        self, tokenizer: PreTrainedTokenizerBase, prompt: PromptSettings, field: str = "prompt"
     ) -> None:
         if not tokenizer.chat_template:
             rule = "must be plain for a model without a chat template, got 'chat'"
             raise RecipeError([f"{field}.style: {rule}. Or train a chat-tuned model."])
-        in_parts = _find_roles_in_parts(tokenizer, system is not None, field)
-        self._renderer = Renderer(tokenizer, system, in_parts)
-        self._sample = _take_sample(self._renderer)
+        self._field, system = field, prompt.system
+        renderer = Renderer(tokenizer, system, variables=prompt.chat_template_kwargs)
+        try:
+            self._renderer = fit_renderer(renderer, field)
+        except RecipeError as error:
+            raise _of_variables(error, renderer, field) or error from None
+        self._sample = take_sample(self._renderer)
         self.end_id = self._sample.end_id
-        if system is not None and not _contains(self._sample.prompt, system):
+        if system is not None and not contains(self._sample.prompt, system):
             rule = "must suit the model's chat template, which changes the system message to"
-            changed = self._sample.prompt.partition(_QUESTION)[0]
-            raise RecipeError([f"{field}.system: {rule} {_end_of(changed)}. {_ADVICE['system']}"])
+            changed = self._sample.prompt.partition(QUESTION)[0]
+            raise RecipeError([f"{field}.system: {rule} {end_of(changed)}. {ADVICE['system']}"])
 
     @property
     def generation_prompt(self) -> str:
         """The end of every prompt, after the question."""
-        return self._sample.prompt.rpartition(_QUESTION)[2]
+        return self._sample.prompt.rpartition(QUESTION)[2]
 
-    def prompt(self, question: str, history: Sequence[tuple[str, str]] = ()) -> str:
-        """The prompt for a question after the (question, answer) turns of `history`.
+    @property
+    def opened_thoughts(self) -> str:
+        """What the prompt has of a block of thoughts that the response closes; empty if none."""
+        _, opened, after = self.generation_prompt.rpartition(THINK)
+        return opened + after if opened and END_THINK not in after else ""
 
-        Raises: Unusable for a question that the template changes or rejects.
+    @cached_property
+    def adds_thoughts(self) -> bool:
+        """True if the template writes an empty block of thoughts to an answer without thoughts."""
+        try:
+            return END_THINK in self.response(ANSWER)
+        except Unusable:
+            return False
+
+    @cached_property
+    def unused_variables(self) -> list[str]:
+        """A line for each of the recipe's variables that does not occur in the template."""
+        used = self._used_variables
+        return [
+            f"{self._field}.chat_template_kwargs.{name}: the model's chat template has no such "
+            "variable" + (f". Did you mean {close}?" if (close := nearest(name, used)) else ".")
+            for name in self._renderer.variables
+            if name not in used
+        ]
+
+    def prompt(self, conversation: Conversation) -> str:
+        """The prompt for the question of a conversation.
+
+        Raises: Unusable for messages that the template changes or rejects.
         """
-        prompt = self._render([*history, (question, None)], generation_prompt=True)
-        if not _contains(prompt, question):
+        prompt = self._render(conversation, None)
+        earlier = [t for q, a in conversation.history for t in (q, a.rpartition(END_THINK)[2])]
+        if not has_in_order(prompt, earlier):
+            raise Unusable("earlier turns that the chat template changes")
+        if not contains(prompt, conversation.question):
             raise Unusable("a problem that the chat template changes")
+        if not contains(prompt, conversation.system or ""):
+            raise Unusable("a system message that the chat template changes")
         return prompt
 
-    def response(self, answer: str) -> str:
+    def response(self, answer: str, conversation: Conversation = _SENTINEL) -> str:
         """What the template writes for an answer after the prompt, its end of turn included.
 
         Raises: Unusable for an answer that the template changes or doesn't write after the prompt.
         """
-        sample = self._sample
-        prompt = self.prompt(_QUESTION)  # Rendered anew: some templates write the date.
-        whole = self._render([(_QUESTION, answer)], generation_prompt=False)
-        if not _contains(whole.partition(_QUESTION)[2], answer):
-            raise Unusable("text that the chat template leaves out")
-        if not whole.startswith(prompt):
-            opening = sample.prompt[len(sample.before_answer) :]
-            raise Unusable(f"a start other than {opening!r}, which the prompt already has")
+        sample, opening = self._sample, self._sample.opening
+        thinks = END_THINK in answer
+        if thinks and not self.opened_thoughts and END_THINK in self.generation_prompt:
+            raise Unusable(f"a {THINK} block after the empty one of the prompt{self.switch(True)}")
+        if thinks and self.opened_thoughts and not answer.lstrip().startswith(THINK):
+            answer = self.opened_thoughts + answer  # As a model with this prompt samples it.
+        before = self.prompt(conversation).removesuffix(opening)  # Some templates write the date.
+        whole = self._render(conversation, answer)
+        if not whole.startswith(before):
+            raise Unusable(self._misses_thoughts if self.opened_thoughts and not thinks
+                           else "a start that the chat template changes")  # fmt: skip
         if not whole.endswith(sample.after_answer):
             raise Unusable("an end that the chat template changes")
-        end = len(whole) - len(sample.after_answer)
-        return whole[len(prompt) : end] + sample.end
+        body = whole[len(before) : len(whole) - len(sample.after_answer)]
+        start = self.generation_prompt.removesuffix(opening)
+        if not contains(start + body, answer):
+            body = _with_thoughts(answer, body)
+        body = self._after_opening(body)
+        if (start + opening + body).count(THINK) > max(1, answer.count(THINK)):
+            raise Unusable(f"a {THINK} block that the chat template doubles")
+        return body + sample.end
 
-    def _render(self, turns: Iterable[Turn], *, generation_prompt: bool) -> str:
+    def _after_opening(self, body: str) -> str:
+        """An answer without what only prompts begin it with: an open or an empty block of thoughts.
+
+        Raises: Unusable for an answer that can't follow it.
+        """
+        opening = self._sample.opening
+        if END_THINK in opening or body.startswith(opening):
+            return body.removeprefix(opening)
+        if not self.opened_thoughts:
+            raise Unusable(f"a start other than {opening!r}, which the prompt already has")
+        if not (thoughts := body.lstrip()).startswith(THINK):
+            raise Unusable(self._misses_thoughts)
+        return thoughts.removeprefix(THINK).lstrip("\n")
+
+    @property
+    def _misses_thoughts(self) -> str:
+        return f"no {THINK} block, which the prompt opens{self.switch(False)}"
+
+    def switch(self, value: bool) -> str:
+        """How to turn thoughts on or off, in brackets, if the template has a variable for it."""
+        name = next((n for n in _SWITCHES if n in self._used_variables), None)
+        return f" (set chat_template_kwargs.{name}: {str(value).lower()})" if name else ""
+
+    @cached_property
+    def _used_variables(self) -> frozenset[str]:
+        # Its parser knows the tags that transformers adds to Jinja's.
+        from transformers.utils.chat_template_utils import _get_template_variables
+
+        return _get_template_variables(self._renderer.tokenizer.get_chat_template())
+
+    @cached_property
+    def _with_system(self) -> Renderer | None:
+        """A renderer for messages with a system message; None if the template can't have one."""
+        if self._renderer.system is not None:
+            return self._renderer
         try:
-            return self._renderer.render(turns, generation_prompt=generation_prompt)
+            return fit_renderer(replace(self._renderer, system=SYSTEM), self._field)
+        except RecipeError:
+            return None
+
+    def _render(self, conversation: Conversation, answer: str | None) -> str:
+        """A conversation with its answer, or with the generation prompt."""
+        renderer = self._renderer
+        if conversation.system is not None:
+            if self._with_system is None:
+                raise Unusable("a system message, which the chat template can't have")
+            renderer = replace(self._with_system, system=conversation.system)
+        turns = [*conversation.history, (conversation.question, answer)]
+        try:
+            return renderer.render(turns, generation_prompt=answer is None)
         except Exception as error:  # a template is a program, and can reject a text
-            reason = " ".join(str(error).split())[:_SHOWN]
+            reason = " ".join(str(error).split())[:SHOWN]
             raise Unusable(f"text that the chat template rejects ({reason})") from None
 
 
-def _find_roles_in_parts(
-    tokenizer: PreTrainedTokenizerBase, with_system: bool, field: str
-) -> frozenset[str]:
-    """The roles whose content the template reads as parts: none, all, or some.
+def _with_thoughts(answer: str, rest: str) -> str:
+    """The answer whose thoughts the template has left out, so that it wrote only the `rest`.
 
-    Raises: RecipeError for a template that is right with none of them.
+    Raises: Unusable if the template has left out something else.
     """
-    roles = ("assistant", "system", "user") if with_system else ("assistant", "user")
-    some = (c for n in range(1, len(roles)) for c in combinations(roles, n))
-    first: RecipeError | None = None
-    for in_parts in map(frozenset, ((), roles, *some)):
-        try:
-            _check(Renderer(tokenizer, _SYSTEM if with_system else None, in_parts), field)
-        except RecipeError as error:
-            first = first or error
-        else:
-            return in_parts
-    raise first or RecipeError([])
+    after = answer.rpartition(END_THINK)[2]
+    if after == answer or not answer.lstrip().startswith(THINK) or packed(after) != packed(rest):
+        raise Unusable("text that the chat template leaves out")
+    return answer[: len(answer) - len(after.lstrip())] + rest.lstrip()
 
 
-def _check(renderer: Renderer, field: str) -> None:
-    """Render sentinels. Raises: RecipeError with the difference if the rendering is not right."""
-    has_system = renderer.system is not None
+def _of_variables(error: RecipeError, renderer: Renderer, field: str) -> RecipeError | None:
+    """The error as one of `chat_template_kwargs`, if there is none without them."""
+    if not renderer.variables:
+        return None
     try:
-        sample = _take_sample(renderer)
-    except Exception as error:  # a template is a program
-        what, advice = ("system", "Leave system out.") if has_system else ("style", f"{_PLAIN}.")
-        reason = " ".join(str(error).split())[: 3 * _SHOWN]
-        rule = f"must suit the model's chat template, which says: {reason}"
-        raise RecipeError([f"{field}.{what}: {rule}. {advice}"]) from None
-    whole = sample.conversation
-    given = {"system": _SYSTEM, "style": _QUESTION} if has_system else {"style": _QUESTION}
-    for what, text in given.items():
-        if text not in sample.prompt or text not in whole:
-            lost = "the system message" if what == "system" else "the problem"
-            rule = f"must suit the model's chat template, which leaves {lost} out of the prompt"
-            raise RecipeError([f"{field}.{what}: {rule} {_end_of(sample.prompt)}. {_ADVICE[what]}"])
-    expected = [*given.values(), _ANSWER]
-    if re.findall("|".join(expected), whole) != expected or _PRINTED_PARTS.search(whole):
-        rule = "must suit the model's chat template, which writes the conversation as"
-        raise RecipeError([f"{field}.style: {rule} {_end_of(whole)}. {_ADVICE['style']}"])
-    if not _prompt_fits(sample):
-        in_prompt, in_conversation = _difference(sample.prompt, sample.before_answer)
-        rule = (f"must suit the model's chat template, which writes {in_conversation!r} before "
-                f"an answer, but {in_prompt!r} as its generation prompt")  # fmt: skip
-        raise RecipeError([f"{field}.style: {rule}. {_ADVICE['style']}"])
-    if sample.end_id is None and sample.after_answer.strip():
-        rule = f"must have an end of turn that is a token, got {sample.after_answer!r} as text"
-        raise RecipeError([f"{field}.style: {rule}. {_ADVICE['end']}"])
-
-
-def _prompt_fits(sample: Sample) -> bool:
-    """True if the prompt is the beginning of a conversation, or what answers begin with.
-
-    The prompt may be longer than the text before an answer: it opens a block of thoughts. It may
-    be shorter: responses then begin with the rest (an empty block of thoughts), but that can't be
-    the role of a template without a generation prompt.
-    """
-    prompt, before = sample.prompt, sample.before_answer
-    if prompt.startswith(before):
-        return True
-    no_generation_prompt = prompt == sample.closed
-    rest = before[len(prompt) :]
-    return before.startswith(prompt) and not (no_generation_prompt and rest.strip())
-
-
-def _take_sample(renderer: Renderer) -> Sample:
-    sample = Sample(
-        prompt=renderer.render([(_QUESTION, None)], generation_prompt=True),
-        closed=renderer.render([(_QUESTION, None)], generation_prompt=False),
-        conversation=renderer.render([(_QUESTION, _ANSWER)], generation_prompt=False),
-    )
-    tokens = {i: t.content for i, t in renderer.tokenizer.added_tokens_decoder.items()}
-    if renderer.tokenizer.eos_token is not None:
-        tokens[renderer.tokenizer.eos_token_id] = renderer.tokenizer.eos_token
-    end, end_id = _up_to_token(sample.after_answer, tokens)
-    if end_id is None and not sample.after_answer.strip():
-        end, end_id = _end_before_next_turn(renderer, tokens)
-    return replace(sample, end=end, end_id=end_id)
-
-
-def _up_to_token(text: str, tokens: Mapping[int, str]) -> tuple[str, int | None]:
-    """The text up to and including its first special token, and the token; ("", None) if none."""
-    # The longest of those that begin at the same place.
-    places = [(text.find(t), -len(t), i) for i, t in tokens.items() if t.strip() and t in text]
-    if not places:
-        return "", None
-    place, negative_length, token_id = min(places)
-    return text[: place - negative_length], token_id
-
-
-def _end_before_next_turn(renderer: Renderer, tokens: Mapping[int, str]) -> tuple[str, int | None]:
-    """The end of turn of a template that leaves the last turn open: one that every turn has."""
-    turns = [(_QUESTION, _ANSWER), (_SYSTEM, None)]
-    try:
-        whole = replace(renderer, system=None).render(turns, generation_prompt=False)
-    except Exception:  # a template may reject this order of turns
-        return "", None
-    start, _, rest = whole.partition(_QUESTION)
-    after_question, _, rest = rest.partition(_ANSWER)
-    end, end_id = _up_to_token(rest.partition(_SYSTEM)[0], tokens)
-    of_question = _up_to_token(after_question, tokens)[1]
-    start_of_turn = _up_to_token(start.removeprefix(str(renderer.tokenizer.bos_token)), tokens)[1]
-    return (end, end_id) if end_id == of_question != start_of_turn else ("", None)
-
-
-def _difference(first: str, second: str) -> tuple[str, str]:
-    """Both texts from shortly before their first difference."""
-    equal = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
-    start = max(next(equal, min(len(first), len(second))) - _SHOWN // 2, 0)
-    return first[start : start + _SHOWN], second[start : start + _SHOWN]
-
-
-def _end_of(text: str) -> str:
-    return repr(text if len(text) <= 3 * _SHOWN else f"...{text[-3 * _SHOWN :]}")
-
-
-def _contains(rendering: str, text: str) -> bool:
-    """Whether a rendering has the text but for spaces, which many templates trim."""
-    return "".join(text.split()) in "".join(rendering.split())
+        fit_renderer(replace(renderer, variables={}), field)
+    except RecipeError:
+        return None
+    lines = (line.partition(": ")[2] for line in error.problems)
+    return RecipeError([f"{field}.chat_template_kwargs: {line}" for line in lines])

@@ -10,14 +10,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Any
 
 from gft_lite.data.base import Rows, Unusable
+from gft_lite.data.chat_rendering import END_THINK, THINK
 from gft_lite.data.prompts import PromptFormat
-from gft_lite.data.rows import RowReader, check_columns
+from gft_lite.data.rows import RowReader, check_columns, resolve_columns
 from gft_lite.data.sources import open_source
 from gft_lite.recipe.sections import ColumnsSettings, DataSettings
 from gft_lite.types import Problem
-from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.errors import RecipeError, short_repr
 
 LAB_COLUMNS = ColumnsSettings(expert=["expert"], teacher=["teacher"], id="id")
 MAX_EXAMPLES = 3
@@ -28,7 +30,8 @@ class Loaded:
     """The problems of a data set, and the reasons why other rows and demonstrations were skipped.
 
     `total` counts all rows of the source; `skipped` and `unusable_demonstrations` count by reason;
-    `examples` are the first few skipped rows.
+    `examples` are the first few skipped rows. `columns` are those that were read, `notes` lines
+    about them and the demonstrations.
     """
 
     problems: tuple[Problem, ...]
@@ -36,6 +39,8 @@ class Loaded:
     skipped: Mapping[str, int]
     examples: tuple[str, ...] = ()
     unusable_demonstrations: Mapping[str, int] = field(default_factory=dict)
+    columns: ColumnsSettings = field(default_factory=ColumnsSettings)
+    notes: tuple[str, ...] = ()
 
     def describe(self) -> str:
         """One line for the log: how many problems of how many rows, and what was skipped."""
@@ -54,7 +59,8 @@ class Loaded:
         """
         digest = hashlib.blake2b(digest_size=16)
         for p in self.problems:
-            content = [p.id, p.text, p.answer, p.experts, p.teachers, p.columns]
+            content: list[Any] = [p.id, p.text, p.answer, p.experts, p.teachers, p.columns]
+            content += [p.system, p.history] if p.system or p.history else []
             digest.update(json.dumps(content, sort_keys=True, default=repr).encode())
         return digest.hexdigest()
 
@@ -82,14 +88,15 @@ def load_problems(
     Raises: RecipeError for a source, split or column that doesn't exist, without usable rows, or
     if all demonstrations are left out.
     """
-    columns = columns_of(settings)
     parts = open_source(settings, field)
     places = [(part, i) for part in parts for i in range(part.count)]
     if not places:
         raise RecipeError([f"{field}.source: must have rows, got none in {settings.source!r}."])
+    columns = resolve_columns(parts, columns_of(settings))
     check_columns(parts, columns, field)
     limits = [settings.max_prompt_tokens, None if context is None else context - reserve]
-    reader = RowReader(columns, format, min((n for n in limits if n is not None), default=None))
+    limit = min((n for n in limits if n is not None), default=None)
+    reader = RowReader(columns, format, limit, field)
 
     order = list(range(len(places)))
     if settings.shuffle:
@@ -100,6 +107,7 @@ def load_problems(
         raise RecipeError(
             [f"{field}.source: must have usable rows, got {len(places)} that are not: {why}."]
         )
+    loaded = replace(loaded, columns=columns, notes=_notes(settings, columns, format, field))
     if max_response_tokens is None:
         return loaded
     unusable: Counter[str] = Counter()
@@ -111,7 +119,34 @@ def load_problems(
         raise RecipeError(
             [f"{field}.columns: {rule} {sum(unusable.values())} that can't: {_counts(unusable)}."]
         )
-    return replace(loaded, problems=problems, unusable_demonstrations=dict(unusable.most_common()))
+    notes = (*loaded.notes, *_note_on_thoughts(problems, format, field))
+    counts = dict(unusable.most_common())
+    return replace(loaded, problems=problems, unusable_demonstrations=counts, notes=notes)
+
+
+def _notes(
+    settings: DataSettings, columns: ColumnsSettings, format: PromptFormat, field: str
+) -> tuple[str, ...]:
+    """Lines about variables that the template doesn't use, and columns found by their names."""
+    given, found = columns_of(settings).model_dump(), columns.model_dump()
+    named = [f"{name}: {short_repr(v)}" for name, v in found.items() if v != given[name]]
+    lines = [f"{field}.columns: {', '.join(named)}, found by their names"] if named else []
+    return (*format.notes, *lines)
+
+
+def _note_on_thoughts(
+    problems: Sequence[Problem], format: PromptFormat, field: str
+) -> tuple[str, ...]:
+    """A line if the chat template writes an empty block of thoughts to demonstrations."""
+    if format.chat is None or not format.chat.adds_thoughts:
+        return ()
+    texts = [text for p in problems for text in (*p.experts, *p.teachers)]
+    if not (plain := sum(END_THINK not in text for text in texts)):
+        return ()
+    return (
+        f"{field}.prompt: {plain} of {len(texts)} demonstrations have no {THINK} block; the chat "
+        f"template writes an empty one, which is trained{format.chat.switch(False)}",
+    )
 
 
 def _read_problems(
@@ -143,8 +178,12 @@ def _with_usable(
 ) -> Problem:
     """The problem with its usable demonstrations; the others are counted by reason."""
 
+    conversation = bool(problem.history or problem.system)
+
     def usable(text: str) -> bool:
         try:
+            if conversation and format.response_text(text, problem) != format.response_text(text):
+                raise Unusable("an end of the conversation that the chat template writes otherwise")
             if format.fits(text, max_tokens):
                 return True
             raise Unusable(f"more tokens than rollout.max_tokens ({max_tokens})")
@@ -182,8 +221,13 @@ def split_holdout(
 
 
 def _key(problem: Problem) -> str:
-    """What repetitions of a problem have in common: its text but for spaces, case and encoding."""
-    return " ".join(unicodedata.normalize("NFKC", problem.text).casefold().split())
+    """What repetitions of a problem have in common: its text but for spaces, case and encoding.
+
+    Of a conversation, the text is that of all turns.
+    """
+    texts = [text for turn in problem.history for text in turn]
+    text = "\n".join([problem.system or "", *texts, problem.text])
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def problems_of_step(

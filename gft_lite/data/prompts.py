@@ -7,9 +7,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from gft_lite.data.base import Unusable
-from gft_lite.data.chat_template import ChatTemplate
+from gft_lite.data.chat_template import ChatTemplate, Conversation
 from gft_lite.recipe.sections import PromptSettings
-from gft_lite.types import FinishReason, Response, Source
+from gft_lite.types import FinishReason, Problem, Response, Source
 from gft_lite.utils.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -34,26 +34,37 @@ class PromptFormat:
         self.tokenizer = tokenizer
         self.prompt = prompt
         self._end_ids = sorted(end_ids)
-        self.chat = (
-            ChatTemplate(tokenizer, prompt.system, field) if prompt.style == "chat" else None
-        )
+        self.chat = ChatTemplate(tokenizer, prompt, field) if prompt.style == "chat" else None
 
-    def render(self, problem: str, history: Sequence[tuple[str, str]] = ()) -> str:
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines about settings that have no effect with this tokenizer."""
+        return () if self.chat is None else tuple(self.chat.unused_variables)
+
+    @property
+    def opened_thoughts(self) -> str:
+        """The start of a block of thoughts at the end of the prompt; empty if there is none."""
+        return "" if self.chat is None else self.chat.opened_thoughts
+
+    def render(
+        self, problem: str, history: Sequence[tuple[str, str]] = (), system: str | None = None
+    ) -> str:
         """The prompt as text.
 
-        `history` has the earlier (problem, answer) turns of a conversation; a plain prompt has
-        none.
-        Raises: Unusable in chat style, for a problem that the chat template changes.
+        `history` has the earlier (problem, answer) turns of a conversation, `system` is its own
+        system message; a plain prompt has neither.
+        Raises: Unusable in chat style, for messages that the chat template changes.
         """
         if self.chat is None:
             return self._fill(problem)
-        turns = [(self._fill(earlier), answer) for earlier, answer in history]
-        return self.chat.prompt(self._fill(problem), turns)
+        return self.chat.prompt(self._conversation(problem, history, system))
 
-    def prompt_ids(self, problem: str, history: Sequence[tuple[str, str]] = ()) -> tuple[int, ...]:
+    def prompt_ids(
+        self, problem: str, history: Sequence[tuple[str, str]] = (), system: str | None = None
+    ) -> tuple[int, ...]:
         """The prompt's token ids, with the tokenizer's BOS once and no EOS."""
         plain = self.chat is None
-        ids = self._encode(self.render(problem, history), special=plain)
+        ids = self._encode(self.render(problem, history, system), special=plain)
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if bos is not None and ids[:2] == [bos, bos]:
             ids = ids[1:]
@@ -62,10 +73,15 @@ class PromptFormat:
             ids = ids[:-1]
         return tuple(ids)
 
-    def response_text(self, text: str) -> str:
+    def problem_ids(self, problem: Problem) -> tuple[int, ...]:
+        """The token ids of a problem's prompt, with the earlier turns of a conversation."""
+        return self.prompt_ids(problem.text, problem.history, problem.system)
+
+    def response_text(self, text: str, problem: Problem | None = None) -> str:
         """What follows the prompt for the demonstration `text`, up to the end of turn.
 
-        In plain style the end of turn (EOS) is not part of the text.
+        It does not depend on the problem, but where a template has a special case: then
+        `problem` gives another text. In plain style the end of turn (EOS) is not part of the text.
         Raises: Unusable for a demonstration that can't follow the prompt.
         """
         # Data sets often write the end token into the text.
@@ -74,7 +90,12 @@ class PromptFormat:
             text = stripped.removesuffix(next(e for e in ends if stripped.endswith(e)))
         if any(end in text for end in ends):
             raise Unusable("an end token inside its text")
-        return text if self.chat is None else self.chat.response(text)
+        if self.chat is None:
+            return text
+        if problem is None:
+            return self.chat.response(text)
+        of = self._conversation(problem.text, problem.history, problem.system)
+        return self.chat.response(text, of)
 
     def response_ids(
         self, text: str, max_tokens: int | None = None
@@ -147,6 +168,12 @@ class PromptFormat:
     def _fill(self, problem: str) -> str:
         # Not str.format: problems and templates are full of braces.
         return self.prompt.template.replace("{problem}", problem)
+
+    def _conversation(
+        self, problem: str, history: Sequence[tuple[str, str]], system: str | None
+    ) -> Conversation:
+        earlier = [(self._fill(question), answer) for question, answer in history]
+        return Conversation(self._fill(problem), earlier, system)
 
     def _encode(self, text: str, *, special: bool) -> list[int]:
         # verbose=False: load_problems counts long prompts, a warning for each row adds nothing.

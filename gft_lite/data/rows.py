@@ -13,6 +13,13 @@ from string import ascii_uppercase as LETTERS
 from typing import Any
 
 from gft_lite.data.base import UNREADABLE, Rows, Unusable
+from gft_lite.data.conversations import (
+    Conversation,
+    find_columns,
+    is_message,
+    last_answer,
+    read_conversation,
+)
 from gft_lite.data.prompts import PromptFormat
 from gft_lite.recipe.sections import ColumnsSettings
 from gft_lite.rewards.extract import boxed_answer
@@ -26,21 +33,26 @@ _MISSING = object()
 _ANNOTATION = re.compile(r"<<[^<>]*>>")
 # The beginning of a list of texts, or of messages, as Python, JSON or NumPy write it.
 _LIST_AS_TEXT = re.compile(r"""\s*(?:array\()?\[\s*["'{]""")
+_MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
 _FINAL_LINE = re.compile(r"####\s*(\S.*?)\s*\Z")
 
 
 @dataclass(frozen=True, slots=True)
 class RowReader:
-    """Converts rows to problems; prompts longer than `max_prompt_tokens` are unusable."""
+    """Converts rows to problems; prompts longer than `max_prompt_tokens` are unusable.
+
+    `field` is the settings' place in the recipe, for error texts.
+    """
 
     columns: ColumnsSettings
     format: PromptFormat
     max_prompt_tokens: int | None
+    field: str = "data"
 
     def read(self, row: Any, number: int, taken: Collection[str]) -> Problem:
         """The problem of row `number` (from 0), with an id that is not in `taken`.
 
-        Raises: Unusable with the reason.
+        Raises: Unusable with the reason; RecipeError for a conversation in plain style.
         """
         if not isinstance(row, Mapping):
             raise Unusable("not an object with columns")
@@ -48,29 +60,66 @@ class RowReader:
             raise Unusable("more cells than columns")
         columns, limit = self.columns, self.max_prompt_tokens
         options = _options(row, columns)
-        text = _question(row, columns, options)
-        if not text.strip():
+        conversation = self._conversation(row)
+        of = conversation or Conversation(_question(row, columns, options))
+        if not of.question.strip():
             raise Unusable("no problem text")
         answer = _answer(row, columns)
         kind = {}
         if options and answer is not None:
             answer, kind = _letter(row, columns, options, answer), {"answer_type": "choice"}
         experts, teachers = (
-            tuple(
-                text
-                for name in names
-                for text in _demonstrations(_cell(row, name), name, columns.clean)
-            )
+            tuple(self._demonstrations(row, names, of=conversation))
             for names in (columns.expert, columns.teacher)
         )
-        ids = self.format.prompt_ids(text)
+        if of.demonstration is not None:
+            experts = (_clean(of.demonstration, columns.clean), *experts)
+        ids = self.format.prompt_ids(of.question, of.history, of.system)
         if limit is not None and len(ids) > limit:
             raise Unusable(f"prompt too long (> {limit} tokens)")
         name = _id(row, columns) or str(number + 1)
         while name in taken:
             name = f"{name}#{number + 1}"
         gold = None if answer is None else str(answer)
-        return Problem(name, text, gold, ids, experts, teachers, kind | _readable(row))
+        data = kind | _readable(row)
+        return Problem(name, of.question, gold, ids, experts, teachers, data, of.history, of.system)
+
+    def _demonstrations(
+        self, row: Mapping[str, Any], names: Sequence[str], of: Conversation | None
+    ) -> Iterator[str]:
+        """The demonstrations of a row; messages that answer a conversation are one turn of it."""
+        for name in names:
+            value = _cell(row, name)
+            if of is not None and _is_messages(messages := _text_as_list(value, name)):
+                value = last_answer(messages, name)
+            yield from _demonstrations(value, name, self.columns.clean)
+
+    def _conversation(self, row: Mapping[str, Any]) -> Conversation | None:
+        """The row's conversation; None for a problem that is a text."""
+        columns = self.columns
+        if columns.messages is not None:
+            name, value = columns.messages, _need(row, columns.messages)
+        elif isinstance(columns.problem, str):
+            name, value = columns.problem, _need(row, columns.problem)
+            written = isinstance(value, str) and _MESSAGES_AS_TEXT.match(value)
+            if not _is_messages(_text_as_list(value, name) if written else value):
+                return None
+        else:
+            return None
+        if self.format.chat is None:
+            rule = f"must be chat for the conversations in column {name!r}, got 'plain'"
+            raise RecipeError([f"{self.field}.prompt.style: {rule}."])
+        found = read_conversation(_text_as_list(value, name), name)
+        if columns.messages is None and found.demonstration is not None:
+            raise Unusable(f"a prompt that ends with an assistant turn in column {name!r}")
+        return found
+
+
+def resolve_columns(parts: Sequence[Rows], columns: ColumnsSettings) -> ColumnsSettings:
+    """The columns of the recipe, or those of conversations that are found by their names."""
+    if not columns.found_by_name:
+        return columns
+    return columns.model_copy(update=find_columns(columns, _probe(parts)))
 
 
 def check_columns(parts: Sequence[Rows], columns: ColumnsSettings, field: str) -> None:
@@ -80,7 +129,8 @@ def check_columns(parts: Sequence[Rows], columns: ColumnsSettings, field: str) -
     """
     unseen = {
         name: f"{field}.columns.{use}"
-        for use in ("problem", "choices", "answer", "expert", "teacher", "id")
+        for use in ("messages", "problem", "choices", "answer", "expert", "teacher", "id")
+        if use != "problem" or columns.messages is None
         for name in _as_names(getattr(columns, use))
     }
     known: dict[str, None] = {}
@@ -306,21 +356,27 @@ def _demonstrations(value: Any, name: str, clean: str | None, lists: int = 2) ->
     value = _text_as_list(value, name)
     if isinstance(value, str) and value.strip() in ("[]", "[None]", "[null]"):  # as CSV writes them
         return []
-    if isinstance(value, list) and value and all(_is_message(v) for v in value):
+    if isinstance(value, list) and value and all(_is_openai_message(v) for v in value):
         value = next((m["content"] for m in reversed(value) if m["role"] == "assistant"), None)
     if isinstance(value, list) and lists:
         return [text for v in value for text in _demonstrations(v, name, clean, lists - 1)]
     if value is None or value is _MISSING or (isinstance(value, float) and math.isnan(value)):
         return []
-    text = _text(value, name)
-    if clean:
-        text = _FINAL_LINE.sub(_boxed_line, _ANNOTATION.sub("", text))
+    text = _clean(_text(value, name), clean)
     return [text] if text.strip() else []
+
+
+def _clean(text: str, clean: str | None) -> str:
+    return _FINAL_LINE.sub(_boxed_line, _ANNOTATION.sub("", text)) if clean else text
 
 
 def _boxed_line(match: re.Match[str]) -> str:
     return f"The final answer is $\\boxed{{{match[1]}}}$."
 
 
-def _is_message(value: Any) -> bool:
+def _is_messages(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(is_message, value))
+
+
+def _is_openai_message(value: Any) -> bool:
     return isinstance(value, Mapping) and {"role", "content"} <= value.keys()
