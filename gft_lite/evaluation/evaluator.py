@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.text import Text
 
 from gft_lite.data.prompts import PromptFormat
 from gft_lite.evaluation.evaluation_folder import EvaluationFolder, Keys
@@ -41,7 +40,7 @@ from gft_lite.rollout.sampling import make_prompt_format
 from gft_lite.types import Group, Problem
 from gft_lite.utils.errors import RecipeError
 from gft_lite.utils.files import check_output_path
-from gft_lite.utils.progress import ProgressDisplay
+from gft_lite.utils.progress import show_phase
 
 
 @dataclass
@@ -93,7 +92,7 @@ def evaluate(
     folder = Path(out) if out is not None else _default_folder(suite, found)
     check_output_path(folder if out is None else out)
     data = None if data_dir is None else Path(data_dir)
-    console = console or Console(stderr=True)
+    console = console or Console(stderr=True, soft_wrap=True)
     if not regrade:  # Checks that need no model come before one is loaded.
         find_file(data, "any")
         find_engine(suite.rollout.engine)
@@ -131,17 +130,21 @@ def _evaluate_group(work: _Evaluation, targets: Sequence[Target]) -> None:
     settings = (adapters or targets)[0].policy
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    policy = load_policy(settings, suite.seed, suite.rollout)
-    base = base_identity(policy)
-    problems, formats = _load_benchmarks(work, policy)
+    with show_phase(work.console, f"loading {settings.model}"):
+        policy = load_policy(settings, suite.seed, suite.rollout)
+        base = base_identity(policy)
+    with show_phase(work.console, "reading the benchmarks"):
+        problems, formats = _load_benchmarks(work, policy)
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, scratch, ignore_errors=True)
-        sampler = start_engine(suite.rollout, policy, scratch / base)
+        with show_phase(work.console, "starting the rollout engine"):
+            sampler = start_engine(suite.rollout, policy, scratch / base)
         stack.callback(sampler.close)
         served = _ServedBase(work, policy, sampler, formats, problems)
         engine = PolicyEngine(sampler, policy, scratch / base / "adapters")
         engine.start_checks(served.check_row(), suite.rollout.probe_limit)
-        base_rows = served.first_samples(base) if adapters else []
+        with show_phase(work.console, "sampling the base for KL", announce=False):
+            base_rows = served.first_samples(base) if adapters else []
         # The engine serves the base until the first sync, so the base is evaluated first.
         for target in sorted(targets, key=lambda target: target.adapter is not None):
             if target.adapter is not None:
@@ -217,14 +220,16 @@ class _ServedBase:
         rows: list[Row] = []
         benchmarks = {}
         for name in self._problems:
-            with self._progress(f"{target.label} on {name}"):
+            with show_phase(self._work.console, f"{target.label} on {name}"):
                 groups, keys = self._respond(model, name, None, suite.samples)
+                found = self._work.grade(target.label, model, name, groups, keys)
             few = groups[: suite.drift]
             rows += kl.group_rows(Group(g.problem, g.responses[:1]) for g in few)
-            benchmarks[name] = self._work.grade(target.label, model, name, groups, keys)
-        self.sampler.engine.sleep()
-        drift = _drift(self._policy, target, base_rows, rows, suite.micro_batch_tokens)
-        self.sampler.engine.wake()
+            benchmarks[name] = found
+        with show_phase(self._work.console, f"KL and entropy of {target.label}", announce=False):
+            self.sampler.engine.sleep()
+            drift = _drift(self._policy, target, base_rows, rows, suite.micro_batch_tokens)
+            self.sampler.engine.wake()
         self._work.targets[target.label] = {
             "model": target.policy.model,
             "adapter": None if target.adapter is None else str(target.adapter),
@@ -247,14 +252,6 @@ class _ServedBase:
             (self._work.suite.seed, "eval", name),
         )  # fmt: skip
         return self.sampler.respond(draw, self._work.folder.responses(model, name))
-
-    @contextmanager
-    def _progress(self, text: str) -> Iterator[None]:
-        with ProgressDisplay(self._work.console, "responses", None) as display:
-            self.sampler.on_chunk = lambda completed, total: display.update(
-                completed, panel=Text(f"{text}, {total:,} responses")
-            )
-            yield
 
     def _limit_tokens(self) -> list[int]:
         """The fewest and the most tokens a response can have; printed if the context limits it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from array import array
 from collections.abc import Callable, Mapping, Sequence
@@ -12,10 +13,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from gft_lite.data.prompts import PromptFormat
-from gft_lite.rollout.base import Completion, Request, RolloutEngine, Sampling
+from gft_lite.rollout.base import Completion, OnCompletion, Request, RolloutEngine, Sampling
 from gft_lite.rollout.sampling import Draw, graded_text, make_requests
 from gft_lite.types import FinishReason, Group, Problem, Response
 from gft_lite.utils.jsonl import JsonlFile
+from gft_lite.utils.progress import report_progress
 
 # Token ids as an array: a large benchmark has tens of millions of them.
 _Stored: TypeAlias = "tuple[array[int], str, FinishReason]"
@@ -96,8 +98,7 @@ class BenchmarkDraw:
 class CachedSampler:
     """Samples the responses that a cache lacks, in chunks of `chunk` responses.
 
-    `sampled` and `reused` count responses; `on_chunk` is called with (completed, total) after each
-    chunk.
+    `sampled` and `reused` count responses.
     """
 
     def __init__(self, engine: RolloutEngine, sampling: Sampling, context: int, chunk: int) -> None:
@@ -105,7 +106,6 @@ class CachedSampler:
         self.sampling = sampling
         self.context = context
         self.chunk = chunk
-        self.on_chunk: Callable[[int, int], None] = lambda completed, total: None
         self.sampled = self.reused = 0
 
     def keys(self, model: str, request: Request) -> list[str]:
@@ -131,11 +131,19 @@ class CachedSampler:
         self.sampled += len(new)
         self.reused += total - len(new)
         text_of = partial(graded_text, format=draw.format, stop=self.sampling.stop)
+        finished = itertools.count(1)
+
+        def report(_: tuple[int, ...], seed: int, completion: Completion) -> None:
+            tokens = len(completion.token_ids)
+            report_progress(next(finished), len(new), "responses", tokens)
+
         for start in range(0, len(new), self.chunk):
-            cache.add(self._sample(new[start : start + self.chunk]), text_of)
-            self.on_chunk(total - len(new) + min(start + self.chunk, len(new)), total)
+            cache.add(self._sample(new[start : start + self.chunk], report), text_of)
         return cache.groups(draw.problems, keys, text_of), keys
 
-    def _sample(self, new: Sequence[tuple[Request, str]]) -> dict[str, Completion]:
-        done = self.engine.generate([request for request, _ in new], self.sampling)
+    def _sample(
+        self, new: Sequence[tuple[Request, str]], on_completion: OnCompletion
+    ) -> dict[str, Completion]:
+        requests = [request for request, _ in new]
+        done = self.engine.generate(requests, self.sampling, on_completion)
         return {key: completion for (_, key), [completion] in zip(new, done, strict=True)}

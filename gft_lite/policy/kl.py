@@ -10,6 +10,7 @@ from gft_lite.objective.losses import k3
 from gft_lite.policy.base import Policy, evaluating
 from gft_lite.policy.batching import Row
 from gft_lite.types import Group
+from gft_lite.utils.progress import track
 
 
 def group_rows(groups: Iterable[Group]) -> list[Row]:
@@ -34,7 +35,7 @@ def divergence(
     exact = {"forward": 0.0, "reverse": 0.0}
     estimate, tokens = 0.0, 0
     with evaluating(policy):
-        for batch in policy.batches(rows, token_budget):
+        for batch in track(policy.batches(rows, token_budget), "micro-batches"):
             found = policy.divergence(batch)
             tokens += found.logprobs.numel()
             exact["forward"] += found.forward.sum().item()
@@ -51,7 +52,7 @@ def entropy(policy: Policy, rows: Sequence[Row], token_budget: int) -> float | N
     """The mean entropy per response token of the model as it is, in nats; None without rows."""
     total, tokens = 0.0, 0
     with torch.no_grad(), evaluating(policy):
-        for batch in policy.batches(rows, token_budget):
+        for batch in track(policy.batches(rows, token_budget), "micro-batches"):
             found = policy.token_scores(batch).entropy
             total += found.sum().item()
             tokens += found.numel()

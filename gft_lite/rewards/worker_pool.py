@@ -22,6 +22,7 @@ from typing import Any
 
 from gft_lite.rewards.base import Grade, RewardError
 from gft_lite.rewards.worker_process import WALL_FACTOR, receive, send
+from gft_lite.utils.progress import report_progress
 
 START_SECONDS = 120.0
 _MAX_FAILED_STARTS = 3
@@ -118,6 +119,9 @@ class WorkerPool:
                     self._assign(items, pending)
                     for worker, replied in self._wait():
                         self._collect(worker, replied, grades)
+                    busy = sum(w.item is not None and w.item >= 0 for w in self._workers)
+                    graded = len(items) - len(pending) - busy
+                    report_progress(graded, len(items), "responses graded")
             except BaseException:
                 self._stop()  # a pending reply must not be read as one of the next batch
                 raise

@@ -41,7 +41,7 @@ def presample(
     recipe = complete_objective(_sampling_recipe(recipe))
     resume = (folder / "recipe.yaml").exists() and not (folder / "metrics.jsonl").exists()
     saved = check_sampling_recipe(folder, recipe, "--out", compare_seed=True) if resume else recipe
-    console = console or Console(stderr=True)
+    console = console or Console(stderr=True, soft_wrap=True)
     run_folder = find_folder(saved, folder, resume=resume, distributed=SINGLE_PROCESS)
     with ExitStack() as stack:
         run = setup_run(saved, run_folder, SINGLE_PROCESS, console, stack)

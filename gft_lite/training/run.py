@@ -24,7 +24,8 @@ def train(
     Raises: RecipeError if the recipe or `out` is wrong, TrainError if training failed.
     """
     distributed = init_distributed(recipe.policy.device)
-    console = (console or Console(stderr=True)) if distributed.is_main else Console(quiet=True)
+    console = console or Console(stderr=True, soft_wrap=True)
+    console = console if distributed.is_main else Console(quiet=True)
     recipe = complete_objective(recipe)
     if not recipe.stages:
         return train_single(recipe, out, resume=resume, distributed=distributed, console=console)

@@ -115,9 +115,10 @@ def setup_run(
     with show_phase(console, f"loading {recipe.policy.model}"):
         policy = _load_policy(recipe)
     format = make_prompt_format(policy, recipe.data.prompt)
-    data = load_run_data(recipe, policy, console)
     grade = partial(_grade, scorer, distributed)
-    check_demonstrations(recipe, data.problems, format, grade, console)
+    with show_phase(console, "reading the data"):
+        data = load_run_data(recipe, policy, console)
+        check_demonstrations(recipe, data.problems, format, grade, console)
     stack.enter_context(folder.lock())
     folder.create(saved.to_yaml())
     folder.check_data(data.fingerprints)
@@ -175,11 +176,12 @@ def _start_engine(
     engine = PolicyEngine(sampler, policy, folder.scratch / "adapters")
     place.stack.callback(engine.close)
     vocabulary = policy.model.get_input_embeddings().num_embeddings
-    kl_rows = place.distributed.cached_json(
-        folder.path / KL_SET,
-        lambda: _sample_kl_set(recipe, sampler, format, monitored),
-        lambda file: read_kl_set(file, monitored, vocabulary),
-    )
+    with show_phase(console, "sampling the KL set", announce=False):
+        kl_rows = place.distributed.cached_json(
+            folder.path / KL_SET,
+            lambda: _sample_kl_set(recipe, sampler, format, monitored),
+            lambda file: read_kl_set(file, monitored, vocabulary),
+        )
     gap = engine.start_checks(kl_rows[0], recipe.rollout.probe_limit)
     sampler.on_restart = engine.check
     served = f"engine: {sampler.name}, base {sampler.base}, log-prob gap {gap:.2g} nats"

@@ -40,8 +40,8 @@ def train_single(
     with ExitStack() as stack:
         run = setup_run(recipe, folder, distributed, console, stack)
         timer = PhaseTimer()
-        with timer("eval"):
-            console.print(f"evaluating the base on {', '.join(run.eval_sets) or 'nothing'}")
+        evaluating = f"evaluating the base on {', '.join(run.eval_sets) or 'nothing'}"
+        with timer("eval"), show_phase(console, evaluating):
             base = run.evaluate_base()
         first = run.restore() if resume else 0
         dry_step = "dry step: forward and backward of the largest micro-batch"
@@ -50,18 +50,18 @@ def train_single(
         run.engine.sync(first)
         with TrainingConsole(console, recipe.steps, first) as screen:
             train_steps(run, first, screen)
-        console.print("evaluating the trained policy")
-        with timer("eval"):
+        with timer("eval"), show_phase(console, "evaluating the trained policy"):
             trained = run.evaluate()
-        run.engine.close()
-        folder.write_json("eval/trained.json", trained)
-        if distributed.is_main:
-            save_final_adapter(run.policy, folder.adapter)
-        seconds = {"total": time.perf_counter() - started, "eval": timer.seconds["eval"]}
         _print_memory(run)
-        folder.write_json("summary.json", _summary(run, base, trained, seconds))
-        if distributed.is_main:
-            write_card(folder)
+        with show_phase(console, "KL, final adapter and model card", announce=False):
+            run.engine.close()
+            folder.write_json("eval/trained.json", trained)
+            if distributed.is_main:
+                save_final_adapter(run.policy, folder.adapter)
+            seconds = {"total": time.perf_counter() - started, "eval": timer.seconds["eval"]}
+            folder.write_json("summary.json", _summary(run, base, trained, seconds))
+            if distributed.is_main:
+                write_card(folder)
     # The last adapter that the engine loaded is also in the checkpoint.
     shutil.rmtree(folder.scratch, ignore_errors=True)
     distributed.barrier()

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-_LOG_SECONDS = 30.0  # Between two lines of one call where the output is not a terminal.
-_REFRESH_SECONDS = 0.2  # Between two updates on a terminal.
+T = TypeVar("T")
+
+_LOG_SECONDS = 15.0  # Between two lines of a phase where the output is not a terminal.
+_FIRST_SHARE = 0.1  # Of a phase, before the time that is left is estimated.
 _LONG_SECONDS = 2.0  # A phase that took longer prints its duration.
 _LINES = 20  # Lines for a whole run where the output is not a terminal.
 _UNKNOWN_TOTAL = 200  # Units after which _LINES lines are printed if the total is not known.
@@ -66,19 +71,103 @@ class ProgressDisplay:
         return _LINES * completed // (self._total or _UNKNOWN_TOTAL)
 
 
+@dataclass(eq=False)
+class Phase:
+    """A phase of work: its text, and how far it is."""
+
+    text: str
+    done: int = 0
+    total: int | None = None
+    unit: str = ""
+    tokens: int = 0
+    started: float = field(default_factory=time.perf_counter)
+
+    def describe(self) -> str:
+        """The phase on one line: n of N, tokens/s, and the time that has passed and is left."""
+        seconds = time.perf_counter() - self.started
+        parts = []
+        if self.total and self.total > 1:
+            parts.append(f"{self.done:,} of {self.total:,} {self.unit}")
+        if self.tokens:
+            parts.append(f"{self.tokens:,} tokens, {self.tokens / seconds:,.0f} tokens/s")
+        parts.append(format_duration(seconds))
+        # Units that run side by side end late: the first ones say little of the rest.
+        if self.total and _FIRST_SHARE <= self.done / self.total < 1:
+            left = seconds / self.done * (self.total - self.done)
+            parts.append(f"about {format_duration(left)} left")
+        return f"{self.text}: {', '.join(parts)}"
+
+    def __rich__(self) -> Text:
+        return Text(self.describe(), no_wrap=True, overflow="ellipsis")
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds as `45 s`, `3 min 20 s` or `2 h 5 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+_phases: list[Phase] = []  # Those that are shown, the innermost one last.
+
+
 @contextmanager
-def show_phase(console: Console, text: str) -> Iterator[None]:
-    """Show `text` while a phase runs: live on a terminal, else as a line; then a long duration."""
-    started = time.perf_counter()
-    if console.is_terminal:
-        with console.status(text):
-            yield
-    else:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-        yield
-    seconds = time.perf_counter() - started
-    if seconds > _LONG_SECONDS:
-        console.print(f"{text}: {seconds:.1f} s", markup=False, highlight=False, soft_wrap=True)
+def show_phase(
+    console: Console, text: str, *, announce: bool = True, log_seconds: float = _LOG_SECONDS
+) -> Iterator[Phase]:
+    """Show a phase while it runs: live on a terminal, else as lines every `log_seconds`.
+
+    With `announce`, a line at the start in a log, and at the end a line with a long duration. Of
+    phases inside each other, a log gets the lines of the innermost one, after the outer texts.
+    """
+    phase, ended = Phase(text), threading.Event()
+    live = console.is_terminal
+    if announce and not live:
+        _print_line(console, text)
+
+    def print_lines() -> None:
+        while not ended.wait(log_seconds):
+            if _phases and _phases[-1] is phase:
+                outer = "".join(f"{p.text}: " for p in _phases[:-1] if p.text)
+                _print_line(console, outer + phase.describe())
+
+    thread = threading.Thread(target=print_lines, daemon=True)
+    if not live and not console.quiet:
+        thread.start()
+    _phases.append(phase)
+    try:
+        with console.status(phase) if live else nullcontext():
+            yield phase
+    finally:
+        _phases.remove(phase)
+        ended.set()
+        if thread.ident is not None:
+            thread.join()
+    seconds = time.perf_counter() - phase.started
+    if announce and seconds > _LONG_SECONDS:
+        _print_line(console, f"{text}: done in {format_duration(seconds)}")
+
+
+def report_progress(done: int, total: int, unit: str, tokens: int = 0) -> None:
+    """Show in the innermost phase, if there is one, that `done` of `total` units are done.
+
+    `tokens` are those sampled since the last call.
+    """
+    if _phases:
+        phase = _phases[-1]
+        phase.done, phase.unit = done, unit
+        phase.tokens += tokens
+        phase.total = total if done < total else None  # The phase may go on with something else.
+
+
+def track(items: Sequence[T], unit: str) -> Iterator[T]:
+    """Iterate over `items` and report how many of them are done."""
+    for number, item in enumerate(items):
+        report_progress(number, len(items), unit)
+        yield item
+    report_progress(len(items), len(items), unit)
 
 
 @contextmanager
@@ -87,30 +176,17 @@ def show_sampling(
 ) -> Iterator[Callable[[int], None]]:
     """Show how far a call is that samples `total` responses, for the length of a `with`.
 
-    The function it yields is called with the number of tokens of each response. A terminal shows a
-    live line, a log gets a line every `log_seconds`.
+    The function it yields is called with the number of tokens of each response.
     """
-    started = time.perf_counter()
-    last, responses, tokens = started, 0, 0
-    live = console.is_terminal
-    interval = _REFRESH_SECONDS if live else log_seconds
-    with console.status(f"sampling {total:,} responses") as status:
+    with show_phase(console, "sampling", announce=False, log_seconds=log_seconds) as phase:
+        phase.total, phase.unit = total, "responses"
 
-        def update(count: int) -> None:
-            nonlocal last, responses, tokens
-            responses, tokens = responses + 1, tokens + count
-            now = time.perf_counter()
-            if now - last < interval:
-                return
-            last, elapsed = now, now - started
-            left = elapsed / responses * (total - responses)
-            text = (
-                f"sampling: {responses:,} of {total:,} responses, {tokens:,} tokens, "
-                f"{tokens / elapsed:,.0f} tokens/s, about {left:,.0f} s left"
-            )
-            if live:
-                status.update(text)
-            else:
-                console.print(text, markup=False, highlight=False, soft_wrap=True)
+        def update(tokens: int) -> None:
+            phase.done += 1
+            phase.tokens += tokens
 
         yield update
+
+
+def _print_line(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,12 +1,20 @@
 """Progress as lines where the output is not a terminal, as a live display on one."""
 
 import io
+import threading
 
 import pytest
 from rich.console import Console
 from rich.text import Text
 
-from gft_lite.utils.progress import ProgressDisplay, show_phase, show_sampling
+from gft_lite.utils.progress import (
+    ProgressDisplay,
+    format_duration,
+    report_progress,
+    show_phase,
+    show_sampling,
+    track,
+)
 
 
 def lines(total: int | None, units: range, completed: int = 0) -> list[str]:
@@ -41,20 +49,72 @@ def test_a_terminal_shows_the_panel_and_keeps_printed_lines():
     assert "trial [a] failed" in out.getvalue()
 
 
-def test_a_log_gets_a_line_for_a_phase_and_lines_while_sampling():
-    console = Console(file=io.StringIO(), width=200)
-    with show_phase(console, "loading [the] model"):
-        pass
-    with show_sampling(console, 3, log_seconds=0) as update:
-        for tokens in (5, 7, 9):
-            update(tokens)
-    with show_sampling(console, 3, log_seconds=1e9) as update:
+class Lines(io.StringIO):
+    """Wakes `wait_for` at every write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._changed = threading.Condition()
+
+    def write(self, text: str) -> int:
+        with self._changed:
+            self._changed.notify_all()
+            return super().write(text)
+
+    def wait_for(self, part: str) -> str:
+        """The first line with `part`, as soon as there is one."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: part in self.getvalue(), timeout=60)
+        return next(line for line in self.getvalue().splitlines() if part in line)
+
+
+def test_a_phase_in_a_log_begins_with_a_line_and_repeats_how_far_it_is():
+    out = Lines()
+    console = Console(file=out, width=20)
+    with show_phase(console, "reading [the] model", log_seconds=1e-3):
+        assert out.getvalue().startswith("reading [the] model\n")
+        for number in track(range(4), "weights"):
+            if number == 2:
+                line = out.wait_for("2 of 4 weights")
+    assert line.startswith("reading [the] model: 2 of 4 weights, ")
+    assert "left" in line and len(out.getvalue().splitlines()) > 1
+
+
+def test_sampling_shows_responses_and_tokens_after_the_outer_phase():
+    out = Lines()
+    console = Console(file=out)
+    with (
+        show_phase(console, "evaluating", announce=False, log_seconds=1e9),
+        show_sampling(console, 30, log_seconds=1e-3) as update,
+    ):
+        early = out.wait_for("0 of 30")
         update(5)
-    phase, *lines = console.file.getvalue().splitlines()
-    assert phase == "loading [the] model"
-    assert [line.split(" tokens/s")[0].rsplit(", ", 1)[0] for line in lines] == [
-        "sampling: 1 of 3 responses, 5 tokens",
-        "sampling: 2 of 3 responses, 12 tokens",
-        "sampling: 3 of 3 responses, 21 tokens",
-    ]
-    assert lines[-1].endswith("about 0 s left")
+        first = out.wait_for("1 of 30")
+        update(7)
+        update(9)
+        third = out.wait_for("3 of 30")
+    assert early.startswith("evaluating: sampling: 0 of 30 responses, ") and "left" not in early
+    assert "1 of 30 responses, 5 tokens, " in first and "left" not in first
+    assert "3 of 30 responses, 21 tokens, " in third and third.endswith(" left")
+
+
+def test_a_phase_on_a_terminal_leaves_no_line_and_shows_its_state():
+    out = Lines()
+    console = Console(file=out, force_terminal=True, width=60)
+    with show_phase(console, "reading"):
+        report_progress(3, 4, "weights")
+        out.wait_for("reading: 3 of 4 weights")
+    assert out.getvalue().endswith("\x1b[2K")  # The line is erased.
+
+
+def test_progress_without_a_phase_is_not_an_error():
+    report_progress(1, 2, "weights")
+    assert list(track("ab", "weights")) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (7512, "2 h 5 min")],
+)
+def test_durations(seconds: float, text: str):
+    assert format_duration(seconds) == text
