@@ -9,8 +9,10 @@ from gft_lite.cli.common import (
     DONE,
     MAX_TOKENS,
     add_allow_code,
+    add_verbose,
     check_model_trust,
     non_negative,
+    show_imports,
     whole_number,
 )
 from gft_lite.recipe.sections import PolicySettings
@@ -32,24 +34,26 @@ def add(commands: Any) -> None:
     parser.add_argument("--quantization", choices=["nf4", "int8", "none"],
                         help="of the base (default: the run's, or nf4)")  # fmt: skip
     add_allow_code(parser)
+    add_verbose(parser)
     parser.set_defaults(run=run, again="nothing is kept")
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
-    from gft_lite.evaluation.targets import find_targets
-
+    with show_imports():
+        from gft_lite.evaluation.targets import find_targets
+        from gft_lite.tools.chat import Chat, answer_once, interact, sampling_for
     given = {"quantization": options.quantization} if options.quantization else {}
     targets = find_targets([options.target], PolicySettings.model_validate(given))
     if not options.allow_code:
         check_model_trust(targets)
     from rich.console import Console
 
-    from gft_lite.tools.chat import Chat, answer_once, interact, sampling_for
+    from gft_lite.utils.progress import show_phase
 
     sampling = sampling_for(targets, options.temperature, options.max_tokens)
     console = Console(stderr=True)
-    with console.status(f"loading {options.target}"):
+    with show_phase(console, f"loading {options.target}"):
         chat = Chat(targets[0], sampling, base=options.base, style=options.style)
     if options.prompt is not None:
         answer_once(chat, options.prompt)

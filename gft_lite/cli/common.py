@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from gft_lite.recipe.schema import Recipe
@@ -37,6 +39,12 @@ def add_allow_code(parser: argparse.ArgumentParser) -> None:
     """Add the flag --allow-code."""
     words = "run code that a file from outside the working directory names"
     parser.add_argument("--allow-code", action="store_true", help=words)
+
+
+def add_verbose(parser: argparse.ArgumentParser) -> None:
+    """Add the flag --verbose."""
+    words = "show all messages of libraries such as transformers and vLLM"
+    parser.add_argument("--verbose", action="store_true", help=words)
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
@@ -78,6 +86,23 @@ def run_folder(text: str) -> str:
         rule = "must be the folder of a run or of a sweep"
         raise UserError([f"RUN: {rule}, got {short_repr(text)}."])
     return text
+
+
+# --- imports ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def show_imports() -> Iterator[None]:
+    """Show that torch is being imported, for the length of a `with` that does."""
+    if "torch" in sys.modules:
+        yield
+        return
+    from rich.console import Console
+
+    from gft_lite.utils.progress import show_phase
+
+    with show_phase(Console(stderr=True), "importing libraries"):
+        yield
 
 
 # --- trust -----------------------------------------------------------------------------------

@@ -11,8 +11,10 @@ from gft_lite.cli.common import (
     FAILED,
     add_allow_code,
     add_recipe,
+    add_verbose,
     check_recipe_trust,
     output_path,
+    show_imports,
 )
 from gft_lite.recipe.schema import Recipe
 from gft_lite.utils.secrets import redact
@@ -33,6 +35,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--out", type=output_path("--out", "file"), metavar="FILE",
                         help=".jsonl or .parquet (default: data/NAME-TEACHER.jsonl)")  # fmt: skip
     add_allow_code(parser)
+    add_verbose(parser)
     parser.set_defaults(run=run, again="the same command continues")
 
 
@@ -59,11 +62,12 @@ def run(options: argparse.Namespace) -> int:
     names = {flag.replace("-", "_") for flag in _SETTINGS_FLAGS}
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     check_recipe_trust(options, recipe)
+    with show_imports():
+        from gft_lite.distillation.pipeline import distill
     from rich.console import Console
 
     from gft_lite.distillation.console import summary_table
     from gft_lite.distillation.data_set import side_folder
-    from gft_lite.distillation.pipeline import distill
     from gft_lite.distillation.teachers import TeacherSettings
 
     summary = distill(recipe, options.teacher, options.out, TeacherSettings.from_tree(given))

@@ -5,25 +5,29 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from gft_lite.cli.common import DONE, FAILED
+from gft_lite.cli.common import DONE, FAILED, add_verbose, show_imports
 
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
     words = "what works on this machine, and what to do about the rest"
     parser = commands.add_parser("doctor", help=words)
+    add_verbose(parser)
     parser.set_defaults(run=run)
 
 
 def run(_: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
+    with show_imports():
+        import torch  # noqa: F401
     from rich.console import Console
 
     from gft_lite.tools.doctor import all_required_pass, checks_table, run_checks
+    from gft_lite.utils.progress import show_phase
 
     console = Console()
-    with console.status("doctor") as status:
-        checks = run_checks(lambda name: status.update(f"doctor: {name}"))
+    with show_phase(Console(stderr=True), "doctor") as phase:
+        checks = run_checks(lambda name: setattr(phase, "text", f"doctor: {name}"))
     console.print(checks_table(checks))
     passed = all_required_pass(checks)
     verdict = "everything that training needs works" if passed else "see what failed above"

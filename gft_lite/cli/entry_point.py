@@ -28,6 +28,7 @@ from gft_lite.cli.common import FAILED, INTERRUPTED, WRONG_INPUT
 from gft_lite.rewards.base import RewardError
 from gft_lite.utils.errors import UserError, short_repr
 from gft_lite.utils.files import is_disk_full
+from gft_lite.utils.library_output import VERBOSE, hide_library_messages
 from gft_lite.utils.secrets import redact
 from gft_lite.version import __version__
 
@@ -93,6 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     """Run the command. Raises: RuntimeError for a SystemExit, which would set the exit code."""
+    if getattr(options, "verbose", False):
+        os.environ[VERBOSE] = "1"
+    hide_library_messages()
     try:
         return options.run(options)
     except SystemExit as error:

@@ -6,7 +6,14 @@ import argparse
 import os
 from typing import Any
 
-from gft_lite.cli.common import DONE, add_allow_code, check_model_trust, output_path
+from gft_lite.cli.common import (
+    DONE,
+    add_allow_code,
+    add_verbose,
+    check_model_trust,
+    output_path,
+    show_imports,
+)
 
 
 def add(commands: Any) -> None:
@@ -28,6 +35,7 @@ def add(commands: Any) -> None:
     for flag, key in _SUITE_FLAGS.items():
         parser.add_argument(f"--{flag}", metavar="N", help=f"the same as {key}=N")
     add_allow_code(parser)
+    add_verbose(parser)
     parser.set_defaults(run=run, overrides=[], again="the same command continues")
 
 
@@ -48,15 +56,16 @@ def run(options: argparse.Namespace) -> int:
     from gft_lite.evaluation.suites import Suite
 
     suite = Suite.load(options.suite, overrides)
+    with show_imports():
+        from gft_lite.evaluation.evaluator import evaluate
+        from gft_lite.evaluation.targets import find_targets
     if not options.allow_code:
         from gft_lite.cli.trust import check_code_trust, named_code
-        from gft_lite.evaluation.targets import find_targets
 
         check_code_trust(named_code(suite), filter(os.path.isfile, [options.suite]))
         check_model_trust(find_targets(targets, suite.policy))
     from rich.console import Console
 
-    from gft_lite.evaluation.evaluator import evaluate
     from gft_lite.evaluation.tables import tables
 
     results = evaluate(

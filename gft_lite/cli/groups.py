@@ -9,8 +9,10 @@ from gft_lite.cli.common import (
     DONE,
     add_allow_code,
     add_recipe,
+    add_verbose,
     check_recipe_trust,
     output_path,
+    show_imports,
     whole_number,
 )
 from gft_lite.recipe.schema import Recipe
@@ -26,6 +28,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--visits", type=whole_number(1, 1000), default=1, metavar="N",
                         help="draw at most N groups of each problem (default: 1)")  # fmt: skip
     add_allow_code(parser)
+    add_verbose(parser)
     parser.set_defaults(run=run, again="the same command continues")
 
 
@@ -33,9 +36,10 @@ def run(options: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
     recipe = Recipe.load(options.recipe, options.overrides)
     check_recipe_trust(options, recipe)
+    with show_imports():
+        from gft_lite.training.presample import presample
     from rich.console import Console
 
-    from gft_lite.training.presample import presample
     from gft_lite.utils.tables import results_table
 
     groups = presample(recipe, options.out, visits=options.visits)

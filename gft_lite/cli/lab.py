@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from gft_lite.cli.common import DONE, FAILED, MAX_SEEDS, output_path, whole_number
+from gft_lite.cli.common import DONE, FAILED, MAX_SEEDS, add_verbose, output_path, whole_number
 
 
 def add(commands: Any) -> None:
@@ -21,6 +21,7 @@ def add(commands: Any) -> None:
     compare.add_argument(
         "--out", type=output_path("--out", "folder"), metavar="DIR", default="runs/compare"
     )
+    add_verbose(compare)
     compare.set_defaults(run=_compare)
     words = "the paper's findings, tested: about half an hour on two cores, once"
     study = lab_commands.add_parser("study", help=words)
@@ -39,6 +40,7 @@ def add(commands: Any) -> None:
     study.add_argument("--report", type=output_path("--report", "file"), metavar="FILE",
                        default="examples/lab_study.md",
                        help="default: examples/lab_study.md")  # fmt: skip
+    add_verbose(study)
     study.set_defaults(run=_study, again="the same command continues")
 
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from gft_lite.cli.common import DONE, add_allow_code, check_model_trust, non_negative, output_path
+from gft_lite.cli.common import (
+    DONE,
+    add_allow_code,
+    add_verbose,
+    check_model_trust,
+    non_negative,
+    output_path,
+    show_imports,
+)
 from gft_lite.recipe.sections import PolicySettings
 
 
@@ -28,17 +36,17 @@ def add(commands: Any) -> None:
     parser.add_argument("--device", default="cpu", choices=["auto", "cpu", "cuda"],
                         help="default: cpu, which needs the memory of one such model")  # fmt: skip
     add_allow_code(parser)
+    add_verbose(parser)
     parser.set_defaults(run=run, again="nothing was written")
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
-    from gft_lite.evaluation.targets import find_targets
-
+    with show_imports():
+        from gft_lite.evaluation.targets import find_targets
+        from gft_lite.tools.merge import LIMIT, merge, next_commands
     if not options.allow_code:
         check_model_trust(find_targets([options.target], PolicySettings()))
-    from gft_lite.tools.merge import LIMIT, merge, next_commands
-
     limit = LIMIT if options.limit is None else options.limit
     merge(options.target, options.out, limit=limit, dtype=options.dtype, device=options.device)
     print(f"model: {options.out}")

@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from gft_lite.cli.common import DONE, FAILED, MAX_SEEDS, add_allow_code, output_path, whole_number
+from gft_lite.cli.common import (
+    DONE,
+    FAILED,
+    MAX_SEEDS,
+    add_allow_code,
+    add_verbose,
+    output_path,
+    whole_number,
+)
 
 
 def add(commands: Any) -> None:
@@ -38,6 +46,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="print the sweep's runs and stop")
     add_allow_code(parser)
+    add_verbose(parser)
     parser.set_defaults(run=run, again="the same command continues")
 
 

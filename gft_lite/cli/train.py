@@ -6,7 +6,15 @@ import argparse
 import sys
 from typing import Any
 
-from gft_lite.cli.common import DONE, add_allow_code, add_recipe, check_recipe_trust, output_path
+from gft_lite.cli.common import (
+    DONE,
+    add_allow_code,
+    add_recipe,
+    add_verbose,
+    check_recipe_trust,
+    output_path,
+    show_imports,
+)
 from gft_lite.objective.methods import METHODS
 from gft_lite.recipe.schema import Recipe
 
@@ -24,6 +32,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
     add_allow_code(parser)
+    add_verbose(parser)
     parser.set_defaults(run=run)
 
 
@@ -37,10 +46,11 @@ def run(options: argparse.Namespace) -> int:
         print(recipe.to_yaml(), end="")
         return DONE
     check_recipe_trust(options, recipe)
+    with show_imports():
+        from gft_lite.training.run import train
     from rich.console import Console
 
     from gft_lite.runs.folder import WorkerRunFolder
-    from gft_lite.training.run import train
     from gft_lite.utils.tables import results_table
 
     folder = train(recipe, options.out, resume=options.resume)

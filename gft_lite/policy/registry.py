@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gft_lite.policy.base import Policy
 from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.library_output import hide_library_messages
 from gft_lite.utils.paths import PACKAGE
 
 if TYPE_CHECKING:
@@ -42,8 +42,7 @@ def load_policy(
     """
     entry = BACKENDS[settings.backend]
     _check_available(entry, settings, rollout)
-    # bitsandbytes logs every cast in every forward pass, and an unused package at import.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    hide_library_messages()
     return importlib.import_module(entry.module).load(settings, seed, rollout)
 
 
