@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,7 @@ def _problem_line(group: Group) -> dict[str, Any]:
     problem = group.problem
     graded = [r.correct for r in group if r.correct is not None]
     return {
-        "id": problem.id,
-        "text": problem.text,
-        "answer": problem.answer,
+        **problem.to_json(),
         "columns": dict(problem.columns),
         "correct": sum(graded) if graded else None,
         "samples": len(group),
@@ -106,7 +105,7 @@ def _problem_line(group: Group) -> dict[str, Any]:
 
 
 def _problem_and_keys(line: dict[str, Any]) -> tuple[Problem, list[str]]:
-    problem = Problem(line["id"], line["text"], line["answer"], columns=dict(line["columns"]))
+    problem = replace(Problem.from_json(line), columns=dict(line["columns"]))
     return problem, [str(key) for key in line["keys"]]
 
 

@@ -17,7 +17,7 @@ from gft_lite.recipe.method_parameters import bind_method
 from gft_lite.recipe.schema import Recipe
 from gft_lite.report.loading import Run
 from gft_lite.runs import checkpoint
-from gft_lite.types import SOURCES
+from gft_lite.types import SOURCES, Problem
 from gft_lite.utils.errors import UserError
 from gft_lite.utils.user_code import user_errors_as
 
@@ -129,7 +129,7 @@ def _tokens(policy: Policy, step: StepGroups) -> list[list[Tokens]]:
     progress = (step.step - 1) / (recipe.steps or 1)
     rows, contexts = [], []
     for group in step.groups:
-        prompt = format.prompt_ids(group["problem"]["text"])
+        prompt = format.problem_ids(Problem.from_json(group["problem"]))
         share = _success_share(group["responses"])
         for response in group["responses"]:
             rows.append(Row(prompt, tuple(response["token_ids"])))

@@ -114,7 +114,7 @@ def _trl_arguments(rows: Rows, conversational: bool) -> dict[str, Any]:
     prompts: list[Any] = [group.problem.text for group, _ in rows]
     completions: list[Any] = [response.text for _, response in rows]
     if conversational:
-        prompts = [[{"role": "user", "content": text}] for text in prompts]
+        prompts = [group.problem.messages for group, _ in rows]
         completions = [[{"role": "assistant", "content": text}] for text in completions]
     return {
         **columns,

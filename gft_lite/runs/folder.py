@@ -152,8 +152,7 @@ class RunFolder:
     def _write_groups(self, file: Path, groups: Sequence[ScoredGroup]) -> None:
         with atomic_write(file) as partial, partial.open("w", encoding="utf-8") as out:
             for scored in groups:
-                p = scored.group.problem
-                problem = {"id": p.id, "text": p.text, "answer": p.answer}
+                problem = scored.group.problem.to_json()
                 responses = [_response(r, a) for r, a in scored]
                 out.write(json.dumps({"problem": problem, "responses": responses}) + "\n")
 

@@ -31,6 +31,7 @@ from gft_lite.rollout.sampling import make_prompt_format, sample_seed
 from gft_lite.rollout.transformers_engine import TransformersEngine
 from gft_lite.runs.folder import RunFolder, stage_folder
 from gft_lite.runs.model_card import known_as, write_merged_card
+from gft_lite.types import Problem
 from gft_lite.utils.errors import UserError
 from gft_lite.utils.files import check_output_path
 
@@ -218,15 +219,15 @@ def prompt_settings_of(target: Target, tokenizer: Any) -> PromptSettings:
 def _rows(policy: Policy, format: PromptFormat, target: Target) -> list[Row]:
     """The self samples of the run's last step; if there are none, new samples."""
     groups = _last_groups(target.run) if target.run else []
+    prompts = [format.problem_ids(Problem.from_json(group["problem"])) for group in groups]
     rows = [
-        Row(format.prompt_ids(group["problem"]["text"]), tuple(ids[:RESPONSE_TOKENS]))
-        for group in groups
+        Row(prompt, tuple(ids[:RESPONSE_TOKENS]))
+        for group, prompt in zip(groups, prompts, strict=True)
         for ids in (r["token_ids"] for r in group["responses"] if r["source"] == "self")
         if ids
     ]
     if not rows:
-        questions = [group["problem"]["text"] for group in groups] or QUESTIONS
-        rows = _sample(policy, [format.prompt_ids(text) for text in questions], target)
+        rows = _sample(policy, prompts or [format.prompt_ids(text) for text in QUESTIONS], target)
     lengths = accumulate(map(len, rows))
     return [row for row, total in zip(rows, lengths, strict=True) if total <= TOKENS] or rows[:1]
 

@@ -29,19 +29,14 @@ GROUPS = "groups.jsonl"
 class StoredGroup:
     """A line of the file: the problem as it was, its epoch, and the graded responses."""
 
-    problem_id: str
-    text: str
-    answer: str | None
+    problem: Problem
     epoch: int
     responses: tuple[Response, ...]
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> StoredGroup:
-        problem = entry["problem"]
         responses = tuple(_response(r) for r in entry["responses"])
-        return cls(
-            problem["id"], problem["text"], problem["answer"], int(entry["visit"]), responses
-        )
+        return cls(Problem.from_json(entry["problem"]), int(entry["visit"]), responses)
 
 
 class SourceTotals(NamedTuple):
@@ -70,7 +65,7 @@ class PresampledGroups:
         self._epochs = Counter[str]()
         self._totals: dict[str, SourceTotals] = {}
         for offset, stored in self._file.entries():
-            self._index(offset, stored.problem_id, stored.epoch, stored.responses)
+            self._index(offset, stored.problem.id, stored.epoch, stored.responses)
 
     def __contains__(self, visit: ProblemVisit) -> bool:
         return (visit.problem.id, visit.epoch) in self._offsets
@@ -187,11 +182,11 @@ class PresampledGroups:
         problem = visit.problem
         epoch = visit.epoch % self._epochs[problem.id]
         stored = self._file.read_at(self._offsets[problem.id, epoch])
-        if (stored.text, stored.answer) != (problem.text, problem.answer):
+        if stored.problem.to_json() != problem.to_json():
             raise RecipeError(
                 [f"group.offline: must be of the same data, got {str(self.folder)!r}, where "
-                 f"problem {problem.id} is {short_repr(stored.text)}, "
-                 f"{short_repr(stored.answer)}. Sample others with gft-lite groups."]
+                 f"problem {problem.id} is {short_repr(stored.problem.text)}, "
+                 f"{short_repr(stored.problem.answer)}. Sample others with gft-lite groups."]
             )  # fmt: skip
         return Group(problem, stored.responses)
 
@@ -238,13 +233,11 @@ def _differences(old: Recipe, new: Recipe) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _to_json(visit: ProblemVisit, group: Group) -> dict[str, Any]:
-    problem = group.problem
     responses = [asdict(r) for r in group]
     for r in responses:
         # Six digits are the precision of an engine's float32.
         r["logprobs"] = r["logprobs"] and [round(x, 6) for x in r["logprobs"]]
-    kept = {"id": problem.id, "text": problem.text, "answer": problem.answer}
-    return {"problem": kept, "visit": visit.epoch, "responses": responses}
+    return {"problem": group.problem.to_json(), "visit": visit.epoch, "responses": responses}
 
 
 def _response(entry: Mapping[str, Any]) -> Response:
