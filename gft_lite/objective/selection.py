@@ -5,14 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from random import Random
+from typing import Annotated
+
+from pydantic import Field
 
 from gft_lite.types import ScoredGroup
 
+Share = Annotated[float, Field(ge=0, le=1)]
 
-def select_by_gate(scored: ScoredGroup, *, gate: int = 0) -> list[bool]:
+
+def select_by_gate(scored: ScoredGroup, *, gate: Annotated[int, Field(ge=0)] = 0) -> list[bool]:
     """HPT: the demonstrations if at most `gate` self samples are right, else the self samples.
 
-    A problem without demonstrations has its self samples.
+    A problem without demonstrations has its self samples. Source: `switch` in `mix_trainer.py` of
+    TsinghuaC3I/Unify-Post-Training; gate 0 for Qwen, 2 for Llama.
     """
     responses = scored.group.responses
     right = sum(scored.is_right(r) for r in responses if r.source == "self")
@@ -27,11 +33,12 @@ def select_unsolved(scored: ScoredGroup) -> list[bool]:
 
 
 def cosine_prefix(
-    count: int, progress: float, random: Random, *, low: float = 0.05, high: float = 0.95
+    count: int, progress: float, random: Random, *, low: Share = 0.05, high: Share = 0.95
 ) -> Sequence[float]:
     """Prefix-RFT: one sample begins with a share U(b, `high`) of a demonstration, the others don't.
 
-    b falls from `high` to `low` by a cosine of the progress.
+    b falls from `high` to `low` by a cosine of the progress. Source: `BetaSampler` and
+    `CosineDecayController` in `scheduler/global_step.py` of ZeroYuHuang/prefix_rft.
     """
     bound = low + (high - low) * _cosine(progress)
     return [random.uniform(bound, high), *[0.0] * (count - 1)] if count else []
@@ -42,15 +49,15 @@ def binomial_hints(
     progress: float,
     random: Random,
     *,
-    slices: int = 5,
-    low: float = 0.05,
-    high: float = 0.95,
-    hint_share: float = 0.6,
+    slices: Annotated[int, Field(ge=1)] = 5,
+    low: Share = 0.05,
+    high: Share = 0.95,
+    hint_share: Share = 0.6,
 ) -> Sequence[float]:
     """UFT: all samples of a group begin with the same hint, Binomial(`slices`, q) of its slices.
 
     q falls from `high` to `low` by a cosine over the share `hint_share` of the budget; no hints
-    after that.
+    after that. Source: `rl_dataset.py` of liumy2010/UFT, 300 of 500 steps.
     """
     if progress >= hint_share:
         return [0.0] * count
