@@ -27,7 +27,7 @@ from gft_lite.rollout.policy_engine import PolicyEngine
 from gft_lite.rollout.registry import start_engine
 
 SYNCS, WARM_UP = 200, 50
-SETTINGS = RolloutSettings(engine="vllm")
+SETTINGS = RolloutSettings(engine="vllm", dtype="float32")
 GREEDY = Sampling(temperature=0, max_tokens=8)
 PROMPT, COMPLETION = tuple(range(5, 25)), (9, 33, 31, 14, 20, 12, 28, 26)
 

@@ -57,7 +57,7 @@ def hot_load(folder: Path, turns: int) -> Figures:
                        context=CONTEXT)
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
-        engine = VllmEngine(RolloutSettings(engine="vllm"), policy, Path(name))
+        engine = VllmEngine(RolloutSettings(engine="vllm", dtype="float32"), policy, Path(name))
         served = PolicyEngine(engine, policy, Path(name) / "v")
         versions = iter(range(1 + turns))
         found = _timed(lambda: served.sync_unchecked(next(versions)), turns)

@@ -115,8 +115,11 @@ class Policy(Protocol):
     def next_token_logits(self, input_ids: Tensor, cache: Any, **kwargs: Tensor) -> Tensor:
         """fp32 logits [B, V] of the token after `input_ids` [B, S], continuing `cache`."""
 
-    def serving_base(self, kind: str) -> ServedBase:
-        """The model that an engine loads to serve this base; `kind` is `rollout.base`."""
+    def serving_base(self, kind: str, dtype: torch.dtype | None = None) -> ServedBase:
+        """The model that an engine loads to serve this base; `kind` is `rollout.base`.
+
+        `dtype` is the engine's precision, by default the policy's.
+        """
 
 
 @contextmanager

@@ -240,6 +240,9 @@ class LoraPolicy:
             return contextlib.nullcontext()
         return torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda")
 
-    def serving_base(self, kind: str) -> ServedBase:
-        """The model that an engine loads to serve this base; `kind` is `rollout.base`."""
-        return serving_base(self, kind)
+    def serving_base(self, kind: str, dtype: torch.dtype | None = None) -> ServedBase:
+        """The model that an engine loads to serve this base; `kind` is `rollout.base`.
+
+        `dtype` is the engine's precision, by default the policy's.
+        """
+        return serving_base(self, kind, dtype)

@@ -39,11 +39,12 @@ SHARD = 1 << 30  # Bytes of dequantised weights in RAM at a time.
 Weight = tuple[nn.Module | None, Any]
 
 
-def serving_base(policy: Policy, kind: str) -> ServedBase:
-    """The model that an engine loads.
+def serving_base(policy: Policy, kind: str, dtype: torch.dtype | None = None) -> ServedBase:
+    """The model that an engine loads, which computes in `dtype`, by default the policy's.
 
-    `nf4_dequantised` has exactly the weights that the trainer computes with; `original` and
-    `plugin` are the published model, which vLLM's plugin quantises as the trainer did.
+    `nf4_dequantised` has the weights that the trainer computes with, rounded to `dtype`;
+    `original` and `plugin` are the published model, which vLLM's plugin quantises as the trainer
+    did.
     Raises: RecipeError if the cache can't be written.
     """
     if kind != "nf4_dequantised" or policy.settings.quantization == "none":
@@ -54,7 +55,7 @@ def serving_base(policy: Policy, kind: str) -> ServedBase:
         bases.mkdir(mode=0o700, parents=True, exist_ok=True)
         # One process writes the copy; the others wait for the lock and reuse the copy.
         with _locked(bases, fcntl.LOCK_EX):
-            folder, how = _find_or_write(policy, bases)
+            folder, how = _find_or_write(policy, bases, dtype or policy.dtype)
             removed = _remove_old(bases, folder)
             _hold(policy, folder)
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk.
@@ -69,19 +70,19 @@ def serving_base(policy: Policy, kind: str) -> ServedBase:
 # --- the cache ---------------------------------------------------------------------------------
 
 
-def _find_or_write(policy: Policy, bases: Path) -> tuple[Path, str]:
+def _find_or_write(policy: Policy, bases: Path, dtype: torch.dtype) -> tuple[Path, str]:
     """The folder of the policy's copy, and whether it was "reused" or written now."""
     started = time.perf_counter()
     weights = _weights(policy)
     partial = bases / "partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    _write_descriptions(policy, partial)
-    folder = bases / _digest(weights, policy.dtype, partial)
+    _write_descriptions(policy, dtype, partial)
+    folder = bases / _digest(weights, dtype, partial)
     if _is_complete(folder, weights, partial):
         shutil.rmtree(partial)
         return folder, "reused"
-    _write_weights(weights, policy.dtype, partial)
+    _write_weights(weights, dtype, partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return folder, f"written in {time.perf_counter() - started:.1f} s"
@@ -155,10 +156,11 @@ def _locked(folder: Path, how: int) -> Iterator[None]:
 # --- the weights -------------------------------------------------------------------------------
 
 
-def _write_descriptions(policy: Policy, folder: Path) -> None:
-    """Write the configuration, without quantisation, and the tokenizer."""
+def _write_descriptions(policy: Policy, dtype: torch.dtype, folder: Path) -> None:
+    """Write the configuration, with this dtype and without quantisation, and the tokenizer."""
     config = copy.deepcopy(policy.config)
     del config.quantization_config
+    config.dtype = dtype
     config.save_pretrained(folder)
     savable(policy.model.get_base_model().generation_config).save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)

@@ -6,10 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
-    ConfigDict,
     Field,
     JsonValue,
-    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -26,11 +24,12 @@ from gft_lite.recipe.base import (
     named_in,
 )
 from gft_lite.recipe.effects import EVALUATION, EVERYTHING, NO_RESULT, SAMPLING, TRAINING
-from gft_lite.rewards.registry import REWARDS
 from gft_lite.utils.errors import short_repr
 
 # Names of `rollout.engine`; `rollout.registry.ENGINES` has their classes.
 ENGINE_NAMES = ("auto", "transformers", "vllm", "vllm_server", "unsloth")
+
+DtypeName = Literal["bfloat16", "float16", "float32"]
 
 
 class LoraSettings(Settings):
@@ -61,7 +60,7 @@ class PolicySettings(Settings):
     reference: Annotated[Literal["base", "adapter"], EVALUATION] = "base"
     quantization: Annotated[Literal["nf4", "int8", "none"], EVERYTHING] = "nf4"
     double_quantization: Annotated[bool, EVERYTHING] = True
-    dtype: Annotated[Literal["auto", "bfloat16", "float16", "float32"], EVALUATION] = "auto"
+    dtype: Annotated[Literal["auto", DtypeName], EVALUATION] = "auto"
     device: Annotated[
         str, matching(r"auto|cpu|cuda(:\d+)?", "must be auto, cpu, cuda or cuda:N"), EVALUATION
     ] = "auto"
@@ -82,7 +81,7 @@ class PolicySettings(Settings):
             return self.device
         return "cuda" if cuda_available else "cpu"
 
-    def resolved_dtype(self, device: str) -> Literal["bfloat16", "float16", "float32"]:
+    def resolved_dtype(self, device: str) -> DtypeName:
         """The dtype of activations and unquantised weights; `auto` is float32 on the CPU only."""
         if self.dtype != "auto":
             return self.dtype
@@ -251,75 +250,6 @@ class GroupSettings(Settings):
         return self.expert + self.teacher + self.self
 
 
-class ObjectiveSettings(Settings):
-    """The loss; a method uses the fields that are parameters of its loss function.
-
-    `kl` is the weight of the k3 estimate of KL(policy || reference) in the per-token loss of any
-    method (TRL's `beta`, without the correction by rho that TRL may apply); `lam` is asft's.
-    `entropy` is the weight of an entropy bonus in nats, the token mean over all rows of the step.
-    `mask_truncated` excludes rows at the length limit, also from the reduction's denominator.
-    A method's own parameters are extra fields, which `objective_schema.py` checks.
-    """
-
-    model_config = ConfigDict(extra="allow")
-
-    tau: NonNegativeFloat = 0.7
-    std: Literal["sample", "population", "none"] = "sample"
-    eps: PositiveFloat = 1e-6
-    reduction: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
-    clip_low: Fraction = 0.2
-    clip_high: NonNegativeFloat = 0.2
-    lam: NonNegativeFloat = 0.1
-    kl: NonNegativeFloat = 0.0
-    entropy: NonNegativeFloat = 0.0
-    mask_truncated: bool = False
-
-
-class RewardFunctionSettings(Settings):
-    """One reward function and its weight in the sum.
-
-    `correct_above`: a response with a score above this is correct, which pass@k counts; by default
-    0.5 for math, choice and exact, and none for other functions. The first function with such a
-    threshold decides; without any, evaluations have the mean reward instead of pass@k.
-    """
-
-    name: Annotated[str, named_in(REWARDS)]
-    weight: Annotated[float, Field(ge=-1e6, le=1e6)] = 1.0
-    parameters: dict[str, Any] = {}
-    correct_above: float | None = None
-
-
-def _reward_shorthand(value: Any) -> Any:
-    items = [value] if isinstance(value, (str, dict)) else value
-    if not isinstance(items, list):
-        return items
-    return [{"name": item} if isinstance(item, str) else item for item in items]
-
-
-class RewardSettings(Settings):
-    """The reward: a weighted sum of functions, computed in worker processes.
-
-    `timeout` is in seconds for a response.
-    """
-
-    functions: Annotated[
-        list[RewardFunctionSettings],
-        BeforeValidator(_reward_shorthand),
-        Field(min_length=1),
-        EVERYTHING,
-    ] = Field(default_factory=lambda: [RewardFunctionSettings(name="math")])
-    workers: Annotated[PositiveInt, at_most(1024), NO_RESULT] = 2
-    timeout: Annotated[PositiveFloat, at_most(86_400), EVALUATION] = 3.0
-
-    def answer_rule(self, columns: ColumnsSettings) -> str | None:
-        """The rule that `columns` break by having no answers, if a function compares with them."""
-        needy = [f.name for f in self.functions
-                 if f.name in REWARDS and REWARDS[f.name].needs_answer]  # fmt: skip
-        if not needy or columns.answer is not None:
-            return None
-        return f"must name a column, as reward {', '.join(needy)} compares with it"
-
-
 class RolloutSettings(Settings):
     """The engine that samples the self responses, and its sampling parameters.
 
@@ -329,9 +259,10 @@ class RolloutSettings(Settings):
     during training. `batch_size` is the number of responses that are sampled at once; `auto` is
     decided by the memory plan, 128 without one. `resample` is how many times flat groups are
     replaced by groups of other problems. `eager` does without CUDA graphs, which make tokens
-    faster and take memory and time at the start. `servers` are addresses of vLLM servers for
-    engine `vllm_server`, used in turn, which read adapters under the same path; without
-    addresses, a server is started on this machine. `probe_limit`, in nats per token, is the
+    faster and take memory and time at the start. `dtype` is the precision in which vLLM computes:
+    `auto` is the policy's, but bfloat16 on a CPU with instructions for it. `servers` are addresses
+    of vLLM servers for engine `vllm_server`, used in turn, which read adapters under the same path;
+    without addresses, a server is started on this machine. `probe_limit`, in nats per token, is the
     largest accepted difference between the log-probs of engine and trainer.
     """
 
@@ -355,6 +286,7 @@ class RolloutSettings(Settings):
     base: Annotated[Literal["nf4_dequantised", "original", "plugin"], EVALUATION] = (
         "nf4_dequantised"
     )
+    dtype: Annotated[Literal["auto", DtypeName], EVALUATION] = "auto"
     gpu_memory: Annotated[Literal["auto"] | Annotated[float, Field(gt=0, lt=1)], NO_RESULT] = "auto"
     kv_cache_mib: Annotated[PositiveInt | None, NO_RESULT] = None
     eager: Annotated[bool, NO_RESULT] = False
@@ -366,6 +298,23 @@ class RolloutSettings(Settings):
         if self.servers and self.engine != "vllm_server":
             raise ValueError("servers: must be empty unless rollout.engine is vllm_server")
         return self
+
+    @model_validator(mode="after")
+    def _dtype_is_used(self) -> RolloutSettings:
+        if self.dtype != "auto" and (self.servers or self.engine in ("transformers", "unsloth")):
+            raise ValueError(
+                "dtype: must be auto where the run starts no vLLM; other engines compute in "
+                "policy.dtype"
+            )
+        return self
+
+    def resolved_dtype(
+        self, policy_dtype: DtypeName, device: str, *, cpu_has_bf16: bool
+    ) -> DtypeName:
+        """The dtype of a vLLM that the run starts beside a policy of `policy_dtype`."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "bfloat16" if device == "cpu" and cpu_has_bf16 else policy_dtype
 
     @property
     def is_greedy(self) -> bool:

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from gft_lite.rollout.base import Request, RolloutError, Sampling
+from gft_lite.utils.cpu import has_bf16_instructions
 from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.imports import installed_version
 
 if TYPE_CHECKING:
-    from gft_lite.policy.base import Policy
-    from gft_lite.recipe.sections import RolloutSettings
+    from gft_lite.policy.base import Policy, ServedBase
+    from gft_lite.recipe.sections import DtypeName, RolloutSettings
 
 
 CPU_KV_CACHE_BYTES = 64 << 20
 CPU_BLOCK_TOKENS = 32  # With vLLM's 128, shorter prompts would never be cached.
 MAX_TEMPERATURE = 2.0
+TESTED_VLLM = "0.32."  # The version whose functions `vllm_cpu_lora` replaces.
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm.config.lora.MaxLoRARanks of vLLM 0.32
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +49,9 @@ def engine_options(settings: RolloutSettings, policy: Policy) -> dict[str, Any]:
 
     Raises: RecipeError if rank, temperature or KV cache are outside vLLM's limits.
     """
+    dtype = engine_dtype(settings, policy)
     options: dict[str, Any] = {
-        "dtype": str(policy.dtype).removeprefix("torch."),
+        "dtype": _name(dtype),
         "revision": policy.settings.revision,
         "trust_remote_code": policy.settings.trust_remote_code,
         "max_model_len": policy.context,
@@ -60,7 +67,7 @@ def engine_options(settings: RolloutSettings, policy: Policy) -> dict[str, Any]:
             [f"rollout.temperature: must be at most {MAX_TEMPERATURE:g} with vLLM, got "
              f"{settings.temperature:g}. Lower it or set rollout.engine=transformers."]
         )  # fmt: skip
-    least = _smallest_kv_cache(policy)
+    least = _smallest_kv_cache(policy, dtype)
     kv_cache = None if settings.kv_cache_mib is None else settings.kv_cache_mib << 20
     if kv_cache is not None and kv_cache < least:
         raise RecipeError(
@@ -68,13 +75,14 @@ def engine_options(settings: RolloutSettings, policy: Policy) -> dict[str, Any]:
              f"sequence of policy.context {policy.context}, got {settings.kv_cache_mib}."]
         )  # fmt: skip
     if settings.base == "plugin":
-        _check_plugin(policy)
+        _check_plugin(policy, dtype)
         options["quantization"] = "bitsandbytes"
     if policy.device.type == "cpu":
         return options | {
             "enforce_eager": True,
             "kv_cache_memory_bytes": kv_cache or max(CPU_KV_CACHE_BYTES, least),
             "block_size": CPU_BLOCK_TOKENS,
+            **lora_worker(),
         }
     return options | {
         "enforce_eager": settings.eager,
@@ -84,12 +92,41 @@ def engine_options(settings: RolloutSettings, policy: Policy) -> dict[str, Any]:
     }
 
 
-def _smallest_kv_cache(policy: Policy) -> int:
+def engine_dtype(settings: RolloutSettings, policy: Policy) -> torch.dtype:
+    """The dtype in which a vLLM that the run starts computes."""
+    name = settings.resolved_dtype(
+        _name(policy.dtype), policy.device.type, cpu_has_bf16=has_bf16_instructions()
+    )
+    return getattr(torch, name)
+
+
+def describe_base(base: ServedBase, settings: RolloutSettings, policy: Policy) -> str:
+    """The served copy of the base and its dtype, for the console and the model card."""
+    dtype = engine_dtype(settings, policy)
+    chosen = settings.dtype == "auto" and dtype != policy.dtype
+    note = f" (rollout.dtype: auto; the policy is in {_name(policy.dtype)})" if chosen else ""
+    return f"{base.about} in {_name(dtype)}{note}"
+
+
+def _name(dtype: torch.dtype) -> DtypeName:
+    return cast("DtypeName", str(dtype).removeprefix("torch."))
+
+
+def lora_worker() -> dict[str, str]:
+    """vLLM's argument for our worker on CPUs; none for a vLLM that it was not compared with."""
+    version = installed_version("vllm") or "unknown"
+    if version.startswith(TESTED_VLLM):
+        return {"worker_cls": "gft_lite.rollout.vllm_cpu_lora.CpuLoraWorker"}
+    _log.debug("LoRA on the CPU is vLLM's own: vLLM is %s, not %s*.", version, TESTED_VLLM)
+    return {}
+
+
+def _smallest_kv_cache(policy: Policy, dtype: torch.dtype) -> int:
     """Bytes of the smallest KV cache that holds one sequence of `policy.context` tokens."""
     config = policy.model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_hidden_layers * heads * size * policy.dtype.itemsize
+    per_token = 2 * config.num_hidden_layers * heads * size * dtype.itemsize
     blocks = math.ceil(policy.context / CPU_BLOCK_TOKENS) + 1  # vLLM reserves one block.
     return per_token * blocks * CPU_BLOCK_TOKENS
 
@@ -105,7 +142,7 @@ def _gpu_share(gpu_memory: Literal["auto"] | float, device: torch.device) -> flo
     return 0.8 * free / card
 
 
-def _check_plugin(policy: Policy) -> None:
+def _check_plugin(policy: Policy, dtype: torch.dtype) -> None:
     """Raises: RecipeError unless vLLM's bitsandbytes plugin quantises as the trainer does."""
     instead = "or rollout.base=nf4_dequantised"
     settings = policy.settings
@@ -120,10 +157,10 @@ def _check_plugin(policy: Policy) -> None:
              f"plugin, which quantises so, got {settings.quantization} with "
              f"{settings.double_quantization}. Set both, {instead}."]
         )  # fmt: skip
-    if policy.dtype == torch.float32:
+    if dtype == torch.float32:
         raise RecipeError(
-            ["policy.dtype: must be bfloat16 or float16 for rollout.base plugin, got float32. "
-             f"Set policy.dtype=bfloat16, {instead}."]
+            ["rollout.dtype: must be bfloat16 or float16 for rollout.base plugin, got float32. "
+             f"Set rollout.dtype=bfloat16, {instead}."]
         )  # fmt: skip
 
 

@@ -27,6 +27,8 @@ from gft_lite.rollout.vllm_common import (
     VllmRequest,
     adapter_shapes,
     check_adapter,
+    describe_base,
+    engine_dtype,
     engine_options,
     sampling_requests,
     scoring_request,
@@ -50,7 +52,7 @@ class VllmEngine:
     def __init__(self, settings: RolloutSettings, policy: Policy, scratch: Path) -> None:
         """Start vLLM. Raises: RolloutError if a setting is out of range or vLLM can't start."""
         self._context = policy.context
-        self._dtype = policy.dtype
+        self._dtype = engine_dtype(settings, policy)
         self._end_ids = sorted(policy.eos_ids)
         self._shapes = adapter_shapes(policy.model)
         self._adapter_ids = itertools.count(1)
@@ -75,8 +77,8 @@ class VllmEngine:
         with isolated_process_state(self._environment), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             _check_no_other_engine()
-            base = policy.serving_base(settings.base)
-            self.base = base.about
+            base = policy.serving_base(settings.base, engine_dtype(settings, policy))
+            self.base = describe_base(base, settings, policy)
             return _start_llm(base.location, options)
 
     def sync(self, adapter: Path | None, version: int) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from gft_lite.policy.vllm_process import engine_environment
 from gft_lite.rollout import child_supervisor
 from gft_lite.rollout.base import RolloutError
-from gft_lite.rollout.vllm_common import engine_options
+from gft_lite.rollout.vllm_common import describe_base, engine_dtype, engine_options
 from gft_lite.rollout.vllm_failures import cause_in_log, start_failure
 from gft_lite.utils.openai_client import Endpoint, EndpointError
 
@@ -50,8 +50,8 @@ class VllmServerProcess:
                 'Name one, or pip install "gft-lite[vllm]".'
             )
         options = engine_options(settings, policy)
-        base = policy.serving_base(settings.base)
-        self.base = base.about
+        base = policy.serving_base(settings.base, engine_dtype(settings, policy))
+        self.base = describe_base(base, settings, policy)
         self.key = secrets.token_urlsafe(32)
         self.url = f"http://127.0.0.1:{_free_port()}"
         self.can_sleep = settings.sleep and policy.device.type == "cuda"

@@ -26,6 +26,7 @@ from gft_lite.rollout.vllm_common import (
     VllmRequest,
     adapter_shapes,
     check_adapter,
+    engine_dtype,
     sampling_requests,
     scoring_request,
 )
@@ -59,7 +60,8 @@ class VllmServerEngine:
         """
         self._context = policy.context
         self._vocabulary = policy.config.get_text_config().vocab_size
-        self._dtype = policy.dtype
+        # Servers of the recipe have a dtype that is not known here.
+        self._dtype = policy.dtype if settings.servers else engine_dtype(settings, policy)
         self._end_ids = sorted(policy.eos_ids)
         self._shapes = adapter_shapes(policy.model)
         self._rows = settings.rows

@@ -24,7 +24,8 @@ FIELDS = [
 METHODS = {
     "gft": ["train.micro_batch_tokens=300", "optim.lr=1e-4"],
     "grpo": ["method=grpo", "group={expert: 0, teacher: 0, self: 4}", "optim.lr=1e-4",
-             "train.updates_per_rollout=2", "objective.kl=0.1", "rollout.engine=vllm"],
+             "train.updates_per_rollout=2", "objective.kl=0.1", "rollout.engine=vllm",
+             "rollout.dtype=float32"],
 }  # fmt: skip
 LAUNCH = [
     sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",

@@ -32,7 +32,8 @@ def test_transformers_and_vllm_agree_on_the_lab_base(tmp_path):
     requests = [Request(prompt, (0,)) for prompt in prompts]
     found = {}
     for name in ("transformers", "vllm"):
-        settings = RolloutSettings(engine=name, batch_size=64, kv_cache_mib=16)
+        dtype = {"dtype": "float32"} if name == "vllm" else {}
+        settings = RolloutSettings(engine=name, batch_size=64, kv_cache_mib=16, **dtype)
         engine = start_engine(settings, policy, tmp_path / name)
         for stop in ((), ("#",), (";", "#"), ("<",), ("#1", "#2", "#3")):
             groups = engine.generate(requests, Sampling(0.0, max_tokens=24, stop=stop))

@@ -117,7 +117,8 @@ def test_vllm_serves_the_merged_model(run, merged, tmp_path):
         model=str(merged), quantization="none", dtype="float32", device="cpu", context=128
     )
     prompts = [Request(tuple(tokens(run)[:16]), (0,))]
-    engine = start_engine(RolloutSettings(engine="vllm"), load_policy(settings), tmp_path)
+    exact = RolloutSettings(engine="vllm", dtype="float32")
+    engine = start_engine(exact, load_policy(settings), tmp_path)
     try:
         [[served]] = engine.generate(prompts, Sampling(temperature=0, max_tokens=16))
     finally:

@@ -279,7 +279,7 @@ def test_a_missing_plugin_is_an_error(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"dtype": "float32"}, r"policy\.dtype: must be bfloat16 or float16.*got float32"),
+        ({"dtype": "float32"}, r"rollout\.dtype: must be bfloat16 or float16.*got float32"),
         ({"dtype": "bfloat16", "quantization": "int8"}, r"policy\.quantization: must be nf4"),
         ({"dtype": "bfloat16", "double_quantization": False}, "got nf4 with False"),
     ],

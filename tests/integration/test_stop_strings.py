@@ -73,7 +73,8 @@ def _load(model):
 
 
 def _start(name, policy, scratch):
-    settings = RolloutSettings(engine=name, batch_size=64, kv_cache_mib=16)
+    dtype = {"dtype": "float32"} if name == "vllm" else {}
+    settings = RolloutSettings(engine=name, batch_size=64, kv_cache_mib=16, **dtype)
     return start_engine(settings, policy, Path(scratch))
 
 

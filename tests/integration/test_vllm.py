@@ -119,7 +119,7 @@ def _trace():
 
 
 def _settings(**settings):
-    return RolloutSettings(engine="vllm", **settings)
+    return RolloutSettings(**({"engine": "vllm", "dtype": "float32"} | settings))
 
 
 @torch.no_grad()
@@ -441,6 +441,23 @@ def test_the_trainer_still_trains(engine, policy, publish):
     gradients = [p.grad for p in policy.parameters().values()]
     assert all(g is not None and g.isfinite().all() and g.abs().sum() > 0 for g in gradients)
     policy.model.zero_grad()
+
+
+def test_scores_are_those_of_vllms_own_lora_functions(engine, policy, publish, monkeypatch):
+    from vllm.lora.ops import torch_ops
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    from gft_lite.rollout.vllm_cpu_lora import REPLACEMENTS
+
+    assert all(getattr(punica_cpu, f.__name__) is f for f in REPLACEMENTS)
+    engine.sync(*publish())
+    prompts = [Request(prompt, (1, 2)) for prompt in PROMPTS]
+    found = engine.score(PROMPTS[0], COMPLETION), engine.generate(prompts, GREEDY)
+    for function in REPLACEMENTS:
+        monkeypatch.setattr(punica_cpu, function.__name__, getattr(torch_ops, function.__name__))
+    expected = engine.score(PROMPTS[0], COMPLETION), engine.generate(prompts, GREEDY)
+    assert found[0] == pytest.approx(expected[0], abs=1e-5)
+    assert _ids(found[1]) == _ids(expected[1])
 
 
 def test_settings_outside_vllms_limits_are_recipe_errors(policy, tmp_path, monkeypatch):

@@ -212,7 +212,10 @@ def _sharpen(choice):
 
 
 def _settings(**settings):
-    return RolloutSettings(engine="vllm_server", kv_cache_mib=16, batch_size=8, **settings)
+    dtype = {} if settings.get("servers") else {"dtype": "float32"}
+    return RolloutSettings(
+        engine="vllm_server", kv_cache_mib=16, batch_size=8, **(dtype | settings)
+    )
 
 
 def _requests(policy, seeds=(1,)):

@@ -113,6 +113,7 @@ CASES = [
     ("rollout.stop=END", "groups base run"),
     ("rollout.engine=transformers", "base run"),
     ("rollout.base=original", "base run"),
+    ("rollout.dtype=bfloat16", "base run"),
     ("rollout.resample=1", "run"),
     ("rollout.gpu_memory=0.4", ""),
     ("rollout.batch_size=7", ""),

@@ -783,6 +783,33 @@ def test_the_dtype_that_auto_is(dtype: str, device: str, expected: str):
 
 
 @pytest.mark.parametrize(
+    ("dtype", "policy", "device", "cpu_has_bf16", "expected"),
+    [
+        ("auto", "float32", "cpu", True, "bfloat16"),
+        ("auto", "float32", "cpu", False, "float32"),
+        ("auto", "bfloat16", "cpu", False, "bfloat16"),
+        ("auto", "float32", "cuda", True, "float32"),
+        ("auto", "float16", "cuda", False, "float16"),
+        ("float32", "bfloat16", "cpu", True, "float32"),
+        ("bfloat16", "float32", "cpu", False, "bfloat16"),
+    ],
+)
+def test_the_dtype_of_vllm(dtype, policy, device, cpu_has_bf16, expected):
+    rollout = Recipe.from_tree({"rollout": {"dtype": dtype}}).rollout
+    assert rollout.resolved_dtype(policy, device, cpu_has_bf16=cpu_has_bf16) == expected
+
+
+@pytest.mark.parametrize(
+    "engine",
+    ["engine: transformers", "engine: unsloth", "engine: vllm_server, servers: ['http://h:1']"],
+)
+def test_the_dtype_of_an_engine_without_a_copy_of_the_base_is_an_error(engine: str):
+    [problem] = problems(f"rollout: {{{engine}, dtype: bfloat16}}\n")
+    assert "rollout.dtype: must be auto where the run starts no vLLM" in problem
+    assert problem.endswith("got 'bfloat16'.")
+
+
+@pytest.mark.parametrize(
     ("name", "device", "paged"),
     [("auto", "cpu", False), ("auto", "cuda:0", True), ("adamw", "cuda", False),
      ("paged_adamw_8bit", "cuda", True), ("paged_adamw_8bit", "cpu", True)],

@@ -1,0 +1,123 @@
+"""Our LoRA functions for vLLM on CPUs against vLLM's own, and the worker that installs them."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+
+import pytest
+import torch
+
+from gft_lite.rollout import vllm_common
+
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None, reason='needs vllm: pip install "gft-lite[vllm]"'
+    ),
+    pytest.mark.usefixtures("one_thread"),
+]
+
+TOKENS, INPUTS, RANK, SLOTS = 23, 40, 8, 3
+# Slots 0 and 1 have adapters; the last one is empty, which is where vLLM looks for index -1.
+INDICES = {
+    "one adapter": [1] * TOKENS,
+    "several": [0] * 9 + [1] * 5 + [0] * 9,
+    "alternating": [0, 1] * 11 + [0],
+    "some without": [-1] * 4 + [0] * 9 + [-1] * 3 + [1] * 7,
+    "none": [-1] * TOKENS,
+}
+
+
+def _weights(rows, columns, dtype, dimensions):
+    weights = torch.randn(SLOTS, rows, columns).to(dtype)
+    weights[-1] = 0
+    return weights if dimensions == 3 else weights[:, None]
+
+
+def _runs(indices):
+    """What vLLM passes to the functions for batches with prompts."""
+    from vllm.lora.punica_wrapper.utils import compute_meta
+
+    starts, lengths, slots, number, longest, tokens, _ = compute_meta(indices)
+    return starts, lengths, slots, number, longest, tokens
+
+
+def _pair(name, inputs, weights, output, *arguments):
+    """The outputs of vLLM's function and of ours."""
+    from vllm.lora.ops import torch_ops
+
+    from gft_lite.rollout import vllm_cpu_lora
+
+    expected, found = output.clone(), output.clone()
+    getattr(torch_ops, name)(inputs, weights, expected, *arguments)
+    getattr(vllm_cpu_lora, name)(inputs, weights, found, *arguments)
+    assert not torch.equal(expected, output)
+    return expected, found
+
+
+def _assert_equal_to_rounding(found, expected, dtype):
+    # One rounding of a result of size 10: 2^-8 and 2^-24 relative.
+    torch.testing.assert_close(
+        found, expected, rtol=0, atol=10 * (2**-8 if dtype == torch.bfloat16 else 2**-22)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dimensions", [3, 4])
+@pytest.mark.parametrize("indices", INDICES.values(), ids=INDICES)
+def test_results_are_those_of_vllm_to_rounding(dtype, dimensions, indices):
+    torch.manual_seed(0)
+    indices = torch.tensor(indices)
+    runs = _runs(indices)
+    x, buffer = torch.randn(TOKENS, INPUTS).to(dtype), torch.randn(TOKENS, RANK)
+    a = _weights(RANK, INPUTS, dtype, dimensions) / INPUTS**0.5
+    b = _weights(INPUTS, RANK, dtype, dimensions) / RANK**0.5
+    y = torch.randn(TOKENS, 2 * INPUTS).to(dtype)
+    narrow = torch.randn(TOKENS, INPUTS - 3).to(dtype)  # The model pads less than the adapter.
+    for name, where in (("bgmv", (indices,)), ("sgmv", runs)):
+        expected, found = _pair(f"{name}_shrink", x, a, buffer, *where, 0.5)
+        _assert_equal_to_rounding(found, expected, torch.float32)
+        for add in (True, False):
+            for output in (y, narrow):
+                if add and set(indices.tolist()) == {-1}:
+                    continue  # Adds nothing; see the next test.
+                expected, found = _pair(f"{name}_expand", buffer, b, output, *where, add)
+                _assert_equal_to_rounding(found, expected, dtype)
+                arguments = (*where, 20, INPUTS, add)
+                if output is y:
+                    expected, found = _pair(f"{name}_expand_slice", buffer, b, y, *arguments)
+                    _assert_equal_to_rounding(found, expected, dtype)
+
+
+def test_rows_without_adapter_get_none():
+    """vLLM's functions take the last slot for index -1, an adapter if all slots are used."""
+    from gft_lite.rollout import vllm_cpu_lora as ours
+
+    indices = torch.tensor([-1, 0, -1])
+    x, weights = torch.ones(3, 4), torch.ones(1, 2, 4)
+    buffer = torch.full((3, 2), 9.0)
+    ours.bgmv_shrink(x, weights, buffer, indices, 0.5)
+    assert buffer.tolist() == [[0, 0], [2, 2], [0, 0]]
+    y = torch.full((3, 3), 5.0)
+    ours.sgmv_expand_slice(buffer, torch.ones(1, 1, 1, 2), y, *_runs(indices), 1, 1, True)
+    assert y.tolist() == [[5, 5, 5], [5, 9, 5], [5, 5, 5]]
+    ours.bgmv_expand(buffer, torch.ones(1, 1, 1, 2), y, indices, False)
+    assert y.tolist() == [[0, 5, 5], [4, 9, 5], [0, 5, 5]]
+
+
+def test_every_function_that_vllms_wrapper_calls_is_replaced():
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    from gft_lite.rollout.vllm_cpu_lora import REPLACEMENTS
+
+    called = {name for name in vars(punica_cpu) if name.startswith(("bgmv_", "sgmv_"))}
+    assert {function.__name__ for function in REPLACEMENTS} == called
+
+
+@pytest.mark.parametrize(("version", "replaced"), [("0.32.7", True), ("0.33.0", False)])
+def test_another_vllm_keeps_its_own_functions(version, replaced, monkeypatch, caplog):
+    monkeypatch.setattr(vllm_common, "installed_version", {"vllm": version}.get)
+    with caplog.at_level(logging.DEBUG, "gft_lite"):
+        options = vllm_common.lora_worker()
+    assert ("worker_cls" in options, len(caplog.messages)) == (replaced, not replaced)
+    assert all(f"vLLM is {version}" in message for message in caplog.messages)
