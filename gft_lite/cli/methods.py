@@ -16,11 +16,16 @@ def add(commands: Any) -> None:
 
 
 _LEGEND = """
-E, T, S    expert, teacher and self rows of each problem; - where the method takes none
-p, rho     the token's probability; rho = p / p at the rollout; sg stops the gradient
+E, T, S    expert, teacher and self rows of a problem; - where the method
+           takes none; d: expert and teacher rows, s: self rows
+mean       of the tokens' losses: all tokens of a step, or rows first
+           (sequence), or a constant number of tokens a row
+p, rho     the token's probability; rho = p / p at the rollout
+sg         stops the gradient; C(p): p below objective.tau, else 1
 clip(rho)  rho within 1 - objective.clip_low and 1 + objective.clip_high
-A, C(p)    the group's advantage; p below objective.tau, else 1
-KL         KL(reference || policy) over the whole vocabulary
+A          the group's advantage; KL: KL(reference || policy)
+f(p)       p / (p + g), g = 0.1; q = 1.5 p_old + 0.5; H: the row's entropy
+GRPO       -min(rho A, clip(rho) A); p_T: the teacher's probability
 Numbers are defaults: group, objective and optim.lr in the recipe change them.\
 """
 
@@ -32,15 +37,16 @@ def run(options: argparse.Namespace) -> int:
 
     from gft_lite.objective.methods import METHODS
 
-    table = Table("method", "E", "T", "S", "loss of a token", "needs", "reduction", "lr",
-                  "arXiv", box=None, padding=(0, 1, 0, 0))  # fmt: skip
+    columns = ("method", "E", "T", "S", "loss of a token", "mean", "lr", "arXiv")
+    table = Table(*columns, box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for name, method in METHODS.items():
         recipe = Recipe.from_tree({"method": name})
         rows = [str(getattr(recipe.group, s)) if s in method.sources else "-"
                 for s in ("expert", "teacher", "self")]  # fmt: skip
-        reduction, lr = recipe.objective.reduction, f"{recipe.optim.lr:g}"
-        table.add_row(name, *rows, method.formula, ", ".join(method.needs) or "-", reduction, lr,
-                      method.citation.removeprefix("arXiv "))  # fmt: skip
+        mean = recipe.objective.reduction.removesuffix("_mean")
+        paper = method.citation.removeprefix("arXiv ").partition(",")[0]
+        table.add_row(name, *rows, method.formula, mean, f"{recipe.optim.lr:.0e}",
+                      paper if method.citation.startswith("arXiv") else "-")  # fmt: skip
     console = Console()
     console.print(table)
     console.print(_LEGEND, highlight=False)

@@ -47,13 +47,13 @@ MIXED_METHODS: dict[str, Method] = {
     ),
     "srft": Method(
         srft_loss, SOURCES, "arXiv 2506.19767",
-        "d: -e^-H log p / 2 - A f(p); s: -+ log p", needs=("source", "row_entropy", "correct"),
+        "d: -e^-H log p/2 -A f(p); s: -+log p", needs=("source", "row_entropy", "correct"),
         parts=(Part(), Part(_DEMONSTRATIONS, "token_mean")),
         defaults=defaults(1, 0, 7, 2e-5, std="none", entropy=0.001),
     ),
     "chord": Method(
         chord_loss, SOURCES, "arXiv 2508.11408",
-        "(1 - mu) s: GRPO; mu d: -p(1-p) log p", needs=("old_logprobs", "progress"),
+        "(1-mu) s: GRPO; mu d: -p(1-p) log p", needs=("old_logprobs", "progress"),
         parts=_RL_AND_SFT, baseline=_SELF, scales_with_advantage=_SELF,
         defaults=defaults(1, 0, 8, 2e-5),
     ),
@@ -65,19 +65,19 @@ MIXED_METHODS: dict[str, Method] = {
     ),
     "rl_plus": Method(
         rl_plus_loss, SOURCES, "arXiv 2508.00222",
-        "d: -A (1-p)^.5 2p/(1.5 p_old + .5); s: -rho A", needs=("source", "old_logprobs"),
+        "d: -2A p sqrt(1-p)/q; s: -rho A", needs=("source", "old_logprobs"),
         scales_with_advantage=True,
         defaults=defaults(1, 0, 7, 2e-5, std="none", reduction="constant", entropy=0.001),
     ),
     "relift": Method(
         relift_loss, SOURCES, "arXiv 2506.07527",
-        "s: -rho A; d of unsolved problems: -log p", needs=("old_logprobs",), parts=_RL_AND_SFT,
+        "s: -rho A; d if unsolved: -c log p", needs=("old_logprobs",), parts=_RL_AND_SFT,
         baseline=_SELF, scales_with_advantage=_SELF, select=select_unsolved,
         defaults=defaults(1, 0, 8, 2e-5, std="none", entropy=0.001),
     ),
     "prefix_rft": Method(
         prefix_rft_loss, _SELF, "arXiv 2507.01679",
-        "dual-clip PPO after prefixes", needs=("source", "old_logprobs", "entropy_quantile"),
+        "-min(rho A, clip(rho) A), prefixes", needs=("source", "old_logprobs", "entropy_quantile"),
         scales_with_advantage=True, prefixes=cosine_prefix,
         defaults=defaults(0, 0, 8, 2e-5, std="none", entropy=0.001),
     ),
