@@ -9,10 +9,9 @@ from typing import Any
 
 import yaml
 
-from gft_lite.data.problems import columns_of
 from gft_lite.distillation.progress import Distillation
 from gft_lite.recipe.loader import Dumper
-from gft_lite.recipe.schema import Recipe
+from gft_lite.recipe.sections import ColumnsSettings
 from gft_lite.types import Problem
 from gft_lite.utils.errors import UserError
 from gft_lite.utils.files import atomic_write, write_text_atomic
@@ -24,8 +23,9 @@ def side_folder(out: Path) -> Path:
 
 
 def write_data_set(
-    path: Path, recipe: Recipe, problems: Sequence[Problem], state: Distillation, teacher: str
-) -> None:
+    path: Path, columns: ColumnsSettings, problems: Sequence[Problem], state: Distillation,
+    teacher: str,
+) -> None:  # fmt: skip
     """Write the data set and its recipe fragment. Raises: UserError for unwritable columns."""
     rows = list(_rows(problems, state, teacher))
     if path.suffix == ".jsonl":
@@ -33,7 +33,7 @@ def write_data_set(
     else:
         _write_parquet(path, rows)
     write_text_atomic(
-        side_folder(path) / "data.yaml", recipe_fragment(recipe, path, state.settings.column)
+        side_folder(path) / "data.yaml", recipe_fragment(columns, path, state.settings.column)
     )
 
 
@@ -70,9 +70,8 @@ def _write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         pyarrow.parquet.write_table(table, partial)
 
 
-def recipe_fragment(recipe: Recipe, path: Path, column: str) -> str:
+def recipe_fragment(columns: ColumnsSettings, path: Path, column: str) -> str:
     """The `data:` section that reads a distilled file, for a recipe to extend."""
-    columns = columns_of(recipe.data)
     others = [name for name in columns.teacher if name != column]
     data = {
         "source": str(path),

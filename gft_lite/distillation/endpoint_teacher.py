@@ -59,11 +59,15 @@ class EndpointTeacher:
         return self.name
 
     def prompt(self, problem: Problem) -> Sequence[Any]:
-        """The system message, if there is one, and the user message."""
-        system = self._prompt.system
-        first = [] if system is None else [{"role": "system", "content": system}]
-        text = self._prompt.template.replace("{problem}", problem.text)
-        return [*first, {"role": "user", "content": text}]
+        """The messages of the problem, after the system message if there is one."""
+        system, template = self._prompt.system, self._prompt.template
+        own = [] if system is None or problem.system else [{"role": "system", "content": system}]
+        return own + [
+            {**m, "content": template.replace("{problem}", m["content"])}
+            if m["role"] == "user"
+            else m
+            for m in problem.messages
+        ]
 
     def generate(
         self, requests: Sequence[TeacherRequest], on_response: OnResponse, has_answered: bool

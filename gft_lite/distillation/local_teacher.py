@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from gft_lite.data.base import Unusable
 from gft_lite.distillation.teachers import (
     OnResponse,
     Results,
@@ -73,8 +74,20 @@ class LocalTeacher:
         return f"{model}/{self._engine.name}/{recipe.rollout.base}/{policy.context}{stop}"
 
     def prompt(self, problem: Problem) -> Sequence[Any]:
-        """The token ids of the prompt, by the model's chat template if it has one."""
-        return self._format.prompt_ids(problem.text)
+        """The token ids of the prompt, by the model's chat template if it has one.
+
+        Raises: UserError for a conversation that the model can't be given.
+        """
+        rule = "teacher: must be a model with a chat template"
+        if self._format.chat is None and (problem.history or problem.system):
+            raise UserError([f"{rule} for problems with earlier turns, got {self.name!r}."])
+        try:
+            return self._format.problem_ids(problem)
+        except Unusable as reason:
+            raise UserError(
+                [f"{rule} that suits the problems, got {self.name!r}, for which problem "
+                 f"{problem.id} has {reason}."]
+            ) from None  # fmt: skip
 
     def generate(
         self, requests: Sequence[TeacherRequest], on_response: OnResponse, has_answered: bool
@@ -96,6 +109,7 @@ class LocalTeacher:
             for request, [c] in zip(batch, self._engine.generate(jobs, sampling), strict=True):
                 counts = len(request.prompt), len(c.token_ids)
                 text = graded_text(c.token_ids, self._format, sampling.stop)
+                text = self._format.opened_thoughts + text  # For policies with other prompts.
                 response = TeacherResponse(text, c.finish_reason, *counts)
                 on_response(request, response)
                 results.append((request, response))

@@ -30,10 +30,10 @@ from gft_lite.distillation.teachers import (
     TeacherSettings,
 )
 from gft_lite.evaluation.sets import open_scorer
-from gft_lite.policy.registry import model_location
 from gft_lite.recipe.schema import Recipe
-from gft_lite.recipe.sections import PolicySettings
+from gft_lite.recipe.sections import ColumnsSettings, PolicySettings
 from gft_lite.rewards.scorer import Scorer
+from gft_lite.rollout.prompt_check import TOKENIZER_ERRORS, load_tokenizer
 from gft_lite.rollout.sampling import sample_seed
 from gft_lite.types import Group, Problem
 from gft_lite.utils.errors import RecipeError, UserError, short_repr
@@ -75,7 +75,7 @@ def distill(
         format = PromptFormat(_load_tokenizer(recipe.policy), recipe.data.prompt)
         source = find_teacher(teacher, recipe, settings, log)
         path = Path(out) if out is not None else _default_output(recipe, source.name)
-        problems = _load_problems(recipe, format, settings, log)
+        problems, columns = _load_problems(recipe, format, settings, log)
         folder = side_folder(path)
         stack.enter_context(lock_folder(folder))
         identity = source.start(folder / "engine", stack)
@@ -87,7 +87,7 @@ def distill(
             "file": str(path), "teacher": source.name, "asking": settings.model_dump(),
             **state.summary(), "failures": dict(state.failures.most_common(MAX_REASONS)),
         }  # fmt: skip
-        write_data_set(path, recipe, problems, state, source.name)
+        write_data_set(path, columns, problems, state, source.name)
         write_text_atomic(folder / "summary.json", json.dumps(summary, indent=1))
     return summary
 
@@ -106,14 +106,9 @@ def find_teacher(teacher: str, recipe: Recipe, settings: TeacherSettings, log: L
 
 def _load_tokenizer(settings: PolicySettings) -> Any:
     """The policy's tokenizer, by which too long prompts are skipped as in training."""
-    import transformers
-
     try:
-        return transformers.AutoTokenizer.from_pretrained(
-            model_location(settings.model), revision=settings.revision,
-            trust_remote_code=settings.trust_remote_code,
-        )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return load_tokenizer(settings)
+    except TOKENIZER_ERRORS as error:
         reason = " ".join(str(error).split())[:200]
         rule = "must be a model folder or hub id with a tokenizer"
         raise RecipeError([f"policy.model: {rule}, got {settings.model!r} ({reason})"]) from error
@@ -121,25 +116,34 @@ def _load_tokenizer(settings: PolicySettings) -> Any:
 
 def _load_problems(
     recipe: Recipe, format: PromptFormat, settings: TeacherSettings, log: Log
-) -> Sequence[Problem]:
-    """The problems that training would use, the first `limit` of them. Raises: UserError."""
+) -> tuple[Sequence[Problem], ColumnsSettings]:
+    """The first `limit` problems that training would use, and the columns. Raises: UserError."""
     reserve = recipe.rollout.max_tokens + 1
     loaded = load_problems(recipe.data, format, context=recipe.policy.context, reserve=reserve)
     log(f"data: {loaded.describe()}")
+    for note in loaded.notes:
+        log(note)
     problems = loaded.problems[: settings.limit]
     if (count := len(problems) * settings.samples) > MAX_REQUESTS:
         rule = f"must make at most {MAX_REQUESTS:,} requests of {len(problems):,} problems"
         raise UserError([f"samples: {rule}, got {count:,}. Use --limit or fewer samples."])
     if settings.column in problems[0].columns:
         log(f"column: the data's own {settings.column!r} is replaced")
-    return problems
+    return problems, loaded.columns
 
 
 def _check_column(recipe: Recipe, name: str) -> None:
     """Raises: UserError for a new column that would replace one that the recipe reads."""
     columns = columns_of(recipe.data)
     problem = [columns.problem] if isinstance(columns.problem, str) else columns.problem
-    read = [*problem, columns.choices, columns.answer, columns.id, *columns.expert]
+    read = [
+        *problem,
+        columns.messages,
+        columns.choices,
+        columns.answer,
+        columns.id,
+        *columns.expert,
+    ]
     if name in (column.partition(".")[0] for column in read if column):
         rule = "must not be a column that the recipe reads"
         raise UserError([f"column: {rule}, got {name!r}. Choose another name."])

@@ -147,6 +147,8 @@ def prompt_settings(recipe: Recipe, settings: TeacherSettings, style: str) -> Pr
     system = (own.system if settings.system is None else settings.system) or None
     if style == "plain" and system is not None:
         raise UserError(["system: must be empty for a teacher without a chat template."])
+    variables = own.chat_template_kwargs if style == "chat" else {}
     return PromptSettings.model_validate(
-        {"style": style, "template": own.template, "system": system}
-    )
+        {"style": style, "template": own.template, "system": system,
+         "chat_template_kwargs": variables}
+    )  # fmt: skip

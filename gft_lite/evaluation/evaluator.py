@@ -35,6 +35,7 @@ from gft_lite.policy.registry import load_policy
 from gft_lite.rewards.scorer import Scorer
 from gft_lite.rollout.base import RolloutEngine, Sampling
 from gft_lite.rollout.policy_engine import PolicyEngine
+from gft_lite.rollout.prompt_check import check_chat_templates
 from gft_lite.rollout.registry import find_engine, start_engine
 from gft_lite.rollout.sampling import make_prompt_format
 from gft_lite.types import Group, Problem
@@ -130,6 +131,8 @@ def _evaluate_group(work: _Evaluation, targets: Sequence[Target]) -> None:
     settings = (adapters or targets)[0].policy
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    prompts = {f"definitions.{name}.prompt": suite.prompt_of(name) for name in suite.names}
+    check_chat_templates(settings, prompts)
     with show_phase(work.console, f"loading {settings.model}"):
         policy = load_policy(settings, suite.seed, suite.rollout)
         base = base_identity(policy)
@@ -173,7 +176,8 @@ def _load_benchmarks(
             continue
         problems[name] = loaded.problems
         work.data[name] = loaded.describe()
-        work.console.print(f"{name}: {loaded.describe()}", markup=False)
+        for line in (f"{name}: {loaded.describe()}", *loaded.notes):
+            work.console.print(line, markup=False)
     if errors:
         raise RecipeError(errors)
     return problems, formats

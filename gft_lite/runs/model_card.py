@@ -194,14 +194,16 @@ def _use(base: str, recipe: Recipe, adapter: Path) -> list[str]:
     # vLLM takes ranks from 8 up, powers of two.
     rank = lora_settings(read_adapter_config(adapter)).rank
     rank = max(8, 1 << (rank - 1).bit_length())
-    stops: dict[str, Any] = {"stop_token_ids": list(ends)} if ends else {}
-    stops |= {"stop": recipe.rollout.stop} if recipe.rollout.stop else {}
+    needed: dict[str, Any] = {"stop_token_ids": list(ends)} if ends else {}
+    needed |= {"stop": recipe.rollout.stop} if recipe.rollout.stop else {}
+    variables = recipe.data.prompt.chat_template_kwargs
+    needed |= {"chat_template_kwargs": variables} if variables else {}
     return [
         "With this folder as `ADAPTER`:",
         f"```python\n{_example(base, recipe, ends)}```",
         f"```\nvllm serve {served} --enable-lora --max-lora-rank {rank} "
         f"--lora-modules {recipe.name}=ADAPTER\n```",
-        *([f"Requests to vLLM need `{json.dumps(stops)[1:-1]}`."] if stops else []),
+        *([f"Requests to vLLM need `{json.dumps(needed)[1:-1]}`."] if needed else []),
     ]
 
 
@@ -215,10 +217,12 @@ def _example(base: str, recipe: Recipe, ends: Mapping[int, str]) -> str:
     if chat:
         system = [] if prompt.system is None else [{"role": "system", "content": prompt.system}]
         turns = "".join(f"{turn}, " for turn in system)
+        variables = prompt.chat_template_kwargs
+        given = f", **{variables!r}" if variables else ""
         rendered = (
             f'messages = [{turns}{{"role": "user", "content": {question}}}]\n'
             "prompt = tokenizer.apply_chat_template(\n"
-            "    messages, add_generation_prompt=True, tokenize=False\n)\n"
+            f"    messages, add_generation_prompt=True, tokenize=False{given}\n)\n"
         )
     else:
         rendered = f"prompt = {question}\n"

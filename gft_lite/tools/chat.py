@@ -21,6 +21,7 @@ from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import PromptSettings
 from gft_lite.rollout.base import Sampling
+from gft_lite.rollout.prompt_check import check_chat_templates
 from gft_lite.rollout.sampling import graded_text, make_prompt_format, sample_seed
 from gft_lite.rollout.transformers_engine import draw
 from gft_lite.tools.merge import prompt_settings_of
@@ -44,9 +45,12 @@ class Chat:
     ) -> None:
         if target.policy.threads:
             torch.set_num_threads(target.policy.threads)
+        given = PromptSettings.model_validate({"style": style}) if style else None
+        if given is not None:
+            check_chat_templates(target.policy, {"prompt": given})
         self.policy = load_policy(target.policy)
         default = prompt_settings_of(target, self.policy.tokenizer)
-        prompt = PromptSettings.model_validate({"style": style}) if style else default
+        prompt = default if given is None or given.style == default.style else given
         self.format = make_prompt_format(self.policy, prompt, "prompt")
         self.sampling = sampling
         self.has_adapter = target.adapter is not None
@@ -100,7 +104,7 @@ class Chat:
                 written = len(text) - held
         answer = graded_text(ids, self.format, stop)
         write(answer[written:])
-        self.turns.append((question, answer))
+        self.turns.append((question, self.format.opened_thoughts + answer))
 
     @torch.no_grad()
     def _sample(self, prompt_ids: tuple[int, ...]) -> Iterator[int]:

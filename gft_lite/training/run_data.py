@@ -41,6 +41,7 @@ def load_run_data(recipe: Recipe, policy: Policy, console: Console) -> RunData:
     for name, settings in recipe.eval.sets.items():
         field = f"eval.sets.{name}"
         loaded[field] = _load(field, settings, policy, console, limit)
+    graded = _check_answers(recipe, loaded)
     problems, held_out = split_holdout(loaded["data"].problems, recipe.data.holdout)
     if copies := len(loaded["data"].problems) - len(problems) - len(held_out):
         console.print(f"data: {copies} copies of held-out problems left out of training")
@@ -48,9 +49,26 @@ def load_run_data(recipe: Recipe, policy: Policy, console: Console) -> RunData:
     return RunData(
         _with_demonstrations(problems, recipe, console),
         held_out,
-        eval_sets or ({"held_out": held_out} if held_out else {}),
+        eval_sets or ({"held_out": held_out} if held_out and graded else {}),
         {field: data.fingerprint() for field, data in loaded.items()},
     )
+
+
+def _check_answers(recipe: Recipe, loaded: Mapping[str, Loaded]) -> bool:
+    """Whether the training data have answers if a reward function compares with them.
+
+    Raises: RecipeError for data whose rewards are needed and that have none.
+    """
+    rules = {f: rule for f, data in loaded.items()
+             if (rule := recipe.reward.answer_rule(data.columns))}  # fmt: skip
+    has_answers = "data" not in rules
+    if not find_method(recipe.method).group_advantages:
+        rules.pop("data", None)
+    if rules:
+        raise RecipeError(
+            [f"{field}.columns.answer: {rule}, got null." for field, rule in rules.items()]
+        )
+    return has_answers
 
 
 def _load(
@@ -74,8 +92,8 @@ def _load(
         field=field,
     )
     console.print(f"{field}: {loaded.describe()}")
-    for example in loaded.examples:
-        console.print(f"  {example}", markup=False)
+    for line in (*(f"  {example}" for example in loaded.examples), *loaded.notes):
+        console.print(line, markup=False, soft_wrap=True)
     return loaded
 
 

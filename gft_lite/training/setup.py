@@ -23,6 +23,7 @@ from gft_lite.rewards.scorer import Scorer
 from gft_lite.rollout.base import RolloutEngine, Sampling
 from gft_lite.rollout.distributed_engine import DistributedEngine
 from gft_lite.rollout.policy_engine import PolicyEngine
+from gft_lite.rollout.prompt_check import check_chat_templates
 from gft_lite.rollout.registry import find_engine, start_engine
 from gft_lite.rollout.sampling import Draw, make_prompt_format, sample
 from gft_lite.runs import checkpoint
@@ -112,6 +113,8 @@ def setup_run(
     recipe, plan = distributed.broadcast_from_main(lambda: _plan(recipe, distributed, console))
     recipe = _settings_of_rank(recipe, distributed)
     memory = MemoryUse(plan, process_memory("VmRSS"))
+    sets = {f"eval.sets.{name}.prompt": data.prompt for name, data in recipe.eval.sets.items()}
+    check_chat_templates(recipe.policy, {"data.prompt": recipe.data.prompt, **sets})
     with show_phase(console, f"loading {recipe.policy.model}"):
         policy = _load_policy(recipe)
     format = make_prompt_format(policy, recipe.data.prompt)
