@@ -8,7 +8,7 @@ from typing import Any
 
 from gft_lite.data.prompts import PromptFormat
 from gft_lite.evaluation.metrics import measure
-from gft_lite.recipe.sections import RewardSettings
+from gft_lite.recipe.objective_sections import RewardSettings
 from gft_lite.recipe.training_sections import EvalSettings
 from gft_lite.rewards.base import RewardError, RewardFunction
 from gft_lite.rewards.scorer import Scorer

@@ -16,12 +16,12 @@ from gft_lite.data.prompts import PromptFormat
 from gft_lite.data.sources import FORMATS
 from gft_lite.recipe.base import Settings, Temperature, read_settings
 from gft_lite.recipe.loader import find_recipe
+from gft_lite.recipe.objective_sections import RewardSettings
 from gft_lite.recipe.sections import (
     ColumnsSettings,
     DataSettings,
     PolicySettings,
     PromptSettings,
-    RewardSettings,
     RolloutSettings,
 )
 from gft_lite.utils.errors import RecipeError, nearest

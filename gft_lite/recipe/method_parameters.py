@@ -8,8 +8,8 @@ from pydantic import ValidationError, create_model
 
 from gft_lite.objective.methods import METHODS, Method, find_method
 from gft_lite.recipe.objective_schema import as_yaml_values, builtin_schema, dotted_schema
+from gft_lite.recipe.objective_sections import ObjectiveSettings
 from gft_lite.recipe.schema import Recipe
-from gft_lite.recipe.sections import ObjectiveSettings
 from gft_lite.recipe.validation_errors import explain
 from gft_lite.utils.errors import RecipeError
 

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, PydanticSchemaGenerationError, creat
 from pydantic_core import PydanticCustomError
 
 from gft_lite.objective.methods import METHODS, Method
-from gft_lite.recipe.sections import ObjectiveSettings
+from gft_lite.recipe.objective_sections import ObjectiveSettings
 from gft_lite.recipe.validation_errors import UNKNOWN_FIELD
 from gft_lite.utils.errors import RecipeError
 

@@ -33,12 +33,11 @@ from gft_lite.recipe.effects import (
 )
 from gft_lite.recipe.loader import Dumper, find_recipe, merge
 from gft_lite.recipe.objective_schema import check_objective
+from gft_lite.recipe.objective_sections import ObjectiveSettings, RewardSettings
 from gft_lite.recipe.sections import (
     GroupSettings,
-    ObjectiveSettings,
     PolicySettings,
     PromptSettings,
-    RewardSettings,
     RolloutSettings,
     TrainingDataSettings,
 )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gft_lite.data.prompts import PromptFormat
-from gft_lite.rollout.base import Request, RolloutEngine, Sampling
+from gft_lite.rollout.base import Completion, Request, RolloutEngine, Sampling
 from gft_lite.types import Problem, Response
 
 if TYPE_CHECKING:
@@ -37,11 +37,15 @@ def sample_seed(*parts: object) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """`count` samples of a problem; `seed_parts` and the problem's id give each its own seed."""
+    """`count` samples of a problem; `seed_parts` and the problem's id give each its own seed.
+
+    `prefix` are tokens that each of them begins with, put before what is sampled.
+    """
 
     problem: Problem
     count: int
     seed_parts: tuple[object, ...]
+    prefix: tuple[int, ...] = ()
 
 
 def make_requests(draws: Iterable[Draw]) -> list[Request]:
@@ -54,30 +58,40 @@ def make_requests(draws: Iterable[Draw]) -> list[Request]:
         numbers = range(drawn[key], drawn[key] + draw.count)
         drawn[key] += draw.count
         seeds = tuple(sample_seed(*key, number) for number in numbers)
-        found.append(Request(draw.problem.prompt_ids, seeds))
+        found.append(Request(draw.problem.prompt_ids + draw.prefix, seeds))
     return found
 
 
 def sample(
     engine: RolloutEngine, format: PromptFormat, draws: Iterable[Draw], sampling: Sampling
 ) -> list[tuple[Response, ...]]:
-    """The self responses of each draw."""
+    """The self responses of each draw, cut to `sampling.max_tokens` with their prefix."""
+    draws = list(draws)
     requests = make_requests(draws)
     sent = [request for request in requests if request.seeds]
     done = iter(engine.generate(sent, sampling) if sent else [])
     return [
         tuple(
-            Response(
-                token_ids=c.token_ids,
-                text=graded_text(c.token_ids, format, sampling.stop),
-                source="self",
-                finish_reason=c.finish_reason,
-                logprobs=c.logprobs,
-            )
-            for c in (next(done) if request.seeds else ())
+            _response(draw.prefix, completion, format, sampling)
+            for completion in (next(done) if request.seeds else ())
         )
-        for request in requests
+        for draw, request in zip(draws, requests, strict=True)
     ]
+
+
+def _response(
+    prefix: tuple[int, ...], completion: Completion, format: PromptFormat, sampling: Sampling
+) -> Response:
+    limit, count = sampling.max_tokens, len(prefix) + len(completion.token_ids)
+    ids = (prefix + completion.token_ids)[:limit]
+    return Response(
+        token_ids=ids,
+        text=graded_text(ids, format, sampling.stop),
+        source="self",
+        finish_reason="length" if count > limit else completion.finish_reason,
+        logprobs=((0.0,) * len(prefix) + completion.logprobs)[:limit],
+        prefix=len(prefix),
+    )
 
 
 def graded_text(token_ids: Sequence[int], format: PromptFormat, stop: Sequence[str]) -> str:

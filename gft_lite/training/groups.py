@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
+from random import Random
 
 from gft_lite.data.prompts import PromptFormat
 from gft_lite.objective.advantages import advantages_of
+from gft_lite.objective.method import call_with_parameters
 from gft_lite.objective.methods import find_method
+from gft_lite.recipe.method_parameters import bind_method
 from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import GroupSettings
 from gft_lite.rollout.base import RolloutEngine, Sampling
-from gft_lite.rollout.sampling import Draw, graded_text, sample
+from gft_lite.rollout.sampling import Draw, graded_text, sample, sample_seed
 from gft_lite.runs.metrics import PhaseTimer, count_self_tokens
 from gft_lite.training.presampled_groups import PresampledGroups
 from gft_lite.training.visits import ProblemVisit, visits_of_step
@@ -48,8 +53,8 @@ class GroupBuilder:
         self.grade, self.presampled = grade, presampled
         self.sampling = training_sampling(recipe)
 
-    def build(self, step: int, timer: PhaseTimer) -> StepGroups:
-        """The groups of a step (from 1).
+    def build(self, step: int, timer: PhaseTimer, progress: float = 0.0) -> StepGroups:
+        """The groups of a step (from 1); `progress` is the share of the budget that is spent.
 
         Flat groups are replaced by those of other problems, at most `rollout.resample` times
         (dynamic sampling, arXiv 2503.14476).
@@ -57,35 +62,52 @@ class GroupBuilder:
         if self.presampled:
             visits = visits_of_step(self.recipe, self.problems, step)
             return StepGroups(self.score(self.presampled.groups(visits)), 0)
-        groups = self._sample_and_grade(visits_of_step(self.recipe, self.problems, step), timer)
+        visits = visits_of_step(self.recipe, self.problems, step)
+        groups = self._sample_and_grade(visits, timer, progress)
         tokens = count_self_tokens(groups)
         for attempt in range(1, self.recipe.rollout.resample + 1):
             flat = sum(group.flat for group in groups)
             if not flat:
                 break
             others = visits_of_step(self.recipe, self.problems, step, attempt)[:flat]
-            fresh = self._sample_and_grade(others, timer)
+            fresh = self._sample_and_grade(others, timer, progress)
             tokens += count_self_tokens(fresh)
             useful = iter([group for group in fresh if not group.flat])
             groups = [next(useful, group) if group.flat else group for group in groups]
         return StepGroups(self.score(groups), tokens)
 
-    def sample(self, visits: Sequence[ProblemVisit]) -> list[Group]:
+    def sample(self, visits: Sequence[ProblemVisit], progress: float = 0.0) -> list[Group]:
         """The groups of these visits without rewards, but for problems that are dropped."""
         composed = [
             (visit, composition)
             for visit in visits
             if (composition := compose(visit.problem, self.recipe.group, visit.epoch))
         ]
-        draws = [
-            Draw(v.problem, c.self_samples, (self.recipe.seed, v.step, v.attempt))
-            for v, c in composed
-        ]
-        samples = sample(self.engine, self.format, draws, self.sampling)
+        draws = [self._draws(visit, c.self_samples, progress) for visit, c in composed]
+        samples = iter(sample(self.engine, self.format, chain(*draws), self.sampling))
         return [
-            Group(v.problem, demonstrations(c, self.format, self.sampling.stop) + own)
-            for (v, c), own in zip(composed, samples, strict=True)
+            Group(
+                visit.problem,
+                demonstrations(c, self.format, self.sampling.stop)
+                + tuple(response for _ in of_visit for response in next(samples)),
+            )
+            for (visit, c), of_visit in zip(composed, draws, strict=True)
         ]
+
+    def _draws(self, visit: ProblemVisit, count: int, progress: float) -> list[Draw]:
+        """The draws of a visit: one, or one for each prefix of a demonstration."""
+        seed = (self.recipe.seed, visit.step, visit.attempt)
+        prefixes, experts = find_method(self.recipe.method).prefixes, visit.problem.experts
+        if prefixes is None or not experts:
+            return [Draw(visit.problem, count, seed)]
+        random = Random(sample_seed(*seed, "prefix", visit.problem.id))
+        shares = call_with_parameters(
+            prefixes, count, progress, random, parameters=bind_method(self.recipe)
+        )
+        ids, _ = self.format.response_ids(experts[visit.epoch % len(experts)])
+        most = min(len(ids), self.sampling.max_tokens) - 1  # Without the end token.
+        lengths = Counter(min(int(share * len(ids)), most) for share in shares)
+        return [Draw(visit.problem, n, seed, ids[:length]) for length, n in lengths.items()]
 
     def score(self, groups: Sequence[Group]) -> list[ScoredGroup]:
         """Graded groups with their advantages; 1 each for methods that use no rewards."""
@@ -104,9 +126,11 @@ class GroupBuilder:
             advantages_of(group.rewards, std=objective.std, eps=objective.eps, baseline=baseline)
         )
 
-    def _sample_and_grade(self, visits: Sequence[ProblemVisit], timer: PhaseTimer) -> list[Group]:
+    def _sample_and_grade(
+        self, visits: Sequence[ProblemVisit], timer: PhaseTimer, progress: float
+    ) -> list[Group]:
         with timer("rollout"):
-            groups = self.sample(visits)
+            groups = self.sample(visits, progress)
         with timer("reward"):
             return self.grade(groups)
 

@@ -16,25 +16,21 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from gft_lite.objective.losses import LossInputs, LossOutput, k3
-from gft_lite.objective.method import call_with_parameters
-from gft_lite.objective.methods import METHODS, find_method
+from gft_lite.objective.methods import find_method
 from gft_lite.policy.base import Policy, TokenScores, without_dropout
 from gft_lite.policy.batching import MicroBatch, Row
-from gft_lite.recipe.method_parameters import bind_method
 from gft_lite.recipe.schema import Recipe
 from gft_lite.runs import checkpoint
 from gft_lite.training.optim import learning_rate, make_optimizer
 from gft_lite.training.rows import make_rows
-from gft_lite.training.updates import Mean, Update, add_means
+from gft_lite.training.step_loss import OF_ROWS, StepLoss, engine_gaps
+from gft_lite.training.updates import Mean, MicroBatchResult, Update, add_means
 from gft_lite.types import SOURCES, Problem, ScoredGroup
 from gft_lite.utils.distributed import SINGLE_PROCESS, Distributed
-from gft_lite.utils.errors import UserError
-from gft_lite.utils.user_code import user_errors_as
+from gft_lite.utils.progress import track
 
-# Inputs of a loss that are known of each row; the second ones take a pass before the update.
-_OF_ROWS = ("old_logprobs", "engine_logprobs", "teacher_logprobs", "correct", "success_share")
-_AT_START = ("row_entropy", "entropy_quantile")
+# Inputs of a loss that take a pass over the rows before the first update.
+_AT_START = {"row_entropy", "entropy_quantile"}
 
 
 class Learner:
@@ -57,7 +53,7 @@ class Learner:
         self.console = console or Console(quiet=True)
         self.optimizer = make_optimizer(policy, recipe.optim)
         self.method = find_method(recipe.method)
-        self.parameters = bind_method(recipe)
+        self.loss = StepLoss(policy, recipe)
         self.micro_batch_tokens = int(recipe.train.micro_batch_tokens)
         self.response_tokens = 0
         self.bad_steps = 0
@@ -106,7 +102,11 @@ class Learner:
         if self.recipe.train.drop_zero_advantage:
             rows = [row for row in rows if self._has_gradient(row)]
         rows = [row for row in rows if row.response_ids]
-        if self._compares or set(_AT_START) & set(self.method.needs):
+        if (
+            self._compares
+            or _AT_START & set(self.method.needs)
+            or self.loss.importance.mode == "sequence_mask"
+        ):
             rows = self._with_scores_at_start(rows)
         return list(rows)
 
@@ -163,8 +163,9 @@ class Learner:
             micro_batch_tokens=self.micro_batch_tokens,
             tokens=sum(batch.targets.numel() for batch in batches),
             forwarded=sum(batch.input_ids.numel() for batch in batches),
-            loss=sum(loss for loss, _ in whole),
-            metrics=add_means([metrics for _, metrics in whole]),
+            loss=sum(result.loss for result in whole),
+            metrics=add_means([result.metrics for result in whole]),
+            gaps=torch.cat([result.gaps for result in whole] or [torch.empty(0)]),
         )
 
     def make_micro_batches(self, rows: Sequence[Row], at_least: int = 1) -> list[MicroBatch]:
@@ -182,8 +183,9 @@ class Learner:
         longest = max((problem.prompt_ids for problem in problems), key=len)
         response = (self.policy.pad_id,) * recipe.rollout.max_tokens
         # Prompts that differ in their first token: only the rows of a group share one.
+        inputs = {name: 0.0 for name in self.method.needs if name in OF_ROWS}
         rows = [
-            Row((number, *longest[1:]), response)
+            Row((number, *longest[1:]), response, loss_inputs=inputs | {"importance": 1.0})
             for number in range(recipe.train.problems_per_step)
             for _ in range(recipe.group.size)
         ]
@@ -197,94 +199,43 @@ class Learner:
 
     def _backward_micro_batches(
         self, batches: Sequence[MicroBatch], progress: float
-    ) -> list[tuple[float, dict[str, Mean]]] | None:
-        """Loss and metrics of each micro-batch; None if memory ran out."""
+    ) -> list[MicroBatchResult] | None:
+        """The result of each micro-batch; None if memory ran out."""
         try:
             with without_dropout(self.policy) if self._compares else contextlib.nullcontext():
-                return [self._backward(batch, progress) for batch in batches]
+                steps = track(batches, "micro-batches")
+                return [self._backward(batch, progress) for batch in steps]
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
                 return None  # Outside of the except: the error keeps the step's tensors alive.
             raise
 
-    def _backward(self, batch: MicroBatch, progress: float) -> tuple[float, dict[str, Mean]]:
+    def _backward(self, batch: MicroBatch, progress: float) -> MicroBatchResult:
         """Add a micro-batch's gradient; returns its share of the loss and its metrics."""
         batch = batch.to(self.policy.device)
-        needs, objective = self.method.needs, self.recipe.objective
-        reference: Tensor | None = None
-        if objective.kl or "reference_logprobs" in needs:
-            with torch.no_grad(), self.policy.reference():
-                reference = self.policy.token_scores(batch).logprobs
+        reference = self.loss.reference_logprobs(batch)
         values: dict[str, list[Tensor]] = defaultdict(list)
 
         def loss(scores: TokenScores, span: slice) -> Tensor:
-            output = self._loss(self._loss_inputs(batch, scores, span, reference, progress))
-            terms = [output.per_token]
-            if objective.kl and reference is not None:
-                terms.append(objective.kl * k3(scores.logprobs, reference[span]))
-            if objective.entropy:
-                terms.append(-objective.entropy * scores.entropy)
+            output = self.loss(batch, scores, span, reference=reference, progress=progress)
             for name, metric in output.metrics.items():
                 values[name].append(metric.detach())
-            per_token = terms[0] if len(terms) == 1 else torch.cat([t.view(-1, t.shape[-1])
-                                                                    for t in terms])  # fmt: skip
-            return (batch.weights[..., span] * per_token).sum()
+            return (batch.weights[..., span] * output.per_token).sum()
 
         total, scores = self.policy.backward(
-            batch, loss,
-            reference_kl="reference_kl" in needs, entropy_gradient=bool(objective.entropy),
-        )  # fmt: skip
+            batch,
+            loss,
+            reference_kl="reference_kl" in self.method.needs,
+            entropy_gradient=bool(self.recipe.objective.entropy),
+        )
         # Once per micro-batch and not per slice: every mean waits for the GPU.
         means = {name: Mean.of(torch.cat(parts)) for name, parts in values.items()}
-        return total, {**means, "entropy": Mean.of(scores.entropy)}
-
-    def _loss(self, inputs: LossInputs) -> LossOutput:
-        """The method's loss. Raises: UserError for a user's own loss that fails."""
-        name = self.recipe.method
-        if name in METHODS:
-            return self._call_loss(inputs)
-        with user_errors_as(lambda text: UserError([f"method: the loss of {name} failed: {text}"])):
-            output = self._call_loss(inputs)
-            shapes = [output.per_token.shape, *(m.shape for m in output.metrics.values())]
-        tokens = inputs.logprobs.shape
-        parts = [(len(self.method.parts), *tokens) if self.method.parts else tokens]
-        if shapes != parts + [tokens] * len(output.metrics):
-            raise UserError(
-                [f"method: the loss of {name} must give a value per token for per_token and each "
-                 f"metric, {list(inputs.logprobs.shape)}, got {[list(s) for s in shapes]}."]
-            )  # fmt: skip
-        return output
-
-    def _call_loss(self, inputs: LossInputs) -> LossOutput:
-        return call_with_parameters(self.method.loss, inputs, parameters=self.parameters)
-
-    def _loss_inputs(
-        self,
-        batch: MicroBatch,
-        scores: TokenScores,
-        span: slice,
-        reference: Tensor | None,
-        progress: float,
-    ) -> LossInputs:
-        """The inputs that the method needs, for a slice of a micro-batch's tokens."""
-
-        def cut(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values[span]
-
-        optional: dict[str, Any] = {
-            "source": cut(batch.source),
-            "entropy": scores.entropy.detach(),
-            "reference_logprobs": cut(reference),
-            "reference_kl": scores.reference_kl,
-            "progress": progress,
-            **{name: cut(batch.loss_inputs.get(name)) for name in _OF_ROWS + _AT_START},
-        }
-        engine = optional["engine_logprobs"]
-        if engine is not None:  # NaN where no engine sampled the token.
-            own = scores.logprobs.detach()
-            optional["engine_logprobs"] = engine.where(engine.isfinite(), own)
-        needed = {name: optional[name] for name in self.method.needs}
-        return LossInputs(scores.logprobs, batch.advantages[span], **needed)
+        gaps = engine_gaps(batch, scores)
+        return MicroBatchResult(
+            total,
+            {**means, "entropy": Mean.of(scores.entropy)},
+            torch.empty(0) if gaps is None else gaps[gaps.isfinite()].cpu(),
+        )
 
     @torch.no_grad()
     def _with_scores_at_start(self, rows: Sequence[Row]) -> list[Row]:
@@ -301,15 +252,26 @@ class Learner:
                     "row_entropy": entropy.mean().item(),
                     "entropy_quantile": _quantiles(entropy, rows[i].prefix),
                     "old_logprobs": logprobs,
+                    "importance": self._importance_of_row(rows[i], logprobs),
                 }
         found = {i: v for shard in self.distributed.all_gather([own]) for i, v in shard.items()}
-        wanted = [n for n in self.method.needs if n != "old_logprobs" or self._compares]
+        wanted: set[str] = {n for n in self.method.needs if n != "old_logprobs" or self._compares}
+        if self.loss.importance.mode == "sequence_mask":
+            wanted.add("importance")
         return [
             replace(row, loss_inputs={
                 **row.loss_inputs, **{n: v for n, v in found[i].items() if n in wanted}
             })
             for i, row in enumerate(rows)
         ]  # fmt: skip
+
+    def _importance_of_row(self, row: Row, logprobs: Tensor) -> float:
+        """The weight of a whole row, from the trainer's log-probs [R] at the start of the step."""
+        engine = row.loss_inputs.get("engine_logprobs")
+        if engine is None:
+            return 1.0
+        gap = logprobs - torch.as_tensor(engine)
+        return self.loss.importance.weights(gap.nansum()).item()
 
     def _halve_micro_batches(self, rows: Sequence[Row], batches: Sequence[MicroBatch]) -> None:
         gc.collect()

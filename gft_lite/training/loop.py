@@ -13,7 +13,10 @@ from gft_lite.training.setup import TrainingRun
 from gft_lite.training.updates import aggregate_updates
 from gft_lite.types import ScoredGroup
 from gft_lite.utils.memory import peak_memory
+from gft_lite.utils.progress import show_phase
 from gft_lite.utils.signals import defer_signals
+
+GAP_WARNING = 0.1  # In nats per token.
 
 
 class TrainError(RuntimeError):
@@ -29,7 +32,8 @@ def train_steps(run: TrainingRun, step: int, screen: TrainingConsole) -> None:
     with defer_signals(run.console) as interrupt:
         while not (done or stop):
             step += 1
-            metrics = train_step(run, step)
+            with show_phase(run.console, f"step {step:,}", announce=False):
+                metrics = train_step(run, step)
             run.folder.append_metrics(metrics)
             run.trackers.log(metrics, step)
             screen.step(metrics)
@@ -45,21 +49,25 @@ def train_step(run: TrainingRun, step: int) -> dict[str, Any]:
     """One rollout and the updates on it; returns the step's metrics."""
     timer = PhaseTimer()
     torch.manual_seed(sample_seed(run.recipe.seed, step))
-    built = run.builder.build(step, timer)
+    built = run.builder.build(step, timer, run.learner.budget_fraction(step - 1))
     groups = built.groups
     if run.recipe.log.groups:
         run.folder.write_groups(step, groups)
     with run.engine.asleep():
-        with timer("train"):
-            updates = aggregate_updates(run.learner.train_on(step, groups))
+        with timer("train"), show_phase(run.console, "training", announce=False):
+            updates = aggregate_updates(
+                run.learner.train_on(step, groups), run.learner.loss.importance
+            )
             memory = peak_memory(run.policy.device)
-        kl = run.monitor.measure(
-            step, [scored.group for scored in groups], run.learner.micro_batch_tokens
-        )
+        with show_phase(run.console, "KL", announce=False):
+            kl = run.monitor.measure(
+                step, [scored.group for scored in groups], run.learner.micro_batch_tokens
+            )
     with timer("sync"):
         gap = None if run.builder.presampled else run.engine.sync(step)
     _warn_without_rewards(run, step, groups)
     _stop_after_bad_steps(run, step, groups)
+    _check_engine_gap(run, step, updates["engine_gap"])
     return {
         "step": step,
         **group_metrics([scored.group for scored in groups]),
@@ -79,6 +87,17 @@ def _warn_without_rewards(run: TrainingRun, step: int, groups: list[ScoredGroup]
             f"step {step}: no reward function applied to any of the {len(responses)} responses, "
             "so that nothing was learned from them. Check reward.functions."
         )
+
+
+def _check_engine_gap(run: TrainingRun, step: int, gap: dict[str, float] | None) -> None:
+    """Warn of engine log-probs that are not the trainer's; stop where they are too far away."""
+    if gap is None or gap["mean"] <= GAP_WARNING or run.builder.presampled:
+        return
+    found = f"step {step}: engine and trainer differ by {gap['mean']:.2g} nats per sampled token"
+    limit = run.recipe.rollout.probe_limit
+    if gap["mean"] > limit:
+        raise TrainError(f"rollout.probe_limit: {found}, more than {limit}.")
+    run.print(f"{found}; see objective.importance, rollout.base and policy.dtype")
 
 
 def _stop_after_bad_steps(run: TrainingRun, step: int, groups: list[ScoredGroup]) -> None:

@@ -60,7 +60,11 @@ def _row(method: Method, scored: ScoredGroup, response: Response, advantage: flo
         advantage,
         source=SOURCES.index(response.source),
         prefix=response.prefix,
-        loss_inputs={name: value for name, value in inputs.items() if name in method.needs},
+        loss_inputs={
+            name: value
+            for name, value in inputs.items()
+            if name in method.needs or name == "engine_logprobs"
+        },
     )
 
 

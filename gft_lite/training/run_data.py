@@ -37,6 +37,7 @@ def load_run_data(recipe: Recipe, policy: Policy, console: Console) -> RunData:
     """
     limit = recipe.rollout.max_tokens
     used = recipe.group.expert + recipe.group.teacher > 0
+    used |= find_method(recipe.method).uses_demonstrations
     loaded = {"data": _load("data", recipe.data, policy, console, limit, demonstrations=used)}
     for name, settings in recipe.eval.sets.items():
         field = f"eval.sets.{name}"
@@ -137,6 +138,11 @@ def _with_demonstrations(
 ) -> tuple[Problem, ...]:
     """The problems whose demonstrations can fill a group under the shortfall rule."""
     kept = tuple(p for p in problems if compose(p, recipe.group) is not None)
+    if find_method(recipe.method).uses_demonstrations:
+        demonstrated = tuple(p for p in kept if p.experts)
+        if without := len(kept) - len(demonstrated):
+            console.print(f"method: {recipe.method}: {without} problems without an expert dropped")
+        kept = demonstrated
     short = sum(
         len(p.experts) < recipe.group.expert or len(p.teachers) < recipe.group.teacher
         for p in problems

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from gft_lite.objective.importance import Importance, gap_metrics
+
 
 @dataclass(frozen=True, slots=True)
 class Mean:
@@ -43,6 +45,16 @@ def add_means(parts: Sequence[Mapping[str, Mean]]) -> dict[str, Mean]:
 
 
 @dataclass(frozen=True, slots=True)
+class MicroBatchResult:
+    """A micro-batch's share of the loss, its metrics, and trainer - engine log-probs in nats of
+    the self tokens [T]."""
+
+    loss: float
+    metrics: Mapping[str, Mean]
+    gaps: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Update:
     """What one optimiser step did.
 
@@ -50,7 +62,7 @@ class Update:
     finite; the weights have not moved then. `tokens` are response tokens, `forwarded` all tokens
     that went through the model, prompts and padding included. `micro_batch_tokens` is the limit
     that the step ended with. `metrics` are means per response token: entropy and what the loss
-    reports.
+    reports. `gaps` are the differences trainer - engine in nats of the self tokens' log-probs.
     """
 
     lr: float
@@ -60,11 +72,13 @@ class Update:
     loss: float = 0.0
     grad_norm: float | None = None
     metrics: Mapping[str, Mean] = field(default_factory=dict)
+    gaps: Tensor = field(default_factory=lambda: torch.empty(0))
     skipped: Literal["flat", "non_finite"] | None = None
 
 
-def aggregate_updates(updates: Sequence[Update]) -> dict[str, Any]:
+def aggregate_updates(updates: Sequence[Update], importance: Importance) -> dict[str, Any]:
     """The metrics of the updates of one step, as metrics.jsonl has them."""
+    gaps = torch.cat([u.gaps for u in updates])
     ran = [u for u in updates if u.tokens]
     skipped = [u.skipped for u in updates if u.skipped]
     means = {name: mean.value for name, mean in add_means([u.metrics for u in ran]).items()}
@@ -82,6 +96,7 @@ def aggregate_updates(updates: Sequence[Update]) -> dict[str, Any]:
         # Also under "objective"; here since the first version of the file.
         "rectified": _finite(means.get("rectified")),
         "objective": {name: _finite(value) for name, value in means.items()},
+        "engine_gap": gap_metrics(gaps, importance),
     }
     # JSON has no NaN; `skipped` says that a figure was not finite.
     return {name: _finite(v) if isinstance(v, float) else v for name, v in metrics.items()}

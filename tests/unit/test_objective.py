@@ -32,8 +32,8 @@ from gft_lite.objective.losses import (
 from gft_lite.objective.methods import METHODS
 from gft_lite.objective.rectification import rectify
 from gft_lite.objective.reduction import token_weights
+from gft_lite.recipe.objective_sections import ObjectiveSettings
 from gft_lite.recipe.schema import Recipe
-from gft_lite.recipe.sections import ObjectiveSettings
 
 F64 = torch.float64
 

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from gft_lite.objective.importance import Importance
 from gft_lite.recipe.training_sections import OptimSettings
 from gft_lite.training.optim import learning_rate
 from gft_lite.training.updates import Mean, Update, aggregate_updates
@@ -41,10 +42,10 @@ def test_aggregated_metrics_are_means_per_token_without_skipped_updates():
     ran = Update(0.1, 99, 10, 15, loss=2.0, grad_norm=1.0, metrics=means)
     means = {"entropy": Mean(5.0, 30), "rectified": Mean(6.0, 30), "prefix": Mean()}
     longer = Update(0.2, 88, 30, 40, loss=4.0, grad_norm=3.0, metrics=means)
-    assert aggregate_updates([ran, Update(0.15, 99, skipped="flat"), longer]) == {
+    assert aggregate_updates([ran, Update(0.15, 99, skipped="flat"), longer], Importance()) == {
         "updates": 2, "skipped": "flat", "lr": 0.2, "trained_tokens": 40, "forwarded_tokens": 55,
         "micro_batch_tokens": 88, "loss": 3.0, "grad_norm": 2.0, "entropy": 0.25,
-        "rectified": 0.25, "objective": {"rectified": 0.25, "prefix": 1.5},
+        "rectified": 0.25, "objective": {"rectified": 0.25, "prefix": 1.5}, "engine_gap": None,
     }  # fmt: skip
 
 
@@ -57,7 +58,7 @@ def test_a_metric_is_a_mean_over_the_tokens_it_applies_to():
 
 def test_what_is_not_a_number_is_null_in_json():
     bad = Update(0.1, 99, tokens=1, loss=float("nan"), grad_norm=float("inf"), skipped="non_finite")
-    metrics = aggregate_updates([bad])
+    metrics = aggregate_updates([bad], Importance())
     assert metrics["skipped"] == "non_finite"
     assert metrics["loss"] is None
     assert metrics["grad_norm"] is None
