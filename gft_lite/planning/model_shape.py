@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,30 @@ from gft_lite.utils.paths import PACKAGE
 
 SHIPPED = "configs/models/shapes"
 # Dense decoders with a gated MLP, for which the formulas were compared with measurements.
-KNOWN_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+KNOWN_TYPES = ("gemma3", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 _REQUIRED = (
     "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size",
 )  # fmt: skip
-_OPTIONAL = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+_OPTIONAL = ("num_key_value_heads", "head_dim", "max_position_embeddings",
+             "original_max_position_embeddings")  # fmt: skip
+_TOWER = ("hidden_size", "intermediate_size", "num_hidden_layers", "image_size", "patch_size")
+# What the published config.json of multimodal Gemma 3 leaves to transformers' Gemma3TextConfig.
+_GEMMA3_DEFAULTS = {
+    "vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+    "max_position_embeddings": 131_072,
+}  # fmt: skip
 _MAX_SIZE, _MAX_LAYERS = 10**9, 256  # Larger than any model's.
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """Sizes of a dense decoder; `mlp` is the width between gate and down projection."""
+    """Sizes of a dense decoder; `mlp` is the width between gate and down projection.
+
+    `fused` models have one linear for query, key and value and one for gate and up projection
+    (phi3). `sandwich` models normalise the outputs of attention and MLP too, with norms that
+    compute in fp32 throughout (gemma3). `vision` are the parameters of an image tower, which
+    training on text never runs: linears, and all others.
+    """
 
     hidden: int
     layers: int
@@ -37,6 +50,9 @@ class ModelShape:
     context: int
     qkv_bias: bool = False
     qk_norm: bool = False
+    fused: bool = False
+    sandwich: bool = False
+    vision: tuple[int, int] = (0, 0)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], name: str = "config.json") -> ModelShape:
@@ -48,16 +64,11 @@ class ModelShape:
         if kind not in KNOWN_TYPES:
             got = f"{short_repr(kind)} in {name}"
             raise _unplannable(f"a model of type {', '.join(KNOWN_TYPES)}", got)
-        sizes = {key: config.get(key) for key in _REQUIRED}
-        sizes |= {key: config[key] for key in _OPTIONAL if config.get(key) is not None}
-        wrong = [key for key, size in sizes.items() if not _is_size(size)]
-        if sizes["num_hidden_layers"] not in range(_MAX_LAYERS + 1):
-            wrong = list(dict.fromkeys([*wrong, "num_hidden_layers"]))
-        if wrong:
-            raise _unplannable(
-                "a config.json with its sizes",
-                f"{name} with {', '.join(f'{key}: {short_repr(sizes[key])}' for key in wrong)}",
-            )
+        if kind == "gemma3":
+            return cls._from_multimodal(config, name)
+        _check_sizes(
+            config, (*_REQUIRED, *(k for k in _OPTIONAL if config.get(k) is not None)), name
+        )
         heads = config["num_attention_heads"]
         return cls(
             hidden=config["hidden_size"],
@@ -67,16 +78,43 @@ class ModelShape:
             head_size=config.get("head_dim") or config["hidden_size"] // heads,
             mlp=config["intermediate_size"],
             vocabulary=config["vocab_size"],
-            tied=bool(config.get("tie_word_embeddings", False)),
-            context=config.get("max_position_embeddings") or 1 << 30,
+            tied=bool(config.get("tie_word_embeddings", kind == "gemma3_text")),
+            # LongRoPE has other frequencies beyond the original context: see policy.model_checks.
+            context=config.get("original_max_position_embeddings")
+            or config.get("max_position_embeddings")
+            or 1 << 30,
             qkv_bias=bool(config.get("attention_bias", kind == "qwen2")),
-            qk_norm=kind == "qwen3",
+            qk_norm=kind in ("qwen3", "gemma3_text"),
+            fused=kind == "phi3",
+            sandwich=kind == "gemma3_text",
         )
+
+    @classmethod
+    def _from_multimodal(cls, config: Mapping[str, Any], name: str) -> ModelShape:
+        """The shape of the text decoder, and the size of the SigLIP tower beside it."""
+        parts = [config.get(part) for part in ("text_config", "vision_config")]
+        text, tower = (part if isinstance(part, Mapping) else {} for part in parts)
+        shape = cls.from_config(_GEMMA3_DEFAULTS | text | {"model_type": "gemma3_text"}, name)
+        _check_sizes(tower, _TOWER, f"{name}, vision_config")
+        width, mlp, layers = (tower[key] for key in _TOWER[:3])
+        image, patch = tower["image_size"], tower["patch_size"]
+        linear = layers * (4 * width**2 + 2 * width * mlp)
+        plain = layers * (4 * width + mlp + width + 4 * width)  # Biases, and two norms.
+        plain += (3 * patch**2 + 1 + (image // patch) ** 2 + 2) * width  # Patches, places, a norm.
+        plain += width * shape.hidden + width  # The projection to the decoder's width.
+        return replace(shape, vision=(linear, plain))
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
         """(inputs, outputs) of each linear of a layer, which are quantised and adapted."""
         query, key = self.heads * self.head_size, self.kv_heads * self.head_size
+        if self.fused:
+            return {
+                "qkv_proj": (self.hidden, query + 2 * key),
+                "o_proj": (query, self.hidden),
+                "gate_up_proj": (self.hidden, 2 * self.mlp),
+                "down_proj": (self.mlp, self.hidden),
+            }
         return {
             "q_proj": (self.hidden, query),
             "k_proj": (self.hidden, key),
@@ -90,7 +128,7 @@ class ModelShape:
     @property
     def linear_parameters(self) -> int:
         """Parameters in the linears of all layers."""
-        return self.layers * sum(i * o for i, o in self.linears.values())
+        return self.layers * sum(i * o for i, o in self.linears.values()) + self.vision[0]
 
     @property
     def embedding_parameters(self) -> int:
@@ -101,9 +139,9 @@ class ModelShape:
     def plain_parameters(self) -> int:
         """Parameters that are never quantised: embeddings, output head, norms and biases."""
         embeddings = self.embedding_parameters * (1 if self.tied else 2)
-        layer = 2 * self.hidden + 2 * self.head_size * self.qk_norm
+        layer = (4 if self.sandwich else 2) * self.hidden + 2 * self.head_size * self.qk_norm
         layer += self.qkv_bias * (self.heads + 2 * self.kv_heads) * self.head_size
-        return embeddings + self.layers * layer + self.hidden
+        return embeddings + self.layers * layer + self.hidden + self.vision[1]
 
 
 def find_shape(model: str) -> ModelShape:
@@ -141,6 +179,20 @@ def _cached_config(model: str) -> Path | None:
     except HFValidationError:
         return None
     return Path(cached) if isinstance(cached, str) else None
+
+
+def _check_sizes(config: Mapping[str, Any], keys: Sequence[str], name: str) -> None:
+    """Require possible sizes for these keys. Raises: RecipeError."""
+    sizes = {key: config.get(key) for key in keys}
+    wrong = [key for key, size in sizes.items() if not _is_size(size)]
+    layers = "num_hidden_layers"
+    if layers not in wrong and sizes[layers] not in range(_MAX_LAYERS + 1):
+        wrong.append(layers)
+    if wrong:
+        raise _unplannable(
+            "a config.json with its sizes",
+            f"{name} with {', '.join(f'{key}: {short_repr(sizes[key])}' for key in wrong)}",
+        )
 
 
 def _is_size(value: object) -> bool:

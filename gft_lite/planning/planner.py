@@ -246,10 +246,11 @@ def plan_for(recipe: Recipe, gpu: str | None) -> tuple[Plan, list[Plan]]:
 def resolve(recipe: Recipe, free: int, device: Device, card: int = 0) -> tuple[Recipe, Plan | None]:
     """The recipe with a value for every `auto` of AUTO_FIELDS, and the plan.
 
-    `free` bytes of the `card` may be used, unless `train.memory` sets a limit. Without an `auto`,
-    a model without formulas has no plan, and a plan that does not fit is no error.
+    `free` bytes of the `card` may be used, unless `train.memory` sets a limit. A model without
+    formulas has no plan, and the fields that are `auto` get the schema's defaults. Without an
+    `auto`, a plan that does not fit is no error.
 
-    Raises: UserError if a field is `auto` and nothing fits, or the model can't be planned.
+    Raises: UserError if a field is `auto` and nothing fits.
     """
     memory = recipe.train.memory
     limit = free if memory == "auto" else parse_size(memory, "train.memory")
@@ -259,8 +260,9 @@ def resolve(recipe: Recipe, free: int, device: Device, card: int = 0) -> tuple[R
     try:
         shape = find_shape(recipe.policy.model)
     except RecipeError:
-        if undecided:
-            raise
+        defaults = Recipe()
+        for name in undecided:
+            recipe = _with(recipe, name, _value(defaults, name))
         return recipe, None
     plan = choose(MemoryModel(shape, recipe, device, card), limit)
     if plan.problems and undecided:

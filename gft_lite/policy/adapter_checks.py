@@ -6,6 +6,7 @@ A skeleton is the base on torch's meta device: modules and shapes without data.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from gft_lite.policy.adapter_config import CONFIG, WEIGHTS, lora_settings, read_adapter_config
+from gft_lite.policy.model_files import check_safetensors
 from gft_lite.policy.registry import model_location
 from gft_lite.policy.weight_checks import (
     LOAD_ERRORS,
-    check_safetensors,
     describe_error,
     read_fitting_weights,
 )
@@ -78,6 +79,18 @@ def _all_linear(skeleton: Any) -> set[str]:
     return {n for n, m in skeleton.named_modules() if _is_linear(m) and m is not head}
 
 
+def never_adapted(base: Any) -> str | None:
+    """A pattern of the modules beside the text decoder, such as Gemma 3's vision tower.
+
+    Training on text does not run them. None: there are none.
+    """
+    inner, decoder = getattr(base, base.base_model_prefix), base.get_decoder()
+    if decoder is inner:
+        return None
+    others = [name for name, module in inner.named_children() if module is not decoder]
+    return rf"(.*\.)?({'|'.join(others)})\..*"
+
+
 # --- policy.adapter --------------------------------------------------------------------------
 
 
@@ -132,8 +145,11 @@ def _find_folder(adapter: str) -> Path:
 def _targeted(skeleton: Any, targets: str | list[str]) -> set[str]:
     """The paths of the modules that `policy.lora.target_modules` names."""
     if isinstance(targets, str):
-        return _all_linear(skeleton)
-    return {name for target in targets for name in _matching(skeleton, target)}
+        found = _all_linear(skeleton)
+    else:
+        found = {name for target in targets for name in _matching(skeleton, target)}
+    excluded = never_adapted(skeleton)
+    return {name for name in found if not (excluded and re.fullmatch(excluded, name))}
 
 
 def _check_base(config: Mapping[str, Any], settings: PolicySettings) -> None:

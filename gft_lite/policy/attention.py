@@ -8,6 +8,7 @@ Axis suffixes: H query heads, H_kv key and value heads, S tokens of the line, D 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any
@@ -25,6 +26,9 @@ from gft_lite.policy.batching import Segment
 NAME = "gft_lite_segments"
 # The longest segment of a tile has at most this multiple of the length of the shortest.
 TILE_PADDING = 1.25
+
+
+SHORT_WINDOW = 3  # Shorter than the rows with which a layout is tried.
 
 
 class Unsupported(RuntimeError):
@@ -167,6 +171,25 @@ def _attend(
     if unsupported:
         raise Unsupported(f"attention with {', '.join(unsupported)}")
     return segments(query, key, value, scaling, sliding_window, dropout), None
+
+
+@contextlib.contextmanager
+def short_windows(model: Any) -> Iterator[None]:
+    """Sliding windows of SHORT_WINDOW tokens, for the length of a `with`.
+
+    A model that applies its window by the mask alone then gives other states with segments, which
+    have no mask, and its layout is not chosen.
+    """
+    owners = [model.config.get_text_config(), *model.modules()]
+    windows = [(each, vars(each).get("sliding_window")) for each in owners]
+    windows = [(each, window) for each, window in windows if type(window) is int]
+    for each, _ in windows:
+        each.sliding_window = SHORT_WINDOW
+    try:
+        yield
+    finally:
+        for each, window in windows:
+            each.sliding_window = window
 
 
 AttentionInterface.register(NAME, _attend)

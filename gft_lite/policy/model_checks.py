@@ -14,9 +14,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from gft_lite.policy.adapter_checks import check_adapter, check_targets
-from gft_lite.policy.adapter_config import CONFIG as ADAPTER_CONFIG
+from gft_lite.policy.model_files import check_config, check_model_files
 from gft_lite.policy.registry import model_location
-from gft_lite.policy.weight_checks import LOAD_ERRORS, check_safetensors, describe_error
+from gft_lite.policy.weight_checks import LOAD_ERRORS, describe_error
 from gft_lite.recipe.sections import PolicySettings
 from gft_lite.utils.errors import RecipeError
 
@@ -42,7 +42,7 @@ def check_model(settings: PolicySettings) -> CheckedModel:
     """
     where = model_location(settings.model)
     options = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
-    _check_location(Path(where), settings.model)
+    check_model_files(settings)
     with report_errors(settings.model):
         config = _read_config(where, settings, options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
@@ -52,6 +52,7 @@ def check_model(settings: PolicySettings) -> CheckedModel:
             skeleton = build(config, trust_remote_code=settings.trust_remote_code)
         vocabulary = skeleton.get_input_embeddings().num_embeddings
     _check_config(config, settings)
+    _check_attention(skeleton, settings)
     _check_tokenizer(tokenizer, vocabulary, settings.model)
     find_eos_ids(generation, tokenizer, vocabulary, settings.model)
     _check_offload(skeleton, settings)
@@ -75,39 +76,18 @@ def report_errors(model: str) -> Iterator[None]:
         ) from error  # fmt: skip
 
 
-def _check_location(folder: Path, model: str) -> None:
-    """Require that a path is the folder of a base with config and safetensors.
-
-    Raises: RecipeError.
-    """
-    rule = "policy.model: must be the folder of a base model, or a hub id, got"
-    if folder.is_file():
-        raise RecipeError([f"{rule} the file {model!r}. Give the folder that holds it."])
-    if not folder.is_dir():
-        return
-    if (folder / ADAPTER_CONFIG).is_file():
-        raise RecipeError(
-            [f"{rule} {model!r} with an adapter. Set policy.adapter to it, and policy.model to the "
-             f"base that its {ADAPTER_CONFIG} names."]
-        )  # fmt: skip
-    if (folder / "recipe.yaml").is_file():
-        raise RecipeError(
-            [f"{rule} the run {model!r}. Set policy.adapter={folder / 'adapter'}, and policy.model "
-             "as in its recipe.yaml."]
-        )  # fmt: skip
-    check_safetensors(folder, "*.safetensors", "policy.model")
-    if not (folder / "config.json").is_file():
-        raise RecipeError([f"{rule} {model!r} without config.json. Download it again."])
-
-
 def _read_config(where: str, settings: PolicySettings, options: dict[str, Any]) -> Any:
     """The config of a causal language model. Raises: RecipeError, LOAD_ERRORS."""
     raw, _ = transformers.PreTrainedConfig.get_config_dict(where, revision=settings.revision)
-    kind, code = raw.get("model_type"), raw.get("auto_map") or {}
-    if kind is not None and kind not in CONFIG_MAPPING and "AutoConfig" not in code:
+    check_config(raw, settings)
+    kind, code = raw["model_type"], raw.get("auto_map") or {}
+    if kind not in CONFIG_MAPPING and not ("AutoConfig" in code and settings.trust_remote_code):
+        advice = "Choose another model, or a later transformers."
+        if "AutoConfig" in code:
+            advice = "It brings its own code: set policy.trust_remote_code=true if you trust it."
         raise RecipeError(
             [f"policy.model: must be of a type in transformers {transformers.__version__}, got "
-             f"{settings.model!r} of type {kind!r}. Choose another model."]
+             f"{settings.model!r} of type {kind!r}. {advice}"]
         )  # fmt: skip
     config = transformers.AutoConfig.from_pretrained(where, **options)
     causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in code
@@ -131,31 +111,38 @@ def _read_generation_config(where: str, config: Any, revision: str | None) -> An
 
 
 def _check_config(config: Any, settings: PolicySettings) -> None:
-    """Require unscaled logits, and a stored quantisation that is the recipe's.
+    """Require unscaled logits.
 
     `OutputHead` does not rescale the output of the head. Raises: RecipeError.
     """
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
+        if getattr(config.get_text_config(), name, None) not in (None, 1, 1.0):
             raise RecipeError(
                 [f"policy.model: must have a plain output head, got {config.model_type} with "
                  f"{name}. Choose another model."]
             )  # fmt: skip
-    stored = getattr(config, "quantization_config", None)
-    if stored is None:
-        return
-    stored = stored if isinstance(stored, dict) else stored.to_dict()
-    kind = "int8" if stored.get("load_in_8bit") else stored.get("bnb_4bit_quant_type")
-    if kind not in ("nf4", "int8"):
+
+
+def longest_context(config: Any) -> int:
+    """Tokens of the longest sequence on which trainer and engine are the same function.
+
+    LongRoPE (Phi) changes the frequencies of ALL tokens with the length: of a micro-batch's longest
+    row in transformers, of the whole context in vLLM. Only within the original context do both
+    use the same ones.
+    """
+    config = config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        return int(rope["original_max_position_embeddings"])
+    return getattr(config, "max_position_embeddings", None) or 1 << 30
+
+
+def _check_attention(skeleton: Any, settings: PolicySettings) -> None:
+    """Require that the model supports `policy.attention`. Raises: RecipeError."""
+    if settings.attention == "sdpa" and not skeleton._supports_sdpa:
         raise RecipeError(
-            [f"policy.model: must be stored unquantised or by bitsandbytes as nf4 or int8, got "
-             f"{settings.model!r} in {kind or stored.get('quant_method')}. Give the original "
-             "model; policy.quantization quantises it."]
-        )  # fmt: skip
-    if kind != settings.quantization:
-        raise RecipeError(
-            [f"policy.quantization: must be {kind}, in which {settings.model!r} is stored, got "
-             f"{settings.quantization}. Set policy.quantization={kind}."]
+            [f"policy.attention: must be eager for a model of type {skeleton.config.model_type}, "
+             "got sdpa. Set policy.attention=eager."]
         )  # fmt: skip
 
 

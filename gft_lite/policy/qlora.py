@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from gft_lite.policy.adapter_checks import never_adapted
 from gft_lite.policy.lora import REFERENCE, TRAINED, LoraPolicy
 from gft_lite.policy.model_checks import check_model, report_errors
 from gft_lite.policy.weight_checks import check_missing_weights
 from gft_lite.recipe.sections import PolicySettings, RolloutSettings
+from gft_lite.utils.progress import track
 
 
 def load(
@@ -26,12 +29,10 @@ def load(
 
     Raises: RecipeError if the recipe's model or adapter can't be loaded.
     """
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
     device = settings.resolved_device(cuda_available=torch.cuda.is_available())
     dtype = getattr(torch, settings.resolved_dtype(device))
     checked = check_model(settings)
-    with report_errors(settings.model):
+    with report_errors(settings.model), _report_weights():
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             checked.location,
             dtype=dtype,
@@ -53,6 +54,23 @@ def load(
     if settings.offload_embedding is True:
         keep_embedding_on_cpu(base)
     return LoraPolicy(model, checked.tokenizer, settings, dtype)
+
+
+@contextmanager
+def _report_weights() -> Iterator[None]:
+    """Show the weights that transformers reads as the progress of the current phase."""
+    before = transformers.utils.logging.set_tqdm_hook(lambda _, args, kwargs: _Bar(*args))
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_tqdm_hook(before)
+
+
+class _Bar(transformers.utils.logging.EmptyTqdm):
+    """A progress bar of transformers, which reports instead of printing."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return track(list(self._iterator or ()), "weights")
 
 
 def quantization_config_of(
@@ -82,6 +100,7 @@ def add_adapter(base: Any, settings: PolicySettings, adapter: Path | None, seed:
                 lora_alpha=settings.lora.alpha,
                 lora_dropout=settings.lora.dropout,
                 target_modules=settings.lora.target_modules,
+                exclude_modules=never_adapted(base),
                 task_type="CAUSAL_LM",
             )
             model = get_peft_model(base, config)
