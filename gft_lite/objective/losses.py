@@ -27,7 +27,7 @@ class LossInputs:
     [..., T]: source, the index in `types.SOURCES`; old_logprobs, at the start of the step (None
     while the policy has not moved since); engine_logprobs, as sampled (the trainer's own for
     demonstrations); entropy; row_entropy, its mean over the row, and entropy_quantile, the share of
-    the row's tokens of the same source with a lower one, both at the start of the step;
+    the row's tokens of the same source with a lower or equal one, both at the start of the step;
     reference_logprobs; teacher_logprobs; correct, 1 where the response is right, else 0;
     success_share, the share of the group's self samples that are right. progress is the share of
     the budget that is spent, in [0, 1]. With gradient: reference_kl [..., T], the exact

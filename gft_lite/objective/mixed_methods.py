@@ -92,7 +92,7 @@ MIXED_METHODS: dict[str, Method] = {
         teacher_loss, _SELF, "arXiv 2601.19897",
         "-sg(log p_T - log p) log p", needs=("teacher_logprobs",),
         group_advantages=False, teacher_sees_demonstration=True,
-        defaults=defaults(0, 0, 8, 2e-5),
+        defaults=defaults(0, 0, 8, 2e-5) | {"teacher": {"model": "average"}},
     ),
     "opd": Method(
         teacher_loss, _SELF, "arXiv 2306.13649",

@@ -49,6 +49,7 @@ from gft_lite.recipe.training_sections import (
     MonitorSettings,
     OptimSettings,
     StageSettings,
+    TeacherSettings,
     TrainSettings,
     stage_shorthand,
 )
@@ -80,6 +81,7 @@ class Recipe(Settings):
     optim: Annotated[OptimSettings, TRAINING] = OptimSettings()
     train: TrainSettings = TrainSettings()
     budget: Annotated[BudgetSettings, TRAINING] = BudgetSettings()
+    teacher: Annotated[TeacherSettings, TRAINING] = TeacherSettings()
     stages: Annotated[
         list[Annotated[StageSettings, BeforeValidator(stage_shorthand)]], TRAINING
     ] = []
@@ -148,6 +150,16 @@ class Recipe(Settings):
             rules.append(f"method: {rule} {why}")
         if rules:
             raise ValueError("\n".join(rules))
+        return self
+
+    @model_validator(mode="after")
+    def _teacher_can_differ(self) -> Recipe:
+        method = METHODS.get(self.method)
+        if method is None or "teacher_logprobs" not in method.needs:
+            return self
+        if not method.teacher_sees_demonstration and self.teacher.model == "base":
+            rule = "must be another model than the base, which the policy starts as,"
+            raise ValueError(f"teacher.model: {rule} with method {self.method}")
         return self
 
     @model_validator(mode="after")

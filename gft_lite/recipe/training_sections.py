@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -107,6 +108,30 @@ class StageSettings(Settings):
 def stage_shorthand(value: Any) -> Any:
     """A stage from the name of its method alone."""
     return {"method": value} if isinstance(value, str) else value
+
+
+class TeacherSettings(Settings):
+    """The model whose log-probs on the policy's own samples methods `sdft` and `opd` learn from.
+
+    `model`: `base`, the policy without its adapter; `average`, a copy of the adapter that becomes
+    decay * copy + (1 - decay) * adapter after each update; the folder of an adapter of the same
+    base, rank and alpha; or a model with the same tokenizer, loaded as the policy is (the memory
+    plan does not count it). `template` is the teacher's prompt where it sees a demonstration.
+    """
+
+    model: Annotated[str, Field(min_length=1)] = "base"
+    decay: Fraction = 0.95
+    template: str = (
+        "{problem}\n\nHere is an example of a good answer:\n\n{demonstration}\n\n"
+        "Now write your own answer."
+    )
+
+    @model_validator(mode="after")
+    def _template_is_complete(self) -> TeacherSettings:
+        for name in ("{problem}", "{demonstration}"):
+            if name not in self.template:
+                raise ValueError(f"template: must contain {name}")
+        return self
 
 
 class MonitorSettings(Settings):

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from gft_lite.policy.base import Policy
 from gft_lite.utils.files import INVALID, fsync, write_text_atomic
 
 MANIFEST = "manifest.json"
+TEACHER = "teacher.safetensors"
 _FILES = ("adapter/adapter_model.safetensors", "optimizer.safetensors", "state.json")
 _NAME = re.compile(r"step-\d+")
 
@@ -32,10 +33,11 @@ class CheckpointError(RuntimeError):
 
 def save(
     folder: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, keep: int,
-    **counters: int,
+    teacher: Mapping[str, torch.Tensor] | None = None, **counters: int,
 ) -> Path:  # fmt: skip
     """Write `folder/step-N` atomically and remove all but the newest `keep` checkpoints.
 
+    `teacher` are the weights of a teacher that follows the policy, if there is one.
     Raises: CheckpointError if writing fails; older checkpoints stay as they were.
     """
     final = folder / f"step-{step:06d}"
@@ -46,6 +48,8 @@ def save(
         policy.save_adapter(partial / "adapter")
         tensors, numbers = _flatten(optimizer.state_dict()["state"])
         save_file(tensors, partial / "optimizer.safetensors")
+        if teacher:
+            save_file(dict(teacher), partial / TEACHER)
         state = {"step": step, "counters": counters, "optimizer": numbers}
         (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
         _write_manifest(partial)

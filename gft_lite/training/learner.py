@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from torch import Tensor
 
 from gft_lite.objective.methods import find_method
@@ -24,6 +25,7 @@ from gft_lite.runs import checkpoint
 from gft_lite.training.optim import learning_rate, make_optimizer
 from gft_lite.training.rows import make_rows
 from gft_lite.training.step_loss import OF_ROWS, StepLoss, engine_gaps
+from gft_lite.training.teacher_model import TeacherModel
 from gft_lite.training.updates import Mean, MicroBatchResult, Update, add_means
 from gft_lite.types import SOURCES, Problem, ScoredGroup
 from gft_lite.utils.distributed import SINGLE_PROCESS, Distributed
@@ -47,8 +49,9 @@ class Learner:
         recipe: Recipe,
         distributed: Distributed = SINGLE_PROCESS,
         console: Console | None = None,
+        teacher: TeacherModel | None = None,
     ) -> None:
-        self.policy, self.recipe = policy, recipe
+        self.policy, self.recipe, self.teacher = policy, recipe, teacher
         self.distributed = distributed
         self.console = console or Console(quiet=True)
         self.optimizer = make_optimizer(policy, recipe.optim)
@@ -108,6 +111,8 @@ class Learner:
             or self.loss.importance.mode == "sequence_mask"
         ):
             rows = self._with_scores_at_start(rows)
+        if self.teacher:
+            rows = self.teacher.score(rows, self.micro_batch_tokens)
         return list(rows)
 
     def _has_gradient(self, row: Row) -> bool:
@@ -134,6 +139,8 @@ class Learner:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
+            if self.teacher:
+                self.teacher.follow()
         self.policy.model.zero_grad(set_to_none=True)
         return replace(done, lr=lr, grad_norm=norm.item(), skipped=None if finite else "non_finite")
 
@@ -304,20 +311,24 @@ class Learner:
 
     def save(self, folder: Path, step: int) -> None:
         """Write a checkpoint of adapter, optimiser and counters below `folder`."""
-        keep = self.recipe.checkpoint.keep
-        checkpoint.save(folder, step, self.policy, self.optimizer, keep, bad_steps=self.bad_steps)
+        checkpoint.save(
+            folder, step, self.policy, self.optimizer, self.recipe.checkpoint.keep,
+            self.teacher.state if self.teacher else None, bad_steps=self.bad_steps,
+        )  # fmt: skip
 
     def restore(self, saved: Path) -> int:
         """Read what `save` wrote; returns its step."""
         step, counters = checkpoint.restore(saved, self.policy, self.optimizer)
         self.bad_steps = counters["bad_steps"]
+        if self.teacher and self.teacher.state:
+            self.teacher.load_state(load_file(saved / checkpoint.TEACHER))
         return step
 
 
 def _quantiles(entropy: Tensor, prefix: int) -> Tensor:
-    """The share of the prefix's tokens, or of the others, with a lower entropy. [R] -> [R]."""
+    """The share of the prefix's tokens, or of the others, with no higher entropy. [R] -> [R]."""
     parts = [part for part in (entropy[:prefix], entropy[prefix:]) if len(part)]
-    return torch.cat([(part[None] < part[:, None]).float().mean(1) for part in parts])
+    return torch.cat([(part[None] <= part[:, None]).float().mean(1) for part in parts])
 
 
 def _split(items: Sequence[ScoredGroup], parts: int) -> list[Sequence[ScoredGroup]]:

@@ -14,7 +14,9 @@ from rich.console import Console
 
 from gft_lite.data.prompts import PromptFormat
 from gft_lite.evaluation.sets import SetEvaluator, open_scorer
+from gft_lite.objective.methods import find_method
 from gft_lite.planning.planner import Plan, resolve
+from gft_lite.policy.attention import describe_layout
 from gft_lite.policy.base import Policy
 from gft_lite.policy.batching import Row
 from gft_lite.policy.registry import load_policy
@@ -35,6 +37,7 @@ from gft_lite.training.kl_monitor import KlMonitor
 from gft_lite.training.learner import Learner
 from gft_lite.training.presampled_groups import open_presampled
 from gft_lite.training.run_data import check_demonstrations, load_run_data
+from gft_lite.training.teacher_model import TeacherModel
 from gft_lite.types import Group, Problem
 from gft_lite.utils.distributed import Distributed
 from gft_lite.utils.memory import GIB, free_ram, process_memory
@@ -122,6 +125,7 @@ def setup_run(
     with show_phase(console, "reading the data"):
         data = load_run_data(recipe, policy, console)
         check_demonstrations(recipe, data.problems, format, grade, console)
+    teacher, problems = _load_teacher(recipe, policy, format, data.problems, console)
     stack.enter_context(folder.lock())
     folder.create(saved.to_yaml())
     folder.check_data(data.fingerprints)
@@ -131,7 +135,7 @@ def setup_run(
         described = presampled.describe(recipe, data.problems)
         console.print(f"group.offline: {described}", markup=False, soft_wrap=True)
     console.print(f"run folder: {folder.path}")
-    console.print(f"layout of micro-batches: {policy.layout}")
+    console.print(f"layout of micro-batches: {describe_layout(policy)}", soft_wrap=True)
     monitored = (data.held_out or data.problems)[: recipe.monitor.problems]
     place = _Place(folder, distributed, console, stack)
     engine, kl_rows = _start_engine(recipe, place, policy, format, monitored)
@@ -147,8 +151,8 @@ def setup_run(
         console=console,
         policy=policy,
         engine=engine,
-        builder=GroupBuilder(recipe, data.problems, sampler, format, grade, presampled),
-        learner=Learner(policy, recipe, distributed, console),
+        builder=GroupBuilder(recipe, problems, sampler, format, grade, presampled),
+        learner=Learner(policy, recipe, distributed, console, teacher),
         monitor=KlMonitor(policy, recipe, kl_rows),
         trackers=trackers,
         evaluate=lambda: evaluator.evaluate(sampler, data.eval_sets),
@@ -245,7 +249,27 @@ def _plan(recipe: Recipe, distributed: Distributed, console: Console) -> tuple[R
             console.print(f"memory plan: {name}={plan.settings[name]}")
         for problem in plan.problems:
             console.print(f"memory plan: {problem}, and {free / GIB:.1f} GiB are free")
+    else:
+        unplanned = "the model is not one that can be planned; auto settings have their defaults"
+        console.print(f"memory plan: none, as {unplanned}", soft_wrap=True)
     return settled, plan
+
+
+def _load_teacher(
+    recipe: Recipe, policy: Policy, format: PromptFormat, problems: Sequence[Problem],
+    console: Console,
+) -> tuple[TeacherModel | None, Sequence[Problem]]:  # fmt: skip
+    """The teacher of a method that learns from one, and the problems that it can be shown."""
+    method = find_method(recipe.method)
+    if "teacher_logprobs" not in method.needs:
+        return None, problems
+    sees = method.teacher_sees_demonstration
+    with show_phase(console, f"loading the teacher, {recipe.teacher.model}"):
+        teacher = TeacherModel(policy, recipe, format, sees_demonstration=sees)
+        usable = teacher.usable(problems)
+    if dropped := len(problems) - len(usable):
+        console.print(f"teacher.template: {dropped} problems with too long a prompt dropped")
+    return teacher, usable
 
 
 def _load_user_code(recipe: Recipe) -> Scorer:
