@@ -216,7 +216,7 @@ FIELDS = {
     ),
     "tau: 0.7\n": "x.yaml:1: tau: unknown field, got 0.7. Did you mean objective.tau?",
     "seed: 1\nmodel: lab\n": (
-        "x.yaml:2: model: unknown field, got 'lab'. Did you mean policy.model?"
+        "x.yaml:2: model: unknown field, got 'lab'. Did you mean policy.model or teacher.model?"
     ),
     "policy:\n  rank: 8\n": (
         "x.yaml:2: policy.rank: unknown field, got 8. Did you mean policy.lora.rank?"
