@@ -15,6 +15,7 @@ from gft_lite.cli.common import (
     show_imports,
     whole_number,
 )
+from gft_lite.policy.model_files import check_model_files
 from gft_lite.recipe.schema import Recipe
 
 
@@ -36,6 +37,7 @@ def run(options: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
     recipe = Recipe.load(options.recipe, options.overrides)
     check_recipe_trust(options, recipe)
+    check_model_files(recipe.policy)
     with show_imports():
         from gft_lite.training.presample import presample
     from rich.console import Console

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from gft_lite.cli.common import DONE, add_recipe
+from gft_lite.policy.model_files import check_model_files
 from gft_lite.recipe.schema import Recipe
 
 
@@ -22,6 +23,7 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
     recipe = Recipe.load(options.recipe, options.overrides)
+    check_model_files(recipe.policy, needs_weights=False)
     from gft_lite.planning.planner import CARDS, plan_for, what_would_fit
 
     plan, on_cards = plan_for(recipe, options.gpu)

@@ -16,6 +16,7 @@ from gft_lite.cli.common import (
     show_imports,
 )
 from gft_lite.objective.methods import METHODS
+from gft_lite.policy.model_files import check_model_files
 from gft_lite.recipe.schema import Recipe
 
 
@@ -46,6 +47,7 @@ def run(options: argparse.Namespace) -> int:
         print(recipe.to_yaml(), end="")
         return DONE
     check_recipe_trust(options, recipe)
+    check_model_files(recipe.policy)
     with show_imports():
         from gft_lite.training.run import train
     from rich.console import Console

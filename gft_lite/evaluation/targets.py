@@ -13,6 +13,7 @@ from typing import Any
 
 from gft_lite.policy.adapter_config import WEIGHTS, lora_settings, read_adapter_config
 from gft_lite.policy.base import Policy
+from gft_lite.policy.model_files import check_safetensors
 from gft_lite.recipe.base import HUB_ID
 from gft_lite.recipe.loader import merge
 from gft_lite.recipe.schema import Recipe
@@ -79,6 +80,7 @@ def _resolve(text: str, policy: PolicySettings) -> Iterator[Target]:
             label, _merge_settings(PolicySettings.model_validate(written), policy), path
         )
     elif is_folder and not (path / "config.json").is_file():
+        check_safetensors(path, "*.safetensors", "TARGET")
         rule = "must hold a config.json, an adapter_config.json or a run's recipe.yaml"
         raise RecipeError([f"TARGET: {rule}, got {text!r}."])
     else:

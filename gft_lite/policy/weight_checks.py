@@ -1,4 +1,4 @@
-"""Checks of the weights of models and adapters: no pickles, every tensor present and in size."""
+"""Checks of the weights of models and adapters: every tensor present and in size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from torch import Tensor
 from gft_lite.policy.adapter_config import WEIGHTS
 from gft_lite.utils.errors import RecipeError
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # transformers, peft and safetensors raise any of these for broken tokenizers, configs and weights.
 LOAD_ERRORS = (
     OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, ArithmeticError,
@@ -28,23 +27,6 @@ LOAD_ERRORS = (
 def describe_error(error: BaseException) -> str:
     """Type and text of an error on one line of at most 200 characters."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
-
-
-def check_safetensors(folder: Path, pattern: str, field: str) -> None:
-    """Require weights as safetensors, since unpickling can run any code. Raises: RecipeError."""
-    if any(folder.glob(pattern)):
-        return
-    files = sorted(f.name for f in folder.iterdir())
-    got, advice = "none", "Give the folder with the weights."
-    if pickles := [name for name in files if name.endswith(PICKLES)]:
-        got = f"{pickles[0]}, a pickle, which can run code when it is read"
-        advice = "Convert it where you trust it."
-    elif gguf := [name for name in files if name.endswith(".gguf")]:
-        got = f"{gguf[0]}, a GGUF file, which can't be trained"
-        advice = "Give the model that it was converted from."
-    raise RecipeError(
-        [f"{field}: must have its weights as safetensors, got {got}, in {str(folder)!r}. {advice}"]
-    )
 
 
 def check_missing_weights(base: Any, report: dict[str, Any], model: str) -> None:

@@ -110,7 +110,7 @@ def test_code_beside_a_model_does_not_run(model, tmp_path, monkeypatch):
     change(model / "config.json", auto_map=mapped)
     assert load(model=str(model)).config.model_type == "qwen2"  # transformers' own code serves.
     change(model / "config.json", model_type="weird")
-    assert "contains custom code" in error_of(model=str(model))
+    assert "of type 'weird'. It brings its own code: set policy.trust" in error_of(model=str(model))
     assert not Path("pwned").exists()
 
 
@@ -194,14 +194,13 @@ def test_models_that_are_broken(model):
     whole, text = weights.read_bytes(), config.read_text()
     change_weights(weights, lambda s: dict(list(s.items())[1:]))
     assert "whose files lack " in error_of(model=str(model))
-    weights.write_bytes(b"junk")
+    weights.write_bytes(whole[:5000])
     assert "SafetensorError" in error_of(model=str(model))
     weights.write_bytes(whole)
     change(config, hidden_size=2 * json.loads(text)["hidden_size"])
     assert "whose files have another size of 21, such as" in error_of(model=str(model))
-    for broken in ("{", "{}", "[]"):
-        config.write_text(broken)
-        assert "must be a model folder or hub id that loads" in error_of(model=str(model))
+    config.write_text("{")
+    assert "must have a config.json that is a JSON object" in error_of(model=str(model))
     config.write_text(text)
     assert load(model=str(model)).context == 2048
 

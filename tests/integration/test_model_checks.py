@@ -30,7 +30,8 @@ def model(tmp_path) -> Path:
 @pytest.fixture
 def no_weights(model) -> Path:
     """A base that passes every check but can't be loaded."""
-    (model / "model.safetensors").write_bytes(b"no weights")
+    header = b"[]"  # Of the right form for the checks, but no header of safetensors.
+    (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     return model
 
 
