@@ -27,33 +27,42 @@ class SyncCheck:
             self._base = self._trainer_logprobs()
         self._previous = self._base
         engine.sync(None, 0)
-        self.noise = _gap(self._engine_logprobs(engine), self._base)
+        self._served_base = self._engine_logprobs(engine)
+        self._served_previous = self._served_base
+        self.noise = _gap(self._served_base, self._base)
         self._check_limit(self.noise)
 
     def check(self, engine: RolloutEngine) -> float:
         """The mean gap in nats for the adapter that was just synced.
 
         Raises: RolloutError if it exceeds the limit, or if the engine is closer to the base or
-        to the previous adapter than to the new one.
+        to the previous adapter than to the new one, or serves what it did for one of them.
         """
         trainer, served = self._trainer_logprobs(), self._engine_logprobs(engine)
         gap = _gap(served, trainer)
         self._check_limit(gap)
-        for what, old in (("the base", self._base), ("the previous adapter", self._previous)):
-            distinguishable = _gap(trainer, old) > 4 * self.noise + 1e-5
-            if distinguishable and _gap(served, old) < gap:
+        for what, old, served_old in (
+            ("the base", self._base, self._served_base),
+            ("the previous adapter", self._previous, self._served_previous),
+        ):
+            change = _gap(trainer, old)
+            nearer = change > 4 * self.noise + 1e-5 and _gap(served, old) < gap
+            # An engine in bfloat16 beside a trainer in fp32 has a noise above most changes, but a
+            # smaller change than the noise changes its log-probs, too.
+            unchanged = change > self.noise / 4 + 1e-5 and torch.equal(served, served_old)
+            if nearer or unchanged:
                 raise RolloutError(
                     f"rollout.engine: must serve the new adapter, got {what} "
                     f"(gap {gap:.2g} nats). The engine did not load the synced adapter."
                 )
-        self._previous = trainer
+        self._previous, self._served_previous = trainer, served
         return gap
 
     def _check_limit(self, gap: float) -> None:
         if not gap <= self._limit:
             raise RolloutError(
                 f"rollout.probe_limit: trainer and engine must agree within {self._limit} nats "
-                f"per token, got {gap:.3g}. Check rollout.base and policy.dtype."
+                f"per token, got {gap:.3g}. Check rollout.base, rollout.dtype and policy.dtype."
             )
 
     def _trainer_logprobs(self) -> Tensor:
