@@ -335,7 +335,7 @@ class MemoryModel:
             workspace += 0 if settings.eager else CUDA_GRAPH_BYTES
             workspace += CUDA_CONTEXT_BYTES if choice.engine == "vllm_server" else 0
         taken = self.engine_weights + workspace
-        if settings.kv_cache_mib is not None:
+        if settings.kv_cache_mib != "auto":
             kv = settings.kv_cache_mib << 20
         elif self.device == "cuda":
             kv = max(0, int(choice.gpu_memory * self.card) - taken)

@@ -250,13 +250,19 @@ class GroupSettings(Settings):
         return self.expert + self.teacher + self.self
 
 
+def _none_is_auto(value: Any) -> Any:
+    return "auto" if value is None else value  # Recipes of earlier runs have null.
+
+
 class RolloutSettings(Settings):
     """The engine that samples the self responses, and its sampling parameters.
 
     `base` is the model that vLLM serves: a copy with the trainer's dequantised weights, the
     published weights, or these quantised by vLLM's `plugin` for bitsandbytes. `gpu_memory` is
     vLLM's share of the card, by default decided by the memory plan; with `sleep`, vLLM frees it
-    during training. `batch_size` is the number of responses that are sampled at once; `auto` is
+    during training. `kv_cache_mib` is the size of vLLM's KV cache: `auto` is what the share leaves
+    of a card, and on a CPU room for `batch_size` responses of the context's length within a quarter
+    of the free RAM. `batch_size` is the number of responses that are sampled at once; `auto` is
     decided by the memory plan, 128 without one. `resample` is how many times flat groups are
     replaced by groups of other problems. `eager` does without CUDA graphs, which make tokens
     faster and take memory and time at the start. `dtype` is the precision in which vLLM computes:
@@ -288,7 +294,9 @@ class RolloutSettings(Settings):
     )
     dtype: Annotated[Literal["auto", DtypeName], EVALUATION] = "auto"
     gpu_memory: Annotated[Literal["auto"] | Annotated[float, Field(gt=0, lt=1)], NO_RESULT] = "auto"
-    kv_cache_mib: Annotated[PositiveInt | None, NO_RESULT] = None
+    kv_cache_mib: Annotated[
+        Literal["auto"] | PositiveInt, BeforeValidator(_none_is_auto), NO_RESULT
+    ] = "auto"
     eager: Annotated[bool, NO_RESULT] = False
     sleep: Annotated[bool, NO_RESULT] = True
     probe_limit: Annotated[PositiveFloat, NO_RESULT] = 0.2

@@ -14,18 +14,23 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from gft_lite.planning.kv_cache import (
+    BLOCK_TOKENS,
+    cpu_kv_cache,
+    kv_bytes_per_token,
+    smallest_kv_cache,
+)
 from gft_lite.rollout.base import Request, RolloutError, Sampling
 from gft_lite.utils.cpu import has_bf16_instructions
 from gft_lite.utils.errors import RecipeError
 from gft_lite.utils.imports import installed_version
+from gft_lite.utils.memory import free_ram
 
 if TYPE_CHECKING:
     from gft_lite.policy.base import Policy, ServedBase
     from gft_lite.recipe.sections import DtypeName, RolloutSettings
 
 
-CPU_KV_CACHE_BYTES = 64 << 20
-CPU_BLOCK_TOKENS = 32  # With vLLM's 128, shorter prompts would never be cached.
 MAX_TEMPERATURE = 2.0
 TESTED_VLLM = "0.32."  # The version whose functions `vllm_cpu_lora` replaces.
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm.config.lora.MaxLoRARanks of vLLM 0.32
@@ -67,21 +72,15 @@ def engine_options(settings: RolloutSettings, policy: Policy) -> dict[str, Any]:
             [f"rollout.temperature: must be at most {MAX_TEMPERATURE:g} with vLLM, got "
              f"{settings.temperature:g}. Lower it or set rollout.engine=transformers."]
         )  # fmt: skip
-    least = _smallest_kv_cache(policy, dtype)
-    kv_cache = None if settings.kv_cache_mib is None else settings.kv_cache_mib << 20
-    if kv_cache is not None and kv_cache < least:
-        raise RecipeError(
-            [f"rollout.kv_cache_mib: must be at least {math.ceil(least / 2**20)} to hold one "
-             f"sequence of policy.context {policy.context}, got {settings.kv_cache_mib}."]
-        )  # fmt: skip
+    kv_cache = _kv_cache(settings, policy, dtype)
     if settings.base == "plugin":
         _check_plugin(policy, dtype)
         options["quantization"] = "bitsandbytes"
     if policy.device.type == "cpu":
         return options | {
             "enforce_eager": True,
-            "kv_cache_memory_bytes": kv_cache or max(CPU_KV_CACHE_BYTES, least),
-            "block_size": CPU_BLOCK_TOKENS,
+            "kv_cache_memory_bytes": kv_cache,
+            "block_size": BLOCK_TOKENS,
             **lora_worker(),
         }
     return options | {
@@ -121,14 +120,26 @@ def lora_worker() -> dict[str, str]:
     return {}
 
 
-def _smallest_kv_cache(policy: Policy, dtype: torch.dtype) -> int:
-    """Bytes of the smallest KV cache that holds one sequence of `policy.context` tokens."""
+def _kv_cache(settings: RolloutSettings, policy: Policy, dtype: torch.dtype) -> int | None:
+    """Bytes of vLLM's KV cache; None leaves it to vLLM's share of the card.
+
+    Raises: RecipeError if it can't hold one sequence of `policy.context` tokens.
+    """
     config = policy.model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_hidden_layers * heads * size * dtype.itemsize
-    blocks = math.ceil(policy.context / CPU_BLOCK_TOKENS) + 1  # vLLM reserves one block.
-    return per_token * blocks * CPU_BLOCK_TOKENS
+    per_token = kv_bytes_per_token(config.num_hidden_layers, heads, size, dtype.itemsize)
+    if settings.kv_cache_mib == "auto":
+        if policy.device.type != "cpu":
+            return None
+        return cpu_kv_cache(per_token, policy.context, settings.rows, free_ram())
+    least = math.ceil(smallest_kv_cache(per_token, policy.context) / 2**20)
+    if settings.kv_cache_mib < least:
+        raise RecipeError(
+            [f"rollout.kv_cache_mib: must be at least {least} to hold one sequence of "
+             f"policy.context {policy.context}, got {settings.kv_cache_mib}."]
+        )  # fmt: skip
+    return settings.kv_cache_mib << 20
 
 
 def _gpu_share(gpu_memory: Literal["auto"] | float, device: torch.device) -> float:

@@ -1,4 +1,4 @@
-"""Our LoRA functions for vLLM on CPUs against vLLM's own, and the worker that installs them."""
+"""vLLM on a CPU: our LoRA functions against vLLM's own, its precision and its KV cache."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ import logging
 import pytest
 import torch
 
+from gft_lite import lab
+from gft_lite.policy.batching import Row
+from gft_lite.policy.registry import load_policy
+from gft_lite.recipe.sections import PolicySettings, RolloutSettings
 from gft_lite.rollout import vllm_common
+from gft_lite.rollout.base import RolloutError
+from gft_lite.rollout.policy_engine import PolicyEngine
+from gft_lite.rollout.vllm_engine import VllmEngine
 
 pytestmark = [
     pytest.mark.skipif(
@@ -121,3 +128,40 @@ def test_another_vllm_keeps_its_own_functions(version, replaced, monkeypatch, ca
         options = vllm_common.lora_worker()
     assert ("worker_cls" in options, len(caplog.messages)) == (replaced, not replaced)
     assert all(f"vLLM is {version}" in message for message in caplog.messages)
+
+
+# --- an engine in bfloat16 beside a trainer in fp32 --------------------------------------------
+
+
+def test_an_engine_in_bf16_is_described_and_checked_beside_a_trainer_in_fp32(tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm_common, "has_bf16_instructions", lambda: True)
+    monkeypatch.setattr(vllm_common, "free_ram", lambda: 1 << 40)
+    policy = load_policy(PolicySettings(dtype="float32", device="cpu", context=100))
+    [example] = lab.rows("retention", limit=1)
+    row = Row(*(tuple(policy.tokenizer.encode(example[k])) for k in ("problem", "answer")))
+    engine = VllmEngine(RolloutSettings(engine="vllm", batch_size=6), policy, tmp_path / "engine")
+    try:
+        assert engine.base.endswith(" in bfloat16 (rollout.dtype: auto; the policy is in float32)")
+        cache = engine._llm.llm_engine.vllm_config.cache_config
+        assert cache.num_gpu_blocks == 6 * 4 + 1  # 100 tokens take 4 blocks; vLLM reserves one.
+        served = PolicyEngine(engine, policy, tmp_path / "adapters")
+        noise = served.start_checks(row, limit=0.2)
+        assert 1e-4 < noise < 0.1
+        for version in (1, 2):
+            _step(policy, 1e-3)
+            assert served.sync(version) < 0.2
+        before = engine.score(row.prompt_ids, row.response_ids)
+        _step(policy, 1e-3)
+        monkeypatch.setattr(engine, "sync", lambda adapter, version: None)
+        with pytest.raises(RolloutError, match="must serve the new adapter, got the previous"):
+            served.sync(3)
+        assert engine.score(row.prompt_ids, row.response_ids) == before
+    finally:
+        engine.close()
+
+
+@torch.no_grad()
+def _step(policy, size):
+    for name, parameter in policy.parameters().items():
+        if "lora_B" in name:
+            parameter.add_(size)
