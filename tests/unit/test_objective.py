@@ -5,20 +5,17 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from objective_cases import F64, close, f64, output, scored, value
 from torch import Tensor
 
 from gft_lite.objective.advantages import advantages_of, group_advantages
 from gft_lite.objective.losses import (
-    LossInputs,
-    LossOutput,
     asft_loss,
     clipped_loss,
     dft_loss,
@@ -29,27 +26,13 @@ from gft_lite.objective.losses import (
     psft_loss,
     sft_loss,
 )
-from gft_lite.objective.methods import METHODS
 from gft_lite.objective.rectification import rectify
 from gft_lite.objective.reduction import token_weights
-from gft_lite.recipe.objective_sections import ObjectiveSettings
-from gft_lite.recipe.schema import Recipe
-
-F64 = torch.float64
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
-
-
-def f64(*values: Any) -> Tensor:
-    return torch.tensor(values, dtype=F64)
-
-
-def close(result: Tensor, expected: Any, tolerance: float = 1e-12) -> None:
-    expected = torch.as_tensor(expected, dtype=result.dtype)
-    torch.testing.assert_close(result, expected, rtol=0, atol=tolerance)
 
 
 # --- advantages ------------------------------------------------------------------------------
@@ -228,23 +211,6 @@ def test_a_response_without_a_reward_has_advantage_0_and_is_not_compared_with():
 
 # --- losses: values --------------------------------------------------------------------------
 
-INPUTS = {field.name for field in fields(LossInputs)}
-
-
-def output(loss: Callable[..., LossOutput], logprobs: Tensor, advantages: Tensor,
-           **given: Any) -> LossOutput:  # fmt: skip
-    """A loss with its optional inputs and its parameters given together."""
-    inputs = {name: v for name, v in given.items() if name in INPUTS}
-    parameters = {name: v for name, v in given.items() if name not in INPUTS}
-    return loss(LossInputs(logprobs, advantages, **inputs), **parameters)
-
-
-def value(loss: Callable[..., LossOutput], logprobs: Tensor, advantages: Tensor,
-          **given: Any) -> Tensor:  # fmt: skip
-    """The per-token loss."""
-    return output(loss, logprobs, advantages, **given).per_token
-
-
 PROBS = f64([0.25, 0.5, 0.8], [0.5, 0.9, 0.125])
 LOGPROBS = PROBS.log()
 ADVANTAGES = f64(2, -1)
@@ -327,23 +293,7 @@ def test_clipped_losses_report_the_ratio_and_the_tokens_whose_gradient_is_clippe
     assert (on_policy["ratio"] == 1).all() and not on_policy["clip_fraction"].any()
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_metrics_have_a_value_per_token_and_no_gradient(name: str):
-    logprobs = torch.randn(5, dtype=F64).sub(1).requires_grad_()
-    result = output(METHODS[name].loss, logprobs, f64(1, 1, -1, 0, 2), **arguments(name, logprobs))
-    for metric in result.metrics.values():
-        assert metric.shape == logprobs.shape and not metric.requires_grad
-
-
 # --- losses: gradients -----------------------------------------------------------------------
-
-
-def scored(rows: int = 3, tokens: int = 4, vocabulary: int = 6) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [B, T, V] with gradient, the targets' log-probs [B, T], and their one-hots."""
-    logits = (2 * torch.randn(rows, tokens, vocabulary, dtype=F64)).requires_grad_()
-    targets = torch.randint(vocabulary, (rows, tokens))
-    logprobs = logits.log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
-    return logits, logprobs, torch.nn.functional.one_hot(targets, vocabulary).to(F64)
 
 
 CLOSED_FORMS = {
@@ -414,222 +364,6 @@ def test_limits_of_tau_in_value_and_gradient(tau: float):
 
 def test_gft_with_every_advantage_one_is_gft_no_gal():
     close(value(gft_loss, LOGPROBS, f64(1, 1)), value(gft_no_gal_loss, LOGPROBS, ADVANTAGES), 0)
-
-
-# --- every method of the table ---------------------------------------------------------------
-
-
-def objective_of(name: str) -> ObjectiveSettings:
-    """The loss settings that a method has by default."""
-    return Recipe.from_tree({"method": name}).objective
-
-
-def arguments(name: str, logprobs: Tensor) -> dict[str, Any]:
-    """The keyword arguments of a method's loss, off policy where it has a use for that."""
-    method, settings = METHODS[name], objective_of(name)
-    # A KL would depend on more than the target's log-prob; any function of it does here.
-    needed = {"old_logprobs": logprobs.detach() - 0.1, "reference_kl": logprobs.square()}
-    chosen: dict[str, Any] = {p: getattr(settings, p) for p in method.parameters}
-    return chosen | {need: needed[need] for need in method.needs}
-
-
-# What DESIGN's table says: group, needs, advantage (None: 1 everywhere), and what differs from
-# the recipe's defaults (token mean, tau 0.7, lam 0.1, both clips 0.2, nothing masked).
-DESIGN = {
-    "sft": ((1, None, None), (), None, {}),
-    "sft_mix": ((1, 3, None), (), None, {}),
-    "distillation": ((None, 3, None), (), None, {}),
-    "dft": ((1, 0, None), (), None, {}),
-    "asft": ((1, 0, None), ("reference_kl",), None, {}),
-    "psft": ((1, 0, None), ("old_logprobs",), None, {"clip_high": 0.28}),
-    "grpo": ((None, None, 8), ("old_logprobs",), ("sample", 1e-4), {"reduction": "sequence_mean"}),
-    "dr_grpo": ((None, None, 8), ("old_logprobs",), ("none", 1e-6), {"reduction": "constant"}),
-    "dapo": ((None, None, 8), ("old_logprobs",), ("sample", 1e-4),
-             {"clip_high": 0.28, "mask_truncated": True}),
-    "gft": ((1, 3, 4), (), ("sample", 1e-6), {}),
-    "gft_no_gal": ((1, 3, None), (), None, {}),
-    "gft_no_dcr": ((1, 3, 4), (), ("sample", 1e-6), {}),
-    "gft_no_mix": ((1, None, 7), (), ("sample", 1e-6), {}),
-}  # fmt: skip
-
-
-def test_the_table_is_the_designs():
-    assert set(DESIGN) == set(METHODS)
-    defaults = {"reduction": "token_mean", "tau": 0.7, "lam": 0.1, "clip_low": 0.2,
-                "clip_high": 0.2, "kl": 0.0, "mask_truncated": False}  # fmt: skip
-    for name, (counts, needs, advantage, differs) in DESIGN.items():
-        method, group = METHODS[name], Recipe.from_tree({"method": name}).group
-        for source, count in zip(("expert", "teacher", "self"), counts, strict=True):
-            assert (source in method.sources) == (count is not None), name
-            assert getattr(group, source) == (count or 0), name
-        assert method.needs == needs, name
-        assert method.group_advantages == (advantage is not None), name
-        objective = objective_of(name)
-        assert advantage in (None, (objective.std, objective.eps)), name
-        assert objective.model_dump(exclude={"std", "eps"}) == defaults | differs, name
-        assert method.formula and method.citation, name
-    # With a single update psft would be SFT.
-    assert Recipe.from_tree({"method": "psft"}).train.updates_per_rollout > 1
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_a_table_entry_names_the_parameters_of_its_loss(name: str):
-    method = METHODS[name]
-    assert set(method.needs) <= INPUTS
-    for parameter in method.parameters.values():
-        assert parameter.annotation is float and parameter.default is not parameter.empty
-    assert set(method.parameters) <= set(ObjectiveSettings.model_fields)
-    assert set(method.sources) <= {"expert", "teacher", "self"}
-    counts = method.defaults["group"]
-    assert all(counts[source] == 0 or source in method.sources for source in counts if
-               source != "shortfall")  # fmt: skip
-
-
-def kept(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
-    """The clipped surrogate told in cases: where to learn, and where the ratio went too far."""
-    too_far = torch.where(advantages > 0, ratio > 1 + high, ratio < 1 - low)
-    bound = torch.where(advantages > 0, 1 + high, 1 - low)
-    return -advantages * torch.where(too_far, bound, ratio)
-
-
-# The objectives again, as plain functions of p: their gradients are those of the losses, whose
-# coefficients stop it (d p = p d log p). `s` is the method's ObjectiveSettings.
-SECOND = {
-    "sft": lambda p, A, s, old, kl: -p.log(),
-    "dft": lambda p, A, s, old, kl: -p,
-    "asft": lambda p, A, s, old, kl: -p + s.lam * kl,
-    "psft": lambda p, A, s, old, kl: kept(p / old, torch.ones_like(A), s.clip_low, s.clip_high),
-    "grpo": lambda p, A, s, old, kl: kept(p / old, A, s.clip_low, s.clip_high),
-    "gft": lambda p, A, s, old, kl: -A * torch.where(p < s.tau, p, p.log()),
-    "gft_no_gal": lambda p, A, s, old, kl: -torch.where(p < s.tau, p, p.log()),
-    "gft_no_dcr": lambda p, A, s, old, kl: -A * p.log(),
-}
-SAME_AS = {"sft_mix": "sft", "distillation": "sft", "dr_grpo": "grpo", "dapo": "grpo",
-           "gft_no_mix": "gft"}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_the_gradient_is_that_of_the_objective_in_another_form(name: str):
-    method, settings = METHODS[name], objective_of(name)
-    advantages = f64(1.5, -0.5, 0.7)
-    gradients = []
-    for second in (False, True):
-        torch.manual_seed(5)
-        logits, logprobs, onehot = scored(tokens=60)
-        old = (logprobs.detach() + 0.3 * torch.randn(3, 60, dtype=F64)).exp()
-        categorical = torch.distributions.Categorical
-        reference = categorical(logits=torch.randn(3, 60, 6, dtype=F64))
-        kl = torch.distributions.kl_divergence(reference, categorical(logits=logits))
-        if second:
-            p = (logits.softmax(-1) * onehot).sum(-1)
-            loss = SECOND[SAME_AS.get(name, name)](p, advantages[:, None], settings, old, kl)
-        else:
-            given = {"old_logprobs": old.log(), "reference_kl": kl}
-            values = {field: getattr(settings, field) for field in method.parameters}
-            loss = value(
-                method.loss,
-                logprobs,
-                advantages,
-                **values,
-                **{need: given[need] for need in method.needs},
-            )
-        loss.sum().backward()
-        gradients.append(logits.grad)
-    close(gradients[0], gradients[1], 1e-9)
-    assert gradients[1].abs().max() > 0.01
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_every_loss_keeps_shape_type_and_inputs(name: str):
-    for dtype in (torch.float32, F64):
-        logprobs, advantages = LOGPROBS.to(dtype), ADVANTAGES.to(dtype)
-        before = logprobs.clone(), advantages.clone()
-        loss = value(METHODS[name].loss, logprobs, advantages, **arguments(name, logprobs))
-        assert (loss.shape, loss.dtype) == (logprobs.shape, dtype)
-        assert loss.isfinite().all()
-        assert torch.equal(logprobs, before[0]) and torch.equal(advantages, before[1])
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_advantages_may_be_one_per_row_per_token_or_one(name: str):
-    def loss(advantages: Tensor, logprobs: Tensor = LOGPROBS) -> Tensor:
-        return value(METHODS[name].loss, logprobs, advantages, **arguments(name, logprobs))
-
-    per_row = loss(ADVANTAGES)
-    close(loss(ADVANTAGES[:, None].expand(2, 3)), per_row, 0)
-    close(loss(ADVANTAGES[0])[0], per_row[0], 0)
-    flat = loss(ADVANTAGES.repeat_interleave(3), LOGPROBS.flatten())
-    close(flat.view(2, 3), per_row, 0)
-    mixed = f64([2, -1, 0], [0, 1, 1])
-    single = [[loss(mixed[i, j])[i, j] for j in range(3)] for i in range(2)]
-    close(loss(mixed), torch.stack([torch.stack(row) for row in single]), 0)
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_a_token_of_weight_zero_has_no_gradient(name: str):
-    _, logprobs, _ = scored()
-    logprobs = logprobs.detach().requires_grad_()
-    weights = torch.ones(3, 4, dtype=F64)
-    weights[1, 2] = weights[2, 0] = 0
-    loss = value(METHODS[name].loss, logprobs, f64(1.5, -0.5, 0.3), **arguments(name, logprobs))
-    (weights * loss).sum().backward()
-    assert ((logprobs.grad != 0) == (weights != 0)).all()
-
-
-@pytest.mark.parametrize("name", [n for n in METHODS if METHODS[n].group_advantages])
-def test_an_advantage_of_zero_has_no_gradient(name: str):
-    logprobs = LOGPROBS.clone().requires_grad_()
-    value(METHODS[name].loss, logprobs, f64(0, 1), **arguments(name, logprobs)).sum().backward()
-    assert (logprobs.grad[0] == 0).all()
-    assert (logprobs.grad[1] != 0).all()
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_a_step_down_the_gradient_raises_what_was_better(name: str):
-    logits, logprobs, _ = scored(rows=2)
-    value(METHODS[name].loss, logprobs, f64(1, 1), **arguments(name, logprobs)).sum().backward()
-    with torch.no_grad():
-        stepped = (logits - 1e-3 * logits.grad).log_softmax(-1)
-        targets = torch.isclose(logits.log_softmax(-1), logprobs[..., None])
-        assert (stepped[targets] > logits.log_softmax(-1)[targets]).all()
-
-
-@given(
-    st.sampled_from(sorted(METHODS)),
-    st.sampled_from(["token_mean", "sequence_mean", "constant"]),
-    st.lists(st.integers(1, 6), min_size=2, max_size=6),
-    st.data(),
-)
-@settings(deadline=None, max_examples=60, derandomize=True)
-def test_the_gradient_is_the_same_for_every_cut_into_micro_batches(name, reduction, lengths, data):
-    """Rows share a weight matrix; each micro-batch is padded and adds its own gradient."""
-    torch.manual_seed(sum(lengths))
-    weight = torch.randn(5, 7, dtype=F64, requires_grad=True)
-    inputs = [torch.randn(length, 5, dtype=F64) for length in lengths]
-    targets = [torch.randint(7, (length,)) for length in lengths]
-    advantages = torch.randn(len(lengths), dtype=F64)
-    weights = f64(*token_weights(lengths, reduction, max_tokens=6))
-
-    def gradient(batches: list[list[int]]) -> Tensor:
-        weight.grad = None
-        for batch in batches:
-            x = torch.nn.utils.rnn.pad_sequence([inputs[i] for i in batch], batch_first=True)
-            y = torch.nn.utils.rnn.pad_sequence([targets[i] for i in batch], batch_first=True)
-            kept = torch.arange(x.shape[1]) < torch.tensor([lengths[i] for i in batch])[:, None]
-            logprobs = (x @ weight).log_softmax(-1).gather(-1, y[..., None]).squeeze(-1)
-            loss = value(
-                METHODS[name].loss, logprobs, advantages[batch], **arguments(name, logprobs)
-            )
-            (weights[batch][:, None] * kept * loss).sum().backward()
-        assert weight.grad is not None
-        return weight.grad.clone()
-
-    whole = gradient([list(range(len(lengths)))])
-    order = data.draw(st.permutations(range(len(lengths))))
-    cuts = sorted(data.draw(st.sets(st.integers(1, len(lengths) - 1))))
-    bounds = list(zip([0, *cuts], [*cuts, len(lengths)], strict=True))
-    close(gradient([list(order[a:b]) for a, b in bounds]), whole)
-    assert whole.abs().max() > 0
 
 
 def test_the_table_costs_no_torch():
