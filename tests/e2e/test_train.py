@@ -370,6 +370,32 @@ class TestDottedPaths:
             for response in group["responses"]:
                 assert response["reward"] == response["text"].count("3") / 100
 
+    def test_an_engine_with_other_log_probs_is_reported_and_stopped(self, own):
+        """Every sampled token's log-prob is 0.15 nats too low, then 0.3."""
+        (own / "shifted.py").write_text(
+            "from dataclasses import replace\n"
+            "from gft_lite.rollout.transformers_engine import TransformersEngine\n"
+            "class Engine(TransformersEngine):\n"
+            "    name, shift = 'shifted', 0.15\n"
+            "    def generate(self, *arguments, **options):\n"
+            "        return [[replace(c, logprobs=tuple(x - self.shift for x in c.logprobs))\n"
+            "                 for c in each] for each in super().generate(*arguments, **options)]\n"
+            "class Worse(Engine):\n"
+            "    shift = 0.3\n"
+        )
+        method = ["method=grpo", "group={expert: 0, teacher: 0, self: 4}",
+                  "objective.importance.cap=1.1", "train.drop_zero_advantage=false"]  # fmt: skip
+        console = Console(record=True, width=120)
+        run = train(small(*method, "rollout.engine=shifted:Engine"), own / "run", console=console)
+        for metrics in run.metrics():
+            gap = metrics["engine_gap"]
+            assert gap["mean"] == pytest.approx(0.15, abs=1e-5)
+            assert gap["p95"] == pytest.approx(0.15, abs=1e-5)
+            assert (gap["effective"], gap["limited"]) == (pytest.approx(1, abs=1e-9), 1)
+        assert "step 1: engine and trainer differ by 0.15 nats" in console.export_text()
+        with pytest.raises(TrainError, match="rollout.probe_limit: step 1: .* more than 0.2"):
+            train(small(*method, "rollout.engine=shifted:Worse"), own / "worse", console=QUIET)
+
     @pytest.mark.parametrize(
         ("body", "text"),
         [
