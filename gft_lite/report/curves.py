@@ -100,6 +100,11 @@ def _kl(run: Run, metrics: Metrics) -> Values:
     }
 
 
+def _engine_gap(run: Run, metrics: Metrics) -> Values:
+    gap = metrics.get("engine_gap") or {}
+    return {"mean": gap.get("mean"), "95th percentile": gap.get("p95")}
+
+
 def _speed(run: Run, metrics: Metrics) -> Values:
     seconds = metrics["seconds"]
     return {
@@ -117,6 +122,7 @@ _METRICS = (
     _Metric("reward", "Reward by source", "mean reward", lambda run, m: dict(m["reward"])),
     _Metric("flat-groups", "Flat groups (all rewards equal)", "share", _flat_groups, SHARE),
     _Metric("kl", "KL to the reference", "nats per token", _kl),
+    _Metric("engine-gap", "Log-probs of trainer and engine", "nats per token", _engine_gap),
     _Metric("entropy", "Entropy", "nats per token", _named("entropy")),
     _Metric("gradient-norm", "Gradient norm", "before clipping", _named("grad_norm")),
     _Metric("loss", "Loss", "", _named("loss")),

@@ -54,6 +54,8 @@ def _texts(metrics: Mapping[str, Any]) -> dict[str, str]:
     for name, key, form in _FORMATS:
         if metrics.get(key) is not None:
             texts[name] = form.format(metrics[key])
+    if gap := metrics.get("engine_gap"):
+        texts["engine gap"] = f"{gap['mean']:.2g}"
     for where, values in metrics.get("kl", {}).items():
         if values:
             key = "forward" if where == "held_out" else "reverse"
