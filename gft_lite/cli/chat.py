@@ -47,12 +47,11 @@ def run(options: argparse.Namespace) -> int:
     targets = find_targets([options.target], PolicySettings.model_validate(given))
     if not options.allow_code:
         check_model_trust(targets)
-    from rich.console import Console
 
-    from gft_lite.utils.progress import show_phase
+    from gft_lite.utils.progress import show_phase, stderr_console
 
     sampling = sampling_for(targets, options.temperature, options.max_tokens)
-    console = Console(stderr=True)
+    console = stderr_console()
     with show_phase(console, f"loading {options.target}"):
         chat = Chat(targets[0], sampling, base=options.base, style=options.style)
     if options.prompt is not None:

@@ -97,11 +97,10 @@ def show_imports() -> Iterator[None]:
     if "torch" in sys.modules:
         yield
         return
-    from rich.console import Console
 
-    from gft_lite.utils.progress import show_phase
+    from gft_lite.utils.progress import show_phase, stderr_console
 
-    with show_phase(Console(stderr=True), "importing libraries"):
+    with show_phase(stderr_console(), "importing libraries"):
         yield
 
 

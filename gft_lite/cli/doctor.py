@@ -23,10 +23,10 @@ def run(_: argparse.Namespace) -> int:
     from rich.console import Console
 
     from gft_lite.tools.doctor import all_required_pass, checks_table, run_checks
-    from gft_lite.utils.progress import show_phase
+    from gft_lite.utils.progress import show_phase, stderr_console
 
     console = Console()
-    with show_phase(Console(stderr=True), "doctor") as phase:
+    with show_phase(stderr_console(), "doctor") as phase:
         checks = run_checks(lambda name: setattr(phase, "text", f"doctor: {name}"))
     console.print(checks_table(checks))
     passed = all_required_pass(checks)

@@ -25,7 +25,7 @@ from gft_lite.recipe.sections import PolicySettings
 from gft_lite.rollout.base import Request, Sampling
 from gft_lite.rollout.policy_engine import PolicyEngine
 from gft_lite.rollout.registry import find_engine, start_engine
-from gft_lite.rollout.sampling import graded_text, make_prompt_format
+from gft_lite.rollout.sampling import graded_text, make_prompt_format, report_completions
 from gft_lite.types import Problem
 from gft_lite.utils.errors import UserError
 
@@ -106,7 +106,8 @@ class LocalTeacher:
         while batch := list(islice(remaining, _ROWS_PER_BATCH * rollout.rows)):
             jobs = [Request(tuple(r.prompt), (r.seed,)) for r in batch]
             results: Results = []
-            for request, [c] in zip(batch, self._engine.generate(jobs, sampling), strict=True):
+            completions = self._engine.generate(jobs, sampling, report_completions(len(jobs)))
+            for request, [c] in zip(batch, completions, strict=True):
                 counts = len(request.prompt), len(c.token_ids)
                 text = graded_text(c.token_ids, self._format, sampling.stop)
                 text = self._format.opened_thoughts + text  # For policies with other prompts.

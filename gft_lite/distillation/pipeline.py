@@ -38,7 +38,7 @@ from gft_lite.rollout.sampling import sample_seed
 from gft_lite.types import Group, Problem
 from gft_lite.utils.errors import RecipeError, UserError, short_repr
 from gft_lite.utils.files import check_output_path, lock_folder, write_text_atomic
-from gft_lite.utils.progress import ProgressDisplay
+from gft_lite.utils.progress import ProgressDisplay, show_phase, stderr_console
 
 CHUNK = 1024  # Stored responses that are graded at a time.
 MAX_REQUESTS = 10**7  # All are held in memory.
@@ -60,7 +60,7 @@ def distill(
     stored beside `out` is not sampled again. Raises: UserError; TeacherError if the teacher stops
     responding.
     """
-    console = console or Console(stderr=True)
+    console = console or stderr_console()
     settings = settings or TeacherSettings()
 
     def log(text: str) -> None:
@@ -72,13 +72,15 @@ def distill(
     with ExitStack() as stack:
         conversational = recipe.data.prompt.style == "chat"
         scorer = stack.enter_context(open_scorer(recipe.reward, conversational=conversational))
-        format = PromptFormat(_load_tokenizer(recipe.policy), recipe.data.prompt)
+        with show_phase(console, "reading the tokenizer", announce=False):
+            format = PromptFormat(_load_tokenizer(recipe.policy), recipe.data.prompt)
         source = find_teacher(teacher, recipe, settings, log)
         path = Path(out) if out is not None else _default_output(recipe, source.name)
         problems, columns = _load_problems(recipe, format, settings, log)
         folder = side_folder(path)
         stack.enter_context(lock_folder(folder))
-        identity = source.start(folder / "engine", stack)
+        with show_phase(console, f"starting the teacher {source.name}", announce=False):
+            identity = source.start(folder / "engine", stack)
         requests = _make_requests(recipe, source, identity, settings, problems)
         state = Distillation(settings, requests)
         store = AnswerStore(folder / "responses.jsonl")
@@ -229,6 +231,7 @@ def _collect(
     with (
         closing(teacher.generate(missing, store.append, bool(stored))) as results,
         ProgressDisplay(console, "answers", len(state.requests)) as display,
+        show_phase(console, f"teacher {teacher.name}", announce=False),
     ):
         for start in range(0, len(stored), CHUNK):
             state.add(grader.grade(stored[start : start + CHUNK]))

@@ -7,12 +7,14 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from gft_lite.data.problems import Loaded, distinct_notes
 from gft_lite.data.prompts import PromptFormat
 from gft_lite.evaluation.evaluation_folder import EvaluationFolder, Keys
 from gft_lite.evaluation.examples import Examples
@@ -33,7 +35,7 @@ from gft_lite.policy.base import Policy
 from gft_lite.policy.batching import Row
 from gft_lite.policy.registry import load_policy
 from gft_lite.rewards.scorer import Scorer
-from gft_lite.rollout.base import RolloutEngine, Sampling
+from gft_lite.rollout.base import RolloutEngine, RolloutError, Sampling
 from gft_lite.rollout.policy_engine import PolicyEngine
 from gft_lite.rollout.prompt_check import check_chat_templates
 from gft_lite.rollout.registry import find_engine, start_engine
@@ -41,7 +43,7 @@ from gft_lite.rollout.sampling import make_prompt_format
 from gft_lite.types import Group, Problem
 from gft_lite.utils.errors import RecipeError
 from gft_lite.utils.files import check_output_path
-from gft_lite.utils.progress import show_phase
+from gft_lite.utils.progress import show_phase, stderr_console
 
 
 @dataclass
@@ -93,7 +95,7 @@ def evaluate(
     folder = Path(out) if out is not None else _default_folder(suite, found)
     check_output_path(folder if out is None else out)
     data = None if data_dir is None else Path(data_dir)
-    console = console or Console(stderr=True, soft_wrap=True)
+    console = console or stderr_console()
     if not regrade:  # Checks that need no model come before one is loaded.
         find_file(data, "any")
         find_engine(suite.rollout.engine)
@@ -139,7 +141,7 @@ def _evaluate_group(work: _Evaluation, targets: Sequence[Target]) -> None:
     with show_phase(work.console, "reading the benchmarks"):
         problems, formats = _load_benchmarks(work, policy)
     with ExitStack() as stack:
-        stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+        stack.push(partial(_remove_unless_failed, scratch))
         with show_phase(work.console, "starting the rollout engine"):
             sampler = start_engine(suite.rollout, policy, scratch / base)
         stack.callback(sampler.close)
@@ -158,6 +160,12 @@ def _evaluate_group(work: _Evaluation, targets: Sequence[Target]) -> None:
         work.reused += served.sampler.reused
 
 
+def _remove_unless_failed(scratch: Path, kind: type[BaseException] | None, *_: object) -> None:
+    """Remove the engine's files, but leave the log of a server that failed, which errors name."""
+    if kind is None or not issubclass(kind, RolloutError):
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 def _load_benchmarks(
     work: _Evaluation, policy: Policy
 ) -> tuple[dict[str, tuple[Problem, ...]], dict[str, PromptFormat]]:
@@ -165,22 +173,25 @@ def _load_benchmarks(
 
     Raises: RecipeError with the errors of all benchmarks.
     """
-    problems, formats, errors = {}, {}, []
+    found: dict[str, Loaded] = {}
+    formats, errors = {}, []
     for name in work.suite.names:
         prompt = work.suite.prompt_of(name)
         try:
             formats[name] = make_prompt_format(policy, prompt, f"definitions.{name}.prompt")
-            loaded = load_benchmark(work.suite, name, formats[name], policy.context, work.data_dir)
+            found[name] = load_benchmark(
+                work.suite, name, formats[name], policy.context, work.data_dir
+            )
         except RecipeError as error:
             errors += error.problems
             continue
-        problems[name] = loaded.problems
-        work.data[name] = loaded.describe()
-        for line in (f"{name}: {loaded.describe()}", *loaded.notes):
-            work.console.print(line, markup=False)
+        work.data[name] = found[name].describe()
+        work.console.print(f"{name}: {work.data[name]}", markup=False)
     if errors:
         raise RecipeError(errors)
-    return problems, formats
+    for note in distinct_notes(found.values()):
+        work.console.print(note, markup=False, soft_wrap=True)
+    return {name: loaded.problems for name, loaded in found.items()}, formats
 
 
 class _ServedBase:

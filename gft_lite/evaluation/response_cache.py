@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from array import array
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +13,9 @@ from typing import Any, TypeAlias
 
 from gft_lite.data.prompts import PromptFormat
 from gft_lite.rollout.base import Completion, OnCompletion, Request, RolloutEngine, Sampling
-from gft_lite.rollout.sampling import Draw, graded_text, make_requests
+from gft_lite.rollout.sampling import Draw, graded_text, make_requests, report_completions
 from gft_lite.types import FinishReason, Group, Problem, Response
 from gft_lite.utils.jsonl import JsonlFile
-from gft_lite.utils.progress import report_progress
 
 # Token ids as an array: a large benchmark has tens of millions of them.
 _Stored: TypeAlias = "tuple[array[int], str, FinishReason]"
@@ -131,12 +129,7 @@ class CachedSampler:
         self.sampled += len(new)
         self.reused += total - len(new)
         text_of = partial(graded_text, format=draw.format, stop=self.sampling.stop)
-        finished = itertools.count(1)
-
-        def report(_: tuple[int, ...], seed: int, completion: Completion) -> None:
-            tokens = len(completion.token_ids)
-            report_progress(next(finished), len(new), "responses", tokens)
-
+        report = report_completions(len(new))
         for start in range(0, len(new), self.chunk):
             cache.add(self._sample(new[start : start + self.chunk], report), text_of)
         return cache.groups(draw.problems, keys, text_of), keys

@@ -25,7 +25,7 @@ from gft_lite.runs.base_cache import BASE_EVALUATION, KL_SET, base_inputs, copy_
 from gft_lite.runs.folder import RunFolder, stage_folder
 from gft_lite.utils.errors import RecipeError, UserError
 from gft_lite.utils.files import check_output_path, lock_folder, write_text_atomic
-from gft_lite.utils.progress import ProgressDisplay
+from gft_lite.utils.progress import ProgressDisplay, stderr_console
 from gft_lite.utils.signals import defer_signals
 
 State = Literal["waiting", "running", "done", "failed", "interrupted"]
@@ -80,7 +80,7 @@ def sweep(
 
     Raises: UserError for a wrong sweep or folder; KeyboardInterrupt after all trials have stopped.
     """
-    console = console or Console(stderr=True)
+    console = console or stderr_console()
     _check_options(out, jobs, launcher)
     folder = SweepFolder(out if out is not None else Path("runs") / "sweeps" / plan.name)
     work = [_Job(trial, folder.run(trial.name)) for trial in plan.trials()]

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from gft_lite.utils.library_output import hide_library_messages
+
 # What vLLM replaces in torch on a CPU, once per process. The originals are put back after every
 # block, vLLM's own at the start of the next one; environment variables are treated alike.
 _PATCHED: list[tuple[Any, str]] = [
@@ -57,8 +59,9 @@ def isolated_process_state(environment: Mapping[str, str]) -> Iterator[None]:
 
 def engine_environment(device: torch.device) -> dict[str, str]:
     """Environment variables for vLLM; the user's values of the first two take precedence."""
+    hide_library_messages()
     variables = {
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+        "VLLM_LOGGING_LEVEL": os.environ["VLLM_LOGGING_LEVEL"],
         "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
         # Without these two, the ports of vLLM's process group are open to the network.
         "VLLM_HOST_IP": "127.0.0.1",

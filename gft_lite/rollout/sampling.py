@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gft_lite.data.prompts import PromptFormat
-from gft_lite.rollout.base import Completion, Request, RolloutEngine, Sampling
+from gft_lite.rollout.base import Completion, OnCompletion, Request, RolloutEngine, Sampling
 from gft_lite.types import Problem, Response
+from gft_lite.utils.progress import report_progress
 
 if TYPE_CHECKING:
     from gft_lite.policy.base import Policy
@@ -92,6 +94,16 @@ def _response(
         logprobs=((0.0,) * len(prefix) + completion.logprobs)[:limit],
         prefix=len(prefix),
     )
+
+
+def report_completions(total: int) -> OnCompletion:
+    """Report how many of `total` completions there are to the phase that is shown."""
+    finished = itertools.count(1)
+
+    def report(_: tuple[int, ...], seed: int, completion: Completion) -> None:
+        report_progress(next(finished), total, "responses", len(completion.token_ids))
+
+    return report
 
 
 def graded_text(token_ids: Sequence[int], format: PromptFormat, stop: Sequence[str]) -> str:

@@ -6,7 +6,6 @@ import contextlib
 import gc
 import itertools
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,8 +73,7 @@ class VllmEngine:
         if self._joins_group:
             options["distributed_executor_backend"] = "external_launcher"
         logging.getLogger("vllm").setLevel(self._environment["VLLM_LOGGING_LEVEL"])
-        with isolated_process_state(self._environment), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
+        with isolated_process_state(self._environment):
             _check_no_other_engine()
             base = policy.serving_base(settings.base, engine_dtype(settings, policy))
             self.base = describe_base(base, settings, policy)

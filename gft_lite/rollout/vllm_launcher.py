@@ -129,7 +129,7 @@ class VllmServerProcess:
 
     def _log_end(self) -> str:
         lines = self._log_text().splitlines()[-LOG_LINES:]
-        return "\n  ".join(["The end of its log:", *lines])
+        return "\n  ".join([f"The end of its log, {self._log}:", *lines])
 
 
 def _free_port() -> int:

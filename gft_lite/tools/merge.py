@@ -34,6 +34,7 @@ from gft_lite.runs.model_card import known_as, write_merged_card
 from gft_lite.types import Problem
 from gft_lite.utils.errors import UserError
 from gft_lite.utils.files import check_output_path
+from gft_lite.utils.progress import show_phase, stderr_console, track
 
 # Nats per token. bf16 arithmetic alone causes a gap of 0.002 on the lab's own text, 0.012 for
 # random weights and 0.04 on text unlike the lab's; a lost update causes 0.3 on the lab.
@@ -94,7 +95,7 @@ def merge(
     Raises: UserError for an unusable target or folder; ExportError, with nothing left at `out`,
     if log-probs changed by more than `limit` nats per token, or are closer to the base's.
     """
-    console = console or Console(stderr=True)
+    console = console or stderr_console()
     _check_output(Path(out))
     found, out = _find_adapter(target), Path(out).resolve()  # A rename onto a link would fail.
     partial = out.with_name(f"{out.name}.tmp")
@@ -105,12 +106,14 @@ def merge(
     shutil.rmtree(partial, ignore_errors=True)
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, partial, ignore_errors=True)
-        console.print(f"merging in {dtype}", highlight=False)
-        rows, scores, kept = _merge_into(partial, settings, found)
+        with show_phase(console, f"merging in {dtype}"):
+            rows, scores, kept = _merge_into(partial, settings, found)
         merged = {"model": str(partial), "revision": None, "adapter": None}
-        scores["merged"] = _score(settings.model_copy(update=merged), rows)
+        with show_phase(console, "reading the merged model and comparing log-probs"):
+            scores["merged"] = _score(settings.model_copy(update=merged), rows)
         if found.run and trained.quantization != "none":
-            scores["as_trained"] = _score(trained, rows)
+            with show_phase(console, f"comparing log-probs on the {trained.quantization} base"):
+                scores["as_trained"] = _score(trained, rows)
         comparison = _compare(scores, kept)
         description = _describe(comparison, dtype, trained.quantization)
         console.print(description, markup=False, highlight=False, soft_wrap=True)
@@ -263,7 +266,9 @@ def _logprobs(policy: Policy, rows: Sequence[Row]) -> Tensor:
     """Log-probs of all response tokens in nats, in the order of the rows [T]."""
     batches = policy.batches(rows, TOKENS)
     with evaluating(policy):
-        scores = torch.cat([policy.token_scores(batch).logprobs.cpu() for batch in batches])
+        scores = torch.cat(
+            [policy.token_scores(b).logprobs.cpu() for b in track(batches, "micro-batches")]
+        )
     return scores.double()[torch.cat([batch.row for batch in batches]).argsort(stable=True)]
 
 

@@ -20,6 +20,7 @@ from gft_lite.training.visits import ProblemVisit, presampled_visits
 from gft_lite.utils.distributed import SINGLE_PROCESS
 from gft_lite.utils.errors import RecipeError, UserError
 from gft_lite.utils.files import check_output_path
+from gft_lite.utils.progress import stderr_console
 
 
 def presample(
@@ -41,7 +42,7 @@ def presample(
     recipe = complete_objective(_sampling_recipe(recipe))
     resume = (folder / "recipe.yaml").exists() and not (folder / "metrics.jsonl").exists()
     saved = check_sampling_recipe(folder, recipe, "--out", compare_seed=True) if resume else recipe
-    console = console or Console(stderr=True, soft_wrap=True)
+    console = console or stderr_console()
     run_folder = find_folder(saved, folder, resume=resume, distributed=SINGLE_PROCESS)
     with ExitStack() as stack:
         run = setup_run(saved, run_folder, SINGLE_PROCESS, console, stack)

@@ -13,6 +13,7 @@ from gft_lite.runs.model_card import write_card
 from gft_lite.training.single_run import train_single
 from gft_lite.training.stages import train_stages
 from gft_lite.utils.distributed import init_distributed
+from gft_lite.utils.progress import stderr_console
 
 
 def train(
@@ -24,7 +25,7 @@ def train(
     Raises: RecipeError if the recipe or `out` is wrong, TrainError if training failed.
     """
     distributed = init_distributed(recipe.policy.device)
-    console = console or Console(stderr=True, soft_wrap=True)
+    console = console or stderr_console()
     console = console if distributed.is_main else Console(quiet=True)
     recipe = complete_objective(recipe)
     if not recipe.stages:

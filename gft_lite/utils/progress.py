@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from rich.text import Text
 T = TypeVar("T")
 
 _LOG_SECONDS = 15.0  # Between two lines of a phase where the output is not a terminal.
+_SLOW_SECONDS = 60.0  # Between two lines for units that take longer, such as steps.
 _FIRST_SHARE = 0.1  # Of a phase, before the time that is left is estimated.
 _LONG_SECONDS = 2.0  # A phase that took longer prints its duration.
 _LINES = 20  # Lines for a whole run where the output is not a terminal.
@@ -24,7 +26,7 @@ _UNKNOWN_TOTAL = 200  # Units after which _LINES lines are printed if the total 
 
 
 class ProgressDisplay:
-    """A live panel above a bar on a terminal; elsewhere at most 20 lines for `total` units.
+    """A live panel above a bar on a terminal; elsewhere 20 lines for `total` units, more if slow.
 
     `unit` names what is counted, such as "step". Use it as a context manager.
     """
@@ -39,6 +41,8 @@ class ProgressDisplay:
         self._task = self._progress.add_task(unit, total=total, completed=completed)
         self._live = Live(self._progress, console=console, transient=True)
         self._lines = self._share(completed)
+        self._started = self._printed = time.perf_counter()
+        self._first = completed
 
     @property
     def is_live(self) -> bool:
@@ -58,14 +62,28 @@ class ProgressDisplay:
         if self.is_live:
             self._progress.update(self._task, completed=completed)
             self._live.update(Group(Text(text) if panel is None else panel, self._progress))
-        elif text and (self._share(completed) > self._lines or completed == self._total):
+        elif text and self._is_due(completed):
             of_total = f"/{self._total:,}" if self._total else ""
-            self.print(f"{self._unit} {completed:,}{of_total}  {text}")
+            self.print(f"{self._unit} {completed:,}{of_total}  {text}{self._left(completed)}")
             self._lines = self._share(completed)
+            self._printed = time.perf_counter()
 
     def print(self, text: str) -> None:
         """Print a line that stays."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _is_due(self, completed: int) -> bool:
+        """True if a log gets a line after `completed` units."""
+        late = time.perf_counter() - self._printed > _SLOW_SECONDS
+        return late or self._share(completed) > self._lines or completed == self._total
+
+    def _left(self, completed: int) -> str:
+        """The time that is left, once there is a reliable estimate."""
+        seconds, units = time.perf_counter() - self._started, completed - self._first
+        left = (self._total or 0) - completed
+        if left <= 0 or units <= 0 or seconds < _SLOW_SECONDS:
+            return ""
+        return f"  about {format_duration(seconds / units * left)} left"
 
     def _share(self, completed: int) -> int:
         return _LINES * completed // (self._total or _UNKNOWN_TOTAL)
@@ -111,6 +129,11 @@ def format_duration(seconds: float) -> str:
 
 
 _phases: list[Phase] = []  # Those that are shown, the innermost one last.
+
+
+def stderr_console() -> Console:
+    """The console for progress: lines are wrapped on a terminal, but not in a log."""
+    return Console(stderr=True, soft_wrap=not sys.stderr.isatty())
 
 
 @contextmanager
