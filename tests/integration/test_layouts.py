@@ -12,15 +12,16 @@ from rich.console import Console
 
 from gft_lite import lab
 from gft_lite.objective.advantages import group_advantages
-from gft_lite.objective.losses import LossInputs
 from gft_lite.objective.methods import METHODS
 from gft_lite.objective.reduction import token_weights
 from gft_lite.policy.base import evaluating, without_dropout
-from gft_lite.policy.batching import Row, cut
+from gft_lite.policy.batching import SELF, Row, cut
 from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import PolicySettings
 from gft_lite.training.learner import Learner
+from gft_lite.training.teacher_model import TeacherModel
+from gft_lite.types import Group, Problem, Response, ScoredGroup
 from gft_lite.utils.errors import RecipeError
 
 SHAPE = {
@@ -96,6 +97,41 @@ def rows():
             found.append(Row(prompt, response, advantage))
     weights = token_weights([len(row.response_ids) for row in found])
     return [replace(row, weight=weight) for row, weight in zip(found, weights, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def groups(rows):
+    """The rows as groups: an expert, a teacher, a self sample after a prefix, and one without."""
+    found = []
+    for number, first in enumerate(range(0, len(rows), 4)):
+        members = rows[first : first + 4]
+        responses = [
+            Response(row.response_ids, "", source, correct=row.advantage > 0,
+                     prefix=len(row.response_ids) // 3 * after_prefix)
+            for row, (source, after_prefix) in zip(members, KINDS, strict=True)
+        ]  # fmt: skip
+        problem = Problem(str(number), "", "1", prompt_ids=members[0].prompt_ids)
+        advantages = tuple(row.advantage for row in members)
+        found.append(ScoredGroup(Group(problem, tuple(responses)), advantages))
+    return found
+
+
+KINDS = (("expert", False), ("teacher", False), ("self", True), ("self", False))
+
+
+def learner_for(policy, method, *, objective=None, train=None):
+    """A learner of any method, with a teacher where it needs one."""
+    train = {"micro_batch_tokens": 10**6} | (train or {})
+    tree = {"method": method, "objective": objective or {}, "train": train}
+    if "teacher_logprobs" not in METHODS[method].needs:
+        return Learner(policy, Recipe.from_tree(tree))
+    recipe = Recipe.from_tree({**tree, "teacher": {"model": "average"}})
+    # Another than the policy, which moves only afterwards.
+    teacher = TeacherModel(policy, recipe, None, sees_demonstration=False)
+    with torch.no_grad():
+        for parameter in policy.parameters().values():
+            parameter.mul_(2)
+    return Learner(policy, recipe, teacher=teacher)
 
 
 def logprobs(policy, rows, layout):
@@ -175,24 +211,25 @@ def test_in_bf16_a_layout_is_as_near_to_fp32_as_padding_is(folders, rows, layout
     assert distance(layout=layout, dtype="float32") < 1e-10
 
 
-@pytest.mark.parametrize("chunk", [7, None])
-@pytest.mark.parametrize("kl", [0.0, 0.1])
+@pytest.mark.parametrize(("kl", "chunk"), [(0.1, 7), (0.0, None)])
 @pytest.mark.parametrize("method", METHODS)
-def test_the_fused_head_gives_every_methods_gradient(folders, rows, method, kl, chunk, monkeypatch):
+def test_the_fused_head_gives_every_methods_gradient(
+    folders, groups, method, kl, chunk, monkeypatch
+):
     if chunk:
         monkeypatch.setattr("gft_lite.policy.scoring.LOGIT_CHUNK_BYTES", 4 * 512 * chunk)
-    train = {"updates_per_rollout": 2, "micro_batch_tokens": 10**6}
     # More than the adapter that takes the old log-probs, so that rho is not 1.
     found = []
     for fused in (True, False):
         policy = load(folders["qwen2"], fused_head=fused)
-        recipe = Recipe.from_tree({"method": method, "objective": {"kl": kl}, "train": train})
-        learner = Learner(policy, recipe)
-        prepared = learner.prepare_rows(rows)
+        learner = learner_for(
+            policy, method, objective={"kl": kl}, train={"updates_per_rollout": 2}
+        )
+        prepared = learner.prepare_rows(learner.rows(groups))
         with torch.no_grad():
             for parameter in policy.parameters().values():
                 parameter.mul_(1.5)
-        done = learner.gradient(prepared)
+        done = learner.gradient(prepared, 0.3)
         grads = torch.cat([p.grad.flatten() for p in policy.parameters().values()])
         found.append((grads.double(), done))
     (fused, one), (plain, other) = found
@@ -200,37 +237,48 @@ def test_the_fused_head_gives_every_methods_gradient(folders, rows, method, kl, 
     assert gap(fused, plain) < 1e-5
     assert one.loss == pytest.approx(other.loss, rel=1e-5)
     assert one.metrics.keys() == other.metrics.keys()
+    # Tokens of demonstrations, prefixes among them, have figures of their own.
+    shown = sum(len(row.response_ids) if row.source != SELF else row.prefix for row in prepared)
+    assert 0 < shown < one.tokens == sum(len(row.response_ids) for row in prepared)
     for name, mean in one.metrics.items():
-        assert mean.count == other.metrics[name].count
+        count = shown if name in ("shaping", "sft_factor", "exploration") else one.tokens
+        assert mean.count == other.metrics[name].count == count
         assert mean.sum == pytest.approx(other.metrics[name].sum, rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_dropped_rows_leave_the_gradient_alone(folders, rows, method):
-    policy = load(folders["qwen2"])
-    kept, all_rows = flat_gradient(
-        policy, rows, method=method, train={"drop_zero_advantage": False}
-    )
-    found, done = flat_gradient(policy, rows, method=method)
-    assert gap(found, kept) < 1e-6
-    useful = sum(len(row.response_ids) for row in rows if row.advantage)
-    assert all_rows.tokens == sum(len(row.response_ids) for row in rows)
-    assert done.tokens == (useful if METHODS[method].scales_with_advantage else all_rows.tokens)
+def test_dropped_rows_leave_the_gradient_alone(folders, groups, method):
+    policy, found = load(folders["qwen2"]), []
+    for drop in (False, True):
+        # Without KL and entropy bonus, which pull on every row.
+        learner = learner_for(
+            policy, method, objective={"kl": 0, "entropy": 0}, train={"drop_zero_advantage": drop}
+        )
+        rows = learner.rows(groups)
+        done = learner.gradient(learner.prepare_rows(rows), 0.3)
+        grads = torch.cat([p.grad.flatten() for p in policy.parameters().values()])
+        found.append((grads.double(), done.tokens))
+        if "teacher_logprobs" in METHODS[method].needs:
+            with torch.no_grad():
+                for parameter in policy.parameters().values():
+                    parameter.div_(2)  # As the next learner takes it to be.
+    (kept, all_tokens), (left, tokens) = found
+    assert gap(left, kept) < 1e-6
+    assert all_tokens == sum(len(row.response_ids) for row in rows)
+    scales = METHODS[method].scales_with_advantage
+    flat = [row for row in rows if not row.advantage]
+    if scales == ("self",):  # Demonstrations count at any advantage, and uft's hint does.
+        flat = [row for row in flat if row.source == SELF and not row.prefix]
+    elif not scales:
+        flat = []
+    assert tokens == all_tokens - sum(len(row.response_ids) for row in flat)
+    # hpt's gate keeps the samples of groups that are not flat.
+    assert bool(flat) == bool(scales) or METHODS[method].select
 
 
 def test_rows_that_the_kl_pulls_on_are_kept(folders, rows):
     _, done = flat_gradient(load(folders["qwen2"]), rows, kl=0.1)
     assert done.tokens == sum(len(row.response_ids) for row in rows)
-
-
-@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].scales_with_advantage])
-def test_a_loss_said_to_scale_is_zero_with_its_advantage(method):
-    logprobs = torch.linspace(-5, -0.01, 20).requires_grad_()
-    extra = {need: logprobs.detach() + 0.3 for need in METHODS[method].needs}
-    loss = METHODS[method].loss(LossInputs(logprobs, torch.zeros(20), **extra)).per_token
-    loss.sum().backward()
-    assert loss.abs().max() == 0
-    assert logprobs.grad.abs().max() == 0
 
 
 @pytest.mark.parametrize(
