@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -23,6 +24,7 @@ from gft_lite.utils.errors import RecipeError, short_repr
 
 LAB_COLUMNS = ColumnsSettings(expert=["expert"], teacher=["teacher"], id="id")
 MAX_EXAMPLES = 3
+_PLACE = re.compile(r".*?(?=\.(prompt|columns)\b)")  # of a data set's settings in a recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +134,12 @@ def _notes(
     named = [f"{name}: {short_repr(v)}" for name, v in found.items() if v != given[name]]
     lines = [f"{field}.columns: {', '.join(named)}, found by their names"] if named else []
     return (*format.notes, *lines)
+
+
+def distinct_notes(loaded: Iterable[Loaded]) -> list[str]:
+    """The notes of several data sets, once where only the field's place differs."""
+    notes = {_PLACE.sub("", note): note for data in reversed([*loaded]) for note in data.notes}
+    return [*reversed(notes.values())]
 
 
 def _note_on_thoughts(

@@ -122,6 +122,8 @@ class Scorer:
         for function, grade in zip(self._functions, grades, strict=True):
             threshold = correctness_threshold(function)
             if threshold is not None:
+                if grade is None and function.name in REWARDS:
+                    return None  # There is no answer to compare with.
                 return grade is not None and grade.score > threshold
         return None
 
@@ -129,9 +131,14 @@ class Scorer:
         if function.name in self._users:
             return self._users[function.name].grade(rows)
         items = [(r.text, g.problem.answer, _answer_type(g)) for g, r in rows]
+        needy = REWARDS[function.name].needs_answer
+        known = [item for item in items if item[1] is not None or not needy]
         if function.name not in self._remote:
-            return [self._rules[function.name](*item) for item in items]
-        return self._grade_remotely(self._remote[function.name], items)
+            graded: Sequence[Grade] = [self._rules[function.name](*item) for item in known]
+        else:
+            graded = self._grade_remotely(self._remote[function.name], known)
+        grades = iter(graded)
+        return [None if needy and item[1] is None else next(grades) for item in items]
 
     def _grade_remotely(self, index: int, items: Sequence[tuple[Any, ...]]) -> list[Grade]:
         """Grade each distinct item once and keep its grade, since demonstrations recur."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from gft_lite.data.problems import Loaded, load_problems, split_holdout
+from gft_lite.data.problems import Loaded, distinct_notes, load_problems, split_holdout
 from gft_lite.data.prompts import PromptFormat
 from gft_lite.objective.methods import find_method
 from gft_lite.policy.base import Policy
@@ -42,6 +42,8 @@ def load_run_data(recipe: Recipe, policy: Policy, console: Console) -> RunData:
     for name, settings in recipe.eval.sets.items():
         field = f"eval.sets.{name}"
         loaded[field] = _load(field, settings, policy, console, limit)
+    for note in distinct_notes(loaded.values()):
+        console.print(note, markup=False, soft_wrap=True)
     graded = _check_answers(recipe, loaded)
     problems, held_out = split_holdout(loaded["data"].problems, recipe.data.holdout)
     if copies := len(loaded["data"].problems) - len(problems) - len(held_out):
@@ -93,8 +95,8 @@ def _load(
         field=field,
     )
     console.print(f"{field}: {loaded.describe()}")
-    for line in (*(f"  {example}" for example in loaded.examples), *loaded.notes):
-        console.print(line, markup=False, soft_wrap=True)
+    for example in loaded.examples:
+        console.print(f"  {example}", markup=False)
     return loaded
 
 

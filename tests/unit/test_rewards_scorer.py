@@ -104,8 +104,9 @@ def test_truncated_and_missing_answers(math_scorer):
     cut = Response((1,), r"\boxed{5} and", "self", finish_reason="length")
     truncated = Group(Problem("p", "q", "5"), (cut,))
     scored = math_scorer.score([truncated, group([r"\boxed{5}"], None)])
-    assert rewards(scored) == [1, 0]
-    assert verdicts(scored) == ["ok", "error"]
+    assert rewards(scored) == [1, None]
+    assert verdicts(scored) == ["ok", "not_applicable"]
+    assert scored[1].responses[0].correct is None
     assert math_scorer.score([]) == []
     empty = Group(Problem("p", "q", "5"), ())
     assert math_scorer.score([empty]) == [empty]

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from gft_lite.cli import main
+from gft_lite.data.problems import columns_of
 from gft_lite.distillation.answer_store import AnswerStore
 from gft_lite.distillation.console import summary_table
 from gft_lite.distillation.data_set import recipe_fragment
@@ -173,13 +174,13 @@ def test_the_fragment_keeps_the_meaning_of_the_columns(tmp_path):
     columns = {"problem": ["q", "o"], "answer": "a.b", "expert": "e", "teacher": ["t1", "teacher"]}
     recipe = Recipe.from_tree({"data": {"source": "x/y", "split": "dev", "columns": columns}})
     path = tmp_path / "x.yaml"
-    path.write_text(recipe_fragment(recipe, tmp_path / "out.jsonl", "teacher"))
+    path.write_text(recipe_fragment(recipe.data.columns, tmp_path / "out.jsonl", "teacher"))
     data = Recipe.load(path).data
     assert (data.source, data.shuffle) == (str(tmp_path / "out.jsonl"), False)
     assert data.columns == recipe.data.columns
-    path.write_text(recipe_fragment(recipe, tmp_path / "out.jsonl", "qwen"))
+    path.write_text(recipe_fragment(recipe.data.columns, tmp_path / "out.jsonl", "qwen"))
     assert Recipe.load(path).data.columns.teacher == ["t1", "teacher", "qwen"]
-    lab = yaml.safe_load(recipe_fragment(Recipe(), tmp_path / "o.jsonl", "teacher"))
+    lab = yaml.safe_load(recipe_fragment(columns_of(Recipe().data), tmp_path / "o.jsonl", "teacher"))
     assert lab["data"]["columns"]["expert"] == ["expert"]
 
 
