@@ -34,13 +34,15 @@ class Renderer:
     """Renders conversations by a tokenizer's chat template, with an optional system message.
 
     The content of the roles `in_parts` is given as a list of parts, not as text. `variables` are
-    the recipe's `chat_template_kwargs`.
+    the recipe's `chat_template_kwargs`. `thoughts_apart`: the thoughts of an answer are its
+    message's `reasoning_content`.
     """
 
     tokenizer: PreTrainedTokenizerBase
     system: str | None
     in_parts: frozenset[str] = frozenset()
     variables: Mapping[str, Any] = field(default_factory=dict)
+    thoughts_apart: bool = False
 
     def render(self, turns: Iterable[Turn], *, generation_prompt: bool) -> str:
         """The conversation as text, closed or with the prompt for an answer at its end."""
@@ -57,8 +59,13 @@ class Renderer:
         return str(rendered)
 
     def _message(self, role: str, text: str) -> dict[str, Any]:
+        apart: dict[str, str] = {}
+        if self.thoughts_apart and role == "assistant" and END_THINK in text:
+            thoughts, _, text = text.rpartition(END_THINK)
+            apart = {"reasoning_content": thoughts.strip().removeprefix(THINK).strip()}
+            text = text.lstrip()
         parts = [{"type": "text", "text": text}]
-        return {"role": role, "content": parts if role in self.in_parts else text}
+        return {"role": role, "content": parts if role in self.in_parts else text, **apart}
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +118,21 @@ def fit_renderer(renderer: Renderer, field: str) -> Renderer:
         else:
             return replace(renderer, in_parts=in_parts)
     raise first or RecipeError([])
+
+
+def fit_thoughts(renderer: Renderer) -> Renderer:
+    """The renderer that gives thoughts as the template reads them: in the text, or apart."""
+    answer = f"{THINK}\n{SYSTEM}\n{END_THINK}\n\n{ANSWER}"
+    for apart in (False, True):
+        found = replace(renderer, thoughts_apart=apart)
+        try:
+            whole = found.render([(QUESTION, answer)], generation_prompt=False)
+        except Exception:  # a template is a program
+            continue
+        turn = whole.partition(QUESTION)[2]
+        if has_in_order(turn, [THINK, SYSTEM, END_THINK, ANSWER]) and turn.count(THINK) == 1:
+            return found
+    return renderer
 
 
 def _check(renderer: Renderer, field: str) -> None:

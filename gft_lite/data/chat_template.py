@@ -20,6 +20,7 @@ from gft_lite.data.chat_rendering import (
     contains,
     end_of,
     fit_renderer,
+    fit_thoughts,
     has_in_order,
     packed,
     take_sample,
@@ -70,7 +71,7 @@ class ChatTemplate:
         self._field, system = field, prompt.system
         renderer = Renderer(tokenizer, system, variables=prompt.chat_template_kwargs)
         try:
-            self._renderer = fit_renderer(renderer, field)
+            self._renderer = fit_thoughts(fit_renderer(renderer, field))
         except RecipeError as error:
             raise _of_variables(error, renderer, field) or error from None
         self._sample = take_sample(self._renderer)
