@@ -148,6 +148,7 @@ def _evaluate_group(work: _Evaluation, targets: Sequence[Target]) -> None:
         served = _ServedBase(work, policy, sampler, formats, problems)
         engine = PolicyEngine(sampler, policy, scratch / base / "adapters")
         engine.start_checks(served.check_row(), suite.rollout.probe_limit)
+        work.console.print(engine.about, soft_wrap=True)
         with show_phase(work.console, "sampling the base for KL", announce=False):
             base_rows = served.first_samples(base) if adapters else []
         # The engine serves the base until the first sync, so the base is evaluated first.

@@ -33,6 +33,12 @@ class PolicyEngine:
         self._check = SyncCheck(self._policy, row, limit, self.sampler)
         return self._check.noise
 
+    @property
+    def about(self) -> str:
+        """The engine, its copy of the base, and the gap of `start_checks`, for the console."""
+        gap = f"{self._check.noise:.2g} nats" if self._check else "not measured"
+        return f"engine: {self.sampler.name}, base {self.sampler.base}, log-prob gap {gap}"
+
     def check(self, engine: RolloutEngine) -> float:
         """The gap in nats of what `engine` serves to the policy, after `start_checks`.
 

@@ -189,10 +189,9 @@ def _start_engine(
             lambda: _sample_kl_set(recipe, sampler, format, monitored),
             lambda file: read_kl_set(file, monitored, vocabulary),
         )
-    gap = engine.start_checks(kl_rows[0], recipe.rollout.probe_limit)
+    engine.start_checks(kl_rows[0], recipe.rollout.probe_limit)
     sampler.on_restart = engine.check
-    served = f"engine: {sampler.name}, base {sampler.base}, log-prob gap {gap:.2g} nats"
-    console.print(served, soft_wrap=True)
+    console.print(engine.about, soft_wrap=True)
     return engine, kl_rows
 
 
