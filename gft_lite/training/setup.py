@@ -117,8 +117,8 @@ def setup_run(
     recipe = _settings_of_rank(recipe, distributed)
     memory = MemoryUse(plan, process_memory("VmRSS"))
     sets = {f"eval.sets.{name}.prompt": data.prompt for name, data in recipe.eval.sets.items()}
-    check_chat_templates(recipe.policy, {"data.prompt": recipe.data.prompt, **sets})
     with show_phase(console, f"loading {recipe.policy.model}"):
+        check_chat_templates(recipe.policy, {"data.prompt": recipe.data.prompt, **sets})
         policy = _load_policy(recipe)
     format = make_prompt_format(policy, recipe.data.prompt)
     grade = partial(_grade, scorer, distributed)
@@ -189,7 +189,8 @@ def _start_engine(
             lambda: _sample_kl_set(recipe, sampler, format, monitored),
             lambda file: read_kl_set(file, monitored, vocabulary),
         )
-    engine.start_checks(kl_rows[0], recipe.rollout.probe_limit)
+    with show_phase(console, "comparing the engine's log-probs", announce=False):
+        engine.start_checks(kl_rows[0], recipe.rollout.probe_limit)
     sampler.on_restart = engine.check
     console.print(engine.about, soft_wrap=True)
     return engine, kl_rows

@@ -47,7 +47,8 @@ def train_single(
         dry_step = "dry step: forward and backward of the largest micro-batch"
         with run.engine.asleep(), show_phase(console, dry_step):
             run.learner.dry_step(run.builder.problems)
-        run.engine.sync(first)
+        with show_phase(console, "loading the adapter into the engine", announce=False):
+            run.engine.sync(first)
         with TrainingConsole(console, recipe.steps, first) as screen:
             train_steps(run, first, screen)
         with timer("eval"), show_phase(console, "evaluating the trained policy"):
