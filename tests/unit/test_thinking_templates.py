@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,8 @@ ALWAYS_EMPTY = CHATML.replace(  # a block that only the conversation has, before
     "{{ '<think></think>' if m.role == 'assistant' else '' }}{{ m['content'] }}",
 )
 
-END = "<|im_end|>"
+END, EOT = "<|im_end|>", "<|eot_id|>"
+CLOSED = "2 and 2\n</think>\n\nIt is 4."
 BLOCK = "a <think> block after the empty one of the prompt"
 MISSING = "no <think> block, which the prompt opens"
 # Template, variables, the prompt's end, and the responses PLAIN and THOUGHTS, or why they can't be.
@@ -59,14 +61,14 @@ CASES = {
     ),
     "qwen3 2507 thinking": (
         QWEN3.replace(GENERATE, GENERATE.replace("assistant\n", "assistant\n<think>\n")), {},
-        "assistant\n<think>\n", "\n</think>\n\nIt is 4." + END, "2 and 2\n</think>\n\nIt is 4." + END,
+        "assistant\n<think>\n", "\n</think>\n\nIt is 4." + END, CLOSED + END,
     ),
     "qwq": (
-        QWQ, {}, "assistant\n<think>\n", Unusable(MISSING), "2 and 2\n</think>\n\nIt is 4." + END,
+        QWQ, {}, "assistant\n<think>\n", Unusable(MISSING), CLOSED + END,
     ),
     "r1": (
         R1, {}, "<|Assistant|><think>\n", Unusable(MISSING),
-        "2 and 2\n</think>\n\nIt is 4.<|end|>",
+        CLOSED + "<|end|>",
     ),
     "r1 at first": (
         R1.replace("<think>\n", ""), {}, "<|Assistant|>", PLAIN + "<|end|>", THOUGHTS + "<|end|>",
@@ -75,14 +77,13 @@ CASES = {
     "smollm3, off": (
         SMOLLM3, NO_THINKING, "assistant\n<think>\n\n</think>\n", PLAIN + END, Unusable(BLOCK + ON),
     ),
-    "no thoughts": (LLAMA3, {}, "<|end_header_id|>\n\n", PLAIN + "<|eot_id|>", THOUGHTS + "<|eot_id|>"),
+    "no thoughts": (LLAMA3, {}, "<|end_header_id|>\n\n", PLAIN + EOT, THOUGHTS + EOT),
     "always an empty block": (
         ALWAYS_EMPTY, {}, "assistant\n", "<think></think>" + PLAIN + END,
         Unusable("a <think> block that the chat template doubles"),
     ),
 }  # fmt: skip
 # Templates of trl: the files that models are published with.
-CLOSED = "2 and 2\n</think>\n\nIt is 4."
 PUBLISHED = {
     "qwen3": ({}, "assistant\n", EMPTY + PLAIN + END, THOUGHTS + END),
     "qwen3, off": (NO_THINKING, f"assistant\n{EMPTY}", PLAIN + END, Unusable(BLOCK + ON)),
@@ -99,7 +100,9 @@ PUBLISHED = {
     "nemotron_3_nano, off": (
         NO_THINKING, "assistant\n<think></think>", PLAIN + END, Unusable(BLOCK + ON),
     ),
-    "glm4moe": ({}, "<|assistant|>", "\n<think></think>\nIt is 4.", "\n<think>2 and 2</think>\nIt is 4."),
+    "glm4moe": (
+        {}, "<|assistant|>", "\n<think></think>\nIt is 4.", "\n<think>2 and 2</think>\nIt is 4.",
+    ),
     "glm4moe, off": (
         NO_THINKING, "<|assistant|>\n<think></think>", "\nIt is 4.", Unusable(BLOCK + ON),
     ),
@@ -107,9 +110,10 @@ PUBLISHED = {
     "qwen3_instruct_2507": ({}, "assistant\n", PLAIN + END, THOUGHTS + END),
 }  # fmt: skip
 TOKENS = (
-    "<|User|>", "<|Assistant|>", "<|end|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>",
-    "<\uff5cAssistant\uff5c>", "<\uff5cUser\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>",
-    "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<think>", "</think>",
+    "<|User|>", "<|Assistant|>", "<|end|>", "<|eot_id|>", "<|start_header_id|>",
+    "<|end_header_id|>", "<\uff5cAssistant\uff5c>", "<\uff5cUser\uff5c>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>", "<|system|>", "<|user|>", "<|assistant|>",
+    "<think>", "</think>",
 )  # fmt: skip
 
 
@@ -191,7 +195,7 @@ def test_thoughts_of_earlier_turns_are_left_to_the_template(template):
     [
         ("2 and 2\n</think>\n\nIt is 4.", "2 and 2\n</think>\n\nIt is 4."),  # as it was sampled
         ("<think>2 and 2</think>It is 4.", "2 and 2</think>It is 4."),
-        ("<think>\n\n2 and 2\n</think>\nIt is 4.\n", "2 and 2\n</think>\nIt is 4."),
+        ("<think>\n\n2 and 2\n</think>\nIt is 4.\n", "\n2 and 2\n</think>\nIt is 4."),
     ],
 )
 @pytest.mark.parametrize("template", [R1, QWQ])
@@ -214,9 +218,9 @@ def test_the_start_of_thoughts_that_a_prompt_opens():
 
 def test_empty_blocks_that_are_trained_are_counted(tmp_path):
     rows = tmp_path / "x.jsonl"
+    problem = {"problem": "2+2", "answer": "4"}
     texts = (PLAIN, "It's 4.", THOUGHTS)
-    rows.write_text("".join(f'{{"problem": "2+2", "answer": "4", "expert": {t!r}}}\n' for t in texts)
-                    .replace("'It is 4.'", '"It is 4."').replace(repr(THOUGHTS), '"<think>\\n2\\n</think>\\n\\n4"'))  # fmt: skip  # noqa: E501
+    rows.write_text("".join(json.dumps(problem | {"expert": t}) + "\n" for t in texts))
     data = DataSettings(source=str(rows), columns={"expert": "expert"}, prompt={"style": "chat"})
     loaded = load_problems(data, format_of(QWEN3_SWITCHED), max_response_tokens=999)
     assert loaded.notes == (
@@ -252,24 +256,21 @@ def test_a_variable_that_the_template_does_not_use_is_one_line(template, name, h
 
 
 def test_the_variables_of_a_template_with_tags_of_transformers():
-    template = CHATML.replace(
-        "{{ m['content'] }}", "{% generation %}{{ m.content }}{% endgeneration %}"
-    )
-    assert format_of(template + "{{ mood }}" * 0, {"mood": 1}).notes != ()
+    content = "{% generation %}{{ m.content }}{% endgeneration %}"
+    template = CHATML.replace("{{ m['content'] }}", content)
+    assert len(format_of(template, {"mood": 1}).notes) == 1
     assert format_of("{{ mood and '' }}" + template, {"mood": 1}).notes == ()
 
 
 def test_a_variable_that_breaks_the_template_is_its_own_error():
     template = "{% if mode is defined %}{{ mode.upper() and '' }}{% endif %}" + CHATML
     assert format_of(template, {"mode": "x"}).render(QUESTION)
-    expected = (
-        r"^data\.prompt\.chat_template_kwargs: must suit the model's chat template, which says:"
-    )
+    expected = r"^data\.prompt\.chat_template_kwargs: must suit .* template, which says: 'int"
     with pytest.raises(RecipeError, match=expected):
         format_of(template, {"mode": 5})
 
 
-def test_a_template_that_reads_parts_reads_thoughts_from_their_own_field():
+def test_a_template_that_reads_thoughts_from_their_own_field():
     format = format_of(published("qwen3_8"))
     history = (("1+1?", "<think>\n1 and 1\n</think>\n\n2"),)
     text = format.render(QUESTION, history)
