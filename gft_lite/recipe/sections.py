@@ -194,7 +194,7 @@ class PromptSettings(Settings):
         if self.chat_template_kwargs and self.style == "plain":
             raise ValueError("chat_template_kwargs: needs prompt.style: chat")
         if own := sorted(_TEMPLATE_ARGUMENTS & self.chat_template_kwargs.keys()):
-            rule = "must be variables of the chat template, not arguments of its rendering"
+            rule = "must be a variable of the chat template, not an argument of its rendering"
             raise ValueError(f"chat_template_kwargs.{own[0]}: {rule}")
         return self
 

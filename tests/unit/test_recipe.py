@@ -356,6 +356,21 @@ CROSS = {
     "eval:\n  sets:\n    a:\n      prompt:\n        system: Hi\n": (
         "x.yaml:5: eval.sets.a.prompt.system: needs prompt.style: chat, got 'Hi'."
     ),
+    "data:\n  prompt:\n    chat_template_kwargs: {a: 1}\n": (
+        "x.yaml:3: data.prompt.chat_template_kwargs: needs prompt.style: chat, got a section."
+    ),
+    "data:\n  prompt:\n    style: chat\n    chat_template_kwargs:\n      tokenize: false\n": (
+        "x.yaml:5: data.prompt.chat_template_kwargs.tokenize: must be a variable of the chat "
+        "template, not an argument of its rendering, got false."
+    ),
+    "data:\n  columns:\n    messages: m\n    problem: q\n": (
+        "x.yaml:3: data.columns.messages: must be null with columns.problem or columns.choices, "
+        "got 'm'."
+    ),
+    "method: gft\ndata:\n  columns:\n    answer: null\n": (
+        "x.yaml:4: data.columns.answer: must name a column, as reward math compares with it, "
+        "got null."
+    ),
     "train:\n  updates_per_rollout: 20\n": (
         "x.yaml:2: train.updates_per_rollout: must be at most train.problems_per_step, "
         "which is 16, got 20."
@@ -747,6 +762,29 @@ def test_a_recipe_and_its_errors_import_no_large_library():
     assert ran.stdout.splitlines() == [
         "x.yaml:3: objective.tao: unknown field, got 1. Did you mean objective.tau?", "[]",
     ]  # fmt: skip
+
+
+def test_methods_without_rewards_need_no_answers():
+    columns = {"columns": {"answer": None}}
+    recipe = Recipe.from_tree({"method": "sft", "data": columns})
+    assert recipe.reward.answer_rule(recipe.data.columns) == (
+        "must name a column, as reward math compares with it"
+    )
+    with pytest.raises(RecipeError, match=r"eval\.sets\.a\.columns\.answer: must name a column"):
+        Recipe.from_tree({"method": "sft", "data": columns, "eval": {"sets": {"a": columns}}})
+
+
+def test_the_variables_of_a_template_are_kept_as_they_are(tmp_path: Path):
+    override = "data.prompt={style: chat, chat_template_kwargs: {x: false, n: 3, of: [a, null]}}"
+    more = "data.prompt.chat_template_kwargs.mode=deep"
+    (tmp_path / "x.yaml").write_text("eval: {sets: {a: {}, b: {prompt: {}}}}\n")
+    recipe = Recipe.load(tmp_path / "x.yaml", [override, more])
+    variables = {"x": False, "n": 3, "of": ["a", None], "mode": "deep"}
+    assert recipe.data.prompt.chat_template_kwargs == variables
+    assert recipe.eval.sets["a"].prompt.chat_template_kwargs == variables
+    assert recipe.eval.sets["b"].prompt.chat_template_kwargs == {}
+    (tmp_path / "y.yaml").write_text(recipe.to_yaml())
+    assert Recipe.load(tmp_path / "y.yaml") == recipe
 
 
 def test_evaluation_has_the_training_prompt_by_default():

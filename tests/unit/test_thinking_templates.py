@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import trl
 from test_chat_templates import CHATML, GENERATE, LLAMA3, QWEN3, R1
 from test_prompts import byte_tokenizer
 from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerBase
 
 from gft_lite.data.base import Unusable
 from gft_lite.data.problems import load_problems
@@ -260,6 +262,15 @@ def test_the_variables_of_a_template_with_tags_of_transformers():
     template = CHATML.replace("{{ m['content'] }}", content)
     assert len(format_of(template, {"mood": 1}).notes) == 1
     assert format_of("{{ mood and '' }}" + template, {"mood": 1}).notes == ()
+
+
+def test_no_argument_of_the_rendering_can_be_a_variable():
+    parameters = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    names = {*parameters} - {"self", "kwargs"} | {"messages", "conversations"}
+    assert len(names) > 14
+    for name in names:
+        with pytest.raises(ValueError, match=rf"kwargs\.{name}: must be a variable of the chat"):
+            PromptSettings(style="chat", chat_template_kwargs={"x": 1, name: 1})
 
 
 def test_a_variable_that_breaks_the_template_is_its_own_error():
