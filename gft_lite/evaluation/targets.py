@@ -80,7 +80,8 @@ def _resolve(text: str, policy: PolicySettings) -> Iterator[Target]:
             label, _merge_settings(PolicySettings.model_validate(written), policy), path
         )
     elif is_folder and not (path / "config.json").is_file():
-        check_safetensors(path, "*.safetensors", "TARGET")
+        if any(path.glob("*.gguf")):
+            check_safetensors(path, "*.safetensors", "TARGET")
         rule = "must hold a config.json, an adapter_config.json or a run's recipe.yaml"
         raise RecipeError([f"TARGET: {rule}, got {text!r}."])
     else:
