@@ -93,8 +93,8 @@ def run_folder(text: str) -> str:
 
 @contextmanager
 def show_imports() -> Iterator[None]:
-    """Show that torch is being imported, for the length of a `with` that does."""
-    if "torch" in sys.modules:
+    """Show that torch is being imported, for the length of a `with`; once for all ranks."""
+    if "torch" in sys.modules or os.environ.get("RANK", "0") != "0":
         yield
         return
 
