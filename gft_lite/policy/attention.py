@@ -21,6 +21,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from gft_lite.policy.base import Policy
 from gft_lite.policy.batching import Segment
 
 NAME = "gft_lite_segments"
@@ -171,6 +172,18 @@ def _attend(
     if unsupported:
         raise Unsupported(f"attention with {', '.join(unsupported)}")
     return segments(query, key, value, scaling, sliding_window, dropout), None
+
+
+def describe_layout(policy: Policy) -> str:
+    """The layout of micro-batches, and what a model without shared prompts loses."""
+    settings, kind = policy.settings, policy.config.model_type
+    if policy.layout == "shared" or settings.layout != "auto":
+        return policy.layout
+    with_what = f"backend {settings.backend} and attention {settings.attention}"
+    lost = "each response computes its prompt again"
+    if policy.layout == "padded":
+        lost += ", and shorter rows are padded"
+    return f"{policy.layout}; {kind} with {with_what} does not support shared: {lost}"
 
 
 @contextlib.contextmanager
