@@ -117,13 +117,13 @@ class ChatTemplate:
         Raises: Unusable for messages that the template changes or rejects.
         """
         prompt = self._render(conversation, None)
-        earlier = [t for q, a in conversation.history for t in (q, a.rpartition(END_THINK)[2])]
-        if not has_in_order(prompt, earlier):
-            raise Unusable("earlier turns that the chat template changes")
         if not contains(prompt, conversation.question):
             raise Unusable("a problem that the chat template changes")
         if not contains(prompt, conversation.system or ""):
             raise Unusable("a system message that the chat template changes")
+        earlier = [t for q, a in conversation.history for t in (q, a.rpartition(END_THINK)[2])]
+        if not has_in_order(prompt, earlier):
+            raise Unusable("earlier turns that the chat template changes")
         return prompt
 
     def response(self, answer: str, conversation: Conversation = _SENTINEL) -> str:

@@ -30,10 +30,11 @@ from gft_lite.distillation.teachers import (
     TeacherSettings,
 )
 from gft_lite.evaluation.sets import open_scorer
+from gft_lite.policy.weight_checks import LOAD_ERRORS
 from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import ColumnsSettings, PolicySettings
 from gft_lite.rewards.scorer import Scorer
-from gft_lite.rollout.prompt_check import TOKENIZER_ERRORS, load_tokenizer
+from gft_lite.rollout.prompt_check import load_tokenizer
 from gft_lite.rollout.sampling import sample_seed
 from gft_lite.types import Group, Problem
 from gft_lite.utils.errors import RecipeError, UserError, short_repr
@@ -110,7 +111,7 @@ def _load_tokenizer(settings: PolicySettings) -> Any:
     """The policy's tokenizer, by which too long prompts are skipped as in training."""
     try:
         return load_tokenizer(settings)
-    except TOKENIZER_ERRORS as error:
+    except LOAD_ERRORS as error:
         reason = " ".join(str(error).split())[:200]
         rule = "must be a model folder or hub id with a tokenizer"
         raise RecipeError([f"policy.model: {rule}, got {settings.model!r} ({reason})"]) from error

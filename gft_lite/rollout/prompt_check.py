@@ -7,17 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from gft_lite.data.prompts import PromptFormat
 from gft_lite.policy.registry import model_location
+from gft_lite.policy.weight_checks import LOAD_ERRORS
 from gft_lite.utils.errors import RecipeError
 
 if TYPE_CHECKING:
     from gft_lite.recipe.sections import PolicySettings, PromptSettings
 
-# What transformers raises for files that are missing or damaged.
-TOKENIZER_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError)
-
 
 def load_tokenizer(policy: PolicySettings) -> Any:
-    """The tokenizer of the policy's base. Raises: one of TOKENIZER_ERRORS."""
+    """The tokenizer of the policy's base. Raises: one of LOAD_ERRORS."""
     import transformers
 
     return transformers.AutoTokenizer.from_pretrained(
@@ -37,7 +35,7 @@ def check_chat_templates(policy: PolicySettings, prompts: Mapping[str, PromptSet
         return
     try:
         tokenizer = load_tokenizer(policy)
-    except TOKENIZER_ERRORS:
+    except LOAD_ERRORS:
         return
     checked: list[PromptSettings] = []
     errors: list[str] = []

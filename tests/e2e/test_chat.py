@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pty
 import re
@@ -135,6 +136,21 @@ def test_the_prompt_of_a_second_turn(tmp_path):
     chat.policy.tokenizer.chat_template = "{{ messages[0].content | upper }}"
     with pytest.raises(UserError, match="prompt: must suit the chat template, got a problem that"):
         ask("in small letters")
+
+
+def test_thoughts_that_the_prompt_opens_are_part_of_a_turn(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(BASE, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] += "{% if add_generation_prompt %}{{ '<think>' }}{% endif %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    [target] = find_targets([str(folder)], PolicySettings(quantization="none", dtype="float32"))
+    chat = Chat(target, Sampling(temperature=0, max_tokens=8))
+    pieces: list[str] = []
+    chat.ask(PROBLEM, pieces.append)
+    assert chat.turns == [(PROBLEM, "<think>" + "".join(pieces))]
+    prompt = chat.format.render(OTHER, chat.turns)
+    assert prompt.count("<think>") == 2 and prompt.endswith("<think>")
 
 
 def test_wrong_arguments_end_in_exit_code_2(run, capsys):

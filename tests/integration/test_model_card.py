@@ -31,12 +31,14 @@ PROBLEM = "011-012+131....="
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """The lab base with a chat template whose turns end with a token other than EOS."""
+    """The lab base with a chat template that has a variable, and ends turns with another token
+    than EOS."""
     folder = tmp_path_factory.mktemp("model") / "base"
     shutil.copytree(BASE, folder)
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
-    config["chat_template"] = config["chat_template"].replace("<eos>", "<|user|>")
+    template = config["chat_template"].replace("<eos>", "<|user|>")
+    config["chat_template"] = "{{ '<|user|>' if twice else '' }}" + template
     file.write_text(json.dumps(config), encoding="utf-8")
     return folder
 
@@ -56,7 +58,8 @@ def run_example(card: Path, adapter: Path, folder: Path) -> tuple[list[int], lis
 @pytest.mark.parametrize("style", ["chat", "plain"])
 def test_the_code_of_a_card(style: str, base: Path, tmp_path: Path):
     overrides = [*SMALL, f"policy.model={base}", f"data.prompt.style={style}"]
-    overrides += ["data.prompt.template='{problem}'"] if style == "plain" else []
+    overrides.append({"plain": "data.prompt.template='{problem}'",
+                      "chat": "data.prompt.chat_template_kwargs.twice=true"}[style])  # fmt: skip
     recipe = Recipe.load("recipes/lab.yaml", overrides)
     run = train(recipe, tmp_path / "run", console=Console(quiet=True))
     policy = load_policy(recipe.policy)
@@ -67,10 +70,13 @@ def test_the_code_of_a_card(style: str, base: Path, tmp_path: Path):
     card = run.adapter / "README.md"
     prompt, response, text = run_example(card, run.adapter, base.parent)
     assert tuple(prompt) == format.prompt_ids(PROBLEM)
+    assert prompt.count(user) == (2 if style == "chat" else 0)
     assert response[-1] == (user if style == "chat" else eos)
     assert not set(response[:-1]) & ends.keys()
     assert text == format.text(response)
-    assert f'`"stop_token_ids": {sorted(ends)}`' in card.read_text(encoding="utf-8")
+    variables = ', "chat_template_kwargs": {"twice": true}' if style == "chat" else ""
+    needed = f'`"stop_token_ids": {sorted(ends)}{variables}`'
+    assert needed in card.read_text(encoding="utf-8")
     assert (run.adapter / "tokenizer_config.json").exists()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -168,6 +169,20 @@ def test_the_messages_of_a_chat(system, override, turns):
     messages = teacher.prompt(PROBLEM)
     assert [m["content"] for m in messages] == turns
     assert [m["role"] for m in messages] == ["system", "user"][2 - len(turns) :]
+    talk = replace(PROBLEM, history=(("0+1=", "1"),), system="Be brief.")
+    assert teacher.prompt(talk) == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Q {1}: 0+1="},
+        {"role": "assistant", "content": "1"},
+        {"role": "user", "content": "Q {1}: 1+1="},
+    ]
+
+
+def test_variables_of_the_template_are_those_of_a_teacher_with_a_template():
+    prompt = {"style": "chat", "chat_template_kwargs": {"enable_thinking": False}}
+    recipe = Recipe.from_tree({"data": {"prompt": prompt}})
+    own = [prompt_settings(recipe, TeacherSettings(), style) for style in ("chat", "plain")]
+    assert [p.chat_template_kwargs for p in own] == [{"enable_thinking": False}, {}]
 
 
 def test_the_fragment_keeps_the_meaning_of_the_columns(tmp_path):
@@ -180,7 +195,9 @@ def test_the_fragment_keeps_the_meaning_of_the_columns(tmp_path):
     assert data.columns == recipe.data.columns
     path.write_text(recipe_fragment(recipe.data.columns, tmp_path / "out.jsonl", "qwen"))
     assert Recipe.load(path).data.columns.teacher == ["t1", "teacher", "qwen"]
-    lab = yaml.safe_load(recipe_fragment(columns_of(Recipe().data), tmp_path / "o.jsonl", "teacher"))
+    lab = yaml.safe_load(
+        recipe_fragment(columns_of(Recipe().data), tmp_path / "o.jsonl", "teacher")
+    )
     assert lab["data"]["columns"]["expert"] == ["expert"]
 
 
