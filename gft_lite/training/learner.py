@@ -61,9 +61,8 @@ class Learner:
         self.response_tokens = 0
         self.bad_steps = 0
         # Both passes that a ratio compares must be the same function of the weights.
-        self._compares = (
-            "old_logprobs" in self.method.needs and recipe.train.updates_per_rollout > 1
-        )
+        compared = "old_logprobs" in self.method.needs or self.loss.importance.mode != "none"
+        self._compares = compared and recipe.train.updates_per_rollout > 1
         if self._compares and recipe.policy.lora.dropout:
             self.console.print(
                 f"policy.lora.dropout: off, as {recipe.method} compares log-probs of two passes"
@@ -81,7 +80,10 @@ class Learner:
         for i, rows in enumerate(prepared):
             middle = (i + 0.5) / len(prepared)
             progress = self.budget_fraction(step - 1 + middle, middle * tokens)
-            updates.append(self.update(rows, progress))
+            update = self.update(rows, progress)
+            if i and not self._compares:  # The policy has moved since the rollout.
+                update = replace(update, gaps=torch.empty(0))
+            updates.append(update)
         self.response_tokens += tokens
         finite = all(update.skipped != "non_finite" for update in updates)
         self.bad_steps = 0 if finite else self.bad_steps + 1
@@ -262,7 +264,9 @@ class Learner:
                     "importance": self._importance_of_row(rows[i], logprobs),
                 }
         found = {i: v for shard in self.distributed.all_gather([own]) for i, v in shard.items()}
-        wanted: set[str] = {n for n in self.method.needs if n != "old_logprobs" or self._compares}
+        wanted: set[str] = {name for name in self.method.needs if name != "old_logprobs"}
+        if self._compares:
+            wanted.add("old_logprobs")
         if self.loss.importance.mode == "sequence_mask":
             wanted.add("importance")
         return [
