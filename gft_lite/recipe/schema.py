@@ -157,8 +157,8 @@ class Recipe(Settings):
         method = METHODS.get(self.method)
         if method is None or "teacher_logprobs" not in method.needs:
             return self
-        if not method.teacher_sees_demonstration and self.teacher.model == "base":
-            rule = "must be another model than the base, which the policy starts as,"
+        if not method.teacher_sees_demonstration and self.teacher.model in ("base", "average"):
+            rule = "must be another model or an adapter, as the policy starts as base and average,"
             raise ValueError(f"teacher.model: {rule} with method {self.method}")
         return self
 
