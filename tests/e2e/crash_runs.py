@@ -1,8 +1,8 @@
 """The command line in processes that are killed or disturbed at a chosen moment of their work.
 
-`crash_runs.py PLAN [N]` runs the jobs of a JSON file, two or N at a time, and writes their exit
-codes and output. The attempts of a job follow each other, each in a fork of this process, which has
-imported the large libraries once. Only the chosen function is replaced.
+`crash_runs.py PLAN` runs the jobs of a JSON file, two at a time, and writes their exit codes and
+output. The attempts of a job follow each other, each in a fork of this process, which has imported
+the large libraries once. Only the chosen function is replaced.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ PRELOADED = (
     "gft_lite.rollout.transformers_engine",
     "transformers.models.llama.modeling_llama",
 )
+PARALLEL_JOBS = 2
 # Bytes that a file may have: an adapter of the lab fits in the first, no tensors in the second.
 NO_CHECKPOINT, NO_ADAPTER = 600_000, 50_000
 
@@ -53,6 +54,11 @@ def full_for_adapters(folder, file):
     _limit_files(NO_ADAPTER)
 
 
+def keep_copy(folder, file):
+    """Copy the folder: what a kill at this moment leaves on the disk."""
+    shutil.copytree(folder, folder.with_name(f"{folder.name}-killed"))
+
+
 def fail(folder, file):
     raise RuntimeError("broken at this moment")
 
@@ -74,7 +80,7 @@ def terminate(folder, file):
 
 ACTS = {
     act.__name__: act
-    for act in (kill, tear, full, full_for_adapters, fail, interrupt, occupy, terminate)
+    for act in (kill, tear, keep_copy, full, full_for_adapters, fail, interrupt, occupy, terminate)
 }
 LOCKS = []  # Held until the process ends.
 
@@ -150,9 +156,9 @@ def run(job):
 if __name__ == "__main__":
     for module in PRELOADED:
         importlib.import_module(module)
-    running, at_once = 0, int(sys.argv[2]) if len(sys.argv) > 2 else 2
+    running = 0
     for job in json.loads(Path(sys.argv[1]).read_text()):
-        if running == at_once:
+        if running == PARALLEL_JOBS:
             os.wait()
             running -= 1
         if os.fork() == 0:
