@@ -14,7 +14,8 @@ Adding a setting that the plan chooses:
 3. Give its candidates in `planner.py` and the reason for a choice in `tables.py`.
 """
 
-from gft_lite.planning.memory import GPUS, Batch, Choice, MemoryModel, parse_size
+from gft_lite.planning.gpus import GPUS, parse_size
+from gft_lite.planning.memory import Batch, Choice, MemoryModel
 from gft_lite.planning.model_shape import ModelShape, find_shape
 from gft_lite.planning.planner import CARDS, Plan, choose, plan_for, resolve, with_auto
 

@@ -7,56 +7,25 @@ marked "estimate" were not measured.
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Literal
 
 from gft_lite.objective.methods import METHODS
+from gft_lite.planning import cpu_process
+from gft_lite.planning.kv_cache import cpu_kv_cache, kv_bytes_per_token, smallest_kv_cache
 from gft_lite.planning.model_shape import ModelShape
 from gft_lite.recipe.schema import Recipe
-from gft_lite.utils.errors import UserError, nearest
+from gft_lite.utils.cpu import has_bf16_instructions
 from gft_lite.utils.memory import GIB, LOGIT_CHUNK_BYTES
 
 CUDA_CONTEXT_BYTES = int(0.6 * GIB)  # Estimate: CUDA context and workspaces of its libraries.
 # Estimate: memory that torch's CUDA allocator holds beyond the memory in use, as a share of it.
 FRAGMENTATION = 0.08
-# glibc keeps freed blocks of up to 32 MiB: the largest measured multiple of what a micro-batch
-# takes. MALLOC_MMAP_THRESHOLD_=65536 avoids it and makes steps half as long again.
-GLIBC_HEAP_FACTOR = 2.5
 VLLM_PROFILE_TOKENS = 8192  # Estimate: tokens of the forward that vLLM profiles at its start.
 CUDA_GRAPH_BYTES = int(0.6 * GIB)  # Estimate: vLLM's CUDA graphs with LoRA, kept during sleep.
 VLLM_SLEEP_BYTES = int(0.3 * GIB)  # Estimate: what else vLLM keeps on the card during sleep.
-# GiB of memory that the driver leaves of the nominal size, rounded down (estimates).
-GPUS = {
-    "rtx3060": 12, "rtx3090": 24, "rtx4060": 8, "rtx4070": 12, "rtx4080": 16, "rtx4090": 24,
-    "rtx5080": 16, "rtx5090": 32, "t4": 15, "l4": 22, "a10": 22, "l40s": 44, "a6000": 48,
-    "a100-40": 39, "a100": 79, "h100": 79, "h200": 139,
-}  # fmt: skip
-MAX_SIZE = 1024**2 * GIB  # Larger sizes are typing errors.
-
 Device = Literal["cuda", "cpu"]
 Components = dict[str, int]  # Bytes by component.
-
-
-def parse_size(text: str, field: str = "--gpu") -> int:
-    """Bytes of a size such as 8GiB or 24GB, or of a GPU's memory by its name.
-
-    Raises: UserError that names `field`.
-    """
-    if found := re.fullmatch(r"(\d+(?:\.\d+)?) ?([GM])(i?)B", text, re.IGNORECASE):
-        unit = (1024 if found[3] else 1000) ** (3 if found[2] in "gG" else 2)
-        amount = float(found[1])
-        if not 1 <= amount * unit <= MAX_SIZE:
-            rule = f"must be larger than 0 and at most {MAX_SIZE // GIB} GiB"
-            raise UserError([f"{field}: {rule}, got {text!r}. Give the size of a GPU's memory."])
-        return int(amount * unit)
-    name = text.lower().replace(" ", "")
-    if name in GPUS:
-        return GPUS[name] * GIB
-    close = nearest(name, GPUS)
-    hint = f"Did you mean {close}?" if close else f"Known names: {', '.join(GPUS)}."
-    rule = "must be a size such as 24GiB or a GPU's name"
-    raise UserError([f"{field}: {rule}, got {text!r}. {hint}"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +63,8 @@ class Choice:
 class MemoryModel:
     """Bytes that the training of a model by a recipe takes on a kind of device.
 
-    `card` is the GPU's whole memory in bytes, of which vLLM takes a share.
+    `card` is the GPU's whole memory in bytes, of which vLLM takes a share; on a CPU it is the RAM
+    that may be used.
     """
 
     shape: ModelShape
@@ -106,6 +76,20 @@ class MemoryModel:
     def element(self) -> int:
         """Bytes of an activation and of an unquantised weight."""
         return 4 if self.recipe.policy.resolved_dtype(self.device) == "float32" else 2
+
+    @property
+    def engine_element(self) -> int:
+        """Bytes of an unquantised weight of vLLM."""
+        dtype = self.recipe.rollout.resolved_dtype(
+            self.recipe.policy.resolved_dtype(self.device), self.device,
+            cpu_has_bf16=has_bf16_instructions(),
+        )  # fmt: skip
+        return 4 if dtype == "float32" else 2
+
+    @property
+    def quantized(self) -> bool:
+        """True if the trainer's linears are quantised."""
+        return self.recipe.policy.quantization != "none"
 
     @property
     def context(self) -> int:
@@ -251,7 +235,8 @@ class MemoryModel:
 
     def training(self, choice: Choice, batch: Batch | None = None) -> Components:
         """Bytes by component at the peak of training, with what vLLM keeps on the card."""
-        candidates = self.peak_candidates(choice, batch or self.batch(choice.micro_batch_tokens))
+        batch = batch or self.batch(choice.micro_batch_tokens)
+        candidates = self.peak_candidates(choice, batch)
         peak = max(candidates.values(), key=lambda parts: sum(parts.values()))
         parameters = self.lora_parameters
         # Autocast's copies of the adapter, in the layers that are not recomputed.
@@ -266,24 +251,51 @@ class MemoryModel:
         if self.shares_device(choice):
             asleep = VLLM_SLEEP_BYTES + (0 if self.recipe.rollout.eager else CUDA_GRAPH_BYTES)
             engine = {"engine": asleep} if self.sleeps else self.engine(choice)
-        return own | engine | self._overhead(own)
+        return own | engine | self._overhead(own, self._heap_blocks(choice, batch, candidates))
 
-    def _overhead(self, own: Components) -> Components:
-        """Bytes that CUDA and the allocator take beyond `own`."""
+    def _heap_blocks(self, choice: Choice, batch: Batch, candidates: dict[str, Components]) -> int:
+        """Bytes of a micro-batch's blocks in glibc's heap in the backward pass of a layer.
+
+        The head's slices of logits are larger, and for many tokens the MLP's activations.
+        """
+        limit, token = cpu_process.LARGEST_HEAP_BLOCK, self.element * batch.tokens
+        kept = max(1, self.shape.layers - choice.gradient_checkpointing)
+        mapped = (4 * kept + 2) * token * self.shape.mlp if token * self.shape.mlp > limit else 0
+        blocks = sum(candidates["layer"].values()) - mapped
+        return 0 if token * self.shape.hidden > limit else max(0, blocks)
+
+    def _overhead(self, own: Components, heap_blocks: int = 0) -> Components:
+        """Bytes that libraries and the allocator take beyond `own`."""
         if self.device == "cpu":
-            temporary = sum(own.get(name, 0) for name in ("checkpoints", "activations", "head"))
-            return {"fragmentation": int(GLIBC_HEAP_FACTOR * temporary)}
+            s, e = self.shape, self.element
+            heap = cpu_process.fragmentation(s, e, heap_blocks, quantized=self.quantized)
+            return {
+                "process": cpu_process.process(s),
+                "file": cpu_process.mapped_file(s, e, quantized=self.quantized),
+                "fragmentation": heap if heap_blocks else 0,
+            }
         return {
             "context": CUDA_CONTEXT_BYTES,
             "fragmentation": int(FRAGMENTATION * sum(own.values())),
         }
 
+    def loading(self, choice: Choice) -> Components:
+        """Bytes by component while the base is loaded; on a GPU never the peak."""
+        if self.device != "cpu":
+            return {}
+        base = self.base(choice.offload_embedding)
+        return cpu_process.loading(self.shape, self.element, base, quantized=self.quantized)
+
     # --- rollouts --------------------------------------------------------------------------
 
     @property
     def kv_per_token(self) -> int:
-        """Bytes of the keys and values of one token in all layers."""
-        return 2 * self.shape.layers * self.shape.kv_heads * self.shape.head_size * self.element
+        """Bytes of the keys and values of one token in all layers, in the trainer's precision."""
+        return self._kv_per_token(self.element)
+
+    def _kv_per_token(self, element: int) -> int:
+        s = self.shape
+        return kv_bytes_per_token(s.layers, s.kv_heads, s.head_size, element)
 
     def rollout(self, choice: Choice) -> Components:
         """Bytes by component at the peak of a rollout, with the trainer's permanent memory."""
@@ -319,7 +331,7 @@ class MemoryModel:
             return 0  # It shares the trainer's weights.
         if self.recipe.rollout.base == "plugin":
             return self.base(False)
-        return (self.shape.linear_parameters + self.shape.plain_parameters) * self.element
+        return (self.shape.linear_parameters + self.shape.plain_parameters) * self.engine_element
 
     def engine(self, choice: Choice) -> Components:
         """Bytes of the engine by component; vLLM on CUDA takes its share of the card."""
@@ -327,9 +339,11 @@ class MemoryModel:
             return self._transformers_engine(choice.batch_size)
         if not self.shares_device(choice):
             return {}
-        s, e, settings = self.shape, self.element, self.recipe.rollout
-        workspace = 0
-        if self.device == "cuda":
+        s, e, settings = self.shape, self.engine_element, self.recipe.rollout
+        if self.device == "cpu":
+            workspace = cpu_process.vllm(s, e)
+            workspace += cpu_process.process(s) if choice.engine == "vllm_server" else 0
+        else:
             workspace = VLLM_PROFILE_TOKENS * e * 3 * (s.mlp + s.hidden)
             workspace += choice.batch_size * s.vocabulary * 4 * 3
             workspace += 0 if settings.eager else CUDA_GRAPH_BYTES
@@ -340,18 +354,25 @@ class MemoryModel:
         elif self.device == "cuda":
             kv = max(0, int(choice.gpu_memory * self.card) - taken)
         else:
-            kv = max(64 << 20, self.smallest_cache)
+            per_token = self._kv_per_token(e)
+            wanted = cpu_kv_cache(per_token, self.longest_sample, choice.batch_size, self.card)
+            kv = max(wanted, smallest_kv_cache(per_token, self.context))
         return {"engine": taken, "kv_cache": kv}
 
     @property
     def smallest_cache(self) -> int:
         """Bytes of one sequence of the context's length, without which vLLM does not start."""
-        return self.kv_per_token * self.context
+        return self._kv_per_token(self.engine_element) * self.context
+
+    @property
+    def longest_sample(self) -> int:
+        """Tokens of the longest prompt with the longest response of rollouts and evaluations."""
+        longest = max(self.recipe.rollout.max_tokens, self.recipe.eval.max_tokens or 0)
+        return min(self.context, self.prompt + longest)
 
     def largest_cache(self, rows: int) -> int:
         """Bytes of `rows` sequences of the greatest length; a larger cache has no use."""
-        longest = max(self.recipe.rollout.max_tokens, self.recipe.eval.max_tokens or 0)
-        return self.kv_per_token * rows * min(self.context, self.prompt + longest)
+        return self.kv_per_token * rows * self.longest_sample
 
     def _transformers_engine(self, rows: int) -> Components:
         """Bytes of generation with the trainer's model: at its first or at its last forward.

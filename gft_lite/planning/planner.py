@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gft_lite.planning.memory import Choice, Components, Device, MemoryModel, parse_size
+from gft_lite.planning.gpus import parse_size
+from gft_lite.planning.memory import Choice, Components, Device, MemoryModel
 from gft_lite.planning.model_shape import find_shape
 from gft_lite.recipe.schema import Recipe
 from gft_lite.utils.errors import RecipeError
@@ -45,13 +46,14 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """Bytes of the card at the peak of training and rollouts."""
-        return max(sum(self.training.values()), sum(self.rollout.values()))
+        """Bytes of the card, or of the process on a CPU, at the peak of loading or a step."""
+        phases = (self.model.loading(self.choice), self.training, self.rollout)
+        return max(sum(phase.values()) for phase in phases)
 
     @property
     def predicted_peak(self) -> int:
         """Bytes that torch counts as allocated at the peak of training."""
-        outside = ("context", "fragmentation", "engine", "kv_cache")
+        outside = ("context", "fragmentation", "engine", "kv_cache", "process", "file")
         own = sum(size for name, size in self.training.items() if name not in outside)
         # By its source, torch goes on counting the memory of a vLLM that sleeps in its process.
         inside = self.model.engine(self.choice) if self.choice.engine == "vllm" else {}
@@ -83,7 +85,8 @@ class Plan:
         return {
             "limit": self.limit, "fits": not self.problems, "problems": list(self.problems),
             "settings": self.settings, "chosen": sorted(self.chosen), "peak": self.peak,
-            "training": self.training, "rollout": self.rollout,
+            "loading": self.model.loading(self.choice), "training": self.training,
+            "rollout": self.rollout,
         }  # fmt: skip
 
 
@@ -175,8 +178,9 @@ def _plan(model: MemoryModel, limit: int, choice: Choice) -> Plan:
         choice = _with_share(model, limit, choice, training=True)
     training, rollout = model.training(choice), model.rollout(choice)
     problems = _rollout_problems(model, limit, choice)
-    if sum(training.values()) > limit:
-        problems = [f"training needs {sum(training.values()) / GIB:.1f} GiB", *problems]
+    for phase, parts in (("training", training), ("loading the base", model.loading(choice))):
+        if sum(parts.values()) > limit:
+            problems.insert(0, f"{phase} needs {sum(parts.values()) / GIB:.1f} GiB")
     return Plan(model, limit, choice, training, rollout, tuple(problems))
 
 
@@ -271,6 +275,10 @@ def resolve(recipe: Recipe, free: int, device: Device, card: int = 0) -> tuple[R
              f"got a recipe whose {' and '.join(plan.problems)}. What would fit: "
              f"{what_would_fit(plan.model, limit)}."]
         )  # fmt: skip
+    if device == "cpu" and recipe.rollout.kv_cache_mib == "auto":
+        cache = plan.rollout.get("kv_cache", 0)  # vLLM takes what the plan counts.
+        if plan.model.shares_device(plan.choice):
+            recipe = _with(recipe, "rollout.kv_cache_mib", math.ceil(cache / 2**20))
     # An engine that does not fit reports that itself.
     for name in plan.chosen if not plan.problems else plan.chosen - ENGINE_FIELDS:
         recipe = _with(recipe, name, plan.settings[name])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gft_lite.planning.memory import GPUS, MemoryModel
+from gft_lite.planning.gpus import GPUS
+from gft_lite.planning.memory import MemoryModel
 from gft_lite.planning.planner import Plan
 from gft_lite.utils.memory import GIB
 from gft_lite.utils.tables import Table
@@ -12,7 +13,8 @@ from gft_lite.utils.tables import Table
 _NAMES = {
     "base": "base", "lora": "LoRA", "optimiser": "optimiser", "checkpoints": "checkpoints",
     "activations": "activations", "head": "output head", "kv_cache": "KV cache",
-    "engine": "engine", "context": "CUDA context", "fragmentation": "fragmentation",
+    "engine": "engine", "context": "CUDA context", "process": "libraries, tokenizer",
+    "file": "weight file", "fragmentation": "fragmentation",
 }  # fmt: skip
 
 
@@ -33,7 +35,8 @@ def components(plan: Plan, gpu: str | None) -> Table:
     def line(name: str, *sizes: int) -> tuple[str, ...]:
         return (name, *(f"{size / GIB:.2f}" if size else "-" for size in sizes))
 
-    phases = (plan.training, plan.rollout)
+    loading = plan.model.loading(plan.choice)  # Only on a CPU.
+    phases = (*([loading] if loading else []), plan.training, plan.rollout)
     rows = [
         line(title, *(phase.get(name, 0) for phase in phases))
         for name, title in _NAMES.items()
@@ -42,7 +45,8 @@ def components(plan: Plan, gpu: str | None) -> Table:
     rows.append(line("peak", *(sum(phase.values()) for phase in phases)))
     name = gpu if gpu and gpu.lower() in GPUS else "a card"
     title = f"GiB at the peak, on {name} with {plan.limit / GIB:.4g}"
-    return Table(title, ("", "training", "rollout"), tuple(rows))
+    names = (*(["loading"] if loading else []), "training", "rollout")
+    return Table(title, ("", *names), tuple(rows))
 
 
 def settings(plan: Plan) -> Table:

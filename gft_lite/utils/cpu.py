@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 
+@cache
 def has_bf16_instructions(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """True if the CPU multiplies bfloat16 matrices in hardware (AVX512-BF16 or AMX)."""
     if not cpuinfo.exists():

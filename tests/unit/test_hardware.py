@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gft_lite.planning.memory import MemoryModel, parse_size
+from gft_lite.planning.gpus import parse_size
+from gft_lite.planning.memory import MemoryModel
 from gft_lite.planning.model_shape import find_shape
 from gft_lite.planning.planner import choose
 from gft_lite.recipe.schema import Recipe

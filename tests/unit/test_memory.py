@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from gft_lite.cli import main
-from gft_lite.planning.memory import Batch, Choice, MemoryModel, parse_size
+from gft_lite.planning.gpus import parse_size
+from gft_lite.planning.memory import Batch, Choice, MemoryModel
 from gft_lite.planning.model_shape import ModelShape, find_shape
 from gft_lite.planning.planner import CARDS, choose, resolve, what_would_fit, with_auto
 from gft_lite.recipe.schema import Recipe
@@ -20,11 +21,13 @@ from gft_lite.utils.errors import RecipeError, UserError
 from gft_lite.utils.memory import GIB, free_ram
 
 ROOT = Path(__file__).resolve().parents[2]
-MODELS = [
+MODELS = [  # The paper's.
     "Qwen/Qwen2.5-Math-1.5B", "Qwen/Qwen2.5-Math-7B", "meta-llama/Llama-3.2-3B",
     "meta-llama/Llama-3.1-8B", "deepseek-ai/deepseek-math-7b-base",
 ]  # fmt: skip
 QWEN_7B = MODELS[1]
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+MIB = 1 << 20
 PAPER = {
     "policy": {"context": 4096},
     "data": {"max_prompt_tokens": 1024},
@@ -152,6 +155,53 @@ class TestFormulas:
         plugin = memory_model(rollout={"base": "plugin"})
         assert plugin.engine_weights == plugin.base(False)
 
+    def test_on_a_cpu_a_process_is_more_than_its_tensors(self):
+        own = {"dtype": "bfloat16", "context": 1024}
+        rollout = {"engine": "vllm", "max_tokens": 256, "dtype": "float32", "kv_cache_mib": 64}
+        planned = memory_model(SMOLLM2, device="cpu", policy=own, rollout=rollout)
+        choice = Choice(2048, 30, False, False, "vllm", 32)
+        batch = Batch(2048, 2048, 2048)
+        parts = planned.training(choice, batch)
+        # Layers: 2 x 576^2 + 2 x 576 x 192 + 3 x 576 x 1536 weights in 7 linears; 49,152 tokens.
+        linear = 30 * 3_538_944
+        assert parts["process"] == 480 * MIB + 950 * 49_152
+        assert parts["file"] == 2 * linear  # NF4 beside a file in the policy's own precision.
+        # fp32 weights, embedding and head packed a second time, vLLM and its tokenizers.
+        plain = 134_515_008 - linear
+        assert parts["engine"] == (
+            4 * (linear + plain) + 2 * 4 * 49_152 * 576 + 152 * MIB + 3000 * 49_152
+        )
+        assert parts["kv_cache"] == 64 * MIB
+        layer = sum(planned.peak_candidates(choice, batch)["layer"].values())
+        assert parts["fragmentation"] == int(4.3 * layer) + 15 * 2 * 3_538_944
+        loading = planned.loading(choice)
+        assert loading["file"] == 2 * 134_515_008
+        assert loading["fragmentation"] == int(1.3 * 2 * linear)
+        on_gpu = memory_model(SMOLLM2, policy=own)
+        assert not {"process", "file"} & on_gpu.training(choice, batch).keys()
+        assert on_gpu.loading(choice) == {}
+        plain = memory_model(SMOLLM2, device="cpu", policy=own | {"quantization": "none"})
+        assert plain.training(choice, batch)["file"] == 0
+        assert plain.training(choice, batch)["fragmentation"] == int(4.3 * layer)
+
+    def test_blocks_above_32_mib_leave_no_holes_in_the_heap(self):
+        planned = memory_model(
+            SMOLLM2, device="cpu", policy={"context": 1024, "quantization": "none"}
+        )
+        choice = Choice(0, 30, False, False, "none", 1)
+
+        def holes(tokens):
+            batch = Batch(tokens, tokens, tokens)
+            found = planned.training(choice, batch)["fragmentation"]
+            return found, sum(planned.peak_candidates(choice, batch)["layer"].values())
+
+        # A token has 4 x 1536 bytes in an activation of the MLP: 32 MiB at 5,461.3 tokens.
+        found, layer = holes(5461)
+        assert found == int(4.3 * layer)
+        found, layer = holes(5462)
+        assert found == int(4.3 * (layer - 6 * 4 * 1536 * 5462))
+        assert holes(14_600)[0] == 0  # Even the hidden states: 4 x 576 bytes.
+
     def test_the_longest_row_ends_at_the_context(self):
         assert memory_model().longest_row == 3072
         assert memory_model(rollout={"max_tokens": 3500}).longest_row == 4095
@@ -171,6 +221,48 @@ class TestShapes:
             sizes = [weights.get_tensor(name).size for name in weights.keys()]  # noqa: SIM118
         assert lab.linear_parameters + lab.plain_parameters == sum(sizes)
 
+    @pytest.mark.parametrize(
+        ("model", "parameters", "context"),
+        [
+            # Parameters as the hub counts them; of Qwen3 0.6B and 1.7B, whose files hold the tied
+            # output head again, without it.
+            ("HuggingFaceTB/SmolLM2-135M-Instruct", 134_515_008, 8192),
+            ("HuggingFaceTB/SmolLM2-360M-Instruct", 361_821_120, 8192),
+            ("HuggingFaceTB/SmolLM2-1.7B-Instruct", 1_711_376_384, 8192),
+            ("HuggingFaceTB/SmolLM3-3B", 3_075_098_624, 65_536),
+            ("Qwen/Qwen2.5-0.5B-Instruct", 494_032_768, 32_768),
+            ("Qwen/Qwen2.5-1.5B-Instruct", 1_543_714_304, 32_768),
+            ("Qwen/Qwen2.5-3B-Instruct", 3_085_938_688, 32_768),
+            ("Qwen/Qwen2.5-7B-Instruct", 7_615_616_512, 32_768),
+            ("Qwen/Qwen3-0.6B", 751_632_384 - 151_936 * 1024, 40_960),
+            ("Qwen/Qwen3-1.7B", 2_031_739_904 - 151_936 * 2048, 40_960),
+            ("Qwen/Qwen3-4B", 4_022_468_096, 40_960),
+            ("Qwen/Qwen3-8B", 8_190_735_360, 40_960),
+            ("meta-llama/Llama-3.2-1B", 1_235_814_400, 131_072),
+            ("meta-llama/Llama-3.2-1B-Instruct", 1_235_814_400, 131_072),
+            ("google/gemma-3-1b-it", 999_885_952, 32_768),
+            ("google/gemma-3-4b-it", 4_300_079_472, 131_072),
+            ("microsoft/Phi-4-mini-instruct", 3_836_021_760, 4096),
+        ],
+    )
+    def test_todays_models(self, model, parameters, context):
+        shape = find_shape(model)
+        assert shape.linear_parameters + shape.plain_parameters == parameters
+        assert shape.context == context
+        fragment = f"configs/models/{model.rpartition('/')[2].lower()}.yaml"
+        recipe = Recipe.load(ROOT / fragment)
+        assert recipe.policy.model == model
+        assert recipe.policy.context <= context
+
+    def test_the_planner_adapts_fused_linears_and_no_vision_tower(self):
+        phi = memory_model("microsoft/Phi-4-mini-instruct")
+        # Query, key and value from 3,072 to 24 + 2 x 8 heads of 128; gate and up to 2 x 8,192.
+        outputs = (3072 + 5120) + (3072 + 3072) + (3072 + 16_384) + (8192 + 3072)
+        assert phi.lora_parameters == 16 * 32 * outputs
+        gemma = memory_model("google/gemma-3-4b-it")
+        sizes = 2560 + 2048 + 2 * (2560 + 1024) + (2048 + 2560) + 3 * (2560 + 10_240)
+        assert gemma.lora_parameters == 16 * 34 * sizes
+
     def test_head_sizes_and_kv_heads_have_defaults(self):
         shape = ModelShape.from_config(
             {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1024,
@@ -181,7 +273,10 @@ class TestShapes:
     @pytest.mark.parametrize(
         ("config", "words"),
         [
-            ({"model_type": "mixtral", "num_local_experts": 8}, "llama, mistral, qwen2, qwen3"),
+            (
+                {"model_type": "mixtral", "num_local_experts": 8},
+                "llama, mistral, phi3, qwen2, qwen3, smollm3",
+            ),
             ({"model_type": "mamba"}, "'mamba'"),
             ({}, "null"),
             ({"model_type": "llama", "hidden_size": 8}, "intermediate_size: null"),
@@ -399,10 +494,25 @@ class TestResolving:
         assert "6.0 GiB" in text
         assert "rollout.batch_size=" in text
 
-    def test_auto_with_an_unknown_model_is_an_error(self):
-        policy = {"model": "someone/else", "gradient_checkpointing": "auto"}
-        with pytest.raises(RecipeError, match=r"policy\.model"):
-            resolve(Recipe.from_tree({"policy": policy}), GIB, "cpu")
+    def test_auto_with_an_unknown_model_is_the_default(self):
+        auto = {"gradient_checkpointing": "auto", "offload_embedding": "auto"}
+        tree = {"policy": {"model": "someone/else"} | auto, "train": {"micro_batch_tokens": "auto"}}
+        recipe, plan = resolve(Recipe.from_tree(tree), GIB, "cpu")
+        assert plan is None
+        assert recipe == Recipe.from_tree({"policy": {"model": "someone/else"}})
+        assert recipe.train.micro_batch_tokens == 8192
+
+    def test_on_a_cpu_vllm_gets_the_cache_that_is_planned(self):
+        tree = {"policy": {"model": MODELS[0], "context": 2048}, "data": {"max_prompt_tokens": 100},
+                "rollout": {"engine": "vllm", "max_tokens": 156, "batch_size": 16,
+                            "dtype": "bfloat16"}}  # fmt: skip
+        recipe, plan = resolve(Recipe.from_tree(tree), 64 * GIB, "cpu")
+        # 16 rows of 256 tokens in blocks of 32, and one block; a row of 2,048 tokens takes less.
+        per_token = 2 * 28 * 2 * 128 * 2
+        assert plan.rollout["kv_cache"] == (16 * 8 + 1) * 32 * per_token
+        assert recipe.rollout.kv_cache_mib == 113  # 112.9 MiB
+        fixed = Recipe.from_tree(tree | {"rollout": tree["rollout"] | {"kv_cache_mib": 300}})
+        assert resolve(fixed, 64 * GIB, "cpu")[1].rollout["kv_cache"] == 300 << 20
 
     def test_free_ram_is_some_of_it(self):
         whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -469,8 +579,21 @@ class TestCommand:
 
     @pytest.mark.parametrize(
         "recipe", ["recipes/lab.yaml", *(f"recipes/paper/{m}/gft.yaml" for m in
-                   ("llama-3.1-8b", "llama-3.2-3b", "deepseek-math-7b"))]
+                   ("llama-3.1-8b", "llama-3.2-3b", "deepseek-math-7b")),
+                   *(f"recipes/real/{m}_gsm8k.yaml" for m in
+                     ("smollm2_135m", "qwen2.5_0.5b", "qwen3_0.6b"))]
     )  # fmt: skip
     def test_shipped_recipes_can_be_planned(self, recipe, capsys):
         assert main(["plan", recipe]) == 0
         assert "what would fit" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("model", ["smollm2_135m", "qwen2.5_0.5b", "qwen3_0.6b"])
+    def test_recipes_of_real_models_fit_an_8_gb_card_and_a_cpu(self, model, capsys):
+        recipe = f"recipes/real/{model}_gsm8k.yaml"
+        for words in (["--gpu", "8GiB"], ["--gpu", "16GiB", "policy.device=cpu"]):
+            assert main(["plan", recipe, *words, "--json"]) == 0
+            found = json.loads(capsys.readouterr().out)
+            assert found["fits"], words
+            assert bool(found["loading"]) == ("policy.device=cpu" in words)
+            phases = [total(found[name]) for name in ("loading", "training", "rollout")]
+            assert found["peak"] == max(phases)
