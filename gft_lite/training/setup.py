@@ -40,16 +40,8 @@ from gft_lite.training.run_data import check_demonstrations, load_run_data
 from gft_lite.training.teacher_model import TeacherModel
 from gft_lite.types import Group, Problem
 from gft_lite.utils.distributed import Distributed
-from gft_lite.utils.memory import GIB, free_ram, process_memory
+from gft_lite.utils.memory import GIB, free_ram, trim_heap
 from gft_lite.utils.progress import show_phase
-
-
-@dataclass(frozen=True)
-class MemoryUse:
-    """The memory plan, if the model can be planned, and the process's bytes before loading it."""
-
-    plan: Plan | None
-    resting: int
 
 
 @dataclass(frozen=True)
@@ -71,7 +63,7 @@ class TrainingRun:
     trackers: Trackers
     evaluate: Callable[[], dict[str, Any]]
     eval_sets: Mapping[str, Sequence[Problem]]
-    memory: MemoryUse
+    plan: Plan | None
 
     def evaluate_base(self) -> dict[str, Any]:
         """The figures of the base, computed once in a run's folder."""
@@ -115,7 +107,6 @@ def setup_run(
     scorer = stack.enter_context(_load_user_code(recipe))
     recipe, plan = distributed.broadcast_from_main(lambda: _plan(recipe, distributed, console))
     recipe = _settings_of_rank(recipe, distributed)
-    memory = MemoryUse(plan, process_memory("VmRSS"))
     sets = {f"eval.sets.{name}.prompt": data.prompt for name, data in recipe.eval.sets.items()}
     with show_phase(console, f"loading {recipe.policy.model}"):
         check_chat_templates(recipe.policy, {"data.prompt": recipe.data.prompt, **sets})
@@ -157,7 +148,7 @@ def setup_run(
         trackers=trackers,
         evaluate=lambda: evaluator.evaluate(sampler, data.eval_sets),
         eval_sets=data.eval_sets,
-        memory=memory,
+        plan=plan,
     )
 
 
@@ -180,6 +171,7 @@ def _start_engine(
     start = partial(start_engine, recipe.rollout, policy, folder.scratch)
     with show_phase(console, "starting the rollout engine"):
         sampler = DistributedEngine(start, console, place.distributed)
+        trim_heap()
     engine = PolicyEngine(sampler, policy, folder.scratch / "adapters")
     place.stack.callback(engine.close)
     vocabulary = policy.model.get_input_embeddings().num_embeddings
@@ -216,6 +208,7 @@ def _load_policy(recipe: Recipe) -> Policy:
         torch.set_num_threads(recipe.policy.threads)
     policy = load_policy(recipe.policy, recipe.seed, recipe.rollout)
     policy.model.train()
+    trim_heap()
     return policy
 
 

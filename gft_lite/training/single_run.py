@@ -72,15 +72,12 @@ def train_single(
 def _print_memory(run: TrainingRun) -> None:
     """The planned and the measured peak."""
     steps = [m["peak_memory"] for m in run.folder.metrics() if "peak_memory" in m]
-    plan = run.memory.plan
-    if plan is None or not steps:
+    if run.plan is None or not steps:
         return
-    on_gpu = run.policy.device.type == "cuda"
-    # On a CPU the whole process is measured; what it held before loading is not in the plan.
-    measured = max(steps) - (0 if on_gpu else run.memory.resting)
-    planned = plan.predicted_peak if on_gpu else plan.peak
+    on_gpu = run.policy.device.type == "cuda"  # On a CPU the whole process is measured.
+    planned = run.plan.predicted_peak if on_gpu else run.plan.peak
     run.console.print(
-        f"memory: {planned / GIB:.2f} GiB planned at most, {measured / GIB:.2f} GiB measured"
+        f"memory: {planned / GIB:.2f} GiB planned at most, {max(steps) / GIB:.2f} GiB measured"
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -38,6 +40,17 @@ def process_memory(kind: Literal["VmRSS", "VmHWM"]) -> int:
     lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
     found = [int(line.split()[1]) * 1024 for line in lines if line.startswith(kind)]
     return found[0] if found else 0
+
+
+def trim_heap() -> None:
+    """Return freed memory to the system where the C library keeps it (glibc).
+
+    Quantising a base leaves 0.4 GiB (135M parameters) to 1.7 GiB (0.6B) of it.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def peak_memory(device: torch.device) -> int:
