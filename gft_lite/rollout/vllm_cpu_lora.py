@@ -89,6 +89,8 @@ def _find_runs(indices: Tensor) -> Runs:
 
 
 def _runs(lengths: Tensor, slots: Tensor) -> Runs:
+    if len(slots) == 1:  # As in training; 14 calls a layer.
+        return [(slice(None), int(slots))]
     runs, start = [], 0
     for length, slot in zip(lengths.tolist(), slots.tolist(), strict=True):
         runs.append((slice(start, start + length), slot))
@@ -119,4 +121,4 @@ def _expand(inputs: Tensor, weights: Tensor, output: Tensor, runs: Runs, add_inp
 
 def _matrix(weights: Tensor, slot: int, dtype: torch.dtype) -> Tensor:
     """The matrix [O, I] of the adapter in a slot."""
-    return weights[slot].view(weights.shape[-2:]).to(dtype)
+    return (weights[slot] if weights.dim() == 3 else weights[slot, 0]).to(dtype)
