@@ -9,9 +9,12 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import pytest
+import torch
 
-from benchmarks import against_trl, head, scaling, sync
+from benchmarks import against_trl, head, rollout_cpu, scaling, sync
 from benchmarks.recorded import Shape
+from gft_lite.policy.registry import load_policy
+from gft_lite.recipe.sections import PolicySettings
 
 TOY = Shape(hidden=64, layers=1, ffn=128, vocab=300, mean=12, p95=30)
 PROMPT = 20
@@ -104,3 +107,14 @@ def test_scaling_counts_and_plots(tmp_path):
     assert per_trained == {16: [2.0, 3.5], 32: [3.0, 5.5]}
     scaling.plot(found, tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
+
+
+def test_the_limit_of_decoding_is_the_lower_of_rate_and_bandwidth():
+    found = rollout_cpu.limit("lab")
+    base = load_policy(PolicySettings(device="cpu", quantization="none")).model.get_base_model()
+    linears = {n: m for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
+    # With the output head, without the adapter.
+    parameters = sum(m.weight.numel() for n, m in linears.items() if ".lora_" not in n)
+    rate = found["gflops"] * 1e9 / (2 * parameters)
+    bandwidth = 28 * found["gb_per_second"] * 1e9 / (2 * parameters)  # 28 rows a step, 2 bytes.
+    assert found["tokens_per_cpu_second"] == pytest.approx(min(rate, bandwidth))
