@@ -124,11 +124,15 @@ def test_groups_of_conversations_are_those_of_the_whole_conversation(capsys):
 
 def test_a_teacher_answers_whole_conversations_and_they_are_trained_on():
     source = [*SMALL, "data.source=talks.jsonl", "data.columns.answer=gold", "data.problems=6"]
-    own = ["--teacher", "lab", "--samples", "2", "--out", "taught.jsonl"]
+    opens = "{% if add_generation_prompt %}{{ '<think>' }}{% endif %}"
+    model(Path("teacher"), LAB_TEMPLATE + opens)
+    own = ["--teacher", "teacher", "--samples", "2", "--out", "taught.jsonl"]
     assert main(["distill", "recipes/lab.yaml", *source, *own]) == 0
     taught = [json.loads(line) for line in Path("taught.jsonl").read_text().splitlines()]
     assert all(row["messages"][:2] == EARLIER for row in taught)
-    assert sum(len(row["teacher"]) for row in taught) > 0
+    texts = [text for row in taught for text in row["teacher"]]
+    # What the teacher's prompt opens is not in the prompts of other models.
+    assert texts and all(text.startswith("<think>") for text in texts)
     Path("r.yaml").write_text("extends: [recipes/lab.yaml, taught.distill/data.yaml]\n")
     mixed = ["group={expert: 1, teacher: 1, self: 1, shortfall: self}", "data.holdout=1"]
     given = [value for value in SMALL if not value.startswith("data.holdout")]
