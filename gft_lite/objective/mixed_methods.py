@@ -47,7 +47,7 @@ MIXED_METHODS: dict[str, Method] = {
     ),
     "srft": Method(
         srft_loss, SOURCES, "arXiv 2506.19767",
-        "d: -e^-H log p/2 -A f(p); s: -+log p", needs=("source", "row_entropy", "correct"),
+        "d: -log p/2e^H - A f(p); s: -+log p", needs=("source", "row_entropy", "correct"),
         parts=(Part(), Part(_DEMONSTRATIONS, "token_mean")),
         defaults=defaults(1, 0, 7, 2e-5, std="none", entropy=0.001),
     ),

@@ -110,16 +110,33 @@ def test_a_run_killed_before_its_first_checkpoint_resumes_from_the_start(tmp_pat
     assert comparable(run) == comparable(whole)
 
 
+# The figures that a method's loss reports, where it reports any.
+RATIO = {"ratio", "clip_fraction"}
+REPORTED = {
+    "asft": {"reference_kl"}, "psft": RATIO, "grpo": RATIO, "dr_grpo": RATIO, "dapo": RATIO,
+    "gft": {"rectified"}, "gft_no_gal": {"rectified"}, "gft_no_mix": {"rectified"},
+    "sft_rl": RATIO, "luffy": {"shaping"}, "srft": {"sft_factor"}, "chord": RATIO | {"mu"},
+    "rl_plus": {"exploration"}, "prefix_rft": RATIO, "uft": RATIO, "sdft": {"teacher_kl"},
+    "opd": {"teacher_kl"},
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains(method, tmp_path):
     # The lab's own group would contradict the methods without teachers or self samples.
     base = tmp_path / "base.yaml"
     lab = Recipe.load("recipes/lab.yaml", SMALL).model_dump(mode="json")
-    for section in ("group", "objective", "optim"):
+    for section in ("group", "objective", "optim", "teacher"):
         del lab[section]
     base.write_text(json.dumps({**lab, "method": method, "name": method}))
     overrides = ["train.steps=3", "train.updates_per_rollout=3", "eval.sets.test.problems=1",
                  "optim.lr=1e-2"]  # fmt: skip
+    if method == "opd":
+        policy = load_policy(small().policy)
+        with torch.no_grad():
+            for parameter in policy.parameters().values():
+                parameter.add_(0.05)
+        overrides.append(f"teacher.model={policy.save_adapter(tmp_path / 'teacher')}")
     run = RunFolder(tmp_path / "run")
     assert main(["train", str(base), *overrides, "--out", str(run.path)]) == 0
     assert len(run.metrics()) == 3
@@ -128,8 +145,20 @@ def test_every_method_trains(method, tmp_path):
     ) == 9  # fmt: skip
     moved = [v for k, v in adapter(run).items() if "lora_B" in k]
     assert any(v.abs().max() > 0 for v in moved) == (run.summary()["updates"] > 0)
-    sources = {r["source"] for g in run.groups(1) for r in g["responses"]}
-    assert sources <= set(METHODS[method].sources)
+    recipe = Recipe.load(run.path / "recipe.yaml")
+    counts = {s: 3 * getattr(recipe.group, s) for s in METHODS[method].sources}
+    # Without a flat row to leave out, or with a term that pulls on it, every token is trained.
+    whole = METHODS[method].select is None and (
+        recipe.objective.entropy or recipe.objective.kl or not METHODS[method].scales_with_advantage
+    )
+    for metrics in run.metrics():
+        assert metrics["sources"] == {s: n for s, n in counts.items() if n}
+        if metrics["updates"]:
+            assert set(metrics["objective"]) == REPORTED.get(method, set())
+            assert all(v is not None for v in metrics["objective"].values())
+        tokens = metrics["trained_tokens"]
+        assert tokens == metrics["tokens"] if whole else 0 <= tokens <= metrics["tokens"]
+        assert method != "hpt" or tokens < metrics["tokens"]
 
 
 @pytest.mark.parametrize(
@@ -393,7 +422,7 @@ class TestDottedPaths:
             assert gap["p95"] == pytest.approx(0.15, abs=1e-5)
             assert (gap["effective"], gap["limited"]) == (pytest.approx(1, abs=1e-9), 1)
         assert "step 1: engine and trainer differ by 0.15 nats" in console.export_text()
-        with pytest.raises(TrainError, match="rollout.probe_limit: step 1: .* more than 0.2"):
+        with pytest.raises(TrainError, match=r"rollout.probe_limit: step 1: .* more than 0.2"):
             train(small(*method, "rollout.engine=shifted:Worse"), own / "worse", console=QUIET)
 
     @pytest.mark.parametrize(

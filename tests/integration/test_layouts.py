@@ -125,9 +125,10 @@ def learner_for(policy, method, *, objective=None, train=None):
     tree = {"method": method, "objective": objective or {}, "train": train}
     if "teacher_logprobs" not in METHODS[method].needs:
         return Learner(policy, Recipe.from_tree(tree))
-    recipe = Recipe.from_tree({**tree, "teacher": {"model": "average"}})
+    recipe = Recipe.from_tree({**tree, "teacher": {"model": "another"}})
     # Another than the policy, which moves only afterwards.
-    teacher = TeacherModel(policy, recipe, None, sees_demonstration=False)
+    average = Recipe.from_tree({"method": "sdft"})
+    teacher = TeacherModel(policy, average, None, sees_demonstration=False)
     with torch.no_grad():
         for parameter in policy.parameters().values():
             parameter.mul_(2)

@@ -265,9 +265,10 @@ def test_an_update_has_the_gradient_of_the_whole_stated_objective(policy, groups
 
 @pytest.mark.parametrize("method", ["sdft", "opd"])
 def test_a_teachers_update_has_the_gradient_of_the_sampled_kl(policy, groups, method):
-    settings = recipe_of(method, {}, teacher={"model": "average"})
+    settings = recipe_of(method, {}, teacher={"model": "another"})
     # The teacher is the policy as it was; then the policy moves.
-    teacher = TeacherModel(policy, settings, None, sees_demonstration=False)
+    average = recipe_of("sdft", {})
+    teacher = TeacherModel(policy, average, None, sees_demonstration=False)
     with torch.no_grad():
         taught = [distributions(policy, g.group.problem, r.token_ids) for g in groups for r, _ in g]
     moved_by(policy, 8, 0.05)

@@ -31,7 +31,7 @@ def recipe(method, *, updates=1, lr=1e-30, **objective):
         {
             "method": method,
             "objective": objective,
-            **({"teacher": {"model": "average"}} if method == "opd" else {}),
+            **({"teacher": {"model": "another"}} if method == "opd" else {}),
             "optim": {"lr": lr, "schedule": "constant", "warmup": 0, "clip_norm": 1e9},
             "train": {"updates_per_rollout": updates},
         }

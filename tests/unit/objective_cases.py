@@ -109,7 +109,7 @@ def token_loss(name: str, logprobs: Tensor, advantages: Tensor, **given: Any) ->
 
 def recipe_of(name: str, **sections: Any) -> Recipe:
     """A recipe with this method, and a teacher for a method that has to have another model."""
-    teacher = {"teacher": {"model": "average"}} if name == "opd" else {}
+    teacher = {"teacher": {"model": "another"}} if name == "opd" else {}
     return Recipe.from_tree({"method": name, **teacher, **sections})
 
 
