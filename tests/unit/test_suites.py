@@ -13,7 +13,9 @@ from gft_lite.utils.errors import RecipeError
 
 PAPER = ["AMC23", "College Math", "Gaokao 2023 EN", "MATH-500", "Minerva", "TabMWP",
          "OlympiadBench", "MMLU-STEM", "SAT Math", "MAWPS", "SVAMP"]  # fmt: skip
-WORDS = SimpleNamespace(prompt_ids=lambda text: tuple(range(len(text.split()))))
+WORDS = SimpleNamespace(
+    prompt_ids=lambda text, *_: tuple(range(len(text.split()))), chat=None, notes=()
+)
 
 
 def errors(name, *overrides):
