@@ -166,7 +166,13 @@ class CheckpointSettings(Settings):
 
 
 class LogSettings(Settings):
-    """Output in addition to metrics.jsonl."""
+    """Output in addition to metrics.jsonl.
+
+    `tokens` records the log-probs and the loss's coefficient of each trained token of the first
+    groups of a step, which takes passes over these groups, and at every `monitor.every`-th step the
+    gradient of each source's rows, which takes another forward and backward pass of the step.
+    """
 
     groups: bool = True
+    tokens: bool = False
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []

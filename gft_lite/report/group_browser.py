@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from gft_lite.data.token_texts import token_texts
 from gft_lite.objective.losses import LossInputs
 from gft_lite.objective.method import call_with_parameters
 from gft_lite.objective.methods import METHODS, find_method
@@ -221,14 +222,6 @@ def coefficients(
         loss = (per_token[inside] if method.parts else per_token).sum()
         [gradient] = torch.autograd.grad(loss, logprobs)
     return (-gradient).tolist()
-
-
-def token_texts(tokenizer: Any, ids: Iterable[int]) -> list[str]:
-    """The part of the text of each token; a character of several tokens belongs to the last."""
-    from tokenizers.decoders import DecodeStream
-
-    stream = DecodeStream(skip_special_tokens=False)
-    return [stream.step(tokenizer.backend_tokenizer, i) or "" for i in ids]
 
 
 def _rounded(values: Iterable[float]) -> list[float | None]:

@@ -1,4 +1,4 @@
-"""The files of a run: recipe.yaml, metrics.jsonl, groups/, eval/, data.json, summary.json."""
+"""The files of a run: recipe.yaml, metrics, groups/, tokens/, eval/, data.json, summary.json."""
 
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ _STEP_METRICS = {
 }
 # What the report reads of a response of a group.
 _RESPONSE = {"token_ids", "text", "source", "finish_reason", "reward", "advantage"}
+# What a token ledger has of each token.
+TOKEN_FIGURES = ("logprob", "engine", "base", "coefficient")
 Evaluation = dict[str, dict[str, Any]]
 
 
@@ -111,16 +113,21 @@ class RunFolder:
         if len(self._metrics) > step:
             (self.path / "summary.json").unlink(missing_ok=True)  # The run is not finished now.
         self._metrics.keep_first(step)
-        for later in self.group_steps():
-            if later > step:
-                self._groups_file(later).unlink()
+        for name, file in (("groups", self._groups_file), ("tokens", self._tokens_file)):
+            for later in self._steps_of(name):
+                if later > step:
+                    file(later).unlink()
 
     # --- groups ----------------------------------------------------------------------------
 
     def group_steps(self) -> list[int]:
         """The steps whose groups were written, in order."""
-        names = (file.stem.removeprefix("step-") for file in self.path.glob("groups/step-*.jsonl"))
-        return sorted(int(name) for name in names if name.isdecimal())
+        return self._steps_of("groups")
+
+    def _steps_of(self, name: str) -> list[int]:
+        files = self.path.glob(f"{name}/step-*.json*")
+        steps = (file.stem.removeprefix("step-") for file in files if file.suffix != ".tmp")
+        return sorted(int(step) for step in steps if step.isdecimal())
 
     def groups(self, step: int, expected: int | None = None) -> list[dict[str, Any]]:
         """The groups of a step, each with its responses, rewards and advantages.
@@ -140,6 +147,24 @@ class RunFolder:
         """Write every response of a step with source, reward and advantage."""
         self._write_groups(self._groups_file(step), groups)
 
+    def write_tokens(self, step: int, record: Mapping[str, Any]) -> None:
+        """Write the token ledger of a step (`log.tokens`)."""
+        write_text_atomic(self._tokens_file(step), json.dumps(record, separators=(",", ":")))
+
+    def token_steps(self) -> list[int]:
+        """The steps with a token ledger, in order."""
+        return self._steps_of("tokens")
+
+    def tokens(self, step: int) -> dict[str, Any] | None:
+        """The token ledger of a step, None if it was not written.
+
+        Raises: UserError if the file is damaged.
+        """
+        file, rule = self._tokens_file(step), "must be the token ledger of a step"
+        if not file.exists():
+            return None
+        return read_json(file, _tokens, rule, "Restore the file from a copy, or remove it.")
+
     def save_bad_step(self, step: int, groups: Sequence[ScoredGroup]) -> Path:
         """Write the groups of a step whose loss or gradient was not finite."""
         file = self.bad_steps / f"step-{step:06d}.jsonl"
@@ -148,6 +173,9 @@ class RunFolder:
 
     def _groups_file(self, step: int) -> Path:
         return self.path / "groups" / f"step-{step:06d}.jsonl"
+
+    def _tokens_file(self, step: int) -> Path:
+        return self.path / "tokens" / f"step-{step:06d}.json"
 
     def _write_groups(self, file: Path, groups: Sequence[ScoredGroup]) -> None:
         with atomic_write(file) as partial, partial.open("w", encoding="utf-8") as out:
@@ -211,7 +239,7 @@ class WorkerRunFolder(RunFolder):
         pass
 
     create = write_json = append_metrics = truncate_after = check_data = _write_nothing
-    _write_groups = _write_nothing
+    _write_groups = write_tokens = _write_nothing
 
 
 # --- the form of the files -------------------------------------------------------------------
@@ -249,6 +277,18 @@ def _group(line: dict[str, Any]) -> dict[str, Any]:
         if missing := _RESPONSE - response.keys():
             raise KeyError(min(missing))
     return line
+
+
+def _tokens(value: Any) -> dict[str, Any]:
+    """Raises: KeyError, TypeError or AttributeError for anything but a token ledger."""
+    responses = [r for group in value["groups"] for r in group["responses"] if r is not None]
+    for response in responses:
+        lengths = {len(response[name]) for name in TOKEN_FIGURES} | {len(response["text"])}
+        if len(lengths) > 1:
+            raise TypeError("figures of other lengths")
+    if value["gradients"] is not None:
+        _ = value["gradients"]["norms"].items(), value["gradients"]["cosines"].items()
+    return value
 
 
 def _summary(value: Any) -> dict[str, Any]:

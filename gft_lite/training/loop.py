@@ -9,6 +9,7 @@ import torch
 from gft_lite.rollout.sampling import sample_seed
 from gft_lite.runs.console import TrainingConsole
 from gft_lite.runs.metrics import PhaseTimer, group_metrics
+from gft_lite.training.ledger import record_tokens
 from gft_lite.training.setup import TrainingRun
 from gft_lite.training.updates import aggregate_updates
 from gft_lite.types import ScoredGroup
@@ -54,6 +55,9 @@ def train_step(run: TrainingRun, step: int) -> dict[str, Any]:
     if run.recipe.log.groups:
         run.folder.write_groups(step, groups)
     with run.engine.asleep():
+        if run.recipe.log.tokens:
+            with timer("train"):
+                record_tokens(run.learner, run.folder, step, groups)
         with timer("train"), show_phase(run.console, "training", announce=False):
             updates = aggregate_updates(
                 run.learner.train_on(step, groups), run.learner.loss.importance

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from gft_lite.data.token_texts import token_texts
 from gft_lite.experiments.sweep_results import SweepFolder
 from gft_lite.recipe.schema import Recipe
 from gft_lite.report.curves import Curve, Plot, pass_at_k_plots, step_plots, sweep_plot, sweep_units
@@ -17,7 +18,6 @@ from gft_lite.report.group_browser import (
     coefficients,
     page_groups,
     select_steps,
-    token_texts,
 )
 from gft_lite.report.loading import Series, all_series, read_folders
 from gft_lite.report.page import write_report
