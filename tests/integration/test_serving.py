@@ -285,5 +285,6 @@ def test_a_missing_plugin_is_an_error(monkeypatch):
     ],
 )
 def test_settings_that_the_plugin_does_not_support_are_errors(settings, words):
+    rollout = RolloutSettings(base="plugin", dtype=settings["dtype"])
     with pytest.raises(RecipeError, match=words):
-        vllm_shared.engine_options(RolloutSettings(base="plugin"), policy_of(**settings))
+        vllm_shared.engine_options(rollout, policy_of(**settings))
