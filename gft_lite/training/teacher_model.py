@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -72,8 +73,9 @@ class TeacherModel:
     def _prompt_ids(self, problem: Problem) -> tuple[int, ...]:
         if not self.sees_demonstration:
             return problem.prompt_ids
-        text = self.settings.template.replace("{problem}", problem.text)
-        text = text.replace("{demonstration}", problem.experts[0])
+        parts = {"{problem}": problem.text, "{demonstration}": problem.experts[0]}
+        # In one pass: a problem may hold the name of the other.
+        text = re.sub("|".join(parts), lambda found: parts[found[0]], self.settings.template)
         return self.format.problem_ids(replace(problem, text=text))
 
     # --- scores --------------------------------------------------------------------------------
