@@ -17,6 +17,17 @@ pytest.importorskip("ipykernel", reason=reason)
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 TIMEOUT = 300  # Seconds for one notebook.
+# Settings of the slowest that change the figures and not which code runs, and their values here.
+SMALLER = {
+    "02_evaluate.ipynb": {
+        '"train.steps=25"': '"train.steps=3"', '"samples=64", "limit=80"': '"samples=8", "limit=16"'
+    },
+    "03_tau_and_ratio.ipynb": {
+        "train={steps: 8, problems_per_step: 12}": "train={steps: 2, problems_per_step: 4}",
+        "test.problems=64": "test.problems=16",
+        "retention.problems=30": "retention.problems=10",
+    },
+}  # fmt: skip
 SOMEONES_PATH = re.compile(r"(?<![\w.])/(?:home|root|work|Users|tmp|mnt)/|[A-Z]:\\+Users")
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
@@ -69,6 +80,9 @@ def test_it_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     notebook = read(folder / path.name)
     for cell in code_cells(notebook):
         cell.outputs = []
+    for setting, value in SMALLER.get(path.name, {}).items():
+        [cell] = [c for c in code_cells(notebook) if setting in c.source]
+        cell.source = cell.source.replace(setting, value)
     asyncio.run(execute(notebook, folder))  # Raises what a cell raised, with the cell.
 
     silent = [
