@@ -31,6 +31,7 @@ from gft_lite.policy.base import Policy, ServedBase
 from gft_lite.policy.registry import model_location
 from gft_lite.utils.errors import RecipeError
 from gft_lite.utils.paths import cache_folder
+from gft_lite.utils.progress import track
 
 KEPT = 3  # Copies in the cache; that of an 8B model has 16 GB.
 SHARD = 1 << 30  # Bytes of dequantised weights in RAM at a time.
@@ -159,8 +160,8 @@ def _locked(folder: Path, how: int) -> Iterator[None]:
 def _write_descriptions(policy: Policy, dtype: torch.dtype, folder: Path) -> None:
     """Write the configuration, with this dtype and without quantisation, and the tokenizer."""
     config = copy.deepcopy(policy.config)
-    del config.quantization_config
     config.dtype = dtype
+    del config.quantization_config
     config.save_pretrained(folder)
     savable(policy.model.get_base_model().generation_config).save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
@@ -197,7 +198,10 @@ def _write_weights(weights: Mapping[str, Weight], dtype: torch.dtype, folder: Pa
     sizes = {n: torch.empty(_shape(*w), dtype=dtype, device="meta") for n, w in weights.items()}
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD)
     for file, names in split.filename_to_tensors.items():
-        shard = {name: _plain(*weights[name]).to("cpu", dtype).contiguous() for name in names}
+        shard = {
+            name: _plain(*weights[name]).to("cpu", dtype).contiguous()
+            for name in track(names, "weights")
+        }
         save_file(shard, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
