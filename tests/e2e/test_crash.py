@@ -1,7 +1,7 @@
 """Killed, interrupted or out of disk space at any moment: `--resume` ends with equal results.
 
 Elsewhere: a killed evaluation (test_eval.py), a killed sweep and a trial's process killed
-(test_sweep.py), runs killed at random moments (test_train.py).
+(test_sweep.py), runs killed in a later stage (test_stages_and_budgets.py).
 """
 
 from __future__ import annotations

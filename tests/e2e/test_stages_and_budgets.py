@@ -89,8 +89,8 @@ class TestStages:
         assert parts[2].summary()["base"] == summary["base"]
         assert summary["trained"] == parts[2].summary()["trained"]
 
-    @pytest.mark.parametrize("kill_in", ["1-sft", "2-gft", "3-grpo"])
-    def test_a_run_killed_in_any_stage_resumes_to_the_same_end(
+    @pytest.mark.parametrize("kill_in", ["2-gft", "3-grpo"])
+    def test_a_run_killed_in_a_later_stage_resumes_to_the_same_end(
         self, whole, kill_in, tmp_path, kill_after_a_step
     ):
         run = RunFolder(tmp_path / "run")

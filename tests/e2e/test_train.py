@@ -85,21 +85,6 @@ def test_a_run_leaves_what_the_readme_promises(tmp_path):
     assert not list(out.rglob("*.tmp"))
 
 
-def test_a_killed_run_resumes_to_the_same_end(tmp_path, signal_when):
-    overrides = ["train.steps=12", "policy.lora.dropout=0.1"]
-    whole = train(small(*overrides), tmp_path / "whole", console=QUIET)
-    killed = RunFolder(tmp_path / "killed")
-    arguments = ["train", "recipes/lab.yaml", *SMALL, *overrides, "--out", str(killed.path)]
-    signal_when(arguments, lambda: len(killed.metrics()) >= 3, signal.SIGKILL)
-    assert 3 <= len(killed.metrics()) < 12
-    done = cli(*arguments, "--resume")
-    assert done.returncode == 0, done.stderr
-    assert comparable(killed) == comparable(whole)
-    assert all(torch.equal(adapter(killed)[k], v) for k, v in adapter(whole).items())
-    for name in ("base", "trained"):
-        assert killed.summary()[name] == whole.summary()[name]
-
-
 def test_a_run_killed_before_its_first_checkpoint_resumes_from_the_start(tmp_path):
     recipe = small("checkpoint.every=50")
     whole = train(recipe, tmp_path / "whole", console=QUIET)
@@ -305,11 +290,10 @@ class TestCommandLine:
         assert "CheckpointError: checkpoint: must be as it was written" in done.stderr
         assert "Traceback" not in done.stderr
 
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-    def test_an_interrupted_step_is_finished_and_kept(self, number, tmp_path, signal_when):
+    def test_an_interrupted_step_is_finished_and_kept(self, tmp_path, signal_when):
         run = RunFolder(tmp_path / "run")
         arguments = ["train", "recipes/lab.yaml", "eval.samples=1", "eval.k=[1]", "--out", run.path]
-        code, errors = signal_when(arguments, run.metrics, number)
+        code, errors = signal_when(arguments, run.metrics, signal.SIGTERM)
         assert code == 130
         assert "--resume" in errors
         steps = [m["step"] for m in run.metrics()]
