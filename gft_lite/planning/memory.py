@@ -168,18 +168,20 @@ class MemoryModel:
         s, e = self.shape, self.element
         query, key = s.heads * s.head_size, s.kv_heads * s.head_size
         rank = self.recipe.policy.lora.rank * sum(map(self._adapted, s.linears))
-        norms = 2 * (4 * s.hidden + 4)  # The fp32 input of each norm, and a factor.
+        norms = (4 if s.sandwich else 2) * (4 * s.hidden + 4)  # fp32 inputs, and a factor each.
         if s.qk_norm:
             norms += 4 * (query + key) + 4 * (s.heads + s.kv_heads)
         # Norm outputs, query, attention output and its log-sums, four tensors of the MLP, LoRA.
         per_token = norms + e * (2 * s.hidden + 2 * query + 4 * s.mlp + rank) + 4 * s.heads
+        mask = e if self.device == "cpu" else 1
+        if s.fused:
+            per_token += 2 * mask * s.hidden  # Masks of two dropouts, at a probability of 0 too.
         dropout = self.recipe.policy.lora.dropout
         if self.device == "cpu" and self.recipe.policy.layout != "padded" and not dropout:
             per_token += e * query  # The attention output in tiles and in order.
         if dropout:
             # Each linear saves its own input after dropout and a mask, not a shared input.
             inputs = sum(i for name, (i, _) in s.linears.items() if self._adapted(name))
-            mask = e if self.device == "cpu" else 1
             per_token += (e + mask) * inputs - e * (2 * s.hidden + s.mlp)
         masks = e * batch.mask_cells if self.device == "cpu" else 0
         return per_token * batch.tokens + 2 * e * key * batch.keys + masks
@@ -201,7 +203,9 @@ class MemoryModel:
         trunk = kept * saved - (0 if recomputed else norm)
         # The input of the head and its gradient, and the reference's input for an exact KL.
         states = (3 if self._exact_kl else 2) * e * s.hidden * batch.targets
-        in_layer = (2 * e * s.mlp + (2 * s.hidden if e == 2 else 0)) * t
+        in_layer = 2 * e * s.mlp + (2 * s.hidden if e == 2 else 0)
+        # Gradients through two dropouts; the input of the last norm, which is done with by then.
+        in_layer += 2 * e * s.hidden * s.fused - (4 * s.hidden + 4) * s.sandwich
         return {
             "head": {
                 "checkpoints": checkpoints,
@@ -215,7 +219,7 @@ class MemoryModel:
             },
             "layer": {
                 "checkpoints": checkpoints,
-                "activations": (trunk or saved) + in_layer,
+                "activations": (trunk or saved) + in_layer * t,
                 "head": states,
             },
         }

@@ -87,6 +87,12 @@ def policy_on_meta(model, layers, checkpointed, monkeypatch):
         ("meta-llama/Llama-3.1-8B", 0),
         ("meta-llama/Llama-3.1-8B", 3),
         ("deepseek-ai/deepseek-math-7b-base", 2),
+        ("HuggingFaceTB/SmolLM3-3B", 1),
+        ("Qwen/Qwen3-1.7B", 3),
+        ("google/gemma-3-1b-it", 0),
+        ("google/gemma-3-1b-it", 3),
+        ("microsoft/Phi-4-mini-instruct", 0),
+        ("microsoft/Phi-4-mini-instruct", 3),
     ],
 )
 def test_the_trunk_at_true_width(model, checkpointed, monkeypatch):
