@@ -206,7 +206,7 @@ def test_a_stages_own_parameters_are_its_methods():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_gets_the_keyword_arguments_of_its_loss(method: str):
-    recipe = Recipe.from_tree({"method": method})
+    recipe = Recipe.from_tree({"method": method, "teacher": {"model": "an/other"}})
     assert bind_method(recipe) == {
         name: getattr(recipe.objective, name) for name in METHODS[method].parameters
     }
