@@ -13,7 +13,7 @@ from gft_lite.objective.losses import LossInputs, LossOutput, k3
 from gft_lite.objective.method import call_with_parameters
 from gft_lite.objective.methods import METHODS, find_method
 from gft_lite.policy.base import Policy, TokenScores
-from gft_lite.policy.batching import MicroBatch
+from gft_lite.policy.batching import SELF, MicroBatch
 from gft_lite.recipe.method_parameters import bind_method
 from gft_lite.recipe.schema import Recipe
 from gft_lite.rollout.registry import ENGINES, find_engine
@@ -77,7 +77,8 @@ class StepLoss:
         if self.importance.mode == "none":
             return None
         if self.importance.mode == "sequence_mask":
-            return batch.loss_inputs["importance"][span]
+            sampled = batch.source[span] == SELF  # Without a prefix, a demonstration's.
+            return batch.loss_inputs["importance"][span].where(sampled, 1.0)
         gaps = engine_gaps(batch, scores, span)
         return None if gaps is None else self.importance.weights(gaps)
 
