@@ -36,7 +36,8 @@ class StepGroups:
     """Groups of one step of a run, and the policy that computes p of their tokens.
 
     `adapter` is None for the base; `policy` describes the policy in words. `tokens` has the texts,
-    p and coefficients of each response of each group, None if they were not computed.
+    p and coefficients of each response of each group, None if they were not computed. `ledger` has
+    what the step recorded of its first groups (`log.tokens`), empty if it recorded nothing.
     """
 
     run: Run
@@ -44,6 +45,7 @@ class StepGroups:
     adapter: Path | None
     policy: str
     groups: Sequence[Mapping[str, Any]]
+    ledger: Sequence[Mapping[str, Any]] = ()
     tokens: list[list[Tokens]] | None = None
 
 
@@ -71,9 +73,12 @@ def select_steps(run: Run, groups: int) -> list[StepGroups]:
         why = f"step {newest}'s checkpoint: the policy with which step {last} began was not kept"
         adapters[last] = saved[newest], why
     return [
-        StepGroups(run, step, adapter, policy, run.folder.groups(step)[:groups])
+        StepGroups(
+            run, step, adapter, policy, run.folder.groups(step)[:groups],
+            (run.folder.tokens(step) or {"groups": []})["groups"],
+        )
         for step, (adapter, policy) in adapters.items()
-    ]
+    ]  # fmt: skip
 
 
 def score_tokens(steps: Sequence[StepGroups], console: Console) -> list[str]:
@@ -236,6 +241,7 @@ def page_groups(steps: Iterable[StepGroups]) -> list[dict[str, Any]]:
 
 def _page_group(step: StepGroups, index: int) -> dict[str, Any]:
     recipe, group = step.run.recipe, step.groups[index]
+    ledger = step.ledger[index]["responses"] if index < len(step.ledger) else []
     method = METHODS.get(recipe.method)  # None for a user's own, which is not imported for this.
     tokens = step.tokens and step.tokens[index]
     responses = [
@@ -243,6 +249,7 @@ def _page_group(step: StepGroups, index: int) -> dict[str, Any]:
             **{key: response[key] for key in ("source", "reward", "advantage", "verdict", "text")},
             "cut": response["finish_reason"] == "length",
             "tokens": tokens[i] if tokens else None,
+            "ledger": ledger[i] if i < len(ledger) else None,
         }
         for i, response in enumerate(group["responses"])
     ]

@@ -25,7 +25,7 @@ function signed(value) {
 }
 
 function known(value, digits) {
-  return value === null ? "-" : value.toFixed(digits);
+  return value == null ? "-" : value.toFixed(digits);
 }
 
 // --- series on and off -------------------------------------------------------------------------
@@ -40,18 +40,65 @@ for (const box of document.querySelectorAll("[data-series]")) {
 
 // --- one group ---------------------------------------------------------------------------------
 
-function tokenSpan(response, i, largest) {
-  const { text, p, c } = response.tokens;
-  const span = element("span", "t", text[i] || "\u25cc");
-  span.style.setProperty("--by-p", p[i] ?? 0);
-  span.style.setProperty("--by-c", Math.min(c[i] ?? 0, 1));
-  span.style.setProperty("--by-ac", largest ? Math.abs(response.advantage * c[i]) / largest : 0);
-  span.dataset.tip = `${JSON.stringify(visible(text[i]))}   p ${known(p[i], 4)}   C ${known(c[i], 4)}`
-    + `   A\u00b7C ${c[i] === null ? "-" : signed(response.advantage * c[i])}`;
+// What tokens can be colored by: `of` is a token's value, null where it has none. `ends` are those
+// of the scale: 0 and 1 for "share", 0 and the largest for "size", both signs for "signed".
+const MODES = {
+  p: { kind: "share", ends: ["p = 0", "p = 1"], of: (r, i) => r.tokens?.p[i] },
+  c: { kind: "share", ends: ["C = 0", "C = 1"], of: (r, i) => r.tokens?.c[i] },
+  ac: { kind: "signed", of: (r, i) => product(r.advantage, r.tokens?.c[i]) },
+  logprob: { kind: "size", of: (r, i) => r.ledger?.logprob[i] },
+  engine: { kind: "size", of: (r, i) => r.ledger?.engine[i] },
+  base: { kind: "size", of: (r, i) => r.ledger?.base[i] },
+  gap: { kind: "signed", of: (r, i) => minus(r.ledger?.logprob[i], r.ledger?.engine[i]) },
+  moved: { kind: "signed", of: (r, i) => minus(r.ledger?.logprob[i], r.ledger?.base[i]) },
+  coefficient: { kind: "signed", of: (r, i) => r.ledger?.coefficient[i] },
+  advantage: { kind: "signed", of: (r) => r.ledger?.advantage },
+  source: { kind: "source", of: (r) => r.ledger?.source },
+};
+
+function product(a, b) { return b == null ? null : a * b; }
+function minus(a, b) { return a == null || b == null ? null : a - b; }
+
+function largestOf(group, mode) {
+  const { kind, of } = MODES[mode];
+  if (kind === "share" || kind === "source") return 1;
+  return group.responses.flatMap((r) => (textsOf(r) ?? []).map((_, i) => Math.abs(of(r, i) ?? 0)))
+    .reduce((a, b) => Math.max(a, b), 0);
+}
+
+// The text of each token: null if the response has neither p nor a ledger.
+function textsOf(response) {
+  return response.tokens?.text ?? response.ledger?.text ?? null;
+}
+
+function tokenSpan(response, i, mode, largest) {
+  const text = textsOf(response)[i];
+  const span = element("span", "t", text || "\u25cc");
+  const { kind, of } = MODES[mode];
+  const value = of(response, i) ?? null;
+  if (kind === "source") {
+    if (value !== null) span.classList.add(i < response.ledger.prefix ? "expert" : value);
+  } else if (value !== null && largest) {
+    span.style.setProperty("--v", Math.min(Math.abs(value) / largest, 1));
+    if (kind === "signed") span.classList.add(value < 0 ? "minus" : "plus");
+  }
+  const parts = [JSON.stringify(visible(text))];
+  if (response.tokens) {
+    const { p, c } = response.tokens;
+    parts.push(`p ${known(p[i], 4)}`, `C ${known(c[i], 4)}`,
+      `A\u00b7C ${c[i] === null ? "-" : signed(response.advantage * c[i])}`);
+  }
+  if (response.ledger) {
+    const { logprob, engine, base, coefficient } = response.ledger;
+    parts.push(`log p: trainer ${known(logprob[i], 4)}`, `engine ${known(engine[i], 4)}`,
+      `base ${known(base[i], 4)}`,
+      `coefficient ${coefficient[i] === null ? "-" : signed(coefficient[i])}`);
+  }
+  span.dataset.tip = parts.join("   ");
   return span;
 }
 
-function responseCard(response, group, largest) {
+function responseCard(response, group, mode, largest) {
   const side = response.advantage > 0 ? "up" : response.advantage < 0 ? "down" : "even";
   const card = element("article", `response ${side}`);
   card.dataset.source = response.source;
@@ -64,16 +111,16 @@ function responseCard(response, group, largest) {
     head.append(element("span", "bad", response.verdict));
   }
   const text = card.appendChild(element("div", "text"));
-  if (!response.tokens) {
+  const texts = textsOf(response);
+  if (!texts) {
     text.textContent = visible(response.text);
     return card;
   }
+  text.append(...texts.map((_, i) => tokenSpan(response, i, mode, largest)));
+  if (!response.tokens) return card;
   const { p, c } = response.tokens;
   const low = p.map((value) => group.tau !== null && value !== null && value < group.tau);
-  p.forEach((_, i) => {
-    const span = text.appendChild(tokenSpan(response, i, largest));
-    if (low[i]) span.classList.add("rectified");
-  });
+  low.forEach((under, i) => text.children[i].classList.toggle("rectified", under));
   const mean = c.reduce((sum, value) => sum + value, 0) / (c.length || 1);
   const share = group.tau === null ? "" : `${low.filter(Boolean).length} of `;
   const what = group.tau === null ? "tokens" : "tokens rectified";
@@ -81,30 +128,42 @@ function responseCard(response, group, largest) {
   return card;
 }
 
-const ENDS = { p: ["p = 0", "p = 1"], c: ["C = 0", "C = 1"] };
-
 function scale(group, mode, largest) {
   const row = element("div", "scale");
-  const [low, high] = ENDS[mode] || [`pushed down, ${signed(-largest)}`, `pushed up, ${signed(largest)}`];
-  const ramp = element("span", "ramp");
-  if (group.tau !== null && group.tau <= 1) {
-    ramp.appendChild(element("b")).style.left = `${100 * group.tau}%`;
+  const { kind, ends } = MODES[mode];
+  if (kind === "source") {
+    for (const source of ["expert", "teacher", "self"]) row.append(element("span", `t ${source}`, source));
+  } else {
+    const [low, high] = ends ?? (kind === "size" ? ["0", `${known(-largest, 3)} nats`]
+      : [signed(-largest), signed(largest)]);
+    const ramp = element("span", `ramp ${kind}`);
+    if (kind === "share" && group.tau !== null && group.tau <= 1) {
+      ramp.appendChild(element("b")).style.left = `${100 * group.tau}%`;
+    }
+    row.append(element("span", "", low), ramp, element("span", "", high));
   }
-  row.append(element("span", "", low), ramp, element("span", "", high));
   const tau = group.tau === null ? "" : `, tau = ${group.tau}`;
-  row.append(element("span", "", `loss of a token ${group.loss}${tau}; p by ${group.policy}`));
+  const by = group.policy ? `; p by ${group.policy}` : "";
+  row.append(element("span", "", `loss of a token ${group.loss}${tau}${by}`));
   return row;
 }
 
 function show(group) {
   const chosen = new FormData(filters);
-  const mode = chosen.get("mode");
-  const products = group.responses.flatMap((r) =>
-    r.tokens ? r.tokens.c.map((c) => Math.abs(r.advantage * c)) : []);
-  const largest = products.reduce((a, b) => Math.max(a, b), 0);
+  const select = filters.elements.mode;
+  const scored = Boolean(group.policy);
+  const recorded = group.responses.some((r) => r.ledger);
+  for (const option of select.options) {
+    option.disabled = option.hidden = option.dataset.of === "ledger" ? !recorded : !scored;
+  }
+  select.parentElement.hidden = !scored && !recorded;
+  const usable = [...select.options].find((option) => option.value === wanted && !option.disabled)
+    ?? [...select.options].find((option) => !option.disabled);
+  if (usable) select.value = usable.value;
+  const mode = usable ? usable.value : "p";
+  const largest = largestOf(group, mode);
   const place = document.getElementById("group");
-  place.className = `by-${mode}`;
-  filters.querySelector(".modes").hidden = !group.policy;
+  place.className = `by-${MODES[mode].kind}`;
   const problem = element("p", "problem", group.text);
   const answer = element("p", "note");
   answer.append("answer ", element("span", "answer", group.answer ?? "none"));
@@ -114,14 +173,15 @@ function show(group) {
   const sign = Number(chosen.get("sign"));
   cards.append(...group.responses
     .filter((r) => sources.includes(r.source) && (!sign || Math.sign(r.advantage) === sign))
-    .map((r) => responseCard(r, group, largest)));
-  place.replaceChildren(problem, answer, ...(group.policy ? [scale(group, mode, largest)] : []), cards);
+    .map((r) => responseCard(r, group, mode, largest)));
+  place.replaceChildren(problem, answer, ...(usable ? [scale(group, mode, largest)] : []), cards);
 }
 
 // --- filters and pages -------------------------------------------------------------------------
 
 let found = [];
 let at = 0;
+let wanted = "p"; // The color that was chosen last, which not every group has.
 
 function fill(select, values) {
   const before = select.value;
@@ -133,12 +193,12 @@ function fill(select, values) {
 
 function passes(group) {
   const chosen = new FormData(filters);
-  const wanted = chosen.get("text").toLowerCase();
+  const words = chosen.get("text").toLowerCase();
   const texts = [group.text, group.answer ?? "", ...group.responses.map((r) => r.text)];
   return (!chosen.get("run") || group.run === chosen.get("run"))
     && (!chosen.get("step") || String(group.step) === chosen.get("step"))
     && (!chosen.get("kind") || (chosen.get("kind") === "flat") === group.flat)
-    && (!wanted || texts.some((text) => text.toLowerCase().includes(wanted)));
+    && (!words || texts.some((text) => text.toLowerCase().includes(words)));
 }
 
 function turn(to) {
@@ -188,6 +248,7 @@ if (filters) {
   filters.addEventListener("submit", (event) => event.preventDefault());
   filters.elements.text.addEventListener("input", filter);
   filters.addEventListener("change", (event) => {
+    if (event.target.name === "mode") wanted = event.target.value;
     if (["run", "step", "kind"].includes(event.target.name)) filter();
     else if (event.target.name !== "text") turn(at);
   });

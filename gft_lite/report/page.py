@@ -21,6 +21,7 @@ from gft_lite.report.curves import (
     sweep_units,
 )
 from gft_lite.report.group_browser import page_groups, score_tokens, select_steps
+from gft_lite.report.ledger import gradients_by_source
 from gft_lite.report.loading import Run, Sweep, all_series, read_folders
 from gft_lite.report.summary import (
     cost_of,
@@ -90,6 +91,7 @@ def write_report(
         series=[(one.label, PALETTE[i % len(PALETTE)]) for i, one in enumerate(series)],
         curves=[drawn(plot) for plot in curves],
         groups=page_groups(shown),
+        gradients=gradients_by_source(_runs_with_groups(runs, sweeps)),
         unscored=unscored,
     )
     write_text_atomic(Path(out), page)
@@ -138,7 +140,12 @@ def _render(**values: Any) -> str:
         loader=loader, autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"figure": _figure, "difference": _difference, "number": _number}
+    environment.filters |= {
+        "figure": _figure,
+        "difference": _difference,
+        "number": _number,
+        "cosine": _cosine,
+    }
     script = (_HERE / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("page.html.j2").render(
@@ -160,6 +167,10 @@ def _figure(value: float | None, unit: str) -> str:
 def _difference(value: float, unit: str) -> str:
     """A difference of shares in percentage points, or of other figures."""
     return f"{round(100 * value, 1) + 0.0:+.1f}" if unit == SHARE else f"{value + 0.0:+.3g}"
+
+
+def _cosine(value: float | None) -> str:
+    return "-" if value is None else f"{value + 0.0:+.2f}"
 
 
 def _number(value: float | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 
 import pytest
@@ -46,9 +47,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(folder):
-    """A short GFT run with a checkpoint at each step."""
+    """A short GFT run with a checkpoint and a token ledger at each step."""
     overrides = [f"{field}={json.dumps(value)}" for field, value in SMALL.items()]
-    recipe = Recipe.load("recipes/lab.yaml", [*overrides, "name=gft"])
+    recipe = Recipe.load("recipes/lab.yaml", [*overrides, "name=gft", "log.tokens=true"])
     return train(recipe, folder / "gft", console=QUIET)
 
 
@@ -180,7 +181,7 @@ def opened(chromium):
 def test_a_run_renders(opened, page, run, folder):
     shown = opened(page)
     assert shown.texts("h1") == ["gft"]
-    assert shown.texts("h2") == ["Summary", "Curves", "Groups", "Recipes"]
+    assert shown.texts("h2") == ["Summary", "Curves", "Gradients by source", "Groups", "Recipes"]
     trained = run.summary()["trained"]
     card = shown.texts(".card")[0]
     assert "test, pass@1" in card and f"{100 * trained['pass@1']:.1f}%" in card
@@ -250,20 +251,92 @@ def test_colors_show_what_rectification_does(opened, page):
     likely = [p >= 0.7 for card in cards for p in card["tokens"]["p"]]
     assert 0 < sum(likely) < len(likely)
     by_p = shown.styles(".t", "backgroundColor")
-    shown.click("input[value=c]")
+    shown.choose("mode", "C")
     by_c = shown.styles(".t", "backgroundColor")
     assert len({c for c, over in zip(by_c, likely, strict=True) if over}) == 1
     for p, c, over in zip(by_p, by_c, likely, strict=True):
         assert over or p == c
     lines = shown.styles(".t", "textDecorationLine")
     assert lines == ["none" if over else "underline" for over in likely]
-    shown.click("input[value=ac]")
+    shown.choose("mode", "A·C")
     signs = {"up": 1, "down": -1, "even": 0}
     sides = [signs[name.split()[1]] for name in shown.each(".response", "e.className")]
     advantages = [card["advantage"] for card in cards]
     assert sides == [(a > 0) - (a < 0) for a in advantages]
     up, down = (set(shown.styles(f".{side} .t", "backgroundColor")) for side in ("up", "down"))
     assert len(up) > 1 and len(down) > 1 and not up & down
+
+
+def test_tokens_are_colored_by_what_the_step_recorded(opened, page, run):
+    [group, *_] = embedded(page)
+    records = run.tokens(1)["groups"][0]["responses"]
+    assert [r["ledger"] for r in group["responses"]] == records
+    trained = [r for r in records if r]
+    # p of the report's own pass and of the training step are of the same policy.
+    for response, record in zip(group["responses"], records, strict=True):
+        if record:
+            p = [math.exp(value) for value in record["logprob"]]
+            assert response["tokens"]["p"] == pytest.approx(p, rel=0.01)
+    shown = opened(page)
+    for name, figure in (
+        ("coefficient", lambda r, i: r["coefficient"][i]),
+        ("trainer - base", lambda r, i: r["logprob"][i] - r["base"][i]),
+        ("trainer - engine", lambda r, i: r["engine"][i] and r["logprob"][i] - r["engine"][i]),
+        ("advantage", lambda r, i: r["advantage"]),
+    ):
+        shown.choose("mode", name)
+        values = [
+            figure(record, i) if record else None
+            for record, response in zip(records, group["responses"], strict=True)
+            for i in range(len(response["tokens"]["p"]))
+        ]
+        classes = shown.each(".response .t", "e.className")
+        signs = [("plus" in c.split()) - ("minus" in c.split()) for c in classes]
+        if name == "trainer - base":  # Step 1 began with the base: no token has a side.
+            assert not any(values)
+            continue
+        expected = [0 if v is None else 1 if v >= 0 else -1 for v in values]
+        assert signs == expected
+        colors = shown.styles(".response .t", "backgroundColor")
+        assert len({c for c, v in zip(colors, values, strict=True) if v}) > 1
+    shown.choose("mode", "log p, engine")
+    colors = shown.styles(".response[data-source=expert] .t", "backgroundColor")
+    assert len(set(colors)) == 1  # No engine sampled a demonstration.
+    shown.choose("mode", "source")
+    of_source = {r["source"]: set(shown.styles(f".t.{r['source']}", "backgroundColor"))
+                 for r in trained}  # fmt: skip
+    assert all(len(colors) == 1 for colors in of_source.values())
+    assert len(set.union(*of_source.values())) == len(of_source) > 1
+    assert shown.texts(".scale .t") == ["expert", "teacher", "self"]
+    dark = opened(page, scheme="dark")
+    dark.choose("mode", "source")
+    assert not set(dark.styles(".t.self", "backgroundColor")) & of_source["self"]
+
+
+def test_the_gradients_of_the_sources_are_shown(opened, page, run):
+    shown = opened(page)
+    found = [run.tokens(step)["gradients"] for step in (1, 2)]
+    legends = shown.texts("#gradients .legend")
+    assert len(legends) == 2
+    for gradients, legend in zip(found, legends, strict=True):
+        norms, total = gradients["norms"], sum(gradients["norms"].values())
+        assert norms.keys() == {"expert", "teacher", "self"}
+        for source, norm in norms.items():
+            assert f"{source} {100 * norm / total:.1f}%, norm {norm:.3g}" in legend
+        for pair, cosine in gradients["cosines"].items():
+            assert f"cosine {pair}: {cosine + 0.0:+.2f}" in legend
+    widths = shown.each("#gradients .bar:first-of-type span", "e.clientWidth")
+    assert sum(widths[:3]) > 100
+
+
+def test_a_ledger_needs_no_model_to_be_shown(opened, folder, run):
+    out = write_report([run.path], folder / "ledger.html", tokens=False, console=QUIET)
+    shown = opened(out)
+    [group, *_] = embedded(out)
+    trained = [r["ledger"] for r in group["responses"] if r["ledger"]]
+    assert len(shown.texts(".t")) == sum(len(r["text"]) for r in trained)
+    options = shown.each("select[name=mode] option", "[e.value, e.disabled]")
+    assert [name for name, disabled in options if disabled] == ["p", "c", "ac"]
 
 
 def test_a_token_tells_p_c_and_the_push(opened, page):
@@ -354,7 +427,7 @@ def test_series_can_be_hidden(opened, page_of_all):
 
 def test_without_the_base_all_else_is_shown(opened, folder, run):
     moved = folder / "moved"
-    shutil.copytree(run.path, moved)
+    shutil.copytree(run.path, moved, ignore=shutil.ignore_patterns("tokens"))
     recipe = moved / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("model: lab", f"model: {folder / 'gone'}"))
     out = write_report([moved], folder / "moved.html", console=QUIET)
