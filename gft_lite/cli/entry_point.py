@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from gft_lite.cli import (
+    audit,
     chat,
     distill,
     doctor,
@@ -44,6 +45,7 @@ COMMANDS = (
     chat,
     doctor,
     methods,
+    audit,
     lab,
 )
 _AGAIN = "continue with --resume"

@@ -113,10 +113,10 @@ class RunFolder:
         if len(self._metrics) > step:
             (self.path / "summary.json").unlink(missing_ok=True)  # The run is not finished now.
         self._metrics.keep_first(step)
-        for name, file in (("groups", self._groups_file), ("tokens", self._tokens_file)):
+        for name, file_of in (("groups", self._groups_file), ("tokens", self._tokens_file)):
             for later in self._steps_of(name):
                 if later > step:
-                    file(later).unlink()
+                    file_of(later).unlink()
 
     # --- groups ----------------------------------------------------------------------------
 

@@ -1,0 +1,62 @@
+"""`gft-lite audit`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from gft_lite.cli.common import DONE, FAILED, add_allow_code, add_recipe, check_recipe_trust
+from gft_lite.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from gft_lite.training.audit import Audit, AuditCheck
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser."""
+    words = "check that a method's gradient is the one it states, however a step is cut"
+    parser = commands.add_parser("audit", help=words)
+    add_recipe(parser)
+    add_allow_code(parser)
+    parser.set_defaults(run=run, again="run the command again")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command and return its exit code."""
+    recipe = Recipe.load(options.recipe, options.overrides)
+    check_recipe_trust(options, recipe)
+    from rich.console import Console
+
+    from gft_lite.training.audit import audit
+    from gft_lite.utils.progress import show_phase
+
+    console, passed = Console(), True
+    stages = [recipe.stage(number) for number in range(len(recipe.stages))]
+    for each in stages or [recipe]:
+        with show_phase(Console(stderr=True), f"auditing {each.method}"):
+            found = audit(each)
+        console.print(_table(found), soft_wrap=True)
+        passed &= all(check.passed for check in found.checks)
+    return DONE if passed else FAILED
+
+
+def _table(found: Audit) -> Table:
+    from rich.table import Table
+
+    table = Table(title=found.title, title_justify="left")
+    table.add_column("check")
+    for name in ("relative difference", "limit", ""):
+        table.add_column(name, justify="right")
+    for check in found.checks:
+        table.add_row(check.name, *_cells(check))
+    return table
+
+
+def _cells(check: AuditCheck) -> tuple[str, str, str]:
+    note = check.note.replace("[", r"\[")
+    if check.difference is None:
+        return "-", "-", note
+    result = "ok" if check.passed else "FAILED"
+    return f"{check.difference:.1e}", f"{check.limit:.1e}", f"{result} {note}".strip()
