@@ -94,7 +94,7 @@ class ModelShape:
         """The shape of the text decoder, and the size of the SigLIP tower beside it."""
         parts = [config.get(part) for part in ("text_config", "vision_config")]
         text, tower = (part if isinstance(part, Mapping) else {} for part in parts)
-        shape = cls.from_config(_GEMMA3_DEFAULTS | text | {"model_type": "gemma3_text"}, name)
+        shape = cls.from_config({**_GEMMA3_DEFAULTS, **text, "model_type": "gemma3_text"}, name)
         _check_sizes(tower, _TOWER, f"{name}, vision_config")
         width, mlp, layers = (tower[key] for key in _TOWER[:3])
         image, patch = tower["image_size"], tower["patch_size"]
