@@ -63,6 +63,22 @@ def test_the_lab_recipes_run(name, tmp_path):
     assert len(run.metrics()) == 2
 
 
+@pytest.mark.parametrize("name", [n for n in RECIPES if n.startswith("real/")])
+def test_the_recipes_of_real_models_run_on_a_file_with_the_hubs_columns(name, tmp_path):
+    """As `policy.model=FOLDER data.source=FILE` does it, with the columns of openai/gsm8k."""
+    rows = [
+        {"question": row["problem"], "answer": f"It is {row['answer']}.\n#### {row['answer']}"}
+        for row in lab.rows("train", limit=24)
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [f"data.source={file}", "rollout.engine=transformers", "rollout.max_tokens=48"]
+    recipe = Recipe.load(f"recipes/{name}", [*TINY, *words])
+    assert recipe.data.prompt.style == "chat"
+    run = train(recipe, tmp_path / "run", console=QUIET)
+    assert [sorted(m["sources"]) for m in run.metrics()] == [["expert", "self"]] * 2
+
+
 @pytest.fixture
 def math_rows(tmp_path):
     """The lab's problems in the columns that a data set with teachers has."""
