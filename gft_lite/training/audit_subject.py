@@ -110,6 +110,7 @@ def _with_small_model(settings: PolicySettings, folder: Path) -> PolicySettings:
     Raises: RecipeError.
     """
     checked = check_model(settings)
+    transformers.utils.logging.disable_progress_bar()
     with report_errors(settings.model):
         config: Any = transformers.AutoConfig.from_pretrained(
             checked.location, **checked.hub_options
