@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -66,7 +67,8 @@ def runs(real_model, rows, tmp_path_factory):
     recipe = folder / "real.yaml"
     recipe.write_text(json.dumps(RECIPE | {  # JSON is YAML.
         "policy": policy,
-        "data": {"source": str(data), "columns": columns, "prompt": prompt, "holdout": 1},
+        "data": {"source": str(data), "columns": columns, "prompt": prompt, "holdout": 1,
+                 "max_prompt_tokens": 160},
     }))  # fmt: skip
     command = ["train", str(recipe), "--out", str(folder / "run")]
     resumed = [*command[:-1], str(folder / "run-killed"), "--resume"]
@@ -149,6 +151,13 @@ def comparable(run):
                for m in run.metrics()]  # fmt: skip
     summary = run.summary()
     return metrics, [run.groups(1), run.groups(2)], summary["base"], summary["trained"]
+
+
+def test_the_plan_is_near_the_measured_peak(runs):
+    planned, measured = map(float, re.search(
+        r"memory: ([\d.]+) GiB planned at most, ([\d.]+) GiB measured", runs.outputs[0]).groups()
+    )  # fmt: skip
+    assert planned == pytest.approx(measured, rel=0.15)
 
 
 def test_evaluation_samples_what_transformers_and_peft_generate(
