@@ -22,7 +22,7 @@ LARGEST_HEAP_BLOCK = 32 * MIB
 # The heap's size beyond the blocks in use: this multiple of a micro-batch's, and of the linears of
 # a layer, which are dequantised again for every product.
 HEAP_FACTOR = 4.3
-HEAP_WEIGHTS_FACTOR = 15
+HEAP_WEIGHTS_FACTOR = 25
 
 
 def process(shape: ModelShape) -> int:

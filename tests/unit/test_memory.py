@@ -173,7 +173,7 @@ class TestFormulas:
         )
         assert parts["kv_cache"] == 64 * MIB
         layer = sum(planned.peak_candidates(choice, batch)["layer"].values())
-        assert parts["fragmentation"] == int(4.3 * layer) + 15 * 2 * 3_538_944
+        assert parts["fragmentation"] == int(4.3 * layer) + 25 * 2 * 3_538_944
         loading = planned.loading(choice)
         assert loading["file"] == 2 * 134_515_008
         assert loading["fragmentation"] == int(1.3 * 2 * linear)
