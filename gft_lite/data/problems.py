@@ -33,7 +33,7 @@ class Loaded:
 
     `total` counts all rows of the source; `skipped` and `unusable_demonstrations` count by reason;
     `examples` are the first few skipped rows. `columns` are those that were read, `notes` lines
-    about them and the demonstrations.
+    about them and the demonstrations. `read` are the problems before demonstrations were left out.
     """
 
     problems: tuple[Problem, ...]
@@ -43,6 +43,7 @@ class Loaded:
     unusable_demonstrations: Mapping[str, int] = field(default_factory=dict)
     columns: ColumnsSettings = field(default_factory=ColumnsSettings)
     notes: tuple[str, ...] = ()
+    read: tuple[Problem, ...] = ()
 
     def describe(self) -> str:
         """One line for the log: how many problems of how many rows, and what was skipped."""
@@ -57,10 +58,12 @@ class Loaded:
     def fingerprint(self) -> str:
         """A hash of the problems with their answers, demonstrations and columns, in their order.
 
-        A resumed run compares it with that of its first start.
+        A resumed run compares it with that of its first start, and a sweep's trials with that of
+        the trial whose base evaluation they share: it is the same for methods with and without
+        demonstrations, which leave out other ones.
         """
         digest = hashlib.blake2b(digest_size=16)
-        for p in self.problems:
+        for p in self.read or self.problems:
             content: list[Any] = [p.id, p.text, p.answer, p.experts, p.teachers, p.columns]
             content += [p.system, p.history] if p.system or p.history else []
             digest.update(json.dumps(content, sort_keys=True, default=repr).encode())
@@ -123,7 +126,9 @@ def load_problems(
         )
     notes = (*loaded.notes, *_note_on_thoughts(problems, format, field))
     counts = dict(unusable.most_common())
-    return replace(loaded, problems=problems, unusable_demonstrations=counts, notes=notes)
+    return replace(
+        loaded, problems=problems, unusable_demonstrations=counts, notes=notes, read=loaded.problems
+    )
 
 
 def _notes(

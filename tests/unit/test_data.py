@@ -576,6 +576,8 @@ def test_demonstrations_over_the_limit_are_left_out_and_counted(tmp_path):
         "2 problems of 2 rows; 2 demonstrations left out: 2 with more tokens than "
         "rollout.max_tokens (5)"
     )
+    # Methods without demonstrations leave none out, and have the same data.
+    assert loaded.fingerprint() == load(path, columns=columns).fingerprint()
     assert load_for_training(path, 6, columns=columns).unusable_demonstrations == {}
     with pytest.raises(RecipeError) as caught:
         load_for_training(path, 2, columns=columns)
