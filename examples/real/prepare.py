@@ -17,9 +17,10 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
-# Of the problems in random order; those between the two of MAWPS served to choose the prompt.
+# Of the problems in random order. `mawps_tune` served to choose the prompt and the rate.
 SETS = {
     "mawps_test": slice(200),
+    "mawps_tune": slice(250, 330),
     "mawps_train": slice(330, 730),
     "svamp_test": slice(60),
     "choices_test": slice(60),

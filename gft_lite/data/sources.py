@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gft_lite.data.base import UNREADABLE, Rows, Unusable
-from gft_lite.recipe.base import HUB_ID
+from gft_lite.recipe.base import is_hub_id
 from gft_lite.recipe.sections import DataSettings
 from gft_lite.utils.errors import RecipeError, short_repr
 
@@ -56,7 +56,7 @@ def _local(settings: DataSettings, field: str) -> list[Rows] | None:
         return [_read(path, field)]
     # A name without an owner could be a built-in reader of datasets; its `pandas` unpickles.
     looks_local = path.suffix.lower() in (*FORMATS, ".txt", ".gz", ".zip", ".zst")
-    if looks_local or not HUB_ID.fullmatch(source):
+    if looks_local or not is_hub_id(source):
         advice = "" if looks_local or "/" in source else " Hub data sets are written owner/name."
         raise RecipeError([f"{field}.source: no such file or folder, got {source!r}.{advice}"])
     return None

@@ -14,7 +14,7 @@ from typing import Any
 from gft_lite.policy.adapter_config import WEIGHTS, lora_settings, read_adapter_config
 from gft_lite.policy.base import Policy
 from gft_lite.policy.model_files import check_safetensors
-from gft_lite.recipe.base import HUB_ID
+from gft_lite.recipe.base import is_hub_id
 from gft_lite.recipe.loader import merge
 from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import PolicySettings
@@ -71,7 +71,7 @@ def _resolve(text: str, policy: PolicySettings) -> Iterator[Target]:
         settings = _merge_settings(Recipe.load(path / "recipe.yaml").policy, policy)
         for suffix, adapter in _adapters(path, which, text):
             yield _with_adapter(name.rstrip("/") + suffix, settings, adapter, path)
-    elif which or not (is_folder or name == "lab" or HUB_ID.fullmatch(name)):
+    elif which or not (is_folder or name == "lab" or is_hub_id(name)):
         kinds = "lab, a hub id, or the folder of a model, an adapter or a run"
         raise RecipeError([f"TARGET: must be {kinds}, got {short_repr(text)}."])
     elif is_folder and (path / "adapter_config.json").is_file():

@@ -25,7 +25,7 @@ from gft_lite.policy.weight_checks import (
     describe_error,
     read_fitting_weights,
 )
-from gft_lite.recipe.base import HUB_ID
+from gft_lite.recipe.base import is_hub_id
 from gft_lite.recipe.sections import LoraSettings, PolicySettings
 from gft_lite.utils.errors import RecipeError, nearest, short_repr
 
@@ -161,7 +161,7 @@ def _check_base(config: Mapping[str, Any], settings: PolicySettings) -> None:
     named, model = str(config.get("base_model_name_or_path")), settings.model
     if named in (model, model_location(model), "None", ""):
         return
-    named_on_hub = HUB_ID.fullmatch(named) and not Path(named).exists()
+    named_on_hub = is_hub_id(named) and not Path(named).exists()
     if named_on_hub and not Path(model).exists():
         raise RecipeError(
             [f"policy.adapter: must be an adapter of {model}, got {settings.adapter!r} of {named}. "

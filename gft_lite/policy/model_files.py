@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gft_lite.policy.adapter_config import CONFIG as ADAPTER_CONFIG
 from gft_lite.policy.registry import model_location
-from gft_lite.recipe.base import HUB_ID
+from gft_lite.recipe.base import is_hub_id
 from gft_lite.utils.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _check_name(path: Path, model: str) -> None:
         )  # fmt: skip
     if path.is_file():
         raise RecipeError([f"{rule} the file {model!r}. Give the folder that holds it."])
-    if not HUB_ID.fullmatch(model):
+    if not is_hub_id(model):
         raise RecipeError([f"{rule} {model!r}, which does not exist. Check the path."])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -48,7 +49,7 @@ def matching(pattern: str, rule: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # The id of a model, an adapter or a data set.
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -66,6 +67,12 @@ Temperature = Annotated[float, Field(ge=0, le=100), AfterValidator(_sampleable)]
 def at_most(limit: int) -> Any:
     """A validator for counts of what is made at once, so that a typing error exhausts no memory."""
     return Field(le=limit)
+
+
+def is_hub_id(name: str) -> bool:
+    """True if `name` may be the id of a model, an adapter or a data set, not a path in a file."""
+    # os.path, unlike pathlib, finds nothing at a name that is too long.
+    return bool(_HUB_ID.fullmatch(name)) and not os.path.isfile(os.path.dirname(name))
 
 
 class Settings(BaseModel):

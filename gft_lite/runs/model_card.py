@@ -14,7 +14,7 @@ from huggingface_hub import ModelCardData
 from gft_lite.data.sources import FORMATS
 from gft_lite.objective.methods import METHODS
 from gft_lite.policy.adapter_config import lora_settings, read_adapter_config
-from gft_lite.recipe.base import HUB_ID
+from gft_lite.recipe.base import is_hub_id
 from gft_lite.recipe.loader import Dumper
 from gft_lite.recipe.schema import Recipe
 from gft_lite.runs.export import read_end_tokens
@@ -78,7 +78,7 @@ def _folder_name(path: str) -> str:
 
 def _on_hub(name: str) -> bool:
     local = Path(name).exists() or Path(name).suffix in FORMATS
-    return bool(HUB_ID.fullmatch(name)) and not local
+    return is_hub_id(name) and not local
 
 
 def _link(base: str) -> str:

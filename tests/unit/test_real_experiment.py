@@ -41,10 +41,10 @@ def test_a_wording_is_in_one_set_only(prepare):
     svamp = [{"id": "copy", "problem": mawps[0]["problem"], "answer": "1"}, *rows("s", 90)]
     sets = prepare.split(mawps, svamp, rows("c", 90))
     assert {name: len(found) for name, found in sets.items()} == {
-        "mawps_test": 200, "mawps_train": 170, "svamp_test": 60, "choices_test": 60,
+        "mawps_test": 200, "mawps_tune": 80, "mawps_train": 170, "svamp_test": 60, "choices_test": 60,
     }  # fmt: skip
     words = [prepare.wording(row["problem"]) for found in sets.values() for row in found]
-    assert len(words) == len(set(words)) == 490
+    assert len(words) == len(set(words)) == 570
     assert all(row.keys() <= set(prepare.FIELDS) for found in sets.values() for row in found)
     assert not any(row["id"] == "copy" for row in sets["svamp_test"])
 
