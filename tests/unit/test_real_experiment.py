@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -41,7 +43,8 @@ def test_a_wording_is_in_one_set_only(prepare):
     svamp = [{"id": "copy", "problem": mawps[0]["problem"], "answer": "1"}, *rows("s", 90)]
     sets = prepare.split(mawps, svamp, rows("c", 90))
     assert {name: len(found) for name, found in sets.items()} == {
-        "mawps_test": 200, "mawps_tune": 80, "mawps_train": 170, "svamp_test": 60, "choices_test": 60,
+        "mawps_test": 200, "mawps_tune": 80, "mawps_train": 170,
+        "svamp_test": 60, "choices_test": 60,
     }  # fmt: skip
     words = [prepare.wording(row["problem"]) for found in sets.values() for row in found]
     assert len(words) == len(set(words)) == 570
@@ -79,3 +82,16 @@ def test_the_teacher_is_shown_an_example_and_the_student_is_not():
     assert "The answer is 5." in teacher.prompt.template
     assert "The answer is 5." not in student.prompt.template
     assert teacher.source == "mawps_train.jsonl" and not teacher.columns.expert
+
+
+def test_the_text_quotes_the_page():
+    """Every row of the table of results stands in the report: SFT, GFT, GRPO in this order."""
+    page = re.sub(r"<[^>]+>", " ", (FOLDER / "report.html").read_text(encoding="utf-8"))
+    page = " ".join(html.unescape(page).split())
+    text = (FOLDER / "README.md").read_text(encoding="utf-8").replace("**", "")
+    table = text[text.index("| MAWPS") : text.index("- Significant")].splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[2:-1]] for line in table if line]
+    assert len(rows) == 7
+    for base, *trained in rows:
+        assert " ".join(trained) in page
+        assert " ".join([base] * 3) in page or base in ("", "0")
