@@ -39,7 +39,7 @@ def find_real_model(cache: Path | None = None) -> Path:
         source = _gguf_file()
         folder.parent.mkdir(parents=True, exist_ok=True)
         # One process converts; the others wait for the lock and find the folder.
-        with (folder.parent / f"{NAME}.lock").open("w") as lock:
+        with (folder.parent / f"{NAME}.lock").open("wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not folder.exists():
                 partial = folder.with_name(f"{NAME}.tmp")

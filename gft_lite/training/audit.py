@@ -23,6 +23,7 @@ from torch import Tensor
 from gft_lite.policy.base import without_dropout
 from gft_lite.policy.batching import Layout, Row
 from gft_lite.recipe.schema import Recipe
+from gft_lite.training.audit_files import read_gradient, write_step
 from gft_lite.training.audit_reference import PlainStep, plain_step
 from gft_lite.training.audit_subject import PROGRESS, Subject, move_adapter, prepare_subject
 from gft_lite.training.learner import Learner
@@ -185,20 +186,20 @@ class _Auditor:
     def _processes(self, folder: Path, whole: Tensor, limit: float) -> AuditCheck:
         """The gradient of two processes, as `torchrun` starts them."""
         name = f"{WORLD_SIZE} processes"
-        recipe = self.subject.recipe.model_dump(mode="json")
-        weights = {n: p.detach() for n, p in self.policy.parameters().items()}
-        torch.save((recipe, self.step, weights), folder / "step.pt")
+        write_step(folder, self.subject.recipe, self.step, self.policy)
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
             str(WORLD_SIZE), "-m", "gft_lite.training.audit_rank", str(folder),
         ]  # fmt: skip
         environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, encoding="utf-8"
+        )
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "Error: " in line]
             reason = (errors or ["torchrun failed"])[0].removeprefix("[rank0]:").strip()
             return AuditCheck(name, math.inf, limit, reason)
-        found = torch.load(folder / "gradient.pt", weights_only=True)
+        found = read_gradient(folder)
         return AuditCheck(name, _gap(found, whole), limit)
 
     def _optimizer(self, rounding: float) -> AuditCheck:

@@ -9,8 +9,8 @@ import torch
 
 from gft_lite.policy.base import without_dropout
 from gft_lite.policy.registry import load_policy
-from gft_lite.recipe.schema import Recipe
 from gft_lite.training.audit import WHOLE, flat_gradient
+from gft_lite.training.audit_files import read_step, write_gradient
 from gft_lite.training.audit_subject import PROGRESS
 from gft_lite.training.learner import Learner
 from gft_lite.utils.distributed import init_distributed
@@ -19,9 +19,7 @@ from gft_lite.utils.distributed import init_distributed
 def main(folder: Path) -> None:
     """Compute the step in `folder` with the other processes; the main one writes its gradient."""
     distributed = init_distributed("cpu")
-    # The file is that of the process that started this one.
-    tree, rows, weights = torch.load(folder / "step.pt", weights_only=False)
-    recipe = Recipe.from_tree(tree)
+    recipe, rows, weights = read_step(folder)
     policy = load_policy(recipe.policy, recipe.seed)
     policy.model.train()
     with torch.no_grad():
@@ -32,7 +30,7 @@ def main(folder: Path) -> None:
     with without_dropout(policy):
         learner.gradient(rows, PROGRESS)
     if distributed.is_main:
-        torch.save(flat_gradient(learner), folder / "gradient.pt")
+        write_gradient(folder, flat_gradient(learner))
     distributed.barrier()
 
 
