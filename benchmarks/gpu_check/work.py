@@ -190,13 +190,13 @@ def held(policy: LoraPolicy) -> list[Tensor]:
 
 def predicted_gib(model: MemoryModel, choice: Any, batches: Sequence[MicroBatch]) -> float:
     """The planner's peak for the largest of the micro-batches, of what `Peak` measures."""
-    outside = ("context", "fragmentation", "engine", "kv_cache")
+    tensors = ("base", "lora", "optimiser", "checkpoints", "activations", "head")
     resting = 0
     if model.device == "cpu":  # What is there before: base, adapter and the optimiser's states.
         resting = model.base(choice.offload_embedding) + 4 * model.lora_parameters
         resting += model.optimizer(gradients=False)
     peaks = [model.training(choice, seen_by_plan(batch)) for batch in batches]
-    largest = max(sum(n for name, n in p.items() if name not in outside) for p in peaks)
+    largest = max(sum(p[name] for name in tensors) for p in peaks)
     return (largest - resting) / 2**30
 
 
