@@ -107,7 +107,7 @@ def test_an_engine_may_ignore_the_callback(lab_policy):
 
 
 def test_a_terminal_shows_responses_and_tokens_per_second(lab_policy, monkeypatch):
-    monkeypatch.setattr("gft_lite.utils.progress._REFRESH_SECONDS", 0.0)
+    monkeypatch.setenv("TERM", "xterm")  # On a dumb one nothing is drawn over.
     screen = StringIO()
     console = Console(file=screen, force_terminal=True, width=100)
     engine = RestartingEngine(lambda: Fragile(lab_policy, [99], []), console)
