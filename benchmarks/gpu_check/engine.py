@@ -31,7 +31,9 @@ def check(setup: Setup, notes: Notes) -> None:
 
     notes.add("vllm", {"adapted": adapt_vllm()})
     policy = random_policy(setup, setup.recipe(SMALL).policy)
-    settings = RolloutSettings(engine="vllm", gpu_memory=0.25, eager=True)
+    # On a CPU, the dtype that the limits of the hot-loads are for.
+    dtype = "float32" if setup.device == "cpu" else "auto"
+    settings = RolloutSettings(engine="vllm", gpu_memory=0.25, eager=True, dtype=dtype)
     started: list[Any] = []
     with tempfile.TemporaryDirectory() as folder:
         os.environ["GFT_LITE_CACHE"] = folder  # A random base is not used again.

@@ -30,7 +30,7 @@ from gft_lite.distillation.teachers import (
     TeacherSettings,
 )
 from gft_lite.evaluation.sets import open_scorer
-from gft_lite.policy.weight_checks import LOAD_ERRORS
+from gft_lite.policy.load_errors import LOAD_ERRORS
 from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import ColumnsSettings, PolicySettings
 from gft_lite.rewards.scorer import Scorer

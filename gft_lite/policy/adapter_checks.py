@@ -18,13 +18,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from gft_lite.policy.adapter_config import CONFIG, WEIGHTS, lora_settings, read_adapter_config
+from gft_lite.policy.load_errors import LOAD_ERRORS, describe_error
 from gft_lite.policy.model_files import check_safetensors
 from gft_lite.policy.registry import model_location
-from gft_lite.policy.weight_checks import (
-    LOAD_ERRORS,
-    describe_error,
-    read_fitting_weights,
-)
+from gft_lite.policy.weight_checks import read_fitting_weights
 from gft_lite.recipe.base import is_hub_id
 from gft_lite.recipe.sections import LoraSettings, PolicySettings
 from gft_lite.utils.errors import RecipeError, nearest, short_repr

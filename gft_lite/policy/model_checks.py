@@ -14,9 +14,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from gft_lite.policy.adapter_checks import check_adapter, check_targets
+from gft_lite.policy.load_errors import LOAD_ERRORS, describe_error
 from gft_lite.policy.model_files import check_config, check_model_files
 from gft_lite.policy.registry import model_location
-from gft_lite.policy.weight_checks import LOAD_ERRORS, describe_error
 from gft_lite.recipe.sections import PolicySettings
 from gft_lite.utils.errors import RecipeError
 

@@ -14,11 +14,11 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from gft_lite.policy.adapter_config import lora_settings, read_adapter_config
 from gft_lite.policy.batching import Layout
+from gft_lite.policy.load_errors import describe_error
 from gft_lite.policy.lora import REFERENCE, TRAINED, LoraPolicy
 from gft_lite.policy.model_checks import CheckedModel, check_model
 from gft_lite.policy.scoring import autocast
 from gft_lite.policy.vllm_process import engine_environment, isolated_process_state
-from gft_lite.policy.weight_checks import describe_error
 from gft_lite.recipe.sections import PolicySettings, RolloutSettings
 from gft_lite.utils.errors import RecipeError, short_repr
 

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from bitsandbytes.nn import Linear4bit
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from peft import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from gft_lite.policy.adapter_config import WEIGHTS
+from gft_lite.policy.load_errors import describe_error
 from gft_lite.utils.errors import RecipeError
-
-# transformers, peft and safetensors raise any of these for broken tokenizers, configs and weights.
-LOAD_ERRORS = (
-    OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, ArithmeticError,
-    ImportError, RuntimeError, SafetensorError, HFValidationError,
-    StrictDataclassError, re.error,
-)  # fmt: skip
-
-
-def describe_error(error: BaseException) -> str:
-    """Type and text of an error on one line of at most 200 characters."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 
 def check_missing_weights(base: Any, report: dict[str, Any], model: str) -> None:

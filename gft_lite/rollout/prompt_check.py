@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from gft_lite.data.prompts import PromptFormat
+from gft_lite.policy.load_errors import LOAD_ERRORS
 from gft_lite.policy.registry import model_location
-from gft_lite.policy.weight_checks import LOAD_ERRORS
 from gft_lite.utils.errors import RecipeError
 
 if TYPE_CHECKING:

@@ -237,7 +237,8 @@ def test_the_papers_experiment_runs_with_a_tiny_model(small_paper, tmp_path):
 def test_gsm8k_with_vllm_and_math_verify(shared_data, tmp_path):
     source = shared_data / "bench" / "gsm8k_train.jsonl"
     columns = "{problem: problem, answer: answer, answer_from: plain, expert: solution}"
-    overrides = [f"data.source={source}", f"data.columns={columns}", "data.problems=30"]
+    overrides = [f"data.source={source}", f"data.columns={columns}", "data.problems=30",
+                 "rollout.dtype=float32"]  # fmt: skip
     run = train(Recipe.load("recipes/gsm8k_tiny.yaml", overrides), tmp_path / "run", console=QUIET)
     assert Recipe.load(run.path / "recipe.yaml").rollout.engine == "vllm"
     assert len(run.metrics()) == 3
@@ -253,7 +254,7 @@ def test_gsm8k_with_vllm_and_math_verify(shared_data, tmp_path):
 def test_the_lab_with_vllm_hot_loading_after_every_step(tmp_path):
     small = ["train.steps=5", "optim.lr=4e-3", "optim.warmup=0", "data.problems=60",
              "eval.sets.test.problems=2", "eval.sets.retention.problems=2",
-             "rollout.engine=vllm"]  # fmt: skip
+             "rollout.engine=vllm", "rollout.dtype=float32"]  # fmt: skip
     run = train(Recipe.load("recipes/lab.yaml", [*TINY[2:], *small]), tmp_path, console=QUIET)
     metrics = run.metrics()
     assert max(m["sync_gap"] for m in metrics) < 1e-4

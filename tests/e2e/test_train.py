@@ -229,7 +229,7 @@ def test_trackers_get_the_numbers(tmp_path):
         (["rollout.max_tokens=4000"], "rollout.max_tokens: must leave room for a prompt"),
         (["data.source=nowhere.jsonl"], "data.source: "),
         (["group.expert=5", "group.shortfall=drop"], "group: must find its demonstrations"),
-        (["data.prompt.style=chat", "policy.model=/nowhere"], "policy.model: must be the folder of a base model"),
+        (["data.prompt.style=chat", "policy.model=/nowhere"], "policy.model: must be the folder"),
     ],
 )
 def test_what_only_shows_with_data_and_model_is_still_the_users_error(overrides, text, tmp_path):
