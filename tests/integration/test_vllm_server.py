@@ -227,6 +227,14 @@ def _gap(a, b):
     return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
 
+def _assert_agree(found, expected):
+    """Equal samples; log-probs are rounded differently with the rows that a server joins."""
+    for ours, theirs in zip(found, expected, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert (a.token_ids, a.finish_reason) == (b.token_ids, b.finish_reason)
+            assert _gap(a.logprobs, b.logprobs) < GAP
+
+
 def _exact(policy, *, base=False):
     """The trainer's own engine, whose scores are those of one forward."""
     engine = TransformersEngine(RolloutSettings(), policy, Path())
@@ -358,7 +366,7 @@ def test_several_servers_take_requests_in_turn_and_agree(connect, server, proxy,
     two = connect(server[0], proxy.url)
     two.sync(adapter, version)
     proxy.samples = 0
-    assert two.generate(requests, WARM) == expected
+    _assert_agree(two.generate(requests, WARM), expected)
     assert proxy.samples == 2 * 3  # Every other prompt, with all its samples.
     _assert_serves(two, policy)
     two.close()
@@ -682,7 +690,7 @@ def test_a_killed_server_is_started_again(engine, policy, publish, tmp_path):
         expected = again.generate(_requests(policy), WARM)
         _, serving, *_ = _family()
         os.kill(serving, signal.SIGKILL)
-        assert again.generate(_requests(policy), WARM) == expected
+        _assert_agree(again.generate(_requests(policy), WARM), expected)
         assert "no server is left" in output.getvalue() and "Starting it again" in output.getvalue()
         _assert_serves(again, policy)
     finally:
