@@ -49,7 +49,7 @@ _log = logging.getLogger(__name__)
 
 
 class VllmServerEngine:
-    """Distributes requests over servers; a sample doesn't depend on the server it comes from."""
+    """Distributes requests over servers; which one a sample comes from matters only by rounding."""
 
     name = "vllm_server"
 
