@@ -177,13 +177,10 @@ class Terminal:
 
     def __init__(self, *command: str) -> None:
         self.master, slave = pty.openpty()
-        # A background shell starts its commands with SIGINT ignored, and they theirs.
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "gft_lite", *command], stdin=slave, stdout=slave, stderr=slave,
             start_new_session=True, env={**os.environ, "TERM": "dumb"},
         )  # fmt: skip
-        signal.signal(signal.SIGINT, before)
         os.close(slave)
         self.seen = ""
 
