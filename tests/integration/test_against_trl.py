@@ -20,6 +20,10 @@ Where the definitions differ, and what is set here so that they meet:
   beside it; our `dapo` has both. `bnpo` averages micro-batch means, which we never do: the two
   agree where there is one micro-batch.
 - In a flat group TRL's advantages are what rounding leaves; ours are exactly 0.
+- Of the methods that mix sources, the part of the self samples: TRL's `delta` is the second bound
+  of prefix_rft's clipping, and an `epsilon` that nothing exceeds leaves luffy's ratio unclipped.
+  TRL has no entropy bonus. `sdft` is mode `sampled_token` of its SDFT, whose loss is compared on
+  logits alone.
 
 `dft` has coincided since TRL divides by the tokens of the whole step, as `nll` does.
 """
@@ -39,7 +43,9 @@ from safetensors.torch import load_file
 
 from gft_lite import lab
 from gft_lite.objective.advantages import group_advantages
+from gft_lite.objective.losses import LossInputs
 from gft_lite.objective.methods import METHODS
+from gft_lite.objective.mixed_losses import teacher_loss
 from gft_lite.objective.reduction import token_weights
 from gft_lite.policy.batching import Row
 from gft_lite.policy.registry import load_policy
@@ -73,6 +79,11 @@ CASES = {
     "bnpo": ("grpo", {"reduction": "token_mean"}, "grpo", {
         **GRPO, "loss_type": "bnpo", "per_device_train_batch_size": 8,
         "gradient_accumulation_steps": 1}),
+    "luffy": ("luffy", {"entropy": 0}, "grpo", {
+        **GRPO, "loss_type": "dr_grpo", "scale_rewards": "none", "epsilon": 1.0,
+        "epsilon_high": 1e6}),
+    "prefix_rft": ("prefix_rft", {"entropy": 0, "dual_clip": 1.25}, "grpo", {
+        **GRPO, "loss_type": "dapo", "scale_rewards": "none", "delta": 1.25}),
 }  # fmt: skip
 
 
@@ -141,11 +152,20 @@ def test_gradients_are_those_of_trl(name, start, groups, theirs):
     )
     ours = gradients(recipe, start, groups)
     assert (ours[0] - ours[1]).norm() > 0.1 * ours[0].norm()
-    if "old_logprobs" in METHODS[method].needs:
+    if "old_logprobs" in METHODS[method].needs and method != "luffy":
         first, second = theirs[f"{name}/clipped"].tolist()
         assert first == 0 and 0.02 < second < 0.5
     gaps = (ours - theirs[f"{name}/gradients"]).norm(dim=1) / ours.norm(dim=1)
     assert gaps.max() <= 1e-4
+
+
+def test_the_teachers_loss_is_trls_for_sampled_tokens(theirs):
+    leaf = theirs["sdft/logprobs"].clone().requires_grad_()
+    found = teacher_loss(LossInputs(leaf, torch.ones(()), teacher_logprobs=theirs["sdft/teacher"]))
+    torch.testing.assert_close(found.per_token, theirs["sdft/loss"])
+    found.per_token.sum().backward()
+    torch.testing.assert_close(leaf.grad, theirs["sdft/slope"])
+    assert leaf.grad.abs().min() > 0
 
 
 def gradients(recipe, start, groups):

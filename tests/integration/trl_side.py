@@ -72,6 +72,25 @@ def grpo(policy, case, **common: Any):
     )  # fmt: skip
 
 
+def sdft() -> dict[str, torch.Tensor]:
+    """TRL's loss for sampled tokens, and its slope in the student's log-probs."""
+    from trl.experimental.sdft.loss_utils import compute_sampled_token_self_distillation_loss
+
+    generator = torch.Generator().manual_seed(3)
+    student, teacher = torch.randn(2, 2, 5, 11, generator=generator, dtype=torch.float64)
+    ids = torch.randint(11, (2, 5), generator=generator)
+    pick = [logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0] for logits in
+            (student, teacher)]  # fmt: skip
+    student.requires_grad_()
+    loss = compute_sampled_token_self_distillation_loss(
+        student, teacher, ids, distillation_alpha=1.0
+    )
+    loss.sum().backward()
+    # d log p / d logit of the token is 1 - p.
+    own = student.grad.gather(-1, ids[..., None])[..., 0] / (1 - pick[0].exp())
+    return {"logprobs": pick[0], "teacher": pick[1], "loss": loss.detach(), "slope": own}
+
+
 def main(cases: str, adapter: str, out: str) -> None:
     found = {}
     for case in json.loads(Path(cases).read_text()):
@@ -85,6 +104,7 @@ def main(cases: str, adapter: str, out: str) -> None:
         logs = [log.get("clip_ratio/region_mean", 0.0) for log in trainer.state.log_history]
         found[f"{case['name']}/gradients"] = torch.stack(recorder.gradients)
         found[f"{case['name']}/clipped"] = torch.tensor(logs[: len(recorder.gradients)])
+    found |= {f"sdft/{name}": value.contiguous() for name, value in sdft().items()}
     save_file(found, out)
 
 
