@@ -88,6 +88,11 @@ class MicroBatch:
 
         return MicroBatch(*(moved(getattr(self, field.name)) for field in fields(self)))
 
+    def by_row(self, values: Tensor) -> dict[int, Tensor]:
+        """Values of the response tokens [T] as those of each row [R], by the row's index."""
+        rows = self.row.to(values.device)
+        return {i: values[rows == i] for i in rows.unique().tolist()}
+
 
 def cut(
     rows: Sequence[Row], token_budget: int, *, pad_id: int = 0, layout: Layout = "padded"

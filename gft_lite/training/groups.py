@@ -59,10 +59,9 @@ class GroupBuilder:
         Flat groups are replaced by those of other problems, at most `rollout.resample` times
         (dynamic sampling, arXiv 2503.14476).
         """
-        if self.presampled:
-            visits = visits_of_step(self.recipe, self.problems, step)
-            return StepGroups(self.score(self.presampled.groups(visits)), 0)
         visits = visits_of_step(self.recipe, self.problems, step)
+        if self.presampled:
+            return StepGroups(self.score(self.presampled.groups(visits)), 0)
         groups = self._sample_and_grade(visits, timer, progress)
         tokens = count_self_tokens(groups)
         for attempt in range(1, self.recipe.rollout.resample + 1):

@@ -254,9 +254,9 @@ class Learner:
         for batch in self.distributed.shard(batches):
             with without_dropout(self.policy):
                 scores = self.policy.token_scores(batch)
-            for i in batch.row.unique().tolist():
-                mask = (batch.row == i).to(scores.logprobs.device)
-                logprobs, entropy = scores.logprobs[mask].cpu(), scores.entropy[mask].cpu()
+            entropies = batch.by_row(scores.entropy.cpu())
+            for i, logprobs in batch.by_row(scores.logprobs.cpu()).items():
+                entropy = entropies[i]
                 own[i] = {
                     "row_entropy": entropy.mean().item(),
                     "entropy_quantile": _quantiles(entropy, rows[i].prefix),

@@ -93,8 +93,9 @@ def _figures(learner: Learner, rows: Sequence[Row], progress: float) -> list[dic
             "base": base,
             "coefficient": -slope,
         }
-        for i in batch.row.unique().tolist():
-            found[i] = {name: _rounded(v[batch.row == i]) for name, v in values.items()}
+        for name, value in values.items():
+            for i, of_row in batch.by_row(value).items():
+                found[i][name] = _rounded(of_row)
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,11 +18,14 @@ from gft_lite.types import SOURCES, Response, ScoredGroup
 
 def make_rows(recipe: Recipe, groups: Sequence[ScoredGroup]) -> list[Row]:
     """The rows that one update trains on, weighted by the reduction of each part of the loss."""
-    method, mask = find_method(recipe.method), recipe.objective.mask_truncated
+    method, parameters = find_method(recipe.method), bind_method(recipe)
+    mask = recipe.objective.mask_truncated
     rows = [
         _row(method, scored, response, advantage)
         for scored in groups
-        for (response, advantage), selected in zip(scored, _select(recipe, scored), strict=True)
+        for (response, advantage), selected in zip(
+            scored, _select(method, parameters, scored), strict=True
+        )
         if selected and response.token_ids and not (mask and response.truncated)
     ]
     return _weighted(recipe, rows)
@@ -36,12 +39,11 @@ def loss_parts(recipe: Recipe) -> tuple[Part, ...]:
     return own + penalty + bonus
 
 
-def _select(recipe: Recipe, scored: ScoredGroup) -> Sequence[bool]:
+def _select(method: Method, parameters: Mapping[str, Any], scored: ScoredGroup) -> Sequence[bool]:
     """Whether each response of a group is trained on."""
-    select = find_method(recipe.method).select
-    if select is None:
+    if method.select is None:
         return [True] * len(scored.group)
-    chosen: Sequence[bool] = call_with_parameters(select, scored, parameters=bind_method(recipe))
+    chosen: Sequence[bool] = call_with_parameters(method.select, scored, parameters=parameters)
     return chosen
 
 

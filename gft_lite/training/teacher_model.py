@@ -89,9 +89,7 @@ class TeacherModel:
         found: dict[int, Tensor] = {}
         with self._teaching() as model:
             for batch in model.batches(shown, token_budget):
-                logprobs = model.token_scores(batch).logprobs.cpu()
-                for i in batch.row.unique().tolist():
-                    found[i] = logprobs[batch.row == i]
+                found |= batch.by_row(model.token_scores(batch).logprobs.cpu())
         return [
             replace(row, loss_inputs={**row.loss_inputs, "teacher_logprobs": found[i]})
             for i, row in enumerate(rows)
