@@ -82,6 +82,35 @@ def signal_when(tmp_path_factory):
     return run
 
 
+@pytest.fixture(scope="session")
+def save_random_models(tmp_path_factory):
+    """Save a random model of each config, with the lab's tokenizer; returns the folders by name.
+
+    The weights are large enough that attention matters.
+    """
+
+    def save(configs):
+        import torch
+        import transformers
+
+        from gft_lite import lab
+
+        tokenizer = transformers.AutoTokenizer.from_pretrained(lab.BASE)
+        made = {}
+        for name, config in configs.items():
+            torch.manual_seed(0)
+            model = transformers.AutoModelForCausalLM.from_config(config)
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    torch.nn.init.normal_(parameter, std=0.1)
+            made[name] = tmp_path_factory.mktemp(name)
+            model.save_pretrained(made[name])
+            tokenizer.save_pretrained(made[name])
+        return made
+
+    return save
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """One thread: several OpenMP threads on busy cores can slow tiny models a hundredfold."""

@@ -65,20 +65,9 @@ OTHERS = {
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """A random model of each family, with weights large enough that attention matters."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(lab.BASE)
-    made = {}
-    for name, config in (FAMILIES | OTHERS).items():
-        torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config)
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                torch.nn.init.normal_(parameter, std=0.1)
-        made[name] = tmp_path_factory.mktemp(name)
-        model.save_pretrained(made[name])
-        tokenizer.save_pretrained(made[name])
-    return made
+def folders(save_random_models):
+    """A random model of each family."""
+    return save_random_models(FAMILIES | OTHERS)
 
 
 def gradient(folder, layout):
