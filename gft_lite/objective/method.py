@@ -28,6 +28,17 @@ Need = Literal[
 ]
 
 
+@dataclass(frozen=True, slots=True)
+class Dial:
+    """The parameter of a method that is tuned beside its learning rate, and the values to try.
+
+    `parameter` is a keyword-only argument of the method's loss, `select` or `prefixes`.
+    """
+
+    parameter: str
+    values: tuple[float, ...]
+
+
 @dataclass(frozen=True)
 class Method:
     """A training method: its loss, the sources it trains on, its default settings, its paper.
@@ -43,6 +54,7 @@ class Method:
     - `prefixes` takes the number of self samples, the progress in [0, 1] and a `random.Random`, and
       returns for each sample the share of an expert demonstration that is put before it.
     - `teacher_sees_demonstration`: teacher log-probs are those after a prompt with a demonstration.
+    - `dial`: the parameter that a comparison of methods tunes beside the learning rate.
 
     The keyword-only arguments of `loss`, `select` and `prefixes` are the method's parameters, which
     the recipe sets under `objective:`. `defaults` is a recipe fragment under the user's recipe.
@@ -60,6 +72,7 @@ class Method:
     select: Callable[..., Sequence[bool]] | None = None
     prefixes: Callable[..., Sequence[float]] | None = None
     teacher_sees_demonstration: bool = False
+    dial: Dial | None = None
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property

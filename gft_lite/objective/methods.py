@@ -17,12 +17,12 @@ from gft_lite.objective.losses import (
     psft_loss,
     sft_loss,
 )
-from gft_lite.objective.method import Method, Need, Part, defaults
+from gft_lite.objective.method import Dial, Method, Need, Part, defaults
 from gft_lite.objective.mixed_methods import MIXED_METHODS
 from gft_lite.types import SOURCES, Source
 from gft_lite.utils.imports import load_dotted
 
-__all__ = ["METHODS", "Method", "Need", "Part", "find_method"]
+__all__ = ["METHODS", "Dial", "Method", "Need", "Part", "find_method"]
 
 _DEMONSTRATIONS: tuple[Source, ...] = ("expert", "teacher")
 _LIKELIHOOD = "maximum likelihood"
@@ -52,11 +52,13 @@ METHODS: dict[str, Method] = {
     "asft": Method(
         asft_loss, _DEMONSTRATIONS, "arXiv 2509.23753", "-sg(p) log p + lam KL",
         needs=("reference_kl",),
+        dial=Dial("lam", (0.03, 0.1, 0.3)),
         group_advantages=False, defaults=defaults(1, 0, 0, 1e-4, lam=0.1),
     ),
     "psft": Method(
         psft_loss, _DEMONSTRATIONS, "arXiv 2508.17784", "-min(rho, clip(rho))",
         needs=("old_logprobs",),
+        dial=Dial("clip_high", (0.2, 0.28, 0.4)),
         # Eight as in the authors' script; with one, rho is 1 and the gradient that of SFT.
         group_advantages=False, defaults=defaults(1, 0, 0, 1e-4, clip_high=0.28)
         | {"train": {"updates_per_rollout": 8}},
@@ -71,14 +73,17 @@ METHODS: dict[str, Method] = {
     ),
     "dapo": Method(
         clipped_loss, ("self",), "arXiv 2503.14476, Eq. 8", **_SURROGATE,
+        dial=Dial("clip_high", (0.2, 0.28, 0.4)),
         defaults=defaults(0, 0, 8, 2e-5, clip_high=0.28, eps=1e-4, mask_truncated=True),
     ),
     "gft": Method(
         gft_loss, SOURCES, "arXiv 2604.14258, Eq. 21", "-A C(p) log p",
+        dial=Dial("tau", (0.1, 0.3, 0.7)),
         scales_with_advantage=True, defaults=defaults(1, 3, 4, 2e-5),
     ),
     "gft_no_gal": Method(
         gft_no_gal_loss, _DEMONSTRATIONS, "arXiv 2604.14258, ablation", "-C(p) log p",
+        dial=Dial("tau", (0.1, 0.3, 0.7)),
         group_advantages=False, defaults=defaults(1, 3, 0, 2e-5),
     ),
     "gft_no_dcr": Method(
@@ -87,6 +92,7 @@ METHODS: dict[str, Method] = {
     ),
     "gft_no_mix": Method(
         gft_loss, ("expert", "self"), "arXiv 2604.14258, ablation", "-A C(p) log p",
+        dial=Dial("tau", (0.1, 0.3, 0.7)),
         scales_with_advantage=True, defaults=defaults(1, 0, 7, 2e-5),
     ),
     **MIXED_METHODS,
