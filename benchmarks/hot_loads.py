@@ -8,6 +8,7 @@ those of the base nor those of the previous adapter, and the greedy continuation
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import tempfile
 import time
@@ -51,7 +52,7 @@ def measure(
     served = PolicyEngine(engine, policy, adapters)
     noise = served.start_checks(Row(PROMPT, COMPLETION), SETTINGS.probe_limit)
     gaps, wrong, answers, seconds = [], 0, set(), []
-    memory, descriptors, disk = [], [], []
+    memory, descriptors, disk, tensors = [], [], [], []
     for version in range(1, syncs + 1):
         _change(policy, version)
         start = time.perf_counter()
@@ -64,6 +65,8 @@ def measure(
         memory.append(_resident_kib())
         descriptors.append(len(os.listdir("/proc/self/fd")))
         disk.append(sum(f.stat().st_size for f in adapters.rglob("*") if f.is_file()))
+        if version in (warm_up, syncs):
+            tensors.append(_tensor_bytes())
     return {
         "syncs": syncs,
         "sync_seconds": float(np.median(seconds)),
@@ -73,6 +76,8 @@ def measure(
         "different_greedy_answers": len(answers),
         "rss_mib": memory[-1] / 1024,
         "rss_kib_per_sync": _slope(memory[warm_up:]),
+        "rss_kib_per_sync_median": _median_growth(memory[warm_up:]),
+        "tensor_bytes": tensors,
         "descriptors": [descriptors[warm_up], descriptors[-1]],
         "descriptors_per_sync": _slope(descriptors[warm_up:]),
         "adapter_folders": len(list(adapters.iterdir())),
@@ -103,6 +108,20 @@ def _greedy(policy: Policy, length: int) -> tuple[int, ...]:
 def _resident_kib() -> int:
     pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") // 1024
+
+
+def _tensor_bytes() -> int:
+    """The bytes of all tensors that `gc` lists, each storage once; vLLM freezes those of its start."""
+    gc.collect()
+    # Not isinstance, which imports what a lazy object of another library stands for.
+    tensors = (o for o in gc.get_objects() if issubclass(type(o), torch.Tensor))
+    storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
+    return sum(storages.values())
+
+
+def _median_growth(values: list[int], window: int = 10) -> float:
+    """The median growth per sync over `window` syncs, which one jump of the heap doesn't move."""
+    return float(np.median(np.subtract(values[window:], values[:-window]))) / window
 
 
 def _slope(values: list[int]) -> float:
