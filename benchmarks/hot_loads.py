@@ -111,7 +111,7 @@ def _resident_kib() -> int:
 
 
 def _tensor_bytes() -> int:
-    """The bytes of all tensors that `gc` lists, each storage once; vLLM freezes those of its start."""
+    """The bytes of all tensors that `gc` lists, each storage once (vLLM freezes older ones)."""
     gc.collect()
     # Not isinstance, which imports what a lazy object of another library stands for.
     tensors = (o for o in gc.get_objects() if issubclass(type(o), torch.Tensor))
