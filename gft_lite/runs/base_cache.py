@@ -12,7 +12,8 @@ from typing import Any
 from gft_lite.policy.batching import Row
 from gft_lite.recipe.effects import Affects, values_affecting
 from gft_lite.recipe.schema import Recipe
-from gft_lite.runs.folder import DATA_IDENTITY, Evaluation, RunFolder, parse_evaluation
+from gft_lite.runs.folder import DATA_IDENTITY, RunFolder
+from gft_lite.runs.folder_forms import Evaluation, parse_evaluation
 from gft_lite.types import Problem
 from gft_lite.utils.files import atomic_write, read_json
 

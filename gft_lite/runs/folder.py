@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,20 @@ from typing import Any
 from gft_lite.recipe.effects import Affects, differences, values_affecting
 from gft_lite.recipe.method_parameters import complete_objective
 from gft_lite.recipe.schema import Recipe
-from gft_lite.types import Response, ScoredGroup
+from gft_lite.runs.folder_forms import (
+    Evaluation,
+    check_steps,
+    parse_complete_metrics,
+    parse_evaluation,
+    parse_fingerprints,
+    parse_group,
+    parse_step_evaluation,
+    parse_step_metrics,
+    parse_summary,
+    parse_tokens,
+    response_record,
+)
+from gft_lite.types import ScoredGroup
 from gft_lite.utils.distributed import Distributed
 from gft_lite.utils.errors import RecipeError, UserError, short_repr
 from gft_lite.utils.files import (
@@ -30,18 +42,6 @@ from gft_lite.utils.tables import import_pandas
 
 DATA_IDENTITY = "data.json"
 _RESTORE = "Restore the file from a copy, or train the run again."
-# The metrics of a step that a resumed run and the summary read, with their types.
-_STEP_METRICS = {
-    **dict.fromkeys(("step", "trajectories", "updates"), int),
-    **dict.fromkeys(("tokens", "rollout_tokens", "trained_tokens"), int),
-    **dict.fromkeys(("sources", "seconds"), dict),
-    "skipped": str | None,
-}
-# What the report reads of a response of a group.
-_RESPONSE = {"token_ids", "text", "source", "finish_reason", "reward", "advantage"}
-# What a token ledger has of each token.
-TOKEN_FIGURES = ("logprob", "engine", "base", "coefficient")
-Evaluation = dict[str, dict[str, Any]]
 
 
 class RunFolder:
@@ -54,7 +54,10 @@ class RunFolder:
         self.scratch = self.path / "engine"
         self.bad_steps = self.path / "bad_steps"
         self._metrics = JsonlFile(
-            self.path / "metrics.jsonl", _step_metrics, "must be the metrics of one step", _RESTORE
+            self.path / "metrics.jsonl",
+            parse_step_metrics,
+            "must be the metrics of one step",
+            _RESTORE,
         )
 
     def create(self, recipe: str) -> None:
@@ -82,7 +85,7 @@ class RunFolder:
         Raises: UserError for a line that is damaged or missing.
         """
         found = list(self._metrics)
-        _check_steps(self._metrics.path, found, _RESTORE)
+        check_steps(self._metrics.path, found, _RESTORE)
         if (self.path / "summary.json").exists():
             steps = self.summary().get("steps", len(found))
             if len(found) != steps:
@@ -104,9 +107,9 @@ class RunFolder:
             "first missing step on: --resume then continues before it."
         )
         file = self._metrics.path
-        lines = JsonlFile(file, _complete_metrics, "must be the metrics of one step", advice)
+        lines = JsonlFile(file, parse_complete_metrics, "must be the metrics of one step", advice)
         kept = list(islice(lines, step))
-        _check_steps(file, kept, advice)
+        check_steps(file, kept, advice)
         if len(kept) < step:
             rule = f"must have the metrics of the {step} steps before the checkpoint"
             raise UserError([f"{file}: {rule}, got {len(kept)}. {advice}"])
@@ -137,7 +140,7 @@ class RunFolder:
         """
         file = self._groups_file(step)
         advice = "Restore the file from a copy, or remove it."
-        found = list(JsonlFile(file, _group, "must be a group with its responses", advice))
+        found = list(JsonlFile(file, parse_group, "must be a group with its responses", advice))
         if expected is not None and file.exists() and len(found) != expected:
             rule = f"must have a line for each of the step's {expected} groups"
             raise UserError([f"{file}: {rule}, got {len(found)}. {advice}"])
@@ -163,7 +166,7 @@ class RunFolder:
         file, rule = self._tokens_file(step), "must be the token ledger of a step"
         if not file.exists():
             return None
-        return read_json(file, _tokens, rule, "Restore the file from a copy, or remove it.")
+        return read_json(file, parse_tokens, rule, "Restore the file from a copy, or remove it.")
 
     def save_bad_step(self, step: int, groups: Sequence[ScoredGroup]) -> Path:
         """Write the groups of a step whose loss or gradient was not finite."""
@@ -181,7 +184,7 @@ class RunFolder:
         with atomic_write(file) as partial, partial.open("w", encoding="utf-8") as out:
             for scored in groups:
                 problem = scored.group.problem.to_json()
-                responses = [_response(r, a) for r, a in scored]
+                responses = [response_record(r, a) for r, a in scored]
                 out.write(json.dumps({"problem": problem, "responses": responses}) + "\n")
 
     # --- single values ---------------------------------------------------------------------
@@ -189,7 +192,7 @@ class RunFolder:
     def summary(self) -> dict[str, Any]:
         """The final results. Raises: UserError if the file is damaged."""
         rule = "must be the summary of a finished run"
-        return read_json(self.path / "summary.json", _summary, rule, _RESTORE)
+        return read_json(self.path / "summary.json", parse_summary, rule, _RESTORE)
 
     def evaluation(self, name: str) -> Evaluation:
         """The results of "base" or "trained" on each set; empty if there are none yet.
@@ -201,7 +204,27 @@ class RunFolder:
             return {}
         return read_json(file, parse_evaluation, "must have the results of each set", _RESTORE)
 
-    def write_json(self, name: str, value: Any) -> None:
+    def step_evaluations(self, last: int | None = None) -> dict[int, Evaluation]:
+        """The results by step of the evaluations while training, up to step `last`; 0 is the base.
+
+        Raises: UserError if a file is damaged.
+        """
+        steps = [step for step in self._steps_of("eval") if last is None or step <= last]
+        return {step: self.step_evaluation(step)["sets"] for step in steps}
+
+    def step_evaluation(self, step: int) -> dict[str, Any]:
+        """The results of a step as `sets`, and as `adapter` a hash of what was evaluated.
+
+        Raises: UserError if the file is damaged.
+        """
+        rule = "must have the results of each set at a step"
+        return read_json(self.step_evaluation_file(step), parse_step_evaluation, rule, _RESTORE)
+
+    def step_evaluation_file(self, step: int) -> Path:
+        """The file of the evaluation after a step."""
+        return self.path / "eval" / f"step-{step:06d}.json"
+
+    def write_json(self, name: str | Path, value: Any) -> None:
         """Write a JSON file in the folder atomically."""
         write_text_atomic(self.path / name, json.dumps(value, indent=1))
 
@@ -215,7 +238,9 @@ class RunFolder:
         if not file.exists():
             return self.write_json(DATA_IDENTITY, dict(fingerprints))
         advice = "Remove the file to accept the data as they are now."
-        recorded = read_json(file, _fingerprints, "must have a fingerprint of each source", advice)
+        recorded = read_json(
+            file, parse_fingerprints, "must have a fingerprint of each source", advice
+        )
         changed = [f"{name}: must be the data that the run was started with ({file}), got others. "
                    "Restore them, or start a new run with another --out."
                    for name, _, _ in differences(recorded, fingerprints)]  # fmt: skip
@@ -240,85 +265,6 @@ class WorkerRunFolder(RunFolder):
 
     create = write_json = append_metrics = truncate_after = check_data = _write_nothing
     _write_groups = write_tokens = _write_nothing
-
-
-# --- the form of the files -------------------------------------------------------------------
-
-
-def _step_metrics(line: dict[str, Any]) -> dict[str, Any]:
-    if not isinstance(line["step"], int):
-        raise TypeError("step: must be an integer")
-    return line
-
-
-def _complete_metrics(line: dict[str, Any]) -> dict[str, Any]:
-    if not all(isinstance(line[name], kind) for name, kind in _STEP_METRICS.items()):
-        raise TypeError(f"{', '.join(_STEP_METRICS)}: must have their types")
-    return line
-
-
-def _check_steps(file: Path, metrics: Sequence[Mapping[str, Any]], advice: str) -> None:
-    """Check that steps count from 1, in every stage, without a gap. Raises: UserError."""
-    expected, stage = 1, None
-    for number, line in enumerate(metrics, start=1):
-        expected = expected if line.get("stage") == stage else 1
-        if line["step"] != expected:
-            rule = f"must be the metrics of step {expected}"
-            raise UserError(
-                [f"{file}:{number}: {rule}, got those of step {line['step']}. {advice}"]
-            )
-        expected, stage = expected + 1, line.get("stage")
-
-
-def _group(line: dict[str, Any]) -> dict[str, Any]:
-    if not isinstance(line["problem"]["id"], str) or not isinstance(line["responses"], list):
-        raise TypeError("problem or responses")
-    for response in line["responses"]:
-        if missing := _RESPONSE - response.keys():
-            raise KeyError(min(missing))
-    return line
-
-
-def _tokens(value: Any) -> dict[str, Any]:
-    """Raises: KeyError, TypeError or AttributeError for anything but a token ledger."""
-    responses = [r for group in value["groups"] for r in group["responses"] if r is not None]
-    for response in responses:
-        lengths = {len(response[name]) for name in TOKEN_FIGURES} | {len(response["text"])}
-        if len(lengths) > 1:
-            raise TypeError("figures of other lengths")
-    if value["gradients"] is not None:
-        _ = value["gradients"]["norms"].items(), value["gradients"]["cosines"].items()
-    return value
-
-
-def _summary(value: Any) -> dict[str, Any]:
-    for name in ("trained", "seconds"):
-        if not isinstance(value[name], dict):
-            raise TypeError(name)
-    return value
-
-
-def _fingerprints(value: Any) -> dict[str, str]:
-    if not (isinstance(value, dict) and all(isinstance(v, str) for v in value.values())):
-        raise TypeError("not an object of texts")
-    return value
-
-
-def parse_evaluation(value: Any) -> Evaluation:
-    """The results of an evaluation by set. Raises: one of `INVALID` for another value."""
-    for results in value.values():
-        by_problem = results["rewards"] if "rewards" in results else results["correct"]
-        counts = results["problems"], results["samples"]
-        if not (all(isinstance(n, int) for n in counts) and isinstance(by_problem, dict)):
-            raise TypeError("problems, samples, correct or rewards")
-    return value
-
-
-def _response(response: Response, advantage: float) -> dict[str, Any]:
-    """A response as it is written: without log-probs, which would be most of the file."""
-    kept = dataclasses.asdict(dataclasses.replace(response, logprobs=None))
-    del kept["logprobs"]
-    return {**kept, "advantage": advantage}
 
 
 # --- finding a run's folder ------------------------------------------------------------------

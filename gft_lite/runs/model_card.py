@@ -18,7 +18,8 @@ from gft_lite.recipe.base import is_hub_id
 from gft_lite.recipe.loader import Dumper
 from gft_lite.recipe.schema import Recipe
 from gft_lite.runs.export import read_end_tokens
-from gft_lite.runs.folder import Evaluation, RunFolder, stage_folder
+from gft_lite.runs.folder import RunFolder, stage_folder
+from gft_lite.runs.folder_forms import Evaluation
 from gft_lite.utils.files import write_text_atomic
 from gft_lite.version import __version__
 
