@@ -46,29 +46,51 @@ def measure(groups: Sequence[Group], ks: Sequence[int]) -> dict[str, Any]:
 
 
 def _accuracy(groups: Sequence[Group], ks: Sequence[int]) -> dict[str, Any]:
-    counts = [(len(g), sum(bool(r.correct) for r in g)) for g in groups]
-    accuracies = [pass_at_k(n, c, 1) for n, c in counts]
+    counts = {g.problem.id: (len(g), sum(bool(r.correct) for r in g)) for g in groups}
+    return _accuracy_of_counts(counts, ks)
+
+
+def _accuracy_of_counts(counts: Mapping[str, tuple[int, int]], ks: Sequence[int]) -> dict[str, Any]:
     return {
-        **{f"pass@{k}": mean_pass_at_k(counts, k) for k in sorted({1, *ks})},
-        "pass@1_interval": bootstrap_interval(accuracies),
-        "correct": {g.problem.id: c for g, (_, c) in zip(groups, counts, strict=True)},
+        **{f"pass@{k}": mean_pass_at_k(list(counts.values()), k) for k in sorted({1, *ks})},
+        "pass@1_interval": bootstrap_interval([pass_at_k(n, c, 1) for n, c in counts.values()]),
+        "correct": {name: correct for name, (_, correct) in counts.items()},
     }
 
 
 def _mean_reward(groups: Sequence[Group]) -> dict[str, Any]:
     """The mean over problems of their mean rewards; responses without a reward do not count."""
     known = {g.problem.id: [r.reward for r in g if r.reward is not None] for g in groups}
-    rewards = {name: fmean(values) for name, values in known.items() if values}
+    return _mean_of_rewards(
+        {name: fmean(values) for name, values in known.items() if values}, sum(map(len, groups))
+    )
+
+
+def _mean_of_rewards(rewards: Mapping[str, float], responses: int) -> dict[str, Any]:
     if not rewards:
         raise RewardError(
             "rewards: must apply to at least one response of an evaluation, got None for all "
-            f"{sum(map(len, groups))}. Return numbers, or use a rule that compares the answer."
+            f"{responses}. Return numbers, or use a rule that compares the answer."
         )
     return {
         MEAN_REWARD: fmean(rewards.values()),
         f"{MEAN_REWARD}_interval": bootstrap_interval(list(rewards.values())),
-        "rewards": rewards,
+        "rewards": dict(rewards),
     }
+
+
+def restrict(figures: Mapping[str, Any], ids: Sequence[str], ks: Sequence[int]) -> dict[str, Any]:
+    """The figures of some of a set's problems, by the same samples: those known by problem.
+
+    Raises: RewardError if the problems have no reward.
+    """
+    each = round(figures["samples"] / figures["problems"])
+    sizes = {"problems": len(ids), "samples": each * len(ids)}
+    if MEAN_REWARD in figures:
+        rewards = {name: figures["rewards"][name] for name in ids if name in figures["rewards"]}
+        return {**_mean_of_rewards(rewards, sizes["samples"]), **sizes}
+    counts = {name: (each, figures["correct"][name]) for name in ids}
+    return {**_accuracy_of_counts(counts, ks), **sizes}
 
 
 def main_figure(figures: Mapping[str, Any]) -> str:
@@ -76,12 +98,18 @@ def main_figure(figures: Mapping[str, Any]) -> str:
     return MEAN_REWARD if MEAN_REWARD in figures else "pass@1"
 
 
-def by_problem(figures: Mapping[str, Any]) -> dict[str, float]:
-    """The accuracy, or without correctness the mean reward, of each problem by its id."""
-    if MEAN_REWARD in figures:
+def by_problem(figures: Mapping[str, Any], name: str | None = None) -> dict[str, float]:
+    """A figure of each problem by its id: `pass@k` or `mean_reward`, by default the main one.
+
+    Empty if the set has no such figure.
+    """
+    name = name or main_figure(figures)
+    if name not in figures:
+        return {}
+    if name == MEAN_REWARD:
         return dict(figures["rewards"])
-    samples = figures["samples"] / figures["problems"]
-    return {name: correct / samples for name, correct in figures["correct"].items()}
+    samples, k = round(figures["samples"] / figures["problems"]), int(name.removeprefix("pass@"))
+    return {i: pass_at_k(samples, correct, k) for i, correct in figures["correct"].items()}
 
 
 def headline(results: Mapping[str, Mapping[str, Any]], ks: Sequence[int]) -> dict[str, float]:
