@@ -18,7 +18,15 @@ import yaml
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from gft_lite.recipe.base import Settings
-from gft_lite.recipe.loader import COMMAND_LINE, Dumper, find_recipe, gather, merge, read_tree
+from gft_lite.recipe.loader import (
+    COMMAND_LINE,
+    Dumper,
+    find_recipe,
+    gather,
+    merge,
+    nested,
+    read_tree,
+)
 from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import GroupSettings
 from gft_lite.recipe.validation_errors import Places, explain
@@ -237,7 +245,7 @@ class Sweep(Settings):
                 at = {w: place for w, place in at.items() if w[: len(names)] != names}
                 at[names] = places["grid", field]
         for field, value in values.items():
-            tree = merge(tree, _nested(field.split("."), value))
+            tree = merge(tree, nested(field, value))
         recipe = Recipe.from_tree(tree, at)
         if ratio is not None:
             composition = _composition(ratio, recipe.group, at)
@@ -258,10 +266,6 @@ def grid_override(text: str) -> str:
         raise RecipeError([f"{COMMAND_LINE}: {rule} For example objective.tau=0,0.5,1."])
     is_range = re.match(r"\{\s*(log|uniform)\s*:", values)
     return f"grid={{{json.dumps(field)}: {values if is_range else f'[{values}]'}}}"
-
-
-def _nested(names: Sequence[str], value: Any) -> Any:
-    return {names[0]: _nested(names[1:], value)} if names else value
 
 
 def _composition(ratio: str, group: GroupSettings, places: Places) -> dict[str, int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,37 @@ def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> Tree:
         both = isinstance(old, Mapping) and isinstance(value, Mapping)
         merged[key] = merge(old or {}, value) if both else value
     return merged
+
+
+def without_fields(tree: Mapping[str, Any], fields: Iterable[str]) -> Tree:
+    """The tree without the fields of these dotted names."""
+    rest = dict(tree)
+    for field in fields:
+        name, _, below = field.partition(".")
+        if not below:
+            rest.pop(name, None)
+        elif isinstance(rest.get(name), Mapping):
+            rest[name] = without_fields(rest[name], [below])
+    return rest
+
+
+def only_fields(tree: Mapping[str, Any], fields: Iterable[str]) -> Tree:
+    """The fields of these dotted names that the tree has."""
+    kept: Tree = {}
+    for field in fields:
+        name, _, below = field.partition(".")
+        if name in tree and not below:
+            kept[name] = tree[name]
+        elif isinstance(tree.get(name), Mapping) and (part := only_fields(tree[name], [below])):
+            kept = merge(kept, {name: part})
+    return kept
+
+
+def nested(field: str, value: Any) -> Tree:
+    """The tree with one field, by its dotted name."""
+    for name in reversed(field.split(".")):
+        value = {name: value}
+    return value
 
 
 Layer = tuple[Tree, Places]

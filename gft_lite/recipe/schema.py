@@ -24,14 +24,13 @@ from pydantic import (
 from gft_lite.objective.methods import METHODS
 from gft_lite.recipe.base import Settings, matching, named_in, read_settings
 from gft_lite.recipe.effects import (
-    EVALUATION,
     EVERYTHING,
     NO_RESULT,
     TRAINING,
     differences,
     leaves,
 )
-from gft_lite.recipe.loader import Dumper, find_recipe, merge
+from gft_lite.recipe.loader import Dumper, find_recipe, merge, without_fields
 from gft_lite.recipe.objective_schema import check_objective
 from gft_lite.recipe.objective_sections import ObjectiveSettings, RewardSettings
 from gft_lite.recipe.sections import (
@@ -44,13 +43,16 @@ from gft_lite.recipe.sections import (
 from gft_lite.recipe.training_sections import (
     BudgetSettings,
     CheckpointSettings,
+    EarlyStopSettings,
     EvalSettings,
+    GuardSettings,
     LogSettings,
     MonitorSettings,
     OptimSettings,
     StageSettings,
     TeacherSettings,
     TrainSettings,
+    course_rules,
     stage_shorthand,
 )
 from gft_lite.recipe.validation_errors import Places, Problem, explain
@@ -58,6 +60,8 @@ from gft_lite.utils.errors import RecipeError, short_repr
 
 # Fields of `policy` that no stage may change, as the adapter is that of the stage before.
 _CONTINUED = {"model", "revision", "adapter", "reference", "lora"}
+# Fields that belong to a method: where another one takes its place, it has its own defaults.
+METHOD_FIELDS = ("group", "objective", "optim.lr", "train.updates_per_rollout")
 
 
 class Recipe(Settings):
@@ -86,8 +90,10 @@ class Recipe(Settings):
         list[Annotated[StageSettings, BeforeValidator(stage_shorthand)]], TRAINING
     ] = []
     monitor: MonitorSettings = MonitorSettings()
-    eval: Annotated[EvalSettings, EVALUATION] = EvalSettings()
-    checkpoint: Annotated[CheckpointSettings, NO_RESULT] = CheckpointSettings()
+    eval: EvalSettings = EvalSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    early_stop: Annotated[EarlyStopSettings, TRAINING] = EarlyStopSettings()
+    guard: Annotated[GuardSettings, TRAINING] = GuardSettings()
     log: Annotated[LogSettings, NO_RESULT] = LogSettings()
 
     @model_validator(mode="before")
@@ -181,6 +187,19 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
+    def _adapter_can_be_trained(self) -> Recipe:
+        lora, rules = self.policy.lora, []
+        if lora.use_dora and self.rollout.engine != "transformers" and not self.group.offline:
+            rule = "must be false unless rollout.engine is transformers, as vLLM can't serve DoRA"
+            rules.append(f"policy.lora.use_dora: {rule}")
+        if lora.init != "default" and self.optim.weight_decay:
+            rule = f"must be 0 with policy.lora.init {lora.init}, whose factors are the base's own"
+            rules.append(f"optim.weight_decay: {rule}")
+        if rules:
+            raise ValueError("\n".join(rules))
+        return self
+
+    @model_validator(mode="after")
     def _rewards_have_answers(self) -> Recipe:
         method = METHODS.get(self.method)
         trained = {} if method and not method.group_advantages else {"data": self.data}
@@ -188,6 +207,13 @@ class Recipe(Settings):
         rules = [f"{field}.columns.answer: {rule}" for field, data in sets.items()
                  if (rule := self.reward.answer_rule(data.columns))]  # fmt: skip
         if rules:
+            raise ValueError("\n".join(rules))
+        return self
+
+    @model_validator(mode="after")
+    def _course_fits(self) -> Recipe:
+        course = self.eval, self.checkpoint, self.early_stop, self.guard
+        if rules := course_rules(*course, self.steps):
             raise ValueError("\n".join(rules))
         return self
 
@@ -240,9 +266,7 @@ class Recipe(Settings):
         stage = self.stages[number]
         tree = self.model_dump(exclude={"stages"})
         if stage.method != self.method:
-            # Values that may be defaults of the other method.
-            del tree["group"], tree["objective"], tree["optim"]["lr"]
-            del tree["train"]["updates_per_rollout"]
+            tree = without_fields(tree, METHOD_FIELDS)  # Perhaps defaults of the other method.
         return merge(merge(tree, {"method": stage.method}), stage.overrides)
 
     def with_needed_engine(self) -> Recipe:
