@@ -171,8 +171,11 @@ class LogSettings(Settings):
     `tokens` records the log-probs and the loss's coefficient of each trained token of the first
     groups of a step, which takes passes over these groups, and at every `monitor.every`-th step the
     gradient of each source's rows, which takes another forward and backward pass of the step.
+    `trackers` receive the numbers of each step, and as a table the responses of its first
+    `completions` groups.
     """
 
     groups: bool = True
     tokens: bool = False
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    completions: NonNegativeInt = 2

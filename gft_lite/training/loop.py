@@ -54,6 +54,7 @@ def train_step(run: TrainingRun, step: int) -> dict[str, Any]:
     groups = built.groups
     if run.recipe.log.groups:
         run.folder.write_groups(step, groups)
+    run.trackers.log_groups(step, groups)
     with run.engine.asleep():
         if run.recipe.log.tokens:
             with timer("train"):

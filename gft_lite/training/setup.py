@@ -31,7 +31,7 @@ from gft_lite.rollout.sampling import Draw, make_prompt_format, sample
 from gft_lite.runs import checkpoint
 from gft_lite.runs.base_cache import BASE_EVALUATION, KL_SET, read_base_evaluation, read_kl_set
 from gft_lite.runs.folder import RunFolder
-from gft_lite.runs.trackers import Trackers
+from gft_lite.runs.trackers import Trackers, check_trackers
 from gft_lite.training.groups import GroupBuilder
 from gft_lite.training.kl_monitor import KlMonitor
 from gft_lite.training.learner import Learner
@@ -131,7 +131,7 @@ def setup_run(
     place = _Place(folder, distributed, console, stack)
     engine, kl_rows = _start_engine(recipe, place, policy, format, monitored)
     names = recipe.log.trackers if distributed.is_main else []
-    trackers = Trackers(names, recipe.name, folder.path, recipe.model_dump(mode="json"))
+    trackers = Trackers(names, recipe, folder.path)
     stack.callback(trackers.close)
     sampler = engine.sampler
     evaluator = SetEvaluator(format, grade, recipe.eval, _eval_sampling(recipe), recipe.seed)
@@ -266,8 +266,9 @@ def _load_teacher(
 
 
 def _load_user_code(recipe: Recipe) -> Scorer:
-    """The scorer; it and the engine are looked up before anything large is loaded."""
+    """The scorer; it, engine and trackers are looked up before anything large is loaded."""
     find_engine(recipe.rollout.engine)
+    check_trackers(recipe.log.trackers)
     return open_scorer(recipe.reward, conversational=recipe.data.prompt.style == "chat")
 
 

@@ -60,7 +60,9 @@ def train_single(
             if distributed.is_main:
                 save_final_adapter(run.policy, folder.adapter)
             seconds = {"total": time.perf_counter() - started, "eval": timer.seconds["eval"]}
-            folder.write_json("summary.json", _summary(run, base, trained, seconds))
+            summary = _summary(run, base, trained, seconds)
+            folder.write_json("summary.json", summary)
+            run.trackers.log({"summary": summary}, summary["steps"])
             if distributed.is_main:
                 write_card(folder)
     # The last adapter that the engine loaded is also in the checkpoint.

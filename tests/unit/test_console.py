@@ -1,16 +1,14 @@
-"""Metrics of a step on the console and in trackers, those of any loss among them."""
+"""Metrics of a step on the console, those of any loss among them."""
 
 from __future__ import annotations
 
 import io
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from gft_lite.runs.console import TrainingConsole
 from gft_lite.runs.metrics import group_metrics
-from gft_lite.runs.trackers import Trackers
 from gft_lite.types import Group, Problem, Response
 
 STEP: dict[str, Any] = {
@@ -39,24 +37,6 @@ def test_a_terminal_keeps_the_last_kl():
         out.truncate(0)
         console.step({**STEP, "step": 2})
     assert "KL held out" in out.getvalue() and "0.5000" in out.getvalue()
-
-
-def test_a_tracker_receives_every_number(tmp_path: Path):
-    trackers = Trackers([], "run", tmp_path, {})
-
-    class Recorder:
-        def log(self, values, step):
-            self.values = values
-
-        def finish(self):
-            pass
-
-    recorder = Recorder()
-    trackers._trackers.append(recorder)
-    trackers.log(STEP, 1)
-    assert recorder.values["objective/my_own_metric"] == 0.0625
-    assert recorder.values["reward/self"] == 0.25
-    assert not {"objective/absent", "skipped"} & recorder.values.keys()
 
 
 def test_responses_without_a_reward_do_not_count_in_means():
