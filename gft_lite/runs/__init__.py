@@ -8,7 +8,7 @@ Adding a metric of a step:
 2. A metric of the graded groups: add a key to `group_metrics` (`metrics.py`); add it to `_FORMATS`
    or `_texts` (`console.py`) to show it on the console.
 
-Adding a tracker: nothing, if accelerate has it; name it in `log.trackers`.
+A tracker is added in `trackers.py`.
 """
 
 from gft_lite.runs.folder import RunFolder, WorkerRunFolder, find_folder, stage_folder

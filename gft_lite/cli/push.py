@@ -1,0 +1,67 @@
+"""`gft-lite push`."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from gft_lite.cli.common import (
+    DONE,
+    add_allow_code,
+    add_verbose,
+    check_model_trust,
+    show_imports,
+)
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser."""
+    words = "upload a run's adapter or merged model, its card and its metrics to the hub"
+    parser = commands.add_parser("push", help=words)
+    parser.add_argument(
+        "target", metavar="RUN", help="a finished run, or the folder of an adapter or merged model"
+    )
+    parser.add_argument("repository", metavar="REPO", help="USER/MODEL; created if needed")
+    parser.add_argument("--merged", action="store_true",
+                        help="merge the adapter first, as gft-lite merge does")  # fmt: skip
+    parser.add_argument("--private", action="store_true", help="only you can see the repository")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="print files and sizes; needs no token and no network")  # fmt: skip
+    add_allow_code(parser)
+    add_verbose(parser)
+    parser.set_defaults(run=run, again="nothing was uploaded")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command and return its exit code."""
+    from gft_lite.tools.push import check_repository, describe, files_to_push, find_token, push
+
+    check_repository(options.repository)
+    token = "" if options.dry_run else find_token()
+    files_to_push(options.target)  # A wrong target is an error before anything is merged.
+    with ExitStack() as stack:
+        merged = _merge(options, stack) if options.merged else None
+        files = files_to_push(options.target, merged)
+        print("\n".join(describe(files)))
+        if not options.dry_run:
+            url = push(files, options.repository, private=options.private, token=token)
+            print(f"uploaded: {url}")
+    return DONE
+
+
+def _merge(options: argparse.Namespace, stack: ExitStack) -> Path:
+    """The folder of the merged model, beside the run; `stack` removes it."""
+    with show_imports():
+        from gft_lite.evaluation.targets import find_targets
+        from gft_lite.recipe.sections import PolicySettings
+        from gft_lite.tools.merge import merge
+
+    if not options.allow_code:
+        check_model_trust(find_targets([options.target], PolicySettings()))
+    beside = Path(options.target).resolve().parent
+    scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".push-", dir=beside)))
+    merge(options.target, scratch / "model")
+    return scratch / "model"
