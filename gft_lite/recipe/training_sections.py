@@ -30,11 +30,14 @@ from gft_lite.recipe.sections import DataSettings
 class OptimSettings(Settings):
     """The optimiser and its schedule.
 
-    After `max_bad_steps` steps in a row with a non-finite loss or gradient, training fails.
+    `lora_plus_ratio` is the rate of the adapter's B over that of its A, which is `lr` (LoRA+, arXiv
+    2402.12354). After `max_bad_steps` steps in a row with a non-finite loss or gradient, training
+    fails.
     """
 
     name: Literal["auto", "adamw", "paged_adamw_8bit"] = "auto"
     lr: PositiveFloat = 1e-4
+    lora_plus_ratio: Annotated[float, Field(ge=1, le=1000)] = 1.0
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     warmup: Fraction = 0.05
     weight_decay: NonNegativeFloat = 0.0
@@ -142,27 +145,123 @@ class MonitorSettings(Settings):
 
 
 class EvalSettings(Settings):
-    """The evaluation of base and trained policy on named sets; the first is the headline."""
+    """The evaluation of base and trained policy on named sets; the first is the headline.
 
-    sets: dict[str, DataSettings] = {}
-    samples: Annotated[PositiveInt, at_most(100_000)] = 8
-    k: list[PositiveInt] = [1, 8]
-    temperature: Temperature = 0.5
-    top_p: Share = 1.0
-    max_tokens: PositiveInt | None = None
+    `every`: also after every N training steps and after the last one (0: never), on at most
+    `problems` of each set, which are the same in every run. The base's figures are those of step 0.
+    """
+
+    sets: Annotated[dict[str, DataSettings], EVALUATION] = {}
+    samples: Annotated[PositiveInt, at_most(100_000), EVALUATION] = 8
+    k: Annotated[list[PositiveInt], EVALUATION] = [1, 8]
+    temperature: Annotated[Temperature, EVALUATION] = 0.5
+    top_p: Annotated[Share, EVALUATION] = 1.0
+    max_tokens: Annotated[PositiveInt | None, EVALUATION] = None
+    every: Annotated[NonNegativeInt, TRAINING] = 0
+    problems: Annotated[PositiveInt | None, TRAINING] = None
 
     @model_validator(mode="after")
     def _enough_samples(self) -> EvalSettings:
         if self.k and max(self.k) > self.samples:
             raise ValueError(f"k: must be at most eval.samples, which is {self.samples}")
+        if self.every and not self.sets:
+            raise ValueError("every: must be 0 without eval.sets")
         return self
+
+    @property
+    def figures(self) -> list[str]:
+        """The figures that an evaluation can have, as `SET/pass@k` and `SET/mean_reward`."""
+        names = [*(f"pass@{k}" for k in sorted({1, *self.k})), "mean_reward"]
+        return [f"{name}/{figure}" for name in self.sets for figure in names]
+
+
+class BestSettings(Settings):
+    """The figure by which the evaluations of `eval.every` are compared, such as `test/pass@1`."""
+
+    metric: str
+    mode: Literal["max", "min"] = "max"
 
 
 class CheckpointSettings(Settings):
-    """A checkpoint every N steps; the newest `keep` remain on disk."""
+    """A checkpoint every N steps; the newest `keep` remain on disk.
 
-    every: PositiveInt = 25
-    keep: PositiveInt = 2
+    With `best` the one with the best evaluation remains as well, and an evaluation better than all
+    before it writes one; of equal ones it is the earliest. `adapter` is which of them `adapter/`
+    and the final evaluation are of.
+    """
+
+    every: Annotated[PositiveInt, NO_RESULT] = 25
+    keep: Annotated[PositiveInt, NO_RESULT] = 2
+    best: Annotated[BestSettings | None, TRAINING] = None
+    adapter: Annotated[Literal["last", "best"], TRAINING] = "last"
+
+    @model_validator(mode="after")
+    def _best_is_known(self) -> CheckpointSettings:
+        if self.adapter == "best" and self.best is None:
+            raise ValueError("adapter: must be last without checkpoint.best")
+        return self
+
+
+class EarlyStopSettings(Settings):
+    """The end of training after `patience` evaluations in a row without an improvement.
+
+    An evaluation is an improvement if the 95% paired bootstrap interval, over problems, of its
+    difference to the last improvement (at first the base) lies above `min_delta`. The figure is
+    `checkpoint.best.metric`, by default the headline.
+    """
+
+    patience: PositiveInt | None = None
+    min_delta: NonNegativeFloat = 0.0
+
+
+class GuardSettings(Settings):
+    """Alarms on the metrics of training for a policy that collapses; null switches an alarm off.
+
+    Each compares a mean over the last `window` steps that have the metric. `reward`: that of self
+    samples is lower than its highest such mean by this share. `flat_groups`: this share of the
+    groups teaches nothing, and reward is not at its highest. `entropy`: at least this many times
+    its lowest such mean; `entropy_low`: at most so many nats. `grad_norm`: at least this many times
+    its median. `kl` and `engine_gap`: at least so many nats per token, in the last measurement.
+
+    `action` follows an alarm that was not there at the step before. `rollback` returns to the best
+    checkpoint, or without `checkpoint.best` to the last one from before the window, and multiplies
+    the learning rate by `lr_factor`, at most `rollbacks` times; the next alarm then ends training.
+    The steps go on counting.
+    """
+
+    action: Literal["none", "warn", "stop", "rollback"] = "warn"
+    window: PositiveInt = 5
+    reward: Share | None = 0.3
+    flat_groups: Share | None = 0.9
+    entropy: Annotated[float, Field(gt=1)] | None = 2.0
+    entropy_low: PositiveFloat | None = 0.005
+    grad_norm: Annotated[float, Field(gt=1)] | None = 20.0
+    kl: PositiveFloat | None = 1.0
+    engine_gap: PositiveFloat | None = 0.1
+    lr_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    rollbacks: PositiveInt = 2
+
+
+def course_rules(
+    evaluation: EvalSettings, checkpoint: CheckpointSettings, early_stop: EarlyStopSettings,
+    guard: GuardSettings, steps: int | None,
+) -> list[str]:  # fmt: skip
+    """The rules between evaluations, checkpoints and guard that a recipe of `steps` breaks."""
+    rules = []
+    every, best = evaluation.every, checkpoint.best
+    uses = {"checkpoint.best": best, "early_stop.patience": early_stop.patience}
+    for field in (name for name, value in uses.items() if value is not None):
+        if not every:
+            rules.append(f"{field}: must be null without eval.every")
+        elif steps is not None and every > steps:
+            rules.append(f"eval.every: must be at most the number of steps, {steps}, with {field}")
+    if best and best.metric not in evaluation.figures:
+        names = ", ".join(evaluation.figures) or "of a set of eval.sets"
+        rules.append(f"checkpoint.best.metric: must be one of {names}")
+    if guard.action == "rollback" and steps is not None and checkpoint.every > steps:
+        rule = f"must be at most the number of steps, {steps}, with guard.action rollback"
+        rules.append(f"checkpoint.every: {rule}")
+    return rules
 
 
 class LogSettings(Settings):

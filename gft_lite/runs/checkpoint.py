@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,13 @@ class CheckpointError(RuntimeError):
 
 def save(
     folder: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, keep: int,
-    teacher: Mapping[str, torch.Tensor] | None = None, **counters: int,
+    teacher: Mapping[str, torch.Tensor] | None = None, protected: Collection[int] = (),
+    **counters: int,
 ) -> Path:  # fmt: skip
     """Write `folder/step-N` atomically and remove all but the newest `keep` checkpoints.
 
-    `teacher` are the weights of a teacher that follows the policy, if there is one.
+    `teacher` are the weights of a teacher that follows the policy, if there is one. Those of the
+    steps in `protected` are kept as well.
     Raises: CheckpointError if writing fails; older checkpoints stay as they were.
     """
     final = folder / f"step-{step:06d}"
@@ -65,7 +67,8 @@ def save(
             "Make room or lower checkpoint.keep, then continue with --resume."
         ) from error
     # Renamed first: a folder that is removed in part must not count as a checkpoint.
-    _remove(old.rename(old.with_suffix(".tmp")) for old in list_checkpoints(folder)[:-keep])
+    old = [c for c in list_checkpoints(folder)[:-keep] if step_of(c) not in protected]
+    _remove(checkpoint.rename(checkpoint.with_suffix(".tmp")) for checkpoint in old)
     return final
 
 
@@ -78,6 +81,16 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def step_of(checkpoint: Path) -> int:
     """The step after which a checkpoint was written."""
     return int(checkpoint.name.removeprefix("step-"))
+
+
+def of_step(folder: Path, step: int) -> Path:
+    """The undamaged checkpoint of a step. Raises: CheckpointError if it is missing or damaged."""
+    saved = folder / f"step-{step:06d}"
+    if damage := find_damage(saved):
+        raise CheckpointError(
+            f"checkpoint: must be as it was written, got {saved}: {damage}. Restore it from a copy."
+        )
+    return saved
 
 
 def newest_valid(folder: Path, report: Callable[[str], None]) -> Path | None:

@@ -24,7 +24,7 @@ class TrainingConsole:
 
     def __init__(self, console: Console, total: int | None, completed: int) -> None:
         self._display = ProgressDisplay(console, "step", total, completed)
-        self._kl: Mapping[str, Any] = {}
+        self._kept: dict[str, Any] = {"kl": {}, "eval": {}}
 
     def __enter__(self) -> TrainingConsole:
         self._display.__enter__()
@@ -34,10 +34,10 @@ class TrainingConsole:
         self._display.__exit__(*error)
 
     def step(self, metrics: Mapping[str, Any]) -> None:
-        """Show a step's metrics; on a terminal the last KL stays until there is a newer one."""
-        self._kl = metrics.get("kl", self._kl)
+        """Show a step's metrics; on a terminal the last KL and evaluation stay until the next."""
+        self._kept = {name: metrics.get(name, kept) for name, kept in self._kept.items()}
         live = self._display.is_live
-        texts = _texts({**metrics, "kl": self._kl} if live else metrics)
+        texts = _texts({**metrics, **self._kept} if live else metrics)
         line = "  ".join(f"{name}: {text}" for name, text in texts.items())
         self._display.update(metrics["step"], line, _panel(texts) if live else None)
 
@@ -60,9 +60,24 @@ def _texts(metrics: Mapping[str, Any]) -> dict[str, str]:
         if values:
             key = "forward" if where == "held_out" else "reverse"
             texts[f"KL {where.replace('_', ' ')}"] = f"{values[key]:.4f}"
+    texts |= _evaluation_texts(metrics.get("eval", {}))
     for phase, key in (("rollout", "rollout_tokens"), ("train", "trained_tokens")):
         if metrics[key] and metrics["seconds"].get(phase):
             texts[f"{phase} tokens/s"] = f"{metrics[key] / metrics['seconds'][phase]:,.0f}"
+    return texts
+
+
+def evaluation_line(figures: Mapping[str, Mapping[str, Any]]) -> str:
+    """The main figure of each evaluated set with its interval."""
+    return ", ".join(f"{name} {text}" for name, text in _evaluation_texts(figures).items())
+
+
+def _evaluation_texts(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    texts = {}
+    for name, of_set in figures.items():
+        interval = next(key for key in of_set if key.endswith("_interval"))
+        main, (low, high) = interval.removesuffix("_interval"), of_set[interval]
+        texts[f"{name}/{main}"] = f"{of_set[main]:.3f} [{low:.3f}, {high:.3f}]"
     return texts
 
 

@@ -6,7 +6,7 @@ import contextlib
 import gc
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +22,7 @@ from gft_lite.policy.base import Policy, TokenScores, without_dropout
 from gft_lite.policy.batching import MicroBatch, Row
 from gft_lite.recipe.schema import Recipe
 from gft_lite.runs import checkpoint
-from gft_lite.training.optim import learning_rate, make_optimizer
+from gft_lite.training.optim import learning_rate, make_optimizer, set_rate
 from gft_lite.training.rows import make_rows
 from gft_lite.training.step_loss import OF_ROWS, StepLoss, engine_gaps
 from gft_lite.training.teacher_model import TeacherModel
@@ -39,8 +39,8 @@ class Learner:
     """Trains the policy on scored groups.
 
     It owns the optimiser, the current micro-batch limit in tokens (halved when memory runs out),
-    the response tokens trained on so far, which a budget in tokens is measured by, and the number
-    of non-finite steps in a row.
+    the response tokens trained on so far, which a budget in tokens is measured by, the number of
+    non-finite steps in a row, and the factor by which rollbacks have lowered the learning rate.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class Learner:
         self.micro_batch_tokens = int(recipe.train.micro_batch_tokens)
         self.response_tokens = 0
         self.bad_steps = 0
+        self.lr_scale = 1.0
         # Both passes that a ratio compares must be the same function of the weights.
         compared = "old_logprobs" in self.method.needs or self.loss.importance.mode != "none"
         self._compares = compared and recipe.train.updates_per_rollout > 1
@@ -130,7 +131,7 @@ class Learner:
 
         `progress` is the share of the budget that is spent half way through the step.
         """
-        lr = learning_rate(progress, self.recipe.optim)
+        lr = self.lr_scale * learning_rate(progress, self.recipe.optim)
         if not any(map(self._has_gradient, rows)):
             return Update(lr, self.micro_batch_tokens, skipped="flat")
         done = self.gradient(rows, progress)
@@ -138,8 +139,7 @@ class Learner:
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.recipe.optim.clip_norm)
         finite = math.isfinite(done.loss) and bool(norm.isfinite())
         if finite:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+            set_rate(self.optimizer, lr)
             self.optimizer.step()
             if self.teacher:
                 self.teacher.follow()
@@ -313,11 +313,14 @@ class Learner:
 
     # --- checkpoints ---------------------------------------------------------------------------
 
-    def save(self, folder: Path, step: int) -> None:
-        """Write a checkpoint of adapter, optimiser and counters below `folder`."""
+    def save(self, folder: Path, step: int, protected: Collection[int] = ()) -> None:
+        """Write a checkpoint of adapter, optimiser and counters below `folder`.
+
+        The checkpoints of the steps in `protected` are kept beside the newest.
+        """
         checkpoint.save(
             folder, step, self.policy, self.optimizer, self.recipe.checkpoint.keep,
-            self.teacher.state if self.teacher else None, bad_steps=self.bad_steps,
+            self.teacher.state if self.teacher else None, protected, bad_steps=self.bad_steps,
         )  # fmt: skip
 
     def restore(self, saved: Path) -> int:

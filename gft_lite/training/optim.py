@@ -27,12 +27,35 @@ def make_optimizer(policy: Policy, settings: OptimSettings) -> torch.optim.Optim
         "betas": settings.betas,
         "weight_decay": settings.weight_decay,
     }
-    parameters = list(policy.parameters().values())
+    groups = _parameter_groups(policy, settings.lora_plus_ratio)
     if paged:
         from bitsandbytes.optim import PagedAdamW8bit
 
-        return PagedAdamW8bit(parameters, **arguments)
-    return torch.optim.AdamW(parameters, **arguments)
+        return PagedAdamW8bit(groups, **arguments)
+    return torch.optim.AdamW(groups, **arguments)
+
+
+def _parameter_groups(policy: Policy, ratio: float) -> list[dict[str, Any]]:
+    """The parameters with the factor of the learning rate of each group: LoRA+'s, or one group.
+
+    As in peft's `create_loraplus_optimizer`: B, and DoRA's norms, have `ratio` times the rate of A.
+    """
+    named = policy.parameters()
+    if ratio == 1:
+        return [{"params": list(named.values()), "lr_factor": 1.0}]
+    fast = {name for name, p in named.items() if "lora_B" in name or p.ndim == 1}
+    groups = [
+        {"params": [p for name, p in named.items() if (name in fast) == (factor != 1)],
+         "lr_factor": factor}
+        for factor in (1.0, ratio)
+    ]  # fmt: skip
+    return groups
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of the next step, times each group's factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_factor"]
 
 
 def learning_rate(progress: float, settings: OptimSettings) -> float:

@@ -30,8 +30,11 @@ from gft_lite.rollout.registry import find_engine, start_engine
 from gft_lite.rollout.sampling import Draw, make_prompt_format, sample
 from gft_lite.runs import checkpoint
 from gft_lite.runs.base_cache import BASE_EVALUATION, KL_SET, read_base_evaluation, read_kl_set
+from gft_lite.runs.checkpoint import list_checkpoints, step_of
 from gft_lite.runs.folder import RunFolder
 from gft_lite.runs.trackers import Trackers, check_trackers
+from gft_lite.training.collapse_guard import CollapseGuard
+from gft_lite.training.evaluation_schedule import EvaluationSchedule
 from gft_lite.training.groups import GroupBuilder
 from gft_lite.training.kl_monitor import KlMonitor
 from gft_lite.training.learner import Learner
@@ -63,6 +66,8 @@ class TrainingRun:
     trackers: Trackers
     evaluate: Callable[[], dict[str, Any]]
     eval_sets: Mapping[str, Sequence[Problem]]
+    schedule: EvaluationSchedule
+    guard: CollapseGuard
     plan: Plan | None
 
     def evaluate_base(self) -> dict[str, Any]:
@@ -74,9 +79,15 @@ class TrainingRun:
         )
 
     def save_checkpoint(self, step: int) -> None:
-        """Write a checkpoint from the main process."""
-        if self.distributed.is_main:
-            self.learner.save(self.folder.checkpoints, step)
+        """Write a checkpoint from the main process; what a rollback may need is kept."""
+        if not self.distributed.is_main:
+            return
+        protected = {self.schedule.best_step} - {None}
+        if self.guard.settings.action == "rollback":
+            steps = [step_of(saved) for saved in list_checkpoints(self.folder.checkpoints)]
+            good = [s for s in steps if s <= step - self.guard.settings.window]
+            protected |= {s for s in steps if s not in good[:-1]}
+        self.learner.save(self.folder.checkpoints, step, protected)
 
     def restore(self) -> int:
         """Return to the newest valid checkpoint; its step, 0 if there is none yet."""
@@ -85,10 +96,47 @@ class TrainingRun:
         )
         step = self.learner.restore(saved) if saved else 0
         self.folder.truncate_after(step)
-        self.learner.response_tokens = self.distributed.broadcast_from_main(
-            lambda: sum(metrics["tokens"] for metrics in self.folder.metrics())
-        )
+        metrics = self.distributed.broadcast_from_main(self.folder.metrics)
+        self.learner.response_tokens = sum(m["tokens"] for m in metrics)
+        self.guard.resume(metrics)
+        self.learner.lr_scale = self.guard.lr_scale
         return step
+
+    def is_over(self, step: int) -> bool:
+        """True if no step follows `step`: the budget is spent, or early stop or guard ended it."""
+        metrics = self.distributed.broadcast_from_main(self.folder.metrics)
+        stopped = bool(metrics) and "stopped" in metrics[-1]
+        return stopped or self.learner.budget_fraction(step) >= 1
+
+    def roll_back(self, step: int) -> int:
+        """Return to the policy and optimiser of a checkpoint of before `step`; its step.
+
+        It is the best, or else the newest from before the guard's window, or else the oldest.
+        """
+        saved = self.distributed.broadcast_from_main(lambda: self._last_good(step))
+        restored = self.learner.restore(saved)
+        self.engine.sync(step)
+        return restored
+
+    def _last_good(self, step: int) -> Path:
+        folder, best = self.folder.checkpoints, self.schedule.best_step
+        if best is not None:
+            return checkpoint.of_step(folder, best)
+        steps = [step_of(saved) for saved in list_checkpoints(folder)]
+        before = [s for s in steps if s <= step - self.guard.settings.window]
+        return checkpoint.of_step(folder, (before or steps[:1])[-1])
+
+    def load_final(self, last: int) -> int:
+        """Serve the policy that `checkpoint.adapter` names, and return its step."""
+        best = self.schedule.best_step
+        if self.recipe.checkpoint.adapter == "last" or best is None or best == last:
+            return last
+        saved = self.distributed.broadcast_from_main(
+            lambda: checkpoint.of_step(self.folder.checkpoints, best)
+        )
+        self.policy.load_adapter(saved / "adapter")
+        self.engine.sync(best)
+        return best
 
     def print(self, text: str) -> None:
         """Print a line as it is, without markup."""
@@ -104,7 +152,7 @@ def setup_run(
     """
     saved, presampled = recipe, open_presampled(recipe)
     recipe = recipe.with_needed_engine()
-    scorer = stack.enter_context(_load_user_code(recipe))
+    scorer = stack.enter_context(_load_user_code(recipe, console))
     recipe, plan = distributed.broadcast_from_main(lambda: _plan(recipe, distributed, console))
     recipe = _settings_of_rank(recipe, distributed)
     sets = {f"eval.sets.{name}.prompt": data.prompt for name, data in recipe.eval.sets.items()}
@@ -135,6 +183,7 @@ def setup_run(
     stack.callback(trackers.close)
     sampler = engine.sampler
     evaluator = SetEvaluator(format, grade, recipe.eval, _eval_sampling(recipe), recipe.seed)
+    evaluate = partial(evaluator.evaluate, sampler)
     return TrainingRun(
         recipe=recipe,
         folder=folder,
@@ -146,8 +195,10 @@ def setup_run(
         learner=Learner(policy, recipe, distributed, console, teacher),
         monitor=KlMonitor(policy, recipe, kl_rows),
         trackers=trackers,
-        evaluate=lambda: evaluator.evaluate(sampler, data.eval_sets),
+        evaluate=partial(evaluate, data.eval_sets),
         eval_sets=data.eval_sets,
+        schedule=EvaluationSchedule(recipe, folder, distributed, policy, data.eval_sets, evaluate),
+        guard=CollapseGuard(recipe.guard, compares=find_method(recipe.method).group_advantages),
         plan=plan,
     )
 
@@ -265,11 +316,12 @@ def _load_teacher(
     return teacher, usable
 
 
-def _load_user_code(recipe: Recipe) -> Scorer:
+def _load_user_code(recipe: Recipe, console: Console) -> Scorer:
     """The scorer; it, engine and trackers are looked up before anything large is loaded."""
     find_engine(recipe.rollout.engine)
     check_trackers(recipe.log.trackers)
-    return open_scorer(recipe.reward, conversational=recipe.data.prompt.style == "chat")
+    log = partial(console.print, markup=False, soft_wrap=True)
+    return open_scorer(recipe.reward, conversational=recipe.data.prompt.style == "chat", log=log)
 
 
 def _sample_kl_set(

@@ -44,15 +44,19 @@ def train_single(
         with timer("eval"), show_phase(console, evaluating):
             base = run.evaluate_base()
         first = run.restore() if resume else 0
+        run.schedule.begin(base, first)
+        if recipe.guard.action == "rollback" and not first:
+            run.save_checkpoint(0)
         dry_step = "dry step: forward and backward of the largest micro-batch"
         with run.engine.asleep(), show_phase(console, dry_step):
             run.learner.dry_step(run.builder.problems)
         with show_phase(console, "loading the adapter into the engine", announce=False):
             run.engine.sync(first)
         with TrainingConsole(console, recipe.steps, first) as screen:
-            train_steps(run, first, screen)
+            last = train_steps(run, first, screen)
+        final = run.load_final(last)
         with timer("eval"), show_phase(console, "evaluating the trained policy"):
-            trained = run.evaluate()
+            trained = run.schedule.finished(final) or run.evaluate()
         _print_memory(run)
         with show_phase(console, "KL, final adapter and model card", announce=False):
             run.engine.close()
@@ -60,7 +64,7 @@ def train_single(
             if distributed.is_main:
                 save_final_adapter(run.policy, folder.adapter)
             seconds = {"total": time.perf_counter() - started, "eval": timer.seconds["eval"]}
-            summary = _summary(run, base, trained, seconds)
+            summary = _summary(run, base, trained, seconds) | _course(run, final)
             folder.write_json("summary.json", summary)
             run.trackers.log({"summary": summary}, summary["steps"])
             if distributed.is_main:
@@ -88,6 +92,7 @@ def _summary(
 ) -> dict[str, Any]:
     recipe, metrics = run.recipe, run.folder.metrics()
     phases = {phase: sum(m["seconds"].get(phase, 0.0) for m in metrics) for phase in PHASES}
+    phases["eval"] = seconds["eval"] + sum(m["seconds"].get("eval", 0.0) for m in metrics)
     kl = run.monitor.held_out(run.learner.micro_batch_tokens)["forward"]
     return {
         "name": recipe.name,
@@ -105,4 +110,23 @@ def _summary(
         "steps": len(metrics),
         "updates": sum(m["updates"] for m in metrics),
         "skipped_steps": sum(m["skipped"] is not None for m in metrics),
+    }
+
+
+def _course(run: TrainingRun, final: int) -> dict[str, Any]:
+    """What evaluations while training and the collapse guard made of the run, for its summary.
+
+    `final` is the step of the policy that the run ends with.
+    """
+    metrics = run.folder.metrics()
+    events = [m["guard"] for m in metrics if "guard" in m]
+    best = {"best_step": run.schedule.best_step} if run.schedule.keeps_best else {}
+    return {
+        "policy_of_step": final,
+        **best,
+        "stopped": metrics[-1].get("stopped") if metrics else None,
+        "guard": {
+            "alarms": dict(Counter(name for event in events for name in event["alarms"])),
+            "rollbacks": sum("restored" in event for event in events),
+        },
     }
