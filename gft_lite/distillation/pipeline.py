@@ -72,7 +72,9 @@ def distill(
     _check_column(recipe, settings.column)
     with ExitStack() as stack:
         conversational = recipe.data.prompt.style == "chat"
-        scorer = stack.enter_context(open_scorer(recipe.reward, conversational=conversational))
+        scorer = stack.enter_context(
+            open_scorer(recipe.reward, conversational=conversational, log=log)
+        )
         with show_phase(console, "reading the tokenizer", announce=False):
             format = PromptFormat(_load_tokenizer(recipe.policy), recipe.data.prompt)
         source = find_teacher(teacher, recipe, settings, log)

@@ -99,7 +99,8 @@ def evaluate(
     if not regrade:  # Checks that need no model come before one is loaded.
         find_file(data, "any")
         find_engine(suite.rollout.engine)
-    with open_scorer(suite.reward, conversational=suite.prompt.style == "chat") as scorer:
+    log = partial(console.print, markup=False, soft_wrap=True)
+    with open_scorer(suite.reward, conversational=suite.prompt.style == "chat", log=log) as scorer:
         work = _Evaluation(suite, EvaluationFolder(folder), data, scorer, console)
         if regrade:
             _regrade(work, found)

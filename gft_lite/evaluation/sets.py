@@ -20,8 +20,10 @@ from gft_lite.utils.errors import RecipeError
 Grade = Callable[[Sequence[Group]], list[Group]]
 
 
-def open_scorer(settings: RewardSettings, *, conversational: bool) -> Scorer:
-    """The scorer that a recipe or a suite asks for.
+def open_scorer(
+    settings: RewardSettings, *, conversational: bool, log: Callable[[str], None] | None = None
+) -> Scorer:
+    """The scorer that a recipe or a suite asks for; `log` gets a line about failures.
 
     Raises: RecipeError for a reward function that can't be found or built.
     """
@@ -33,7 +35,9 @@ def open_scorer(settings: RewardSettings, *, conversational: bool) -> Scorer:
             functions,
             workers=settings.workers,
             timeout=settings.timeout,
+            concurrency=settings.concurrency,
             conversational=conversational,
+            log=log,
         )
     except RewardError as error:
         raise RecipeError([str(error)]) from error

@@ -82,7 +82,9 @@ def _reward_shorthand(value: Any) -> Any:
 class RewardSettings(Settings):
     """The reward: a weighted sum of functions, computed in worker processes.
 
-    `timeout` is in seconds for a response.
+    `timeout` is in seconds for a response: CPU time for the rules of this package, and a fourth of
+    the time on the clock for functions of your own. `concurrency` is the number of calls of an
+    `async def` function, or of requests to a judge, at a time.
     """
 
     functions: Annotated[
@@ -93,6 +95,7 @@ class RewardSettings(Settings):
     ] = Field(default_factory=lambda: [RewardFunctionSettings(name="math")])
     workers: Annotated[PositiveInt, at_most(1024), NO_RESULT] = 2
     timeout: Annotated[PositiveFloat, at_most(86_400), EVALUATION] = 3.0
+    concurrency: Annotated[PositiveInt, at_most(1024), NO_RESULT] = 8
 
     def answer_rule(self, columns: ColumnsSettings) -> str | None:
         """The rule that `columns` break by having no answers, if a function compares with them."""

@@ -12,9 +12,12 @@ class RewardError(ValueError):
 
 
 class Grade(NamedTuple):
-    """The score that one rule gives to one text, and how it was obtained (see VERDICTS)."""
+    """The score that one rule gives to one text, and how it was obtained (see VERDICTS).
 
-    score: float
+    Without a score, grading failed: the response has no reward then.
+    """
+
+    score: float | None
     verdict: str = "ok"
 
 

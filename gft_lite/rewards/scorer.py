@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -20,7 +20,7 @@ from gft_lite.rewards.base import (
     check_magnitude,
 )
 from gft_lite.rewards.registry import REWARDS, correctness_threshold, make_rule
-from gft_lite.rewards.user_function import Rows, UserFunction
+from gft_lite.rewards.user_calls import Rows, UserCalls
 from gft_lite.rewards.worker_pool import WorkerPool
 from gft_lite.types import Group, Response
 
@@ -31,9 +31,11 @@ class Scorer:
     """Reward functions with their worker processes; a context manager, or call `close`.
 
     A name in REWARDS is a built-in rule, graded in one of the `workers`; any other name is the
-    dotted path of a user's function, called in this process (see `user_function.py`).
+    dotted path of a user's function, called in a process of its own (see `user_calls.py`).
     `timeout` is the CPU time that one text may take in a worker, in seconds; CPU time, so that
-    load does not change rewards. `conversational`: users' functions get lists of messages.
+    load does not change rewards. `concurrency` limits the calls of a coroutine function that run
+    at a time. `conversational`: users' functions get lists of messages. `log` gets a line
+    about the responses of a batch for which a function failed.
     """
 
     def __init__(
@@ -42,7 +44,9 @@ class Scorer:
         *,
         workers: int = 2,
         timeout: float = 3.0,
+        concurrency: int = 8,
         conversational: bool = False,
+        log: Callable[[str], None] | None = None,
     ) -> None:
         """Build the rules and import the functions; the workers start with the first batch.
 
@@ -51,34 +55,41 @@ class Scorer:
         _check(functions, workers, timeout)
         self._functions = tuple(functions)
         self._rules: dict[str, Rule] = {}
-        self._users: dict[str, UserFunction] = {}
+        users = []
         for function in functions:
             if function.name in REWARDS or not set(".:") & set(function.name):
                 self._rules[function.name] = make_rule(function)
             else:
-                self._users[function.name] = UserFunction(function, conversational=conversational)
+                users.append(function)
+        self._users = UserCalls(
+            users, timeout=timeout, concurrency=concurrency, conversational=conversational
+        )
         remote = [f for f in functions if f.name in REWARDS and REWARDS[f.name].in_worker]
         self._remote = {f.name: index for index, f in enumerate(remote)}
         self._pool = WorkerPool(
             [(f.name, dict(f.parameters)) for f in remote], workers=workers, timeout=timeout
         )
         self._cache: dict[bytes, Grade] = {}
+        self._log = log
         self._lock = threading.Lock()
 
     def score(self, groups: Sequence[Group]) -> list[Group]:
         """New groups whose responses have `reward`, `reward_parts`, `verdict` and `correct`.
 
-        `reward` is the weighted sum of the parts that apply, None if none does; `verdict` is the
-        most severe one of the parts; `correct` is decided by the first function that has a
-        threshold of correctness, and is None without any.
+        `reward` is the weighted sum of the parts that apply, None if none does, or if a function
+        failed; `verdict` is the most severe one of the parts; `correct` is decided by the first
+        function that has a threshold of correctness, and is None without any.
 
-        Raises: RewardError if a user's function raises or returns no valid scores.
+        Raises: RewardError if a user's function fails for all responses.
         """
         rows = [(group, response) for group in groups for response in group.responses]
         if not rows:
             return list(groups)
         with self._lock:
             columns = [self._grades(function, rows) for function in self._functions]
+            failures, self._users.failures = self._users.failures, []
+        if failures and self._log:
+            self._log(f"{failures[0]} {len(failures)} of {len(rows)} responses have no reward.")
         graded = zip((response for _, response in rows), zip(*columns, strict=True), strict=True)
         scored = iter([self._combine(response, grades) for response, grades in graded])
         return [
@@ -89,6 +100,7 @@ class Scorer:
     def close(self) -> None:
         """Stop the worker processes."""
         self._pool.close()
+        self._users.close()
 
     def __enter__(self) -> Scorer:
         return self
@@ -107,13 +119,16 @@ class Scorer:
             for function, grade in zip(self._functions, grades, strict=True)
             if grade is not None
         ]
-        reward = float(sum(function.weight * grade.score for function, grade in applied))
+        parts = {f.name: grade.score for f, grade in applied if grade.score is not None}
+        # without all of its parts, a reward can't be compared with those of the group
+        complete = bool(parts) and len(parts) == len(applied)
+        reward = float(sum(f.weight * parts[f.name] for f in self._functions if f.name in parts))
         check_magnitude("rewards: the weighted sum", reward)
         verdicts = [grade.verdict for _, grade in applied]
         return replace(
             response,
-            reward=reward if applied else None,
-            reward_parts={function.name: grade.score for function, grade in applied},
+            reward=reward if complete else None,
+            reward_parts=parts,
             verdict=max(verdicts, key=VERDICTS.index, default="not_applicable"),
             correct=self._is_correct(grades),
         )
@@ -124,12 +139,12 @@ class Scorer:
             if threshold is not None:
                 if grade is None and function.name in REWARDS:
                     return None  # There is no answer to compare with.
-                return grade is not None and grade.score > threshold
+                return grade is not None and grade.score is not None and grade.score > threshold
         return None
 
     def _grades(self, function: RewardFunction, rows: Rows) -> Sequence[Grade | None]:
-        if function.name in self._users:
-            return self._users[function.name].grade(rows)
+        if function.name not in self._rules:
+            return self._users.grade(function.name, rows)
         items = [(r.text, g.problem.answer, _answer_type(g)) for g, r in rows]
         needy = REWARDS[function.name].needs_answer
         known = [item for item in items if item[1] is not None or not needy]

@@ -1,85 +1,26 @@
 """Grading processes that can be killed: each grades one item at a time, so a hang costs one item.
 
-Each process is a new interpreter: a fork would copy CUDA state and threads, and a `spawn` child
-would import the user's script again. The pools of the standard library cannot kill one item.
+The pools of the standard library cannot kill one item.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import selectors
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from gft_lite.rewards.base import Grade, RewardError
-from gft_lite.rewards.worker_process import WALL_FACTOR, receive, send
+from gft_lite.rewards.worker import START_SECONDS, Worker
+from gft_lite.rewards.worker_process import WALL_FACTOR
 from gft_lite.utils.progress import report_progress
 
-START_SECONDS = 120.0
 _MAX_FAILED_STARTS = 3
 _OUT_OF_CPU_TIME = -getattr(signal, "SIGPROF", 0) or None
-_PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
-#: -P: a file in the working directory must not shadow the standard library.
-_PROGRAM = (
-    "import sys; sys.path.insert(0, sys.argv[1]); import gft_lite; sys.path.pop(0); "
-    "from gft_lite.rewards.worker_process import main; main()"
-)
-
-
-class _Worker:
-    """One process. `item`: the index of the item being graded, -1 while starting, None if idle."""
-
-    def __init__(self, setup: bytes) -> None:
-        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _PROGRAM, _PACKAGE_ROOT],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=os.environ | threads,
-            start_new_session=True,  # Ctrl-C must only reach the parent
-        )
-        self.item: int | None = -1
-        self.deadline = time.monotonic() + START_SECONDS
-        self.send(setup)
-
-    def send(self, payload: bytes) -> None:
-        """Send a message; a broken pipe is handled at the next read."""
-        assert self.process.stdin is not None
-        try:
-            send(self.process.stdin, payload)
-        except BrokenPipeError:
-            self.deadline = 0.0
-
-    def receive(self) -> Any:
-        """Read the reply; None if the process has died."""
-        assert self.process.stdout is not None
-        try:
-            return json.loads(receive(self.process.stdout))
-        except EOFError:
-            return None
-
-    def end(self, kill: bool = True) -> int:
-        """Stop the process and close its pipes; the exit code, negative for a signal."""
-        if kill:
-            self.process.kill()
-        for pipe in (self.process.stdin, self.process.stdout):
-            with contextlib.suppress(BrokenPipeError):
-                if pipe:
-                    pipe.close()
-        try:
-            return self.process.wait(1.0)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            return self.process.wait()
 
 
 class WorkerPool:
@@ -96,7 +37,7 @@ class WorkerPool:
         self._setup = json.dumps({"functions": functions, "timeout": timeout}).encode()
         self._size = workers
         self._timeout = timeout
-        self._workers: list[_Worker] = []
+        self._workers: list[Worker] = []
         self._failed_starts = 0
         self._lock = threading.Lock()
 
@@ -135,14 +76,14 @@ class WorkerPool:
     def _assign(self, items: Sequence[bytes], pending: deque[int]) -> None:
         working = sum(worker.item is not None and worker.item >= 0 for worker in self._workers)
         while len(self._workers) < min(self._size, working + len(pending)):
-            self._workers.append(_Worker(self._setup))
+            self._workers.append(Worker("worker_process", self._setup, one_thread=True))
         for worker in self._workers:
             if worker.item is None and pending:
                 worker.item = pending.popleft()
                 worker.deadline = time.monotonic() + WALL_FACTOR * self._timeout
                 worker.send(items[worker.item])
 
-    def _wait(self) -> list[tuple[_Worker, bool]]:
+    def _wait(self) -> list[tuple[Worker, bool]]:
         """Workers that have replied or died (True), or have exceeded their time limit (False)."""
         busy = [worker for worker in self._workers if worker.item is not None]
         timeout = max(0.0, min(worker.deadline for worker in busy) - time.monotonic())
@@ -155,7 +96,7 @@ class WorkerPool:
         expired = [w for w in busy if w.deadline <= now and w not in replied]
         return [(w, True) for w in replied] + [(w, False) for w in expired]
 
-    def _collect(self, worker: _Worker, replied: bool, grades: list[Grade]) -> None:
+    def _collect(self, worker: Worker, replied: bool, grades: list[Grade]) -> None:
         item = worker.item
         assert item is not None
         reply = worker.receive() if replied else None
@@ -171,7 +112,7 @@ class WorkerPool:
                 timed_out = not replied or code == _OUT_OF_CPU_TIME
                 grades[item] = Grade(0.0, "timeout" if timed_out else "error")
 
-    def _collect_start(self, worker: _Worker, reply: Any) -> None:
+    def _collect_start(self, worker: Worker, reply: Any) -> None:
         if reply is not None and "error" in reply:
             raise RewardError(f"reward workers: must start, got {reply['error']}.")
         if reply is not None:
@@ -184,7 +125,7 @@ class WorkerPool:
                 f"{self._failed_starts} failures in a row. Read the messages above this one."
             )
 
-    def _alive(self, worker: _Worker) -> bool:
+    def _alive(self, worker: Worker) -> bool:
         if worker.process.poll() is None:
             return True
         worker.end()

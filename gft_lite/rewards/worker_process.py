@@ -1,7 +1,7 @@
 """The grading process: reads requests from stdin, writes grades to stdout, ends at end of file.
 
-A message is its length as four big-endian bytes, then JSON. The first message has the reward
-functions and the time limit; each later one is [function, text, answer, answer_type].
+The first message has the reward functions and the time limit; each later one is
+[function, text, answer, answer_type].
 """
 
 from __future__ import annotations
@@ -10,37 +10,16 @@ import contextlib
 import json
 import os
 import signal
-import struct
 import sys
-from typing import IO, Any
+from typing import Any
 
 from gft_lite.rewards.base import Grade, RewardFunction
 from gft_lite.rewards.registry import make_rule
+from gft_lite.rewards.worker import receive, send
 
 MEMORY_LIMIT = 3 * 2**30
 #: The parent kills a worker after this multiple of the CPU time limit, on the wall clock.
 WALL_FACTOR = 4.0
-_HEADER = struct.Struct(">I")
-
-
-def send(pipe: IO[bytes], payload: bytes) -> None:
-    """Write one message."""
-    pipe.write(_HEADER.pack(len(payload)) + payload)
-    pipe.flush()
-
-
-def receive(pipe: IO[bytes]) -> bytes:
-    """Read one message.
-
-    Raises: EOFError if the other process has closed the pipe.
-    """
-    header = pipe.read(_HEADER.size)
-    if len(header) < _HEADER.size:
-        raise EOFError
-    payload = pipe.read(_HEADER.unpack(header)[0])
-    if len(payload) < _HEADER.unpack(header)[0]:
-        raise EOFError
-    return payload
 
 
 def main() -> None:

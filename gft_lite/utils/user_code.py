@@ -24,10 +24,10 @@ def user_errors_as(make_error: Callable[[str], Exception]) -> Iterator[None]:
         except BaseException as error:
             if received:
                 raise
-            raise make_error(_one_line(error)) from error
+            raise make_error(error_text(error)) from error
 
 
-def _one_line(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """The type and message of an exception, on one line."""
     try:
         text = " ".join(str(error).split())

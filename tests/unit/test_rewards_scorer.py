@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import datetime
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-import types
+from decimal import Decimal
 
 import pytest
 
+from gft_lite.rewards import user_calls
 from gft_lite.rewards.base import RewardError, RewardFunction
 from gft_lite.rewards.registry import REWARDS, load_function, make_rule
 from gft_lite.rewards.scorer import Scorer
+from gft_lite.rewards.user_function import UserFunction
 from gft_lite.types import Group, Problem, Response
 
 HANG = {"pattern": "(a+)+$"}
@@ -224,7 +228,9 @@ def test_a_rule_that_cannot_start_in_the_worker_is_reported():
 USER = """
 import asyncio
 import json
+import os
 import sys
+import time
 
 def length(completions, **columns):
     return [float(len(c)) for c in completions]
@@ -295,7 +301,62 @@ def fractions(completions, **columns):
     from fractions import Fraction
     return [Fraction(1, 4), Decimal("0.5")]
 value = 3
+
+def note(path, text):
+    with open(path, "a") as file:
+        file.write(text)
+def waits(completions, path):
+    with open("pid", "w") as file:
+        file.write(str(os.getpid()))
+    os.replace("pid", path)
+    time.sleep(60)
+def one_raises(completions, **columns):
+    if "bad" in completions: raise ValueError("bad")
+    return [1.0] * len(completions)
+def one_exits(completions, **columns):
+    if "bad" in completions: os._exit(0)
+    return [1.0] * len(completions)
+def one_is_killed(completions, **columns):
+    if "bad" in completions: os.kill(os.getpid(), 9)
+    return [1.0] * len(completions)
+def one_is_nan(completions, **columns):
+    return [float("nan") if c == "bad" else 1.0 for c in completions]
+def one_hangs(completions, **columns):
+    if "bad" in completions: time.sleep(60)
+    return [1.0] * len(completions)
+async def coroutine_raises(completions, **columns):
+    return one_raises(completions)
+async def coroutine_exits(completions, **columns):
+    return one_exits(completions)
+async def coroutine_hangs(completions, **columns):
+    if "bad" in completions: await asyncio.sleep(60)
+    return [1.0] * len(completions)
+running, loops = 0, set()
+async def concurrent(completions, **columns):
+    global running
+    running += 1
+    loops.add(asyncio.get_running_loop())
+    note("running", f"{running} ")
+    await asyncio.sleep(0.05)
+    running -= 1
+    assert len(loops) == 1
+    return [len(completions)] * len(completions)
+def leaves(completions, **columns):
+    note("left", ".")
+    os._exit(0)
+def show(completions, path, prompts, completion_ids, answer, **columns):
+    note(path, repr([{name: value[0] for name, value in columns.items()}]))
+    return [0.0] * len(completions)
 """
+
+
+def call(name):
+    """What a function gives for two responses, called in this process."""
+    arguments = {"completions": ["a", "b"], "answer": ["5", "5"]}
+    function = UserFunction(RewardFunction(name))
+    if function.is_async:
+        return function.call_concurrently([(arguments, 2, 60.0)], 1)[0]
+    return function.call(arguments, 2)
 
 
 @pytest.fixture
@@ -348,9 +409,7 @@ def test_a_response_that_no_function_applies_to_has_no_reward(user_module):
     ],
 )
 def test_scores_of_other_types_become_floats(user_module, name, expected):
-    with Scorer([RewardFunction(f"my_rewards:{name}")]) as scorer:
-        (scored,) = scorer.score([group(["a", "b"])])
-    found = [response.reward for response in scored]
+    found = call(f"my_rewards:{name}")
     assert found == expected
     assert all(type(reward) is float for reward in found if reward is not None)
 
@@ -451,24 +510,108 @@ def test_user_functions_get_the_arguments_of_trl(user_module, conversational):
     ],
 )
 def test_a_misbehaving_user_function_is_named(user_module, name, message):
-    with Scorer([RewardFunction(name)]) as scorer, pytest.raises(RewardError) as caught:
-        scorer.score([group(["a", "b"])])
-    assert caught.match(name)
-    assert caught.match(message)
+    try:
+        text = call(name)[0][0]
+    except RewardError as error:  # of what is no list of entries
+        text = str(error)
+    assert text.startswith(f"reward '{name}': ")
+    assert re.search(message, text)
 
 
 def test_an_interrupt_by_the_user_is_not_an_error_of_the_function(user_module):
-    def press_ctrl_c(completions, **columns):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(10)
-
-    sys.modules["my_rewards"] = module = types.ModuleType("my_rewards")
-    module.press_ctrl_c = press_ctrl_c
+    """Ctrl-C reaches this process only, and ends the call of the other."""
     before = signal.getsignal(signal.SIGINT)
-    function = RewardFunction("my_rewards:press_ctrl_c")
+    function = RewardFunction("my_rewards:waits", parameters={"path": "called"})
+
+    def press_ctrl_c():
+        while not os.path.exists("called"):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
     with Scorer([function]) as scorer, pytest.raises(KeyboardInterrupt):
+        threading.Thread(target=press_ctrl_c).start()
         scorer.score([group(["a"])])
     assert signal.getsignal(signal.SIGINT) is before
+    with open("called") as file, pytest.raises(ProcessLookupError):
+        os.kill(int(file.read()), 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("one_raises", "must not raise, got ValueError: bad"),
+        ("one_exits", "must not end the process that it runs in, got exit code 0"),
+        ("one_is_killed", "got signal 9"),
+        ("one_is_nan", "finite numbers or None, got nan"),
+        ("coroutine_raises", "must not raise, got ValueError: bad"),
+        ("coroutine_exits", "got exit code 0"),
+    ],
+)
+def test_a_failure_costs_one_response(user_module, name, reason):
+    groups = [group(["a", "bad", "b"]), group(["c", "d"])]
+    functions = [RewardFunction(f"my_rewards:{name}"), RewardFunction("exact")]
+    lines = []
+    with Scorer(functions, log=lines.append) as scorer:
+        first, second = scorer.score(groups)
+        assert [r.reward for r in first] == [1.0, None, 1.0]
+        assert [r.reward for r in second] == [1.0, 1.0]
+        assert [r.verdict for r in first] == ["no_answer", "error", "no_answer"]
+        # What the other function gave is shown.
+        assert first.responses[1].reward_parts == {"exact": 0.0}
+        [line] = lines
+        assert reason in line and line.startswith(f"reward 'my_rewards:{name}': ")
+        assert line.endswith(" 1 of 5 responses have no reward.")
+        # A few failures after a success are no reason to stop; failures of several problems are.
+        assert rewards(scorer.score([group(["bad"])])) == [None]
+        with pytest.raises(RewardError, match=reason.replace("(", ".")):
+            scorer.score([group(["bad"]) for _ in range(3)])
+
+
+@pytest.mark.parametrize("name", ["one_hangs", "coroutine_hangs"])
+def test_a_call_that_hangs_costs_one_response(user_module, monkeypatch, name):
+    monkeypatch.setattr(user_calls, "_FIRST_CALL_SECONDS", 0.0)
+    functions, lines = [RewardFunction(f"my_rewards:{name}")], []
+    with Scorer(functions, timeout=0.35, log=lines.append) as scorer:
+        scored = scorer.score([group(["a", "bad"])])
+        assert rewards(scored) == [1.0, None]
+        assert verdicts(scored) == ["ok", "timeout"]
+        assert "must return within 1.4 s for 1 responses, got nothing" in lines[0]
+
+
+def test_calls_of_a_coroutine_function_are_awaited_a_few_at_a_time(user_module):
+    """One for each group, on one event loop, with at most `concurrency` in flight."""
+    groups = [group(["a", "b"]), group(["c"]), group(["d", "e", "f"]), group(["g"])]
+    with Scorer([RewardFunction("my_rewards:concurrent")], concurrency=3) as scorer:
+        scored = scorer.score(groups)
+        assert [[r.reward for r in g] for g in scored] == [[2, 2], [1], [3, 3, 3], [1]]
+        assert scorer.score(groups[:1])[0].rewards == (2, 2)
+    with open("running") as file:
+        assert max(map(int, file.read().split())) == 3
+
+
+def test_a_function_that_ends_its_process_at_once_is_a_user_error(user_module):
+    with Scorer([RewardFunction("my_rewards:leaves")]) as scorer:
+        with pytest.raises(RewardError, match=r"must not end .* got exit code 0\. Fix"):
+            scorer.score([group(["a"] * 20)])
+        with open("left") as file:  # once for all, then for each of the first ones alone
+            assert len(file.read()) == 1 + 8
+
+
+def test_columns_have_the_types_of_the_data(user_module):
+    columns = {
+        "day": datetime.date(2026, 1, 2),
+        "image": b"\x00\xff",
+        "nested": {"a": [1, None, 0.5, "\ud800"]},
+        "price": Decimal("0.10"),
+        "took": datetime.timedelta(seconds=1.5),
+        "when": datetime.datetime(2026, 1, 2, 3, 4, 5, 6),
+    }
+    with Scorer([RewardFunction("my_rewards:show", parameters={"path": "shown"})]) as scorer:
+        scorer.score([group(["a"], **columns)])
+        with open("shown") as file:
+            assert file.read() == repr([columns])
+        with pytest.raises(RewardError, match="lists or objects of them, got a complex"):
+            scorer.score([group(["a"], number=1j)])
 
 
 def test_a_weighted_sum_that_overflows_is_an_error(user_module):
