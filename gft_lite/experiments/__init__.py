@@ -2,7 +2,8 @@
 
 `sweep_config` is the schema of a sweep, `sweep_runner` runs it with a launcher of `launchers`,
 `sweep_results` writes and reads its results. `compare_methods` and `lab_study` run methods on the
-lab task; `paper_findings` and `study_page` judge and print the study.
+lab task; `paper_findings` and `study_page` judge and print the study. `outcomes` is what a
+comparison of methods ends with, `verdict` judges it, `referee_tables` and `referee_files` print it.
 
 May import `training`, `report` and everything below them.
 
@@ -16,9 +17,13 @@ __all__ = [
     "compare_methods",
     "lab_study",
     "launchers",
+    "outcomes",
     "paper_findings",
+    "referee_files",
+    "referee_tables",
     "study_page",
     "sweep_config",
     "sweep_results",
     "sweep_runner",
+    "verdict",
 ]
