@@ -22,7 +22,11 @@ _FORMATS = (
 class TrainingConsole:
     """Live metrics on a terminal; elsewhere a line with the metrics of every 20th of the steps."""
 
-    def __init__(self, console: Console, total: int | None, completed: int) -> None:
+    def __init__(
+        self, console: Console, total: int | None, completed: int, *, compares: bool = True
+    ) -> None:
+        """`compares` is false for a method without group advantages, which has no flat groups."""
+        self._compares = compares
         self._display = ProgressDisplay(console, "step", total, completed)
         self._kept: dict[str, Any] = {"kl": {}, "eval": {}}
 
@@ -38,6 +42,8 @@ class TrainingConsole:
         self._kept = {name: metrics.get(name, kept) for name, kept in self._kept.items()}
         live = self._display.is_live
         texts = _texts({**metrics, **self._kept} if live else metrics)
+        if not self._compares:
+            del texts["flat groups"]
         line = "  ".join(f"{name}: {text}" for name, text in texts.items())
         self._display.update(metrics["step"], line, _panel(texts) if live else None)
 

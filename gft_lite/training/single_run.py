@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from gft_lite.evaluation.metrics import headline
+from gft_lite.objective.methods import find_method
 from gft_lite.recipe.schema import Recipe
 from gft_lite.runs.console import TrainingConsole
 from gft_lite.runs.export import save_final_adapter
@@ -52,7 +53,8 @@ def train_single(
             run.learner.dry_step(run.builder.problems)
         with show_phase(console, "loading the adapter into the engine", announce=False):
             run.engine.sync(first)
-        with TrainingConsole(console, recipe.steps, first) as screen:
+        compares = find_method(recipe.method).group_advantages
+        with TrainingConsole(console, recipe.steps, first, compares=compares) as screen:
             last = train_steps(run, first, screen)
         final = run.load_final(last)
         with timer("eval"), show_phase(console, "evaluating the trained policy"):

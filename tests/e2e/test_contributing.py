@@ -56,6 +56,7 @@ def test_nothing_is_left_out():
 
 def test_a_loss(examples, capsys):
     run = train("own_loss")
+    assert "flat groups" not in capsys.readouterr().err  # It has no group advantages.
     weights = [metrics["objective"]["token_weight"] for metrics in run.metrics()]
     assert all(0 < weight < 1 for weight in weights)
     assert yaml.safe_load((run.path / "recipe.yaml").read_text())["objective"]["power"] == 0.5
@@ -107,23 +108,23 @@ def test_a_command_and_a_metric(tmp_path):
     ):
         insert_after(tmp_path / name, line, EXAMPLES[name])
 
-    def run(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "gft_lite", *arguments], capture_output=True, text=True,
-            cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        )  # fmt: skip
-
-    done = run("train", "recipes/lab.yaml", *SMALL, "--out", "run")
-    assert done.returncode == 0, done.stderr
+    commands = [
+        ["train", "recipes/lab.yaml", *SMALL, "--out", "run"], ["count", "run"],
+        ["count", "nowhere"], ["report", "run", "--no-tokens", "--plots", "plots"],
+    ]  # fmt: skip
+    code = "from gft_lite.cli import main\n" + "".join(
+        f"print('exit code', main({command}))\n" for command in commands
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True,
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert re.findall("exit code ([0-9])", done.stdout) == ["0", "0", "2", "0"], done.stderr
+    assert "2\nexit code 0\n" in done.stdout
+    assert "RUN: must be the folder of a run, got 'nowhere'.\n" in done.stderr
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     for number, metrics in enumerate(map(json.loads, lines), start=1):
         groups = RunFolder(tmp_path / "run").groups(number)
         lengths = [len(r["token_ids"]) for group in groups for r in group["responses"]]
         assert metrics["longest"] == max(lengths)
-    assert run("count", "run").stdout == "2\n"
-    missing = run("count", "nowhere")
-    assert missing.returncode == 2
-    assert missing.stderr == "RUN: must be the folder of a run, got 'nowhere'.\n"
-    report = run("report", "run", "--no-tokens", "--plots", "plots")
-    assert report.returncode == 0, report.stderr
     assert (tmp_path / "plots/longest.svg").exists()

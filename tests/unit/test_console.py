@@ -29,6 +29,13 @@ def test_the_metrics_of_a_loss_are_shown_by_name():
     )
 
 
+def test_a_method_without_group_advantages_has_no_flat_groups():
+    out = io.StringIO()
+    with TrainingConsole(Console(file=out), 1, 0, compares=False) as console:
+        console.step(STEP)
+    assert "flat groups" not in out.getvalue() and "reward: expert 1.00" in out.getvalue()
+
+
 def test_a_terminal_keeps_the_last_kl():
     out = io.StringIO()
     kl = {"held_out": {"forward": 0.5}}
