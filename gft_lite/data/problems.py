@@ -106,12 +106,15 @@ def load_problems(
     order = list(range(len(places)))
     if settings.shuffle:
         random.Random(settings.seed).shuffle(order)
-    loaded = _read_problems(places, order, reader, settings.problems)
+    most = None if settings.problems is None else settings.skip + settings.problems
+    loaded = _read_problems(places, order, reader, most)
     if not loaded.problems:
         why = f"{_counts(loaded.skipped)}. For example {'; '.join(loaded.examples)}"
         raise RecipeError(
             [f"{field}.source: must have usable rows, got {len(places)} that are not: {why}."]
         )
+    if settings.skip:
+        loaded = _after(loaded, settings.skip, field)
     loaded = replace(loaded, columns=columns, notes=_notes(settings, columns, format, field))
     if max_response_tokens is None:
         return loaded
@@ -129,6 +132,16 @@ def load_problems(
     return replace(
         loaded, problems=problems, unusable_demonstrations=counts, notes=notes, read=loaded.problems
     )
+
+
+def _after(loaded: Loaded, count: int, field: str) -> Loaded:
+    """Without the first problems and copies of them. Raises: RecipeError if none are left."""
+    taken = {_key(problem) for problem in loaded.problems[:count]}
+    rest = tuple(p for p in loaded.problems[count:] if _key(p) not in taken)
+    if not rest:
+        rule = f"{field}.skip: must leave some of the {len(loaded.problems)} usable problems"
+        raise RecipeError([f"{rule}, got {count}. Skip fewer, or give more data."])
+    return replace(loaded, problems=rest)
 
 
 def _notes(

@@ -32,6 +32,14 @@ State = Literal["waiting", "running", "done", "failed", "interrupted"]
 _POLL_SECONDS = 0.5
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The place of a sweep among several: how many trials came before it, and all of them."""
+
+    before: int
+    total: int
+
+
 @dataclass
 class _Job:
     """A trial and its state while the sweep runs; `reason` says why it failed."""
@@ -71,12 +79,13 @@ class _Job:
 
 def sweep(
     plan: Sweep, out: str | Path | None = None, *, jobs: int | None = None,
-    launcher: str = "local", console: Console | None = None,
+    launcher: str = "local", console: Console | None = None, span: Span | None = None,
 ) -> SweepFolder:  # fmt: skip
     """Run every unfinished trial, `jobs` at a time, and return the sweep's folder.
 
     The base evaluation of one trial is copied to the others with the same base. Running the same
-    sweep in the same folder again repeats failed trials and resumes interrupted ones.
+    sweep in the same folder again repeats failed trials and resumes interrupted ones. Progress is
+    shown of all sweeps of `span`.
 
     Raises: UserError for a wrong sweep or folder; KeyboardInterrupt after all trials have stopped.
     """
@@ -97,7 +106,7 @@ def sweep(
         if any(job.state == "waiting" for job in work):
             workers = LAUNCHERS[launcher](jobs)
             stack.callback(workers.close)
-            _run(work, workers, console, save)
+            _run(work, workers, _Display(console, work, span or Span(0, len(work))), save)
     return folder
 
 
@@ -125,13 +134,13 @@ def _check_folders(work: Sequence[_Job]) -> None:
 
 
 def _run(
-    work: Sequence[_Job], workers: Launcher, console: Console, save: Callable[[], None]
+    work: Sequence[_Job], workers: Launcher, display: _Display, save: Callable[[], None]
 ) -> None:
     """Start trials and record their ends until none is left or a signal arrives."""
     by_folder = {job.run.path: job for job in work}
     stopping = False
     try:
-        with defer_signals(console) as interrupt, _Display(console, work) as display:
+        with defer_signals(display.console) as interrupt, display:
             while True:
                 if interrupt.received and not stopping:
                     stopping = True
@@ -186,9 +195,9 @@ def _start(job: _Job, work: Sequence[_Job]) -> None:
 class _Display:
     """A live table on a terminal; elsewhere a line for each start and end of a trial."""
 
-    def __init__(self, console: Console, work: Sequence[_Job]) -> None:
-        self._work = work
-        self._progress = ProgressDisplay(console, "trial", len(work))
+    def __init__(self, console: Console, work: Sequence[_Job], span: Span) -> None:
+        self.console, self._work, self._span = console, work, span
+        self._progress = ProgressDisplay(console, "trial", span.total, self._ended())
 
     def __enter__(self) -> _Display:
         self._progress.__enter__()
@@ -199,14 +208,18 @@ class _Display:
 
     def update(self, changed: Sequence[_Job]) -> None:
         """Print the trials that have changed, and show the state of all."""
-        ended = sum(job.state in ("done", "failed") for job in self._work)
+        ended = self._ended()
         for job in changed:
-            why = f": {job.reason} ({job.run.path / LOG})" if job.reason else ""
+            log = f" ({job.run.path / LOG})" if job.state in ("running", "failed") else ""
+            why = f": {job.reason}" if job.reason else ""
             if why or not self._progress.is_live:
-                name = job.trial.name
-                self._progress.print(f"[{ended}/{len(self._work)}] {name} {job.state}{why}")
+                text = f"[{ended}/{self._span.total}] {job.trial.name} {job.state}{why}{log}"
+                self._progress.print(text + self._progress.time_left(ended))
         if self._progress.is_live:
             self._progress.update(ended, panel=_state_table(self._work))
+
+    def _ended(self) -> int:
+        return self._span.before + sum(job.state in ("done", "failed") for job in self._work)
 
 
 _ORDER: tuple[State, ...] = ("running", "failed", "interrupted", "done", "waiting")

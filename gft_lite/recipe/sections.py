@@ -202,7 +202,8 @@ class PromptSettings(Settings):
 class DataSettings(Settings):
     """The source of problems: the built-in `lab`, a JSONL/parquet/CSV file, or a hub data set.
 
-    `file` is one file of a hub data set whose files are not assigned to splits.
+    `file` is one file of a hub data set whose files are not assigned to splits. `skip` leaves out
+    the first usable rows, in the order of the seed, and copies of their problems.
     """
 
     source: str = "lab"
@@ -214,6 +215,7 @@ class DataSettings(Settings):
     prompt: PromptSettings = PromptSettings()
     max_prompt_tokens: PositiveInt | None = None
     problems: PositiveInt | None = None
+    skip: NonNegativeInt = 0
     shuffle: bool = True
     seed: int = 0
 

@@ -64,7 +64,7 @@ class ProgressDisplay:
             self._live.update(Group(Text(text) if panel is None else panel, self._progress))
         elif text and self._is_due(completed):
             of_total = f"/{self._total:,}" if self._total else ""
-            self.print(f"{self._unit} {completed:,}{of_total}  {text}{self._left(completed)}")
+            self.print(f"{self._unit} {completed:,}{of_total}  {text}{self.time_left(completed)}")
             self._lines = self._share(completed)
             self._printed = time.perf_counter()
 
@@ -77,7 +77,7 @@ class ProgressDisplay:
         late = time.perf_counter() - self._printed > _SLOW_SECONDS
         return late or self._share(completed) > self._lines or completed == self._total
 
-    def _left(self, completed: int) -> str:
+    def time_left(self, completed: int) -> str:
         """The time that is left, once there is a reliable estimate."""
         seconds, units = time.perf_counter() - self._started, completed - self._first
         left = (self._total or 0) - completed

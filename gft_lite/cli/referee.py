@@ -1,0 +1,134 @@
+"""`gft-lite referee`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from gft_lite.cli.common import (
+    DONE,
+    FAILED,
+    MAX_SEEDS,
+    add_allow_code,
+    add_recipe,
+    add_verbose,
+    output_path,
+    whole_number,
+)
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser."""
+    words = "compare methods: tuned alike, trained with equal budgets, with a verdict"
+    parser = commands.add_parser("referee", help=words)
+    add_recipe(parser)
+    option, count = parser.add_argument, whole_number(1, MAX_SEEDS)
+    option(
+        "--methods",
+        required=True,
+        metavar="A,B,A+B",
+        help="names of methods, recipe files or module:METHOD; A+B are stages",
+    )
+    option(
+        "--seeds",
+        type=count,
+        default=3,
+        metavar="N",
+        help="runs of each method on each base (default: 3)",
+    )
+    option("--bases", metavar="MODEL,MODEL", help="default: the recipe's model")
+    option(
+        "--equal",
+        default="trajectories",
+        metavar="UNIT",
+        help="trajectories, tokens or seconds (default: trajectories)",
+    )
+    option(
+        "--budget",
+        type=whole_number(1, 10**15),
+        metavar="N",
+        help="of each run, in the unit of --equal (default: the recipe's)",
+    )
+    option(
+        "--tune",
+        type=whole_number(1, 99),
+        default=3,
+        metavar="N",
+        help="learning rates to try for each method (default: 3; 1: no tuning)",
+    )
+    option(
+        "--tune-set",
+        metavar="NAME",
+        help="one of eval.sets (default: problems kept from the training data)",
+    )
+    option(
+        "--margin",
+        type=float,
+        default=0.01,
+        metavar="D",
+        help="smallest difference worth having (default: 0.01)",
+    )
+    option("--against", metavar="METHOD", help="default: the first of --methods")
+    option(
+        "--jobs",
+        type=whole_number(1, 1024),
+        metavar="N",
+        help="runs at a time (default: 1; with ray what fits)",
+    )
+    option("--launcher", default="local", metavar="NAME", help="local or ray")
+    option("--out", type=output_path("--out", "folder"), metavar="DIR",
+           help="default: runs/referee/NAME")  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    add_allow_code(parser)
+    add_verbose(parser)
+    parser.set_defaults(run=run, again="the same command continues")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command and return its exit code."""
+    from pathlib import Path
+
+    from gft_lite.experiments.referee_plan import RefereeOptions, make_plan
+
+    wanted = RefereeOptions(
+        recipe=options.recipe,
+        methods=_names(options.methods),
+        overrides=tuple(options.overrides),
+        seeds=options.seeds,
+        bases=_names(options.bases),
+        equal=options.equal,
+        budget=options.budget,
+        tune=options.tune,
+        margin=options.margin,
+        against=options.against,
+        tune_set=options.tune_set,
+    )
+    if not options.allow_code:
+        _check_trust(wanted)
+    plan = make_plan(wanted)
+    out = Path(options.out or Path("runs") / "referee" / Path(options.recipe).stem)
+    if options.dry_run:
+        from gft_lite.experiments.referee_costs import plan_text
+
+        print(plan_text(plan, out))
+        return DONE
+    from gft_lite.experiments.referee import referee
+
+    comparison = referee(plan, out, jobs=options.jobs, launcher=options.launcher)
+    print(f"referee: {out}")
+    return FAILED if comparison.failures else DONE
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
+
+
+def _check_trust(wanted: Any) -> None:
+    """Raises: UserError if files from elsewhere name code, or methods are named beside them."""
+    from gft_lite.cli.trust import check_code_trust, named_code
+    from gft_lite.experiments.referee_methods import code_and_files
+    from gft_lite.recipe.schema import Recipe
+
+    code, files = code_and_files(wanted.methods)
+    recipe = Recipe.load(wanted.recipe, wanted.overrides)
+    check_code_trust([*named_code(recipe), *code], [wanted.recipe, *files])

@@ -1,0 +1,199 @@
+"""`gft-lite referee`: methods tuned with equal effort, trained with equal budgets, and compared.
+
+The runs are those of two ordinary sweeps in the folder: `tune`, on the first base with the recipe's
+seed, and `main`, on all bases with the seeds after it. Their recipes are in `recipes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from gft_lite.experiments.outcomes import Comparison, Failure, TuningPoint
+from gft_lite.experiments.referee_data import check_data
+from gft_lite.experiments.referee_methods import RATE, Settings
+from gft_lite.experiments.referee_plan import DIAL_TRIALS, Part, RefereePlan
+from gft_lite.experiments.referee_results import describe, outcome
+from gft_lite.experiments.sweep_config import Sweep
+from gft_lite.experiments.sweep_runner import Span, sweep
+from gft_lite.experiments.tuning import further_rates
+from gft_lite.recipe.loader import Dumper
+from gft_lite.recipe.schema import Recipe
+from gft_lite.utils.files import check_output_path, lock_folder, write_text_atomic
+from gft_lite.utils.progress import stderr_console
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A method with settings; `field` is the one that tuning varies by this trial."""
+
+    method: str
+    field: str
+    settings: Settings
+
+
+@dataclass
+class _Referee:
+    """A referee at work: its trials so far, and what failed."""
+
+    plan: RefereePlan
+    out: Path
+    run_sweep: Callable[..., Any]
+    trials: list[Trial] = field(default_factory=list)
+    scores: dict[str, float] = field(default_factory=dict)  # On the tuning set, by recipe file.
+    failures: list[Failure] = field(default_factory=list)
+
+    def tune(self) -> dict[str, Settings]:
+        """The chosen settings of each method of which a run succeeded."""
+        plan, rates = self.plan, self.plan.rates
+        if len(rates) == 1:
+            single: dict[str, Settings] = {
+                c.name: plan.settings_at(c.name, rates[0]) for c in plan.single
+            }
+            return single | {c.name: plan.staged_settings(c.name, single) for c in plan.staged}
+        self._try(Trial(c.name, RATE, plan.settings_at(c.name, rate))
+                  for c in plan.single for rate in rates)  # fmt: skip
+        best = {c.name: s for c in plan.single if (s := self._best(c.name))}
+        self._try(
+            trial for name, settings in best.items() for trial in self._further(name, settings)
+        )
+        chosen = {name: self._best(name) or {} for name in best}
+        staged = [c for c in plan.staged if all(stage in chosen for stage in c.stages)]
+        self._try(
+            Trial(c.name, RATE, settings | {RATE: settings[RATE] * factor})
+            for c in staged
+            for settings in [plan.staged_settings(c.name, chosen)]
+            for factor in (0.5, 1.0, 2.0)
+        )
+        return {c.name: s for c in plan.contenders.values() if (s := self._best(c.name))}
+
+    def _further(self, name: str, best: Settings) -> list[Trial]:
+        """Trials beside those of the rates: of the dial's other values, or of further rates."""
+        contender, values = self.plan.contenders[name], self.plan.dial_values(name)
+        trials = [Trial(name, contender.dial_field, {**best, contender.dial_field: value})
+                  for value in values]  # fmt: skip
+        rates = further_rates(self.plan.rates, best[RATE])
+        trials += [Trial(name, RATE, {**best, RATE: rate}) for rate in rates]
+        return trials[:DIAL_TRIALS]
+
+    def _best(self, name: str) -> Settings | None:
+        """The settings with the highest score; of equal ones, those tried first."""
+        tried = [t for t in self.trials if t.method == name and self._score(t) is not None]
+        return max(tried, key=lambda t: self._score(t) or 0.0).settings if tried else None
+
+    def _score(self, trial: Trial) -> float | None:
+        return self.scores.get(self.plan.stem(trial.method, trial.settings))
+
+    def _try(self, trials: Iterable[Trial]) -> None:
+        """Run trials besides those that were run before, and record their scores."""
+        self.trials += trials
+        results = self.run_part("tune", [(t.method, t.settings) for t in self.trials])
+        self.scores = {
+            result["settings"]["recipe"]: result["summary"]["trained"]["pass@1"]
+            for result in results
+            if result["summary"]
+        }
+
+    def run_part(self, part: Part, runs: Sequence[tuple[str, Settings]]) -> list[dict[str, Any]]:
+        """The results of the trials of a sweep, each with its method as `method`."""
+        plan = self.plan
+        names = {plan.stem(name, settings): name for name, settings in runs}
+        files = [self._write(part, name, settings) for name, settings in runs]
+        if not files:
+            return []
+        main = part == "main"
+        bases = {"policy.model": list(plan.bases)} if main and len(plan.bases) > 1 else {}
+        tree = {
+            "name": part,
+            "recipe": files[0],
+            "grid": {"recipe": files, **bases},
+            "seeds": plan.options.seeds if main else 1,
+        }
+        tuning = plan.tuning_runs
+        total = tuning + plan.main_runs
+        span = Span(tuning if main else 0, total)
+        folder = self.run_sweep(Sweep.from_tree(tree), self.out / part, span=span)
+        results = folder.results()["trials"]
+        for result in results:
+            result["method"] = names[result["settings"]["recipe"]]
+        self.failures = [f for f in self.failures if f.part != part] + [
+            Failure(r["method"], part, f"{part}/{r['folder']}", str(r["reason"]))
+            for r in results
+            if not r["summary"]
+        ]
+        return results
+
+    def _write(self, part: Part, name: str, settings: Settings) -> str:
+        """Write a recipe file; returns its path."""
+        file = self.out / "recipes" / part / f"{self.plan.stem(name, settings)}.yaml"
+        text = yaml.dump(self.plan.tree(name, settings, part), Dumper=Dumper, sort_keys=False)
+        write_text_atomic(file, text)
+        return str(file.resolve())
+
+    def tuning_points(self, chosen: Mapping[str, Settings]) -> tuple[TuningPoint, ...]:
+        """Everything that was tried, with its score."""
+        return tuple(
+            TuningPoint(t.method, t.field, t.settings, self._score(t),
+                        chosen.get(t.method) == t.settings)
+            for t in self.trials
+        )  # fmt: skip
+
+
+def referee(
+    plan: RefereePlan, out: str | Path, *, jobs: int | None = None, launcher: str = "local",
+    console: Console | None = None,
+) -> Comparison:  # fmt: skip
+    """Run everything of the plan that is not finished, and return the comparison.
+
+    Raises: UserError for data that can't be compared on, or the folder of another comparison;
+    KeyboardInterrupt after all runs have stopped.
+    """
+    check_output_path(out)
+    console = console or stderr_console()
+
+    def run_sweep(*arguments: Any, **options: Any) -> Any:
+        return sweep(*arguments, **options, jobs=jobs, launcher=launcher, console=console)
+
+    with lock_folder(Path(out)):
+        check_data(plan)
+        work = _Referee(plan, Path(out), run_sweep)
+        chosen = work.tune()
+        compared = [(name, chosen[name]) for name in plan.methods if name in chosen]
+        results = work.run_part("main", compared)
+    outcomes = tuple(
+        outcome(plan, Path(out), result, chosen[result["method"]])
+        for result in results
+        if result["summary"]
+    )
+    recipes = {
+        name: Recipe.from_tree(plan.tree(name, settings, "main")).to_yaml()
+        for name, settings in compared
+    }
+    sets = tuple(plan.sets)
+    return Comparison(
+        name=Path(plan.options.recipe).stem,
+        methods=plan.methods,
+        against=plan.against,
+        headline=sets[0],
+        retention=sets[1:],
+        margin=plan.options.margin,
+        outcomes=outcomes,
+        tuning=work.tuning_points(chosen),
+        failures=(*work.failures, *_untuned(plan, chosen)),
+        design=describe(plan, work.tuning_points(chosen)),
+        recipes=recipes,
+    )
+
+
+def _untuned(plan: RefereePlan, chosen: Mapping[str, Settings]) -> list[Failure]:
+    """The methods that could not be compared, because no run of their tuning succeeded."""
+    return [
+        Failure(name, "tune", "", "no run of its tuning, or of that of a stage, succeeded")
+        for name in plan.methods
+        if name not in chosen
+    ]

@@ -1,0 +1,73 @@
+"""Choosing settings of methods on a tuning set, and recipes that share a budget between stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+from gft_lite.recipe.loader import Tree, merge
+from gft_lite.recipe.schema import Recipe
+from gft_lite.rewards.registry import REWARDS
+from gft_lite.utils.errors import UserError
+
+
+def geometric_rates(center: float, count: int) -> tuple[float, ...]:
+    """`count` learning rates a factor of 2 apart around `center`; of an even count, one more above.
+
+    They are rounded to four significant digits.
+    """
+    first = -((count - 1) // 2)
+    return tuple(_rounded(center * 2.0**i) for i in range(first, first + count))
+
+
+def further_rates(rates: Iterable[float], best: float) -> tuple[float, float]:
+    """Two rates beyond `best` if it is the lowest or highest of `rates`, else on both sides of it.
+
+    Beyond by factors of 2 and 4; between by a factor of the square root of 2.
+    """
+    ordered = sorted(rates)
+    factors = (2**-0.5, 2**0.5)
+    if best in (ordered[0], ordered[-1]):
+        factors = (0.5, 0.25) if best == ordered[0] else (2.0, 4.0)
+    return _rounded(best * factors[0]), _rounded(best * factors[1])
+
+
+def best_rate(scores: Mapping[float, float]) -> float:
+    """The rate with the highest score; of equal scores, the lowest rate."""
+    return max(sorted(scores), key=lambda rate: scores[rate])
+
+
+def is_edge(tried: Iterable[float], chosen: float) -> bool:
+    """True if `chosen` is the lowest or the highest of several values that were tried."""
+    values = set(tried)
+    return len(values) > 1 and chosen in (min(values), max(values))
+
+
+def staged_tree(common: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> Tree:
+    """A recipe whose stages are the methods of `layers`, each with its own fields.
+
+    The whole recipe has the fields of its last stage.
+    """
+    stages = []
+    for layer in layers:
+        overrides = deepcopy(dict(layer))  # YAML would have aliases for parts that are the same.
+        stages.append({"method": overrides.pop("method"), "overrides": overrides})
+    return {**merge(common, layers[-1]), "stages": stages}
+
+
+def check_correctness(recipe: Recipe) -> None:
+    """Raises: UserError for a recipe without a reward that decides what is correct."""
+    functions = recipe.reward.functions
+    if not any(
+        f.correct_above is not None
+        or (f.name in REWARDS and REWARDS[f.name].correct_above is not None)
+        for f in functions
+    ):
+        names = ", ".join(f.name for f in functions)
+        rule = "reward.functions: must have a rule that compares the answer"
+        raise UserError([f"{rule}, because methods are tuned by pass@1, got {names}. Add exact."])
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.4g}")
