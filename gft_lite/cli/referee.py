@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from gft_lite.cli.common import (
     DONE,
@@ -15,6 +17,11 @@ from gft_lite.cli.common import (
     output_path,
     whole_number,
 )
+
+if TYPE_CHECKING:
+    from gft_lite.experiments.outcomes import Comparison
+    from gft_lite.experiments.referee_plan import RefereeOptions
+    from gft_lite.experiments.verdict import Verdict
 
 
 def add(commands: Any) -> None:
@@ -86,8 +93,6 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
-    from pathlib import Path
-
     from gft_lite.experiments.referee_plan import RefereeOptions, make_plan
 
     wanted = RefereeOptions(
@@ -113,17 +118,34 @@ def run(options: argparse.Namespace) -> int:
         print(plan_text(plan, out))
         return DONE
     from gft_lite.experiments.referee import referee
+    from gft_lite.experiments.referee_files import write_referee
 
     comparison = referee(plan, out, jobs=options.jobs, launcher=options.launcher)
-    print(f"referee: {out}")
+    found = write_referee(comparison, out)
+    _print(comparison, found[comparison.headline], out)
     return FAILED if comparison.failures else DONE
+
+
+def _print(comparison: Comparison, found: Sequence[Verdict], out: Path) -> None:
+    """The verdict on the headline, what failed, and where everything is."""
+    from rich.console import Console
+
+    from gft_lite.experiments.verdict import headline_sentences, verdict_table
+
+    console, table = Console(), verdict_table(comparison, found)
+    console.print(table.title, style="bold", highlight=False)
+    console.print(table.rich(console.width))
+    lines = [*headline_sentences(comparison, found)]
+    lines += [f"failed: {f.method}: {f.run}: {f.reason}" for f in comparison.failures]
+    for line in (*lines, f"referee: {out / 'referee.md'}"):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _names(text: str | None) -> tuple[str, ...]:
     return tuple(name.strip() for name in (text or "").split(",") if name.strip())
 
 
-def _check_trust(wanted: Any) -> None:
+def _check_trust(wanted: RefereeOptions) -> None:
     """Raises: UserError if files from elsewhere name code, or methods are named beside them."""
     from gft_lite.cli.trust import check_code_trust, named_code
     from gft_lite.experiments.referee_methods import code_and_files

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import resource
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +14,12 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from gft_lite.experiments.lab_bases import lab_base, make_lab_bases
 from gft_lite.experiments.sweep_config import MAX_RUNS, Sweep
 from gft_lite.experiments.sweep_runner import sweep
+from gft_lite.experiments.tuning import best_rate, check_correctness, stages
 from gft_lite.recipe.loader import Dumper, find_recipe
 from gft_lite.recipe.schema import Recipe
-from gft_lite.rewards.registry import REWARDS
 from gft_lite.utils.errors import UserError
 from gft_lite.utils.files import check_output_path, write_text_atomic
 from gft_lite.utils.jsonl import JsonlFile
@@ -138,21 +135,12 @@ def _check(design: Design, jobs: int, overrides: Sequence[str]) -> Recipe:
     if problems:
         raise UserError(problems)
     recipe = Recipe.load(_shipped(design.methods[0]), overrides)
-    if not any(f.name in REWARDS and REWARDS[f.name].correct_above is not None
-               for f in recipe.reward.functions):  # fmt: skip
-        names = ", ".join(f.name for f in recipe.reward.functions)
-        rule = "reward.functions: must have a rule that compares the answer"
-        raise UserError([f"{rule}, because methods are tuned by pass@1, got {names}. Add exact."])
+    check_correctness(recipe)
     return recipe
 
 
 def _shipped(method: str) -> Path:
     return find_recipe(f"{FOLDER}/{method}.yaml")
-
-
-def best_rate(scores: Mapping[float, float]) -> float:
-    """The rate with the highest score; of equal scores, the lowest rate."""
-    return max(sorted(scores), key=lambda rate: scores[rate])
 
 
 @dataclass
@@ -245,13 +233,15 @@ class _Study:
         """Write a recipe of two stages, each at its tuned rate, with the steps of one run."""
         recipe = Recipe.load(tuned[first], self.overrides)
         steps = recipe.train.steps // 2
-        stages = [
-            {"method": first, "overrides": {"optim": {"lr": recipe.optim.lr}, "train": {
-                "steps": steps, "problems_per_step": recipe.train.problems_per_step}}},
-            {"method": second, "overrides": {"train": {"steps": recipe.train.steps - steps}}},
+        layers = [
+            {"method": first, "optim": {"lr": recipe.optim.lr}, "train": {
+                "steps": steps, "problems_per_step": recipe.train.problems_per_step}},
+            {"method": second, "train": {"steps": recipe.train.steps - steps}},
         ]  # fmt: skip
-        tree = {"extends": [str(tuned[second].resolve())], "stages": stages}
-        return self._write(f"recipes/{first}_then_{second}.yaml", tree)
+        base = {"extends": [str(tuned[second].resolve())]}
+        return self._write(
+            f"recipes/{first}_then_{second}.yaml", {**base, "stages": stages(layers)}
+        )
 
     def _write(self, name: str, tree: Mapping[str, Any]) -> Path:
         file = self.out / name
@@ -262,23 +252,11 @@ class _Study:
     # --- bases -------------------------------------------------------------------------------
 
     def _base(self, seed: int) -> str:
-        return "lab" if seed == 0 else str(self.out / "bases" / str(seed))
+        return lab_base(seed, self.out / "bases")
 
     def make_bases(self) -> None:
         """Pretrain the missing bases."""
-        missing = [s for s in self.design.bases if s and not Path(self._base(s)).exists()]
-        with ThreadPoolExecutor(self.jobs) as pool:
-            list(pool.map(self._pretrain, missing))
-
-    def _pretrain(self, seed: int) -> None:
-        self.console.print(f"pretraining the base of seed {seed}")
-        final = Path(self._base(seed))
-        partial = final.with_suffix(".new")
-        command = [sys.executable, "-P", "-m", "gft_lite.lab.pretrain",
-                   "--seed", str(seed), "--out", str(partial)]  # fmt: skip
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL,
-                       env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-        partial.rename(final)
+        make_lab_bases(self.design.bases, self.out / "bases", self.jobs, self.console)
 
     # --- costs -------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from gft_lite.experiments.lab_bases import lab_base, lab_seed, make_lab_bases
 from gft_lite.experiments.outcomes import Comparison, Failure, TuningPoint
 from gft_lite.experiments.referee_data import check_data
 from gft_lite.experiments.referee_methods import RATE, Settings
@@ -100,14 +101,15 @@ class _Referee:
         }
 
     def run_part(self, part: Part, runs: Sequence[tuple[str, Settings]]) -> list[dict[str, Any]]:
-        """The results of the trials of a sweep, each with its method as `method`."""
+        """The results of the trials of a sweep, each with its `method` and `base`."""
         plan = self.plan
         names = {plan.stem(name, settings): name for name, settings in runs}
         files = [self._write(part, name, settings) for name, settings in runs]
         if not files:
             return []
         main = part == "main"
-        bases = {"policy.model": list(plan.bases)} if main and len(plan.bases) > 1 else {}
+        given = plan.options.bases if main else plan.options.bases[:1]
+        bases = {"policy.model": [*map(self._model, given)]} if given else {}
         tree = {
             "name": part,
             "recipe": files[0],
@@ -119,7 +121,10 @@ class _Referee:
         span = Span(tuning if main else 0, total)
         folder = self.run_sweep(Sweep.from_tree(tree), self.out / part, span=span)
         results = folder.results()["trials"]
+        labels = {self._model(base): base for base in plan.bases}
         for result in results:
+            model = result["settings"].get("policy.model")
+            result["base"] = labels.get(model, plan.bases[0])
             result["method"] = names[result["settings"]["recipe"]]
         self.failures = [f for f in self.failures if f.part != part] + [
             Failure(r["method"], part, f"{part}/{r['folder']}", str(r["reason"]))
@@ -127,6 +132,19 @@ class _Referee:
             if not r["summary"]
         ]
         return results
+
+    def make_bases(self, jobs: int, console: Console) -> None:
+        """Pretrain the bases of the laboratory that are not there yet."""
+        seeds = [seed for base in self.plan.bases if (seed := lab_seed(base)) is not None]
+        make_lab_bases(seeds, self._bases, jobs, console)
+
+    def _model(self, base: str) -> str:
+        seed = lab_seed(base)
+        return base if seed is None else lab_base(seed, self._bases)
+
+    @property
+    def _bases(self) -> Path:
+        return self.out / "bases"
 
     def _write(self, part: Part, name: str, settings: Settings) -> str:
         """Write a recipe file; returns its path."""
@@ -162,11 +180,12 @@ def referee(
     with lock_folder(Path(out)):
         check_data(plan)
         work = _Referee(plan, Path(out), run_sweep)
+        work.make_bases(jobs or 1, console)
         chosen = work.tune()
         compared = [(name, chosen[name]) for name in plan.methods if name in chosen]
         results = work.run_part("main", compared)
     outcomes = tuple(
-        outcome(plan, Path(out), result, chosen[result["method"]])
+        outcome(Path(out), result, chosen[result["method"]])
         for result in results
         if result["summary"]
     )
@@ -185,7 +204,7 @@ def referee(
         outcomes=outcomes,
         tuning=work.tuning_points(chosen),
         failures=(*work.failures, *_untuned(plan, chosen)),
-        design=describe(plan, work.tuning_points(chosen)),
+        design=describe(plan),
         recipes=recipes,
     )
 

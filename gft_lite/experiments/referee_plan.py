@@ -16,7 +16,7 @@ from gft_lite.experiments.referee_methods import (
     names_of,
 )
 from gft_lite.experiments.sweep_config import MAX_RUNS
-from gft_lite.experiments.tuning import check_correctness, geometric_rates, staged_tree
+from gft_lite.experiments.tuning import check_correctness, geometric_rates, stages
 from gft_lite.recipe.loader import Tree, find_recipe, merge, nested, read_tree
 from gft_lite.recipe.method_parameters import complete_objective
 from gft_lite.recipe.schema import Recipe
@@ -155,8 +155,8 @@ class RefereePlan:
                 own = {f: v for f, v in settings.items() if not f.startswith("stages.")}
             share = self.budget * (number + 1) // count - self.budget * number // count
             layers.append(self._layer(self.contenders[stage], own, share))
-        whole = {"budget": {self.options.equal: self.budget}}
-        return merge(staged_tree(common, layers), whole)
+        whole = {"budget": {self.options.equal: self.budget}, "stages": stages(layers)}
+        return merge(merge(common, layers[-1]), whole)
 
     def stem(self, name: str, settings: Settings) -> str:
         """The name of a recipe file, which tells settings apart."""
@@ -203,7 +203,7 @@ class RefereePlan:
             tree["monitor"] = {"every": 0}
         if self.skip:
             tree["data"] = {"skip": self.skip}
-        return tree | {"policy": {"model": self.bases[0]}}
+        return tree
 
     def _recipe(self, layer: Tree) -> Recipe:
         return Recipe.from_tree(merge(self.common, layer))

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from gft_lite.evaluation.metrics import by_problem
-from gft_lite.experiments.outcomes import Cost, Outcome, Scores, TuningPoint
+from gft_lite.experiments.outcomes import Cost, Outcome, Scores
 from gft_lite.experiments.referee_methods import Settings
 from gft_lite.experiments.referee_plan import DIAL_TRIALS, TUNE_SAMPLES, RefereePlan
-from gft_lite.experiments.tuning import is_edge
 from gft_lite.recipe.schema import Recipe
 from gft_lite.runs.folder import Evaluation, RunFolder, stage_folder
 from gft_lite.utils.imports import installed_version
@@ -21,7 +20,7 @@ from gft_lite.version import __version__
 _LIBRARIES = ("torch", "transformers", "peft", "vllm", "bitsandbytes")
 
 
-def outcome(plan: RefereePlan, out: Path, result: Mapping[str, Any], settings: Settings) -> Outcome:
+def outcome(out: Path, result: Mapping[str, Any], settings: Settings) -> Outcome:
     """The outcome of a finished trial of the sweep `main`. Raises: UserError for damaged files."""
     folder = f"main/{result['folder']}"
     run = RunFolder(out / folder)
@@ -33,7 +32,7 @@ def outcome(plan: RefereePlan, out: Path, result: Mapping[str, Any], settings: S
     summary = result["summary"]
     return Outcome(
         method=result["method"],
-        base=result["settings"].get("policy.model", plan.bases[0]),
+        base=result["base"],
         seed=result["seed"],
         settings=settings,
         scores=_scores(last.evaluation("trained")),
@@ -60,7 +59,7 @@ def _cost(run: RunFolder, summary: Mapping[str, Any]) -> Cost:
     )
 
 
-def describe(plan: RefereePlan, tuning: Sequence[TuningPoint]) -> dict[str, str]:
+def describe(plan: RefereePlan) -> dict[str, str]:
     """What was run, as text by name."""
     options, tune = plan.options, plan.tune_set
     rates = ", ".join(f"{rate:g}" for rate in plan.rates)
@@ -83,23 +82,9 @@ def describe(plan: RefereePlan, tuning: Sequence[TuningPoint]) -> dict[str, str]
             f" trials of the last stage's rate; seed {plan.recipe.seed} on {plan.bases[0]}",
             "tuning set": f"{tune.source} {tune.split}, {tune.problems or 'all'} problems, "
             f"{min(TUNE_SAMPLES, plan.recipe.eval.samples)} samples each",
-            "edges": "; ".join(edges(tuning)) or "none",
         }
     texts |= {"versions": ", ".join(versions), "hardware": _hardware()}
     return texts
-
-
-def edges(tuning: Sequence[TuningPoint]) -> list[str]:
-    """Every chosen value that is the lowest or highest of those that were tried, as text."""
-    found = []
-    for point in (p for p in tuning if p.chosen):
-        for field, value in point.settings.items():
-            tried = [p.settings[field] for p in tuning
-                     if p.method == point.method and p.score is not None]  # fmt: skip
-            if is_edge(tried, value):
-                end = "lowest" if value == min(tried) else "highest"
-                found.append(f"{point.method}: {field} {value:g} is the {end} that was tried")
-    return found
 
 
 def _hardware() -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
-from gft_lite.recipe.loader import Tree, merge
+from gft_lite.recipe.loader import Tree
 from gft_lite.recipe.schema import Recipe
 from gft_lite.rewards.registry import REWARDS
 from gft_lite.utils.errors import UserError
@@ -38,22 +38,13 @@ def best_rate(scores: Mapping[float, float]) -> float:
     return max(sorted(scores), key=lambda rate: scores[rate])
 
 
-def is_edge(tried: Iterable[float], chosen: float) -> bool:
-    """True if `chosen` is the lowest or the highest of several values that were tried."""
-    values = set(tried)
-    return len(values) > 1 and chosen in (min(values), max(values))
-
-
-def staged_tree(common: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> Tree:
-    """A recipe whose stages are the methods of `layers`, each with its own fields.
-
-    The whole recipe has the fields of its last stage.
-    """
-    stages = []
+def stages(layers: Sequence[Mapping[str, Any]]) -> list[Tree]:
+    """The field `stages` of a recipe, whose stages have a `method` and other fields each."""
+    found = []
     for layer in layers:
         overrides = deepcopy(dict(layer))  # YAML would have aliases for parts that are the same.
-        stages.append({"method": overrides.pop("method"), "overrides": overrides})
-    return {**merge(common, layers[-1]), "stages": stages}
+        found.append({"method": overrides.pop("method"), "overrides": overrides})
+    return found
 
 
 def check_correctness(recipe: Recipe) -> None:
