@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gft_lite.distillation.teachers import TeacherRequest, TeacherResponse, TeacherSettings
+from gft_lite.utils.chat_model import price_of
 
 # The verdict on a response that cannot follow the recipe's prompt, such as one with an end token
 # of the policy inside its text.
@@ -98,11 +99,8 @@ class Distillation:
 
     def cost(self) -> float | None:
         """The price of all responses in dollars, None if no price is set."""
-        price_in, price_out = self.settings.price_in, self.settings.price_out
-        if price_in is None and price_out is None:
-            return None
-        total = self.prompt_tokens * (price_in or 0) + self.completion_tokens * (price_out or 0)
-        return total / 1e6
+        prices = self.settings.price_in, self.settings.price_out
+        return price_of(self.prompt_tokens, self.completion_tokens, *prices)
 
     def summary(self) -> dict[str, Any]:
         """Counts over the whole data set and the throughput of this call, for `summary.json`."""

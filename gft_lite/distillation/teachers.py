@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol, get_args
+from typing import Annotated, Any, Protocol
 
 from pydantic import (
     Field,
@@ -21,11 +21,11 @@ from gft_lite.recipe.base import Settings, Share
 from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import PromptSettings
 from gft_lite.recipe.validation_errors import explain
-from gft_lite.types import FinishReason, Problem
+from gft_lite.types import Problem
+from gft_lite.utils.chat_model import MAX_TOKEN_COUNT, ChatResponse
 from gft_lite.utils.errors import UserError
 
 MAX_CONCURRENCY = 1024  # A thread each.
-MAX_TOKEN_COUNT = 10**9  # Of one response; sums of larger counts overflow floats.
 MIN_PER_MINUTE = 1e-3  # Longer pauses overflow time.sleep.
 Price = Annotated[float, Field(ge=0, le=1e6)]
 
@@ -80,33 +80,7 @@ class TeacherRequest:
     key: str
 
 
-@dataclass(frozen=True, slots=True)
-class TeacherResponse:
-    """A teacher's response; `finish_reason` is "length" for every incomplete one."""
-
-    text: str
-    finish_reason: FinishReason
-    prompt_tokens: int
-    completion_tokens: int
-
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> TeacherResponse:
-        """Read a stored response. Raises: KeyError, TypeError or ValueError for anything else."""
-        reason = entry["finish_reason"]
-        if not isinstance(entry["text"], str) or reason not in get_args(FinishReason):
-            raise TypeError("text must be a string, finish_reason stop or length")
-        counts = (token_count(entry[f"{kind}_tokens"]) for kind in ("prompt", "completion"))
-        return cls(entry["text"], reason, *counts)
-
-
-def token_count(value: Any) -> int:
-    """A number of tokens as JSON has it. Raises: ValueError for anything else."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 <= value <= MAX_TOKEN_COUNT or value != int(value):
-        raise ValueError("a token count must be a whole number from 0 to 10^9")
-    return int(value)
-
-
+TeacherResponse = ChatResponse  # Of a local model as well.
 OnResponse = Callable[[TeacherRequest, TeacherResponse], None]
 Log = Callable[[str], None]
 # A batch of finished requests: each with its response, or with the reason of its failure.

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from gft_lite.cli import main
-from gft_lite.distillation.endpoint_teacher import parse_completion
 from gft_lite.distillation.teachers import TeacherResponse
 from gft_lite.utils import openai_client
+from gft_lite.utils.chat_model import parse_completion
 from gft_lite.utils.openai_client import Endpoint, EndpointError
 
 LARGEST = 64 << 20  # Bytes that the server sends before it gives up.

@@ -14,7 +14,7 @@ from gft_lite.data.problems import columns_of
 from gft_lite.distillation.answer_store import AnswerStore
 from gft_lite.distillation.console import summary_table
 from gft_lite.distillation.data_set import recipe_fragment
-from gft_lite.distillation.endpoint_teacher import EndpointTeacher, RateLimiter, parse_completion
+from gft_lite.distillation.endpoint_teacher import EndpointTeacher
 from gft_lite.distillation.pipeline import find_teacher
 from gft_lite.distillation.progress import Distillation, GradedResponse
 from gft_lite.distillation.teachers import (
@@ -25,6 +25,7 @@ from gft_lite.distillation.teachers import (
 )
 from gft_lite.recipe.schema import Recipe
 from gft_lite.types import Problem
+from gft_lite.utils.chat_model import RateLimiter, parse_completion
 from gft_lite.utils.errors import UserError
 from gft_lite.utils.openai_client import EndpointError
 
