@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from gft_lite.evaluation.metrics import MEAN_REWARD
+from gft_lite.evaluation.metrics import MEAN_REWARD, main_figure
 from gft_lite.objective.methods import METHODS
 from gft_lite.report.loading import (
     Metrics,
@@ -25,7 +25,10 @@ BASE = -1  # The color of the base.
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """A line with a range around it; None is a gap. `color` is an index of the palette."""
+    """A line with a range around it; None is a gap. `color` is an index of the palette.
+
+    `rings` are the places of the values with a ring around them.
+    """
 
     label: str
     color: int
@@ -33,6 +36,7 @@ class Curve:
     y: Sequence[float | None]
     low: Sequence[float | None] | None = None
     high: Sequence[float | None] | None = None
+    rings: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,9 @@ class Plot:
     """One pair of axes.
 
     With `points`, values are single measurements, drawn with markers and error bars. `second` has
-    its own axis on the right. With `by_series`, the colors are those of the page's series.
+    its own axis on the right. With `by_series`, the colors are those of the page's series. In a
+    `scatter`, the first value of a curve is a labelled mean and the others are what it is the mean
+    of; `front` is a line through some means, as x and y.
     """
 
     name: str
@@ -53,6 +59,8 @@ class Plot:
     log_x: bool = False
     second: Curve | None = None
     by_series: bool = False
+    scatter: bool = False
+    front: Sequence[tuple[float, float]] = ()
 
 
 def step_plots(series: Sequence[Series]) -> list[Plot]:
@@ -253,6 +261,46 @@ def counts(figures: Metrics) -> list[tuple[int, int]]:
     """(samples, correct samples) of each problem of an evaluated set."""
     samples = sample_count(figures)
     return [(samples, correct) for correct in figures["correct"].values()]
+
+
+# --- evaluations while training --------------------------------------------------------------
+
+
+def evaluation_plots(series: Sequence[Series]) -> list[Plot]:
+    """The main figure of each set over the steps of its evaluations; step 0 is the base.
+
+    The range is the 95% interval over problems, or from lowest to highest of several runs.
+    """
+    found = [e for one in series for run in one.runs for e in run.while_training.values()]
+    plots = []
+    for name in dict.fromkeys(name for evaluation in found for name in evaluation):
+        figure = next(main_figure(evaluation[name]) for evaluation in found if name in evaluation)
+        curves = [_evaluations(one, name, figure, color) for color, one in enumerate(series)]
+        title, label = f"Evaluation while training on {name}", figure.replace("_", " ")
+        plots.append(
+            Plot(f"evaluation-{slug(name)}", title, "step", label, tuple(filter(None, curves)),
+                 NUMBER if figure == MEAN_REWARD else SHARE, by_series=len(series) > 1)
+        )  # fmt: skip
+    return plots
+
+
+def _evaluations(series: Series, name: str, figure: str, color: int) -> Curve | None:
+    """The curve of a series; the mean over its runs."""
+    by_step: dict[int, list[Metrics]] = {}
+    for run in series.runs:
+        for step, sets in run.while_training.items():
+            if figure in sets.get(name, {}):
+                by_step.setdefault(step, []).append(sets[name])
+    if not by_step:
+        return None
+    steps = sorted(by_step)
+    values = [[figures[figure] for figures in by_step[step]] for step in steps]
+    if len(series.runs) > 1:
+        low, high = [min(each) for each in values], [max(each) for each in values]
+    else:
+        intervals = [by_step[step][0][f"{figure}_interval"] for step in steps]
+        low, high = [low for low, _ in intervals], [high for _, high in intervals]
+    return Curve(series.label, color, steps, [fmean(each) for each in values], low, high)
 
 
 # --- sweeps ----------------------------------------------------------------------------------

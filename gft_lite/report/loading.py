@@ -19,7 +19,8 @@ Metrics = Mapping[str, Any]
 class Run:
     """One run; `summary` is None until it is finished.
 
-    `evals` maps "base" and "trained", if evaluated, to the figures of each set.
+    `evals` maps "base" and "trained", if evaluated, to the figures of each set. `while_training`
+    maps the steps of evaluations while training to them, 0 for the base.
     """
 
     label: str
@@ -28,6 +29,7 @@ class Run:
     metrics: Sequence[Metrics]
     summary: Metrics | None
     evals: Mapping[str, Mapping[str, Metrics]]
+    while_training: Mapping[int, Mapping[str, Metrics]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +183,7 @@ def _run(path: Path, label: str) -> Run:
         metrics=_steps(folder.metrics()),
         summary=folder.summary() if finished else None,
         evals={name: sets for name, sets in evals.items() if sets},
+        while_training=folder.step_evaluations(),
     )
 
 

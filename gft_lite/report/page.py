@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from rich.console import Console
 
 from gft_lite.report.curves import (
-    SHARE,
     Plot,
+    evaluation_plots,
     pass_at_k_plots,
     step_plots,
     sweep_plot,
@@ -23,6 +20,7 @@ from gft_lite.report.curves import (
 from gft_lite.report.group_browser import page_groups, score_tokens, select_steps
 from gft_lite.report.ledger import gradients_by_source
 from gft_lite.report.loading import Run, Sweep, all_series, read_folders
+from gft_lite.report.rendering import render_page
 from gft_lite.report.summary import (
     cost_of,
     differing_settings,
@@ -33,11 +31,8 @@ from gft_lite.report.summary import (
 )
 from gft_lite.utils.errors import UserError
 from gft_lite.utils.files import check_output_path, write_text_atomic
-from gft_lite.version import __version__
 
 __all__ = ["write_report"]
-
-_HERE = Path(__file__).parent
 
 
 def write_report(
@@ -73,13 +68,15 @@ def write_report(
     series = all_series(runs, sweeps)
     shown = [s for run in _runs_with_groups(runs, sweeps) for s in select_steps(run, groups)]
     unscored = score_tokens(shown, console) if tokens else ["--no-tokens"]
-    curves = [*pass_at_k_plots(series), *step_plots(series)]
+    curves = [*evaluation_plots(series), *pass_at_k_plots(series), *step_plots(series)]
     of_sweeps = [sweep_plot(sweep) for sweep in sweeps]
 
     def drawn(plot: Plot) -> tuple[Plot, str]:
         return plot, Markup(inline_svg(plot))
 
-    page = _render(
+    page = render_page(
+        "page.html.j2",
+        ("series.js", "page.js"),
         title=", ".join([*(run.label for run in runs), *(sweep.label for sweep in sweeps)]),
         runs=[_run(run) for run in runs],
         longest=max((sum(seconds_of(run).values()) for run in runs), default=0.0),
@@ -132,46 +129,3 @@ def _sweep(sweep: Sweep) -> dict[str, Any]:
         "units": sweep_units(sweep),
         "base": sweep.base,
     }
-
-
-def _render(**values: Any) -> str:
-    loader = FileSystemLoader(_HERE)
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {
-        "figure": _figure,
-        "difference": _difference,
-        "number": _number,
-        "cosine": _cosine,
-    }
-    script = (_HERE / "page.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template("page.html.j2").render(
-        **values,
-        version=__version__,
-        style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
-        script=Markup(script),
-        # With it the browser blocks every other script and every request.
-        policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
-    )
-
-
-def _figure(value: float | None, unit: str) -> str:
-    if value is None or unit != SHARE:
-        return _number(value)
-    return f"{100 * value:.1f}%"
-
-
-def _difference(value: float, unit: str) -> str:
-    """A difference of shares in percentage points, or of other figures."""
-    return f"{round(100 * value, 1) + 0.0:+.1f}" if unit == SHARE else f"{value + 0.0:+.3g}"
-
-
-def _cosine(value: float | None) -> str:
-    return "-" if value is None else f"{value + 0.0:+.2f}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"

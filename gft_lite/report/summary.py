@@ -113,7 +113,31 @@ def facts_of(run: Run) -> dict[str, str]:
     done, planned = len(run.metrics), recipe.steps
     facts["steps"] = f"{done:,}" if done == planned or not planned else f"{done:,} of {planned:,}"
     skipped = sum(m.get("skipped") is not None for m in run.metrics)
-    return {**facts, **({"steps with nothing to learn": f"{skipped:,}"} if skipped else {})}
+    return {
+        **facts,
+        **({"steps with nothing to learn": f"{skipped:,}"} if skipped else {}),
+        **_course(run),
+    }
+
+
+def _course(run: Run) -> dict[str, str]:
+    """The alarms of the collapse guard, an early end, and a policy that is not the last one's."""
+    found = {}
+    alarms = [
+        f"{', '.join(m['guard']['alarms'])} at step {m['step']}"
+        + (f", back to step {m['guard']['restored']}" if "restored" in m["guard"] else "")
+        for m in run.metrics
+        if "guard" in m
+    ]
+    if alarms:
+        found["collapse guard"] = "; ".join(alarms)
+    for m in run.metrics:
+        if "stopped" in m:
+            found["training ended by"] = f"{m['stopped']} at step {m['step']}"
+    final, best = (run.summary or {}).get("policy_of_step"), run.recipe.checkpoint.best
+    if best and final is not None and final != len(run.metrics):
+        found["final policy"] = f"of step {final}, the best by {best.metric}"
+    return found
 
 
 def _parameters(recipe: Recipe) -> dict[str, str]:
