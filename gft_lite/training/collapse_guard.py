@@ -8,6 +8,7 @@ from typing import Any
 
 from gft_lite.recipe.training_sections import GuardSettings
 
+FIGURES = ("reward", "flat_groups", "entropy", "grad_norm", "engine_gap", "kl")
 Figures = Mapping[str, float | None]  # Of one step; None where it has no such metric.
 
 
@@ -85,41 +86,58 @@ def find_alarms(history: Sequence[Figures], settings: GuardSettings) -> dict[str
 
     The rules are those of `GuardSettings`.
     """
-    known = {
-        name: [step[name] for step in history if step[name] is not None]
-        for name in ("reward", "flat_groups", "entropy", "grad_norm", "engine_gap", "kl")
+    known: dict[str, list[float]] = {
+        name: [value for step in history if (value := step[name]) is not None] for name in FIGURES
     }
     means = {name: _window_means(values, settings.window) for name, values in known.items()}
-    alarms = {}
+    found = {
+        "reward": _fall(means["reward"], settings.reward),
+        "flat_groups": _flat(means["flat_groups"], means["reward"], settings.flat_groups),
+        "entropy": _rise(means["entropy"], settings.entropy),
+        "entropy_low": _low(means["entropy"], settings.entropy_low),
+        "grad_norm": _unusual(means["grad_norm"], known["grad_norm"], settings.grad_norm),
+        "kl": _high(known["kl"], settings.kl),
+        "engine_gap": _high(known["engine_gap"], settings.engine_gap),
+    }
+    return {name: text for name, text in found.items() if text}
 
-    def alarm(name: str, found: bool, text: str) -> None:
-        if found:
-            alarms[name] = text
 
-    s, reward, flat, entropy, norm = (
-        settings, means["reward"], means["flat_groups"], means["entropy"], means["grad_norm"],
-    )  # fmt: skip
-    if reward:
-        best, now = max(reward), reward[-1]
-        below = bool(s.reward) and best > 0 and now < (1 - (s.reward or 0)) * best
-        alarm("reward", below, f"{now:.3g} on average, from {best:.3g}")
-        if flat and s.flat_groups:
-            fallen = flat[-1] >= s.flat_groups and now < best
-            alarm("flat_groups", fallen, f"{flat[-1]:.0%} of the groups")
-    if entropy:
-        least, now = min(entropy), entropy[-1]
-        rise = bool(s.entropy) and now >= (s.entropy or 0) * least
-        alarm("entropy", rise, f"{now:.3g} nats per token, from {least:.3g}")
-        alarm("entropy_low", bool(s.entropy_low) and now <= (s.entropy_low or 0),
-              f"{now:.3g} nats per token")  # fmt: skip
-    if norm and s.grad_norm:
-        usual = median(known["grad_norm"])
-        alarm("grad_norm", norm[-1] >= s.grad_norm * usual,
-              f"{norm[-1]:.3g} on average, usually {usual:.3g}")  # fmt: skip
-    for name, limit in (("kl", s.kl), ("engine_gap", s.engine_gap)):
-        if limit and known[name]:
-            alarm(name, known[name][-1] >= limit, f"{known[name][-1]:.3g} nats per token")
-    return alarms
+def _fall(means: Sequence[float], share: float | None) -> str | None:
+    if share is None or not means or not 0 < max(means) * (1 - share) > means[-1]:
+        return None
+    return f"{means[-1]:.3g} on average, from {max(means):.3g}"
+
+
+def _flat(means: Sequence[float], rewards: Sequence[float], share: float | None) -> str | None:
+    # At the highest reward flat groups are solved ones, as at the end of a good run.
+    solved = not rewards or rewards[-1] == max(rewards)
+    if share is None or not means or means[-1] < share or solved:
+        return None
+    return f"{means[-1]:.0%} of the groups"
+
+
+def _rise(means: Sequence[float], factor: float | None) -> str | None:
+    if factor is None or not means or means[-1] < factor * min(means):
+        return None
+    return f"{means[-1]:.3g} nats per token, from {min(means):.3g}"
+
+
+def _low(means: Sequence[float], limit: float | None) -> str | None:
+    if limit is None or not means or means[-1] > limit:
+        return None
+    return f"{means[-1]:.3g} nats per token"
+
+
+def _unusual(means: Sequence[float], values: Sequence[float], factor: float | None) -> str | None:
+    if factor is None or not means or means[-1] < factor * median(values):
+        return None
+    return f"{means[-1]:.3g} on average, usually {median(values):.3g}"
+
+
+def _high(values: Sequence[float], limit: float | None) -> str | None:
+    if limit is None or not values or values[-1] < limit:
+        return None
+    return f"{values[-1]:.3g} nats per token"
 
 
 def _window_means(values: Sequence[float], window: int) -> list[float]:

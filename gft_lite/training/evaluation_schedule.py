@@ -69,8 +69,8 @@ class EvaluationSchedule:
         of_base = {n: restrict(base[n], ids[n], self.recipe.eval.k) for n in self.sets}
         self._write(0, "", of_base)
         self.distributed.barrier()
-        found = self.distributed.broadcast_from_main(lambda: self.folder.step_evaluations(step))
-        self.values = {step: self._values(figures) for step, figures in found.items()}
+        done = self.distributed.broadcast_from_main(lambda: self.folder.step_evaluations(step))
+        self.values = {step: self._values(figures) for step, figures in done.items()}
 
     def is_due(self, step: int, *, last: bool) -> bool:
         """True if there is an evaluation after a step: every N steps, and after the last one."""

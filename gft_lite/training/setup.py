@@ -82,7 +82,8 @@ class TrainingRun:
         """Write a checkpoint from the main process; what a rollback may need is kept."""
         if not self.distributed.is_main:
             return
-        protected = {self.schedule.best_step} - {None}
+        best = self.schedule.best_step
+        protected = set() if best is None else {best}
         if self.guard.settings.action == "rollback":
             steps = [step_of(saved) for saved in list_checkpoints(self.folder.checkpoints)]
             good = [s for s in steps if s <= step - self.guard.settings.window]
