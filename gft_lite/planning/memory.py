@@ -110,13 +110,9 @@ class MemoryModel:
     @property
     def lora_parameters(self) -> int:
         """Parameters of the adapter."""
-        lora = self.recipe.policy.lora
-        sizes = [i + o for name, (i, o) in self.shape.linears.items() if self._adapted(name)]
-        return lora.rank * self.shape.layers * sum(sizes)
-
-    def _adapted(self, name: str) -> bool:
-        targets = self.recipe.policy.lora.target_modules
-        return targets == "all-linear" or any(name == t.rpartition(".")[2] for t in targets)
+        dora, linears = self.recipe.policy.lora.use_dora, self.shape.linears
+        ranks = self.shape.adapter_ranks(self.recipe.policy.lora)
+        return sum(r * sum(linears[n]) + dora * linears[n][1] for n in ranks for r in ranks[n])
 
     # --- permanent memory ------------------------------------------------------------------
 
@@ -167,7 +163,8 @@ class MemoryModel:
         """Bytes that a layer without recomputation saves for its backward pass."""
         s, e = self.shape, self.element
         query, key = s.heads * s.head_size, s.kv_heads * s.head_size
-        rank = self.recipe.policy.lora.rank * sum(map(self._adapted, s.linears))
+        ranks = s.adapter_ranks(self.recipe.policy.lora)
+        rank = sum(map(sum, ranks.values())) // s.layers  # The mean of the layers.
         norms = (4 if s.sandwich else 2) * (4 * s.hidden + 4)  # fp32 inputs, and a factor each.
         if s.qk_norm:
             norms += 4 * (query + key) + 4 * (s.heads + s.kv_heads)
@@ -181,7 +178,7 @@ class MemoryModel:
             per_token += e * query  # The attention output in tiles and in order.
         if dropout:
             # Each linear saves its own input after dropout and a mask, not a shared input.
-            inputs = sum(i for name, (i, _) in s.linears.items() if self._adapted(name))
+            inputs = sum(i * len(ranks[name]) for name, (i, _) in s.linears.items()) // s.layers
             per_token += (e + mask) * inputs - e * (2 * s.hidden + s.mlp)
         masks = e * batch.mask_cells if self.device == "cpu" else 0
         return per_token * batch.tokens + 2 * e * key * batch.keys + masks

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gft_lite.recipe.lora_section import LoraSettings
 from gft_lite.utils.errors import RecipeError, short_repr
 from gft_lite.utils.paths import PACKAGE
 
@@ -124,6 +125,15 @@ class ModelShape:
             "up_proj": (self.hidden, self.mlp),
             "down_proj": (self.mlp, self.hidden),
         }
+
+    def adapter_ranks(self, lora: LoraSettings) -> dict[str, list[int]]:
+        """The ranks of the trained adapter: of each linear in the layers where it is adapted."""
+        trained, found = lora.trained, {}
+        for name in self.linears:
+            block = "mlp" if name.startswith(("gate", "up", "down")) else "self_attn"
+            paths = [f"model.layers.{layer}.{block}.{name}" for layer in range(self.layers)]
+            found[name] = [rank for path in paths if (rank := trained.rank_of(path))]
+        return found
 
     @property
     def linear_parameters(self) -> int:

@@ -23,9 +23,11 @@ from gft_lite.policy.model_files import check_safetensors
 from gft_lite.policy.registry import model_location
 from gft_lite.policy.weight_checks import read_fitting_weights
 from gft_lite.recipe.base import is_hub_id
-from gft_lite.recipe.sections import LoraSettings, PolicySettings
+from gft_lite.recipe.lora_section import LoraSettings, layer_of, matches_pattern
+from gft_lite.recipe.sections import PolicySettings
 from gft_lite.utils.errors import RecipeError, nearest, short_repr
 
+_UNSELECTED: dict[str, Any] = {"exclude_modules": [], "layers_to_transform": None}
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq")  # Values of init_lora_weights.
 _log = logging.getLogger(__name__)
 
@@ -33,11 +35,19 @@ _log = logging.getLogger(__name__)
 # --- target modules --------------------------------------------------------------------------
 
 
-def check_targets(skeleton: Any, settings: PolicySettings) -> None:
-    """Require that each target module names linear modules of the base. Raises: RecipeError."""
+def check_lora(skeleton: Any, settings: PolicySettings) -> None:
+    """Require that `policy.lora` selects linear modules of the base. Raises: RecipeError."""
+    problems = _target_problems(skeleton, settings)
+    if not problems:
+        problems = _selection_problems(skeleton, settings)
+    if problems:
+        raise RecipeError(problems)
+
+
+def _target_problems(skeleton: Any, settings: PolicySettings) -> list[str]:
     targets = settings.lora.target_modules
     if targets == "all-linear":
-        return
+        return []
     rule = f"policy.lora.target_modules: must name linear modules of {settings.model}"
     linear = sorted({name.rpartition(".")[2] for name in _all_linear(skeleton)})
     advice = f"It has {', '.join(linear)}."
@@ -52,8 +62,63 @@ def check_targets(skeleton: Any, settings: PolicySettings) -> None:
         elif other:
             kind = type(other[0]).__name__
             problems.append(f"{rule}, got {short_repr(target)}, of type {kind}. {advice}")
-    if problems:
-        raise RecipeError(problems)
+    return problems
+
+
+def _selection_problems(skeleton: Any, settings: PolicySettings) -> list[str]:
+    """Errors of what selects among the target modules, and of ranks that a start can't have."""
+    lora, model = settings.lora, settings.model
+    modules = dict(skeleton.named_modules())
+    everything = _targeted(skeleton, lora.model_copy(update=_UNSELECTED))
+    problems = [
+        f"policy.lora.exclude_modules: must name modules of {model}, got {short_repr(name)}."
+        for name in lora.exclude_modules
+        if not any(f".{path}".endswith(f".{name}") for path in modules)
+    ]
+    layers = sorted({number for path in everything if (number := layer_of(path)) is not None})
+    beyond = sorted(set(lora.layers_to_transform or ()) - set(layers))
+    if beyond:
+        there = f"{layers[0]} to {layers[-1]}" if layers else "none"
+        problems.append(f"policy.lora.layers_to_transform: must be layers of {model}, which has "
+                        f"{there}, got {beyond[0]}.")  # fmt: skip
+    targeted = _targeted(skeleton, lora)
+    if not (problems or targeted):
+        return [f"policy.lora: must adapt at least one module of {model}, got none that is left "
+                "of target_modules."]  # fmt: skip
+    for field in ("rank_pattern", "alpha_pattern"):
+        problems += [
+            f"policy.lora.{field}: must name adapted modules of {model} by the end of their path, "
+            f"got {short_repr(pattern)}."
+            for pattern in getattr(lora, field)
+            if not any(matches_pattern(pattern, path) for path in targeted)
+        ]
+    if lora.init != "default":
+        sides = {path: min(modules[path].weight.shape) for path in sorted(targeted)}
+        ranks = {path: lora.rank_of(path) for path in sides}
+        problems += [
+            f"policy.lora.rank: must be at most {sides[path]} for {path} with policy.lora.init "
+            f"{lora.init}, got {rank}. Lower it, or set it in rank_pattern."
+            for path, rank in ranks.items()
+            if rank > sides[path]
+        ][:1]
+    return problems
+
+
+def lora_config(base: Any, lora: LoraSettings) -> LoraConfig:
+    """peft's configuration of a new adapter; a selection of modules is a list of their paths."""
+    lora = lora.trained
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=sorted(_targeted(base, lora)) if lora.selects else lora.target_modules,
+        exclude_modules=never_adapted(base),
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern=dict(lora.alpha_pattern),
+        task_type="CAUSAL_LM",
+    )
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -97,7 +162,7 @@ def check_adapter(skeleton: Any, settings: PolicySettings) -> Path:
     Returns the adapter's folder, downloaded if the recipe gives a hub id; `skeleton` has the
     adapter afterwards. Raises: RecipeError.
     """
-    adapter, requested = str(settings.adapter), settings.lora.target_modules
+    adapter, requested = str(settings.adapter), settings.lora
     base = dict(skeleton.named_modules())
     targeted = _targeted(skeleton, requested)
     rule = f"policy.adapter: must be a PEFT adapter of {settings.model}, got {adapter!r}"
@@ -120,8 +185,11 @@ def check_adapter(skeleton: Any, settings: PolicySettings) -> Path:
         raise RecipeError([f"{rule} ({describe_error(error)}). Give another adapter."]) from error
     read_fitting_weights(model, "default", folder, "policy.adapter")
     own = lora_settings(written)
-    if targeted == adapted or _text(requested) == _text(own.target_modules):
-        own = own.model_copy(update={"target_modules": requested})
+    if targeted == adapted or (
+        not requested.selects and _text(requested.target_modules) == _text(own.target_modules)
+    ):
+        same = ("target_modules", "exclude_modules", "layers_to_transform")
+        own = own.model_copy(update={name: getattr(requested, name) for name in same})
     else:
         last = {name.rpartition(".")[2] for name in adapted}
         short = {name for name in base if name.rpartition(".")[2] in last} == adapted
@@ -139,14 +207,15 @@ def _find_folder(adapter: str) -> Path:
     return folder
 
 
-def _targeted(skeleton: Any, targets: str | list[str]) -> set[str]:
-    """The paths of the modules that `policy.lora.target_modules` names."""
-    if isinstance(targets, str):
+def _targeted(skeleton: Any, lora: LoraSettings) -> set[str]:
+    """The paths of the modules that `policy.lora` selects."""
+    if isinstance(lora.target_modules, str):
         found = _all_linear(skeleton)
     else:
-        found = {name for target in targets for name in _matching(skeleton, target)}
+        found = {name for target in lora.target_modules for name in _matching(skeleton, target)}
     excluded = never_adapted(skeleton)
-    return {name for name in found if not (excluded and re.fullmatch(excluded, name))}
+    kept = {name for name in found if not (excluded and re.fullmatch(excluded, name))}
+    return {name for name in kept if lora.keeps(name)}
 
 
 def _check_base(config: Mapping[str, Any], settings: PolicySettings) -> None:
@@ -171,14 +240,18 @@ def _check_base(config: Mapping[str, Any], settings: PolicySettings) -> None:
 
 def _check_settings(settings: PolicySettings, own: LoraSettings) -> None:
     """Require the adapter's `own` LoRA settings in the recipe. Raises: RecipeError."""
-    problems = []
+    problems, trained = [], settings.lora.trained
     for name in LoraSettings.model_fields:
-        want, got = getattr(own, name), getattr(settings.lora, name)
-        if want != got:
-            problems.append(
-                f"policy.lora.{name}: must be {_text(want)}, as in {settings.adapter}, got "
-                f"{_text(got)}. Set policy.lora.{name}={_text(want)}."
-            )
+        want, got = getattr(own, name), getattr(trained, name)
+        if want == got:
+            continue
+        advice = f"Set policy.lora.{name}={_text(want)}."
+        if trained is not settings.lora:
+            advice = f"It is twice the recipe's with policy.lora.init {settings.lora.init}."
+        problems.append(
+            f"policy.lora.{name}: must be {_text(want)}, as in {settings.adapter}, got "
+            f"{_text(got)}. {advice}"
+        )
     if problems:
         raise RecipeError(problems)
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gft_lite.recipe.sections import LoraSettings
+from gft_lite.recipe.lora_section import LoraSettings
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -27,11 +27,15 @@ def lora_settings(config: dict[str, Any]) -> LoraSettings:
     """An adapter's configuration as the recipe section `policy.lora`.
 
     The values are not validated: peft also supports an alpha that is no whole number and target
-    modules as a regular expression. The rank is the largest of any module.
+    modules as a regular expression. What peft excludes is not known to the recipe.
     """
     return LoraSettings.model_construct(
-        rank=max([config["r"], *(config.get("rank_pattern") or {}).values()]),
+        rank=config["r"],
         alpha=config.get("lora_alpha", 8),
         dropout=config.get("lora_dropout", 0.0),
         target_modules=config.get("target_modules"),
+        use_rslora=config.get("use_rslora", False),
+        rank_pattern=config.get("rank_pattern") or {},
+        alpha_pattern=config.get("alpha_pattern") or {},
+        use_dora=config.get("use_dora", False),
     )

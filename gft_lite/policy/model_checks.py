@@ -13,7 +13,7 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from gft_lite.policy.adapter_checks import check_adapter, check_targets
+from gft_lite.policy.adapter_checks import check_adapter, check_lora
 from gft_lite.policy.load_errors import LOAD_ERRORS, describe_error
 from gft_lite.policy.model_files import check_config, check_model_files
 from gft_lite.policy.registry import model_location
@@ -57,7 +57,7 @@ def check_model(settings: PolicySettings) -> CheckedModel:
     find_eos_ids(generation, tokenizer, vocabulary, settings.model)
     _check_offload(skeleton, settings)
     if settings.adapter is None:
-        check_targets(skeleton, settings)
+        check_lora(skeleton, settings)
         return CheckedModel(where, options, tokenizer, None)
     return CheckedModel(where, options, tokenizer, check_adapter(skeleton, settings))
 

@@ -10,28 +10,44 @@ from typing import Any
 import torch
 import transformers
 from bitsandbytes.nn import Linear4bit
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from gft_lite.policy.adapter_checks import never_adapted
+from gft_lite.policy.adapter_checks import lora_config
+from gft_lite.policy.kept_base import KeptBase
 from gft_lite.policy.lora import REFERENCE, TRAINED, LoraPolicy
-from gft_lite.policy.model_checks import check_model, report_errors
+from gft_lite.policy.model_checks import CheckedModel, check_model, report_errors
+from gft_lite.policy.principal import start_at_factors, tie_blocks
 from gft_lite.policy.weight_checks import check_missing_weights
 from gft_lite.recipe.sections import PolicySettings, RolloutSettings
 from gft_lite.utils.progress import track
 
 
 def load(
-    settings: PolicySettings, seed: int = 0, rollout: RolloutSettings | None = None
+    settings: PolicySettings,
+    seed: int = 0,
+    rollout: RolloutSettings | None = None,
+    kept: KeptBase | None = None,
 ) -> LoraPolicy:
-    """Load base, tokenizer and adapter; `rollout` is not used.
+    """Load base, tokenizer and adapter, or take the base from `kept`; `rollout` is not used.
 
     Raises: RecipeError if the recipe's model or adapter can't be loaded.
     """
     device = settings.resolved_device(cuda_available=torch.cuda.is_available())
     dtype = getattr(torch, settings.resolved_dtype(device))
     checked = check_model(settings)
+    load = partial(_load_base, settings, checked, device, dtype)
+    base = kept.take(settings, load) if kept else load()
+    model = add_adapter(base, settings, checked.adapter, seed)
+    checkpoint_layers(base, settings)
+    return LoraPolicy(model, checked.tokenizer, settings, dtype)
+
+
+def _load_base(
+    settings: PolicySettings, checked: CheckedModel, device: str, dtype: torch.dtype
+) -> Any:
+    """The quantised base. Raises: RecipeError."""
     with report_errors(settings.model), _report_weights():
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             checked.location,
@@ -95,15 +111,9 @@ def add_adapter(base: Any, settings: PolicySettings, adapter: Path | None, seed:
     if adapter is None:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            config = LoraConfig(
-                r=settings.lora.rank,
-                lora_alpha=settings.lora.alpha,
-                lora_dropout=settings.lora.dropout,
-                target_modules=settings.lora.target_modules,
-                exclude_modules=never_adapted(base),
-                task_type="CAUSAL_LM",
-            )
-            model = get_peft_model(base, config)
+            model = get_peft_model(base, lora_config(base, settings.lora))
+            if settings.lora.init != "default":
+                start_at_factors(model, TRAINED, settings.lora.init)
     else:
         model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
         if settings.reference == "adapter":
@@ -115,6 +125,8 @@ def add_adapter(base: Any, settings: PolicySettings, adapter: Path | None, seed:
         if isinstance(module, LoraLayer):
             # Autocast casts the masters to the activations' dtype; peft would do the opposite.
             module.cast_input_dtype_enabled = False
+    if settings.lora.init != "default":
+        tie_blocks(model, TRAINED)
     return model
 
 

@@ -208,6 +208,11 @@ def _write_weights(weights: Mapping[str, Weight], dtype: torch.dtype, folder: Pa
         (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
+def plain_weight(module: nn.Module) -> Tensor:
+    """The weight of a linear as its forward pass uses it, dequantised. [out, in]."""
+    return _plain(module, module.weight)
+
+
 def _plain(module: nn.Module | None, weight: Any) -> Tensor:
     """A weight as the module's forward pass uses it, dequantised."""
     if isinstance(module, Linear4bit):

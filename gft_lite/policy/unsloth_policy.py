@@ -156,6 +156,7 @@ def _adapt(base: Any, adapter: Path | None, settings: PolicySettings, seed: int)
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
+        use_rslora=lora.use_rslora,
         target_modules=targets if isinstance(targets, str) else sorted(targets),
         use_gradient_checkpointing=_checkpointing(settings),
         random_state=seed,

@@ -15,7 +15,6 @@ from pydantic import (
 )
 
 from gft_lite.recipe.base import (
-    Fraction,
     Settings,
     Share,
     Temperature,
@@ -24,21 +23,13 @@ from gft_lite.recipe.base import (
     named_in,
 )
 from gft_lite.recipe.effects import EVALUATION, EVERYTHING, NO_RESULT, SAMPLING, TRAINING
+from gft_lite.recipe.lora_section import LoraSettings
 from gft_lite.utils.errors import short_repr
 
 # Names of `rollout.engine`; `rollout.registry.ENGINES` has their classes.
 ENGINE_NAMES = ("auto", "transformers", "vllm", "vllm_server", "unsloth")
 
 DtypeName = Literal["bfloat16", "float16", "float32"]
-
-
-class LoraSettings(Settings):
-    """The adapter. Source: LoRA, arXiv 2106.09685."""
-
-    rank: Annotated[PositiveInt, at_most(65_536)] = 16
-    alpha: PositiveInt = 32
-    dropout: Fraction = 0.0
-    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
 
 
 class PolicySettings(Settings):
@@ -111,6 +102,10 @@ class PolicySettings(Settings):
                  f"with backend {self.backend}"
                  for name, values in supported.items()
                  if short_repr(getattr(self, name)) not in map(short_repr, values)]  # fmt: skip
+        changed = {name for name, value in self.lora if value != getattr(LoraSettings(), name)}
+        known = {"rank", "alpha", "dropout", "target_modules", "use_rslora"}
+        rules += [f"lora.{name}: must be left out with backend {self.backend}"
+                  for name in sorted(changed - known)]  # fmt: skip
         if rules:
             raise ValueError("\n".join(rules))
         return self

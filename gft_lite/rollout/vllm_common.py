@@ -28,6 +28,7 @@ from gft_lite.utils.memory import free_ram
 
 if TYPE_CHECKING:
     from gft_lite.policy.base import Policy, ServedBase
+    from gft_lite.recipe.lora_section import LoraSettings
     from gft_lite.recipe.sections import DtypeName, RolloutSettings
 
 
@@ -63,7 +64,7 @@ def engine_options(settings: RolloutSettings, policy: Policy) -> dict[str, Any]:
         "max_num_seqs": settings.rows,
         "enable_lora": True,
         "max_loras": 1,
-        "max_lora_rank": _served_rank(policy.settings.lora.rank),
+        "max_lora_rank": _served_rank(policy.settings.lora),
         "generation_config": "vllm",
         "logprobs_mode": "raw_logprobs",
     }
@@ -175,12 +176,19 @@ def _check_plugin(policy: Policy, dtype: torch.dtype) -> None:
         )  # fmt: skip
 
 
-def _served_rank(rank: int) -> int:
+def _served_rank(lora: LoraSettings) -> int:
     """The smallest rank that vLLM can be started with and that fits the policy's adapter."""
-    if rank > max(LORA_RANKS):
+    if lora.use_dora:
         raise RecipeError(
-            [f"policy.lora.rank: must be at most {max(LORA_RANKS)} with vLLM, got {rank}. "
-             "Lower it or set rollout.engine=transformers."]
+            ["policy.lora.use_dora: must be false with vLLM, which can't serve DoRA, got true. "
+             "Set rollout.engine=transformers."]
+        )  # fmt: skip
+    rank = lora.trained.largest_rank
+    if rank > max(LORA_RANKS):
+        twice = f", {rank} with policy.lora.init {lora.init}" if lora.trained is not lora else ""
+        raise RecipeError(
+            [f"policy.lora.rank: must be at most {max(LORA_RANKS)} with vLLM, got "
+             f"{lora.largest_rank}{twice}. Lower it or set rollout.engine=transformers."]
         )  # fmt: skip
     return min(r for r in LORA_RANKS if r >= rank)
 

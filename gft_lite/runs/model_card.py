@@ -134,7 +134,8 @@ def _method(recipe: Recipe, adapter: Path) -> str:
     base = {"nf4": "an NF4-quantised", "int8": "an int8-quantised", "none": "an unquantised"}
     lora = lora_settings(read_adapter_config(adapter))
     quantized = base[recipe.policy.quantization]
-    lines.append(f"- LoRA of rank {lora.rank}, alpha {lora.alpha:g}, on {quantized} base")
+    kind = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
+    lines.append(f"- {kind} of rank {lora.rank}, alpha {lora.alpha:g}, on {quantized} base")
     return "\n".join(lines)
 
 
@@ -193,8 +194,8 @@ def _use(base: str, recipe: Recipe, adapter: Path) -> list[str]:
     ends = read_end_tokens(adapter)
     served = "gft_lite/lab/base" if base == "lab" else base
     # vLLM takes ranks from 8 up, powers of two.
-    rank = lora_settings(read_adapter_config(adapter)).rank
-    rank = max(8, 1 << (rank - 1).bit_length())
+    lora = lora_settings(read_adapter_config(adapter))
+    rank = max(8, 1 << (lora.largest_rank - 1).bit_length())
     needed: dict[str, Any] = {"stop_token_ids": list(ends)} if ends else {}
     needed |= {"stop": recipe.rollout.stop} if recipe.rollout.stop else {}
     variables = recipe.data.prompt.chat_template_kwargs

@@ -18,7 +18,7 @@ from gft_lite.policy.base import Policy, evaluating
 from gft_lite.policy.batching import Row
 from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.schema import Recipe
-from gft_lite.recipe.sections import LoraSettings
+from gft_lite.recipe.lora_section import LoraSettings
 from gft_lite.types import Problem
 from gft_lite.utils.errors import RecipeError, short_repr
 
@@ -137,7 +137,7 @@ class TeacherModel:
             parameter.data = weights[name]
 
     def _read_adapter(self, folder: Path) -> dict[str, Tensor]:
-        lora = self.policy.settings.lora
+        lora = self.policy.settings.lora.trained
         theirs = lora_settings(read_adapter_config(folder))
         if (theirs.rank, theirs.alpha) != (lora.rank, lora.alpha):
             raise RecipeError(
