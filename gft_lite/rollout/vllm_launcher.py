@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import secrets
@@ -53,7 +54,7 @@ class VllmServerProcess:
         base = policy.serving_base(settings.base, engine_dtype(settings, policy))
         self.base = describe_base(base, settings, policy)
         self.key = secrets.token_urlsafe(32)
-        self.url = f"http://127.0.0.1:{_free_port()}"
+        self.url = f"http://127.0.0.1:{free_port()}"
         self.can_sleep = settings.sleep and policy.device.type == "cuda"
         self._log = scratch / "server.log"
         self._log_start = self._log.stat().st_size if self._log.exists() else 0
@@ -132,10 +133,16 @@ class VllmServerProcess:
         return "\n  ".join([f"The end of its log, {self._log}:", *lines])
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_port() -> int:
+    """A free port that no outgoing connection takes before the server listens on it.
+
+    Linux gives those the ports from 32768 on, and other systems still higher ones.
+    """
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def server_command(url: str, options: Mapping[str, Any]) -> list[str]:

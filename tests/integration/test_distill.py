@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -28,6 +27,7 @@ from gft_lite.distillation.teachers import TeacherError, TeacherSettings
 from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import PolicySettings
+from gft_lite.rollout.vllm_launcher import free_port
 from gft_lite.runs.folder import RunFolder
 from gft_lite.utils.errors import UserError
 from gft_lite.utils.openai_client import Endpoint, EndpointError
@@ -198,9 +198,7 @@ needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not i
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """The address of a vLLM server with the lab's base, in fp32."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [
         # Not `vllm serve`, which the package for CPUs can't run.
         *(sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"),
@@ -490,7 +488,7 @@ def test_a_stopped_distillation_can_be_continued(here, how):
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.01)
         process.send_signal(how)
-        errors = process.communicate(timeout=60)[1]
+        errors = process.communicate(timeout=600)[1]
         pause[0] = 0
         assert not (here / "a.jsonl").exists()
         before = len(scripted.bodies)
