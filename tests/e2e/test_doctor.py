@@ -128,7 +128,7 @@ class TestHub:
     def _online(self, monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
-        monkeypatch.setattr(doctor, "HUB_SECONDS", 0.5)
+        monkeypatch.setattr(doctor, "HUB_SECONDS", 60)
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
             monkeypatch.delenv(name, raising=False)
 
@@ -141,6 +141,7 @@ class TestHub:
         assert checks("hub")["hub"].found == "127.0.0.1 answers; a token is set"
 
     def test_no_answer_is_a_warning(self, monkeypatch):
+        monkeypatch.setattr(doctor, "HUB_SECONDS", 0.5)
         with socket.socket() as silent:  # Accepts connections, never answers.
             silent.bind(("127.0.0.1", 0))
             silent.listen()

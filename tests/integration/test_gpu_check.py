@@ -206,7 +206,7 @@ def test_a_part_that_fails_stops_no_other(tmp_path):
 
 def test_no_part_starts_when_the_time_is_over(tmp_path):
     process = start(tmp_path / "out.json", "environment", "steps_7b", minutes=0)
-    out, errors = process.communicate(timeout=60)
+    out, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     figures = json.loads((tmp_path / "out.json").read_text())["figures"]
     assert [entry["status"] for entry in figures.values()] == [

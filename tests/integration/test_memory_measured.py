@@ -238,16 +238,19 @@ def train_a_micro_batch(folder):
     recipe = Recipe.from_tree({"policy": {"model": folder, "gradient_checkpointing": False}})
     policy = load_policy(recipe.policy)
     policy.model.train()
-    for rows in (rows_of(1, 8, 2, 8), rows_of(1, 128, 8, 128)):  # The first one warms up.
+    measured = []
+    for rows in (rows_of(1, 8, 2, 8), *[rows_of(1, 128, 8, 128)] * 2):  # The first one warms up.
         [batch] = policy.batches(rows, 10**9)
         Path("/proc/self/clear_refs").write_text("5")  # The peak starts from here.
         resting = _of_status("VmRSS")
         policy.backward(batch, loss_of(batch))
+        measured.append(_of_status("VmHWM") - resting)
     moments = MemoryModel(find_shape(folder), recipe, "cpu").peak_candidates(
         recomputing(0), seen_by_plan(batch)
     )
     predicted = max(sum(parts.values()) for parts in moments.values())
-    print(json.dumps({"predicted": predicted, "measured": _of_status("VmHWM") - resting}))
+    # The kernel may take pages of libraries away meanwhile, which hides as much growth.
+    print(json.dumps({"predicted": predicted, "measured": max(measured[1:])}))
 
 
 def _of_status(name):

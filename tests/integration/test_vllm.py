@@ -521,9 +521,9 @@ def _interrupt(engine):
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 0.3)
     try:
         with pytest.raises(KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
             while True:
                 engine.generate([Request((5,), tuple(range(64)))], Sampling(max_tokens=90))
     finally:

@@ -64,7 +64,7 @@ class Lines(io.StringIO):
     def wait_for(self, part: str) -> str:
         """The first line with `part`, as soon as there is one."""
         with self._changed:
-            assert self._changed.wait_for(lambda: part in self.getvalue(), timeout=60)
+            assert self._changed.wait_for(lambda: part in self.getvalue(), timeout=600)
         return next(line for line in self.getvalue().splitlines() if part in line)
 
 
