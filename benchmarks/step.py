@@ -26,7 +26,7 @@ from gft_lite.recipe.schema import Recipe
 from gft_lite.rollout.base import Request, Sampling
 from gft_lite.runs.folder import RunFolder
 from gft_lite.training.loop import train_step
-from gft_lite.training.setup import TrainingRun, setup_run
+from gft_lite.training.setup import Place, TrainingRun, setup_run
 from gft_lite.utils.distributed import SINGLE_PROCESS
 
 TOKENS = 24
@@ -106,7 +106,8 @@ def main() -> None:
     quiet = Console(quiet=True)
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
         recipe = Recipe.load("recipes/lab.yaml", ["rollout.engine=transformers"])
-        run = setup_run(recipe, RunFolder(Path(folder) / "run"), SINGLE_PROCESS, quiet, stack)
+        place = Place(RunFolder(Path(folder) / "run"), SINGLE_PROCESS, quiet, stack)
+        run = setup_run(recipe, place)
         train_step(run, 1)
         metrics = train_step(run, 2)
         step_seconds = metrics["seconds"]

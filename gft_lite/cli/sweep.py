@@ -38,6 +38,8 @@ def add(commands: Any) -> None:
     parser.add_argument("--jobs", type=whole_number(1, 1024), metavar="N",
                         help="runs at a time (default: 1; with ray what fits)")  # fmt: skip
     parser.add_argument("--launcher", default="local", metavar="NAME", help="local or ray")
+    parser.add_argument("--separate", action="store_true",
+                        help="load the base and start the engine anew for every run")  # fmt: skip
     parser.add_argument(
         "--out",
         type=output_path("--out", "folder"),
@@ -76,7 +78,9 @@ def run(options: argparse.Namespace) -> int:
     from gft_lite.experiments.sweep_results import results_by_settings
     from gft_lite.experiments.sweep_runner import sweep
 
-    folder = sweep(plan, options.out, jobs=options.jobs, launcher=options.launcher)
+    folder = sweep(
+        plan, options.out, jobs=options.jobs, launcher=options.launcher, share=not options.separate
+    )
     results = folder.results()
     console = Console()
     means = results_by_settings(results)

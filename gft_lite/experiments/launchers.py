@@ -1,7 +1,8 @@
 """Launchers of sweep trials: local processes and Ray tasks, in the table `LAUNCHERS`.
 
 Adding a launcher:
-1. Write a class with the methods of `Launcher`; its constructor takes `jobs`.
+1. Write a class with the methods of `Launcher`; its constructor takes `jobs`, and
+   `share`: whether trials may share a loaded base and an engine.
 2. Name it in `LAUNCHERS`; `sweep --launcher NAME` then accepts it.
 """
 
@@ -20,16 +21,21 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from gft_lite.recipe.schema import Recipe
 from gft_lite.rewards.base import RewardError
 from gft_lite.utils.errors import UserError
 from gft_lite.utils.secrets import redact
 
+if TYPE_CHECKING:
+    from gft_lite.training.shared_parts import SharedParts
+
 LOG = "log.txt"  # Of each trial, in its folder.
+SEPARATE = "--separate"  # Argument of a child process.
 
 
 class Launcher(Protocol):
@@ -50,8 +56,11 @@ class Launcher(Protocol):
         """End all processes."""
 
 
-def run_trial(folder: Path) -> str | None:
-    """Train the run of a folder to its end; returns the error as text if training failed."""
+def run_trial(folder: Path, share: bool = False) -> str | None:
+    """Train the run of a folder to its end; returns the error as text if training failed.
+
+    With `share`, the trials of this process share base and engine.
+    """
     with _redirect_output(folder / LOG), _exit_on_sigint():
         try:
             from rich.console import Console
@@ -60,7 +69,8 @@ def run_trial(folder: Path) -> str | None:
 
             _free_memory()
             train(Recipe.load(folder / "recipe.yaml"), folder, resume=True,
-                  console=Console(stderr=True, width=100))  # fmt: skip
+                  console=Console(stderr=True, width=100),
+                  shared=_shared_parts() if share else None)  # fmt: skip
         except KeyboardInterrupt:
             return "interrupted"
         except Exception as error:  # The other trials go on after any error.
@@ -68,6 +78,14 @@ def run_trial(folder: Path) -> str | None:
             is_expected = isinstance(error, UserError | RewardError)
             return redact(str(error) if is_expected else f"{type(error).__name__}: {error}")
     return None
+
+
+@cache
+def _shared_parts() -> SharedParts:
+    """What the trials of this process share."""
+    from gft_lite.training.shared_parts import SharedParts
+
+    return SharedParts()
 
 
 def _free_memory() -> None:
@@ -115,11 +133,13 @@ def _redirect_output(file: Path) -> Iterator[None]:
 class LocalLauncher:
     """Child processes that are reused by later trials, so that imports happen once.
 
-    The process of a failed trial is ended, so that its memory is released.
+    With `share`, the trials of a process share its base and its engine (`SharedParts`). The process
+    of a failed trial is ended, so that its memory is released.
     """
 
-    def __init__(self, jobs: int | None) -> None:
+    def __init__(self, jobs: int | None, share: bool = True) -> None:
         self.jobs = jobs or 1
+        self._arguments = [] if share else [SEPARATE]
         self._idle: list[subprocess.Popen[str]] = []
         self._busy: dict[Path, subprocess.Popen[str]] = {}
 
@@ -151,7 +171,7 @@ class LocalLauncher:
     def _new_process(self) -> subprocess.Popen[str]:
         threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", __name__],
+            [sys.executable, "-P", "-m", __name__, *self._arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -196,11 +216,12 @@ def _kill(process: subprocess.Popen[str]) -> None:
 
 def main() -> None:
     """The child process of LocalLauncher: reads folders and writes failures, one per line."""
+    share = SEPARATE not in sys.argv
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     folders: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_read_folders, args=(folders,), daemon=True).start()
     while True:
-        print(json.dumps(run_trial(Path(folders.get()))), file=replies, flush=True)
+        print(json.dumps(run_trial(Path(folders.get()), share)), file=replies, flush=True)
 
 
 def _read_folders(folders: queue.SimpleQueue[str]) -> None:
@@ -216,10 +237,11 @@ class RayLauncher:
     """Tasks of the Ray cluster at RAY_ADDRESS, by default of a new local Ray.
 
     All machines must have the sweep's folder under the same path and gft-lite installed. If the
-    cluster has GPUs, every trial gets one.
+    cluster has GPUs, every trial gets one. `share` is not used: the idle process of one trial would
+    hold memory of a GPU that Ray gives to another.
     """
 
-    def __init__(self, jobs: int | None) -> None:
+    def __init__(self, jobs: int | None, share: bool = False) -> None:
         address = os.environ.get("RAY_ADDRESS", "local")
         try:
             self._ray: Any = importlib.import_module("ray")

@@ -79,10 +79,12 @@ class _Job:
 
 def sweep(
     plan: Sweep, out: str | Path | None = None, *, jobs: int | None = None,
-    launcher: str = "local", console: Console | None = None, span: Span | None = None,
+    launcher: str = "local", share: bool = True, console: Console | None = None,
+    span: Span | None = None,
 ) -> SweepFolder:  # fmt: skip
     """Run every unfinished trial, `jobs` at a time, and return the sweep's folder.
 
+    With `share`, consecutive trials of a local process use one loaded base and one engine.
     The base evaluation of one trial is copied to the others with the same base. Running the same
     sweep in the same folder again repeats failed trials and resumes interrupted ones. Progress is
     shown of all sweeps of `span`.
@@ -104,7 +106,7 @@ def sweep(
         write_text_atomic(folder.path / "sweep.yaml", plan.to_yaml())
         stack.callback(save)
         if any(job.state == "waiting" for job in work):
-            workers = LAUNCHERS[launcher](jobs)
+            workers = LAUNCHERS[launcher](jobs, share)
             stack.callback(workers.close)
             _run(work, workers, _Display(console, work, span or Span(0, len(work))), save)
     return folder

@@ -30,6 +30,11 @@ class KeptBase:
         self._inputs: dict[str, Any] = {}
         self._loaded: list[Any] = []
 
+    @property
+    def is_empty(self) -> bool:
+        """True if no base is kept."""
+        return self._base is None
+
     def fits(self, settings: PolicySettings) -> bool:
         """True if `take` would return the kept base."""
         return self._base is not None and self._inputs == base_inputs(settings)
@@ -53,6 +58,7 @@ class KeptBase:
             return False
         base = policy.model.unload()
         base.gradient_checkpointing_disable()
+        base.disable_input_require_grads()
         base.set_attn_implementation(policy.settings.attention)
         base.eval()
         base.zero_grad(set_to_none=True)

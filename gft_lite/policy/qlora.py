@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +66,9 @@ def _load_base(
         if isinstance(module, Linear4bit):
             # A forward pass in eval mode would repack the weights for a bf16 kernel that rounds.
             module.support_avx512bf16_for_cpu = False
-    model = add_adapter(base, settings, checked.adapter, seed)
-    checkpoint_layers(base, settings)
     if settings.offload_embedding is True:
         keep_embedding_on_cpu(base)
-    return LoraPolicy(model, checked.tokenizer, settings, dtype)
+    return base
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from gft_lite.utils.library_output import hide_library_messages
 from gft_lite.utils.paths import PACKAGE
 
 if TYPE_CHECKING:
+    from gft_lite.policy.kept_base import KeptBase
     from gft_lite.recipe.sections import PolicySettings, RolloutSettings
 
 
@@ -34,16 +35,20 @@ BACKENDS: dict[str, BackendEntry] = {
 
 
 def load_policy(
-    settings: PolicySettings, seed: int = 0, rollout: RolloutSettings | None = None
+    settings: PolicySettings,
+    seed: int = 0,
+    rollout: RolloutSettings | None = None,
+    kept: KeptBase | None = None,
 ) -> Policy:
     """Load the recipe's base with a new adapter, or with `policy.adapter`.
 
-    `rollout` is for back ends that also serve the base. Raises: RecipeError.
+    `rollout` is for back ends that also serve the base, `kept` may have the base already.
+    Raises: RecipeError.
     """
     entry = BACKENDS[settings.backend]
     _check_available(entry, settings, rollout)
     hide_library_messages()
-    return importlib.import_module(entry.module).load(settings, seed, rollout)
+    return importlib.import_module(entry.module).load(settings, seed, rollout, kept)
 
 
 def _check_available(

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from gft_lite.policy.adapter_config import lora_settings, read_adapter_config
 from gft_lite.policy.batching import Layout
+from gft_lite.policy.kept_base import KeptBase
 from gft_lite.policy.load_errors import describe_error
 from gft_lite.policy.lora import REFERENCE, TRAINED, LoraPolicy
 from gft_lite.policy.model_checks import CheckedModel, check_model
@@ -65,10 +66,14 @@ def _layer(keys: Tensor, values: Tensor) -> DynamicLayer:
 
 
 def load(
-    settings: PolicySettings, seed: int = 0, rollout: RolloutSettings | None = None
+    settings: PolicySettings,
+    seed: int = 0,
+    rollout: RolloutSettings | None = None,
+    kept: KeptBase | None = None,
 ) -> UnslothPolicy:
     """Load base, tokenizer and adapter and, for rollout.engine unsloth, vLLM on the same weights.
 
+    `kept` is not used: Unsloth changes the modules of its base for the adapter.
     Raises: RecipeError if the recipe's model or adapter can't be loaded.
     """
     # Unsloth's usage statistics download a file from the hub.

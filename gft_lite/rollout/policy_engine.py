@@ -78,6 +78,11 @@ class PolicyEngine:
             if old != fresh:
                 shutil.rmtree(old)
 
+    def rest(self) -> None:
+        """Serve the base, for a later run, and leave the device's memory to the trainer."""
+        self.sampler.sync(None, 0)
+        self.sampler.sleep()
+
     def close(self) -> None:
         """Release all that the engine holds; may be called twice, and while asleep."""
         self.sampler.close()

@@ -92,6 +92,19 @@ def engine_options(settings: RolloutSettings, policy: Policy) -> dict[str, Any]:
     }
 
 
+def start_inputs(settings: RolloutSettings, policy: Policy) -> dict[str, Any]:
+    """What an engine is started with, by value; sizes from free memory stand as in the recipe."""
+    own = policy.settings
+    return engine_options(settings, policy) | {
+        "gpu_memory_utilization": settings.gpu_memory,
+        "kv_cache_memory_bytes": settings.kv_cache_mib,
+        "base": settings.base,
+        "model": (own.model, own.quantization, own.double_quantization),
+        "trainer": (str(policy.device), policy.dtype),
+        "end_ids": policy.eos_ids,
+    }
+
+
 def engine_dtype(settings: RolloutSettings, policy: Policy) -> torch.dtype:
     """The dtype in which a vLLM that the run starts computes."""
     name = settings.resolved_dtype(

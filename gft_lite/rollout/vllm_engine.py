@@ -31,6 +31,7 @@ from gft_lite.rollout.vllm_common import (
     engine_options,
     sampling_requests,
     scoring_request,
+    start_inputs,
 )
 from gft_lite.rollout.vllm_failures import describe, start_failure
 from gft_lite.types import FinishReason
@@ -66,7 +67,21 @@ class VllmEngine:
         if self._joins_group:
             for name in ("VLLM_HOST_IP", "GLOO_SOCKET_IFNAME"):  # Ranks may be on other machines.
                 self._environment.pop(name, None)
+        self._inputs = start_inputs(settings, policy)
         self._llm = self._start(settings, policy, scratch)
+
+    def take_over(self, settings: RolloutSettings, policy: Policy) -> bool:
+        """Serve the base to another policy on it, with empty caches, as after a start.
+
+        Returns False if a start with these settings would give another engine.
+        """
+        if self._llm is None or self._inputs != start_inputs(settings, policy):
+            return False
+        self._shapes = adapter_shapes(policy.model)
+        self.wake()
+        self.sync(None, 0)
+        with self._running() as llm:
+            return llm.reset_prefix_cache()
 
     def _start(self, settings: RolloutSettings, policy: Policy, scratch: Path) -> Any:
         options = engine_options(settings, policy)

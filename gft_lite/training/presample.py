@@ -15,7 +15,7 @@ from gft_lite.recipe.schema import Recipe
 from gft_lite.runs.folder import find_folder
 from gft_lite.runs.metrics import PhaseTimer, count_self_tokens
 from gft_lite.training.presampled_groups import PresampledGroups, check_sampling_recipe
-from gft_lite.training.setup import TrainingRun, setup_run
+from gft_lite.training.setup import Place, TrainingRun, setup_run
 from gft_lite.training.visits import ProblemVisit, presampled_visits
 from gft_lite.utils.distributed import SINGLE_PROCESS
 from gft_lite.utils.errors import RecipeError, UserError
@@ -45,7 +45,7 @@ def presample(
     console = console or stderr_console()
     run_folder = find_folder(saved, folder, resume=resume, distributed=SINGLE_PROCESS)
     with ExitStack() as stack:
-        run = setup_run(saved, run_folder, SINGLE_PROCESS, console, stack)
+        run = setup_run(saved, Place(run_folder, SINGLE_PROCESS, console, stack))
         run.evaluate_base()
         if saved.policy.adapter:
             run.engine.sync(0)

@@ -40,6 +40,7 @@ from gft_lite.training.kl_monitor import KlMonitor
 from gft_lite.training.learner import Learner
 from gft_lite.training.presampled_groups import open_presampled
 from gft_lite.training.run_data import check_demonstrations, load_run_data
+from gft_lite.training.shared_parts import SharedParts
 from gft_lite.training.teacher_model import TeacherModel
 from gft_lite.types import Group, Problem
 from gft_lite.utils.distributed import Distributed
@@ -144,22 +145,35 @@ class TrainingRun:
         self.console.print(text, markup=False, soft_wrap=True)
 
 
-def setup_run(
-    recipe: Recipe, folder: RunFolder, distributed: Distributed, console: Console, stack: ExitStack
-) -> TrainingRun:
-    """Put a run together; `stack` closes what must be closed.
+@dataclass(frozen=True)
+class Place:
+    """Where a run happens; `stack` closes what must be closed.
+
+    `shared` has parts of earlier runs, and gets those of this one.
+    """
+
+    folder: RunFolder
+    distributed: Distributed
+    console: Console
+    stack: ExitStack
+    shared: SharedParts | None = None
+
+
+def setup_run(recipe: Recipe, place: Place) -> TrainingRun:
+    """Put a run together.
 
     Raises: RecipeError for what only shows when data and model meet.
     """
-    saved, presampled = recipe, open_presampled(recipe)
+    folder, distributed, console = place.folder, place.distributed, place.console
+    saved, presampled, stack = recipe, open_presampled(recipe), place.stack
     recipe = recipe.with_needed_engine()
     scorer = stack.enter_context(_load_user_code(recipe, console))
-    recipe, plan = distributed.broadcast_from_main(lambda: _plan(recipe, distributed, console))
+    recipe, plan = distributed.broadcast_from_main(lambda: _plan(recipe, place))
     recipe = _settings_of_rank(recipe, distributed)
     sets = {f"eval.sets.{name}.prompt": data.prompt for name, data in recipe.eval.sets.items()}
     with show_phase(console, f"loading {recipe.policy.model}"):
         check_chat_templates(recipe.policy, {"data.prompt": recipe.data.prompt, **sets})
-        policy = _load_policy(recipe)
+        policy = _load_policy(recipe, place.shared)
     format = make_prompt_format(policy, recipe.data.prompt)
     grade = partial(_grade, scorer, distributed)
     with show_phase(console, "reading the data"):
@@ -177,7 +191,6 @@ def setup_run(
     console.print(f"run folder: {folder.path}")
     console.print(f"layout of micro-batches: {describe_layout(policy)}", soft_wrap=True)
     monitored = (data.held_out or data.problems)[: recipe.monitor.problems]
-    place = _Place(folder, distributed, console, stack)
     engine, kl_rows = _start_engine(recipe, place, policy, format, monitored)
     names = recipe.log.trackers if distributed.is_main else []
     trackers = Trackers(names, recipe, folder.path)
@@ -204,28 +217,19 @@ def setup_run(
     )
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a run happens; `stack` closes what must be closed."""
-
-    folder: RunFolder
-    distributed: Distributed
-    console: Console
-    stack: ExitStack
-
-
 def _start_engine(
-    recipe: Recipe, place: _Place, policy: Policy, format: PromptFormat,
+    recipe: Recipe, place: Place, policy: Policy, format: PromptFormat,
     monitored: Sequence[Problem],
 ) -> tuple[PolicyEngine, list[Row]]:  # fmt: skip
     """The engine, checked against the policy, and the KL set that it sampled."""
     folder, console = place.folder, place.console
-    start = partial(start_engine, recipe.rollout, policy, folder.scratch)
+    starter = place.shared.start_engine if place.shared else start_engine
+    start = partial(starter, recipe.rollout, policy, folder.scratch)
     with show_phase(console, "starting the rollout engine"):
         sampler = DistributedEngine(start, console, place.distributed)
         trim_heap()
     engine = PolicyEngine(sampler, policy, folder.scratch / "adapters")
-    place.stack.callback(engine.close)
+    place.stack.push(partial(_end_engine, engine, place.shared))
     vocabulary = policy.model.get_input_embeddings().num_embeddings
     with show_phase(console, "sampling the KL set", announce=False):
         kl_rows = place.distributed.cached_json(
@@ -238,6 +242,16 @@ def _start_engine(
     sampler.on_restart = engine.check
     console.print(engine.about, soft_wrap=True)
     return engine, kl_rows
+
+
+def _end_engine(
+    engine: PolicyEngine, shared: SharedParts | None, failure: type[BaseException] | None, *_: Any
+) -> None:
+    """Close the engine, or hand it on if the run has ended well."""
+    if shared and failure is None:
+        shared.keep()
+    else:
+        engine.close()
 
 
 def _grade(scorer: Scorer, distributed: Distributed, groups: Sequence[Group]) -> list[Group]:
@@ -255,10 +269,11 @@ def _eval_sampling(recipe: Recipe) -> Sampling:
     )
 
 
-def _load_policy(recipe: Recipe) -> Policy:
-    if recipe.policy.threads:
-        torch.set_num_threads(recipe.policy.threads)
-    policy = load_policy(recipe.policy, recipe.seed, recipe.rollout)
+def _load_policy(recipe: Recipe, shared: SharedParts | None) -> Policy:
+    if threads := recipe.policy.threads or (shared and shared.threads):
+        torch.set_num_threads(threads)
+    load = shared.load_policy if shared else load_policy
+    policy = load(recipe.policy, recipe.seed, recipe.rollout)
     policy.model.train()
     trim_heap()
     return policy
@@ -279,15 +294,18 @@ def _settings_of_rank(recipe: Recipe, distributed: Distributed) -> Recipe:
     return recipe.model_copy(update={"policy": policy, "rollout": rollout})
 
 
-def _plan(recipe: Recipe, distributed: Distributed, console: Console) -> tuple[Recipe, Plan | None]:
+def _plan(recipe: Recipe, place: Place) -> tuple[Recipe, Plan | None]:
     """The recipe with each `auto` of the memory plan set for the free memory of this device."""
+    distributed, console = place.distributed, place.console
     device = recipe.policy.resolved_device(cuda_available=torch.cuda.is_available())
     on_gpu = device != "cpu" and torch.cuda.is_available()
-    free, card = (
-        torch.cuda.mem_get_info(device)
-        if on_gpu
-        else (free_ram() // distributed.local_world_size, 0)
-    )
+
+    def measure() -> tuple[int, int]:
+        if on_gpu:
+            return torch.cuda.mem_get_info(device)
+        return free_ram() // distributed.local_world_size, 0
+
+    free, card = place.shared.free_memory(measure) if place.shared else measure()
     settled, plan = resolve(recipe, free, "cuda" if on_gpu else "cpu", card)
     if plan:
         for name in sorted(plan.chosen):

@@ -20,7 +20,8 @@ from gft_lite.runs.folder import RunFolder, find_folder
 from gft_lite.runs.metrics import PhaseTimer
 from gft_lite.runs.model_card import write_card
 from gft_lite.training.loop import train_steps
-from gft_lite.training.setup import TrainingRun, setup_run
+from gft_lite.training.setup import Place, TrainingRun, setup_run
+from gft_lite.training.shared_parts import SharedParts
 from gft_lite.utils.distributed import Distributed
 from gft_lite.utils.memory import GIB
 from gft_lite.utils.progress import show_phase
@@ -30,16 +31,16 @@ PHASES = ("rollout", "reward", "train", "sync")
 
 def train_single(
     recipe: Recipe, out: str | Path | None, *, resume: bool, distributed: Distributed,
-    console: Console,
+    console: Console, shared: SharedParts | None = None,
 ) -> RunFolder:  # fmt: skip
-    """Train without stages and return the run's folder.
+    """Train without stages and return the run's folder; `shared` has parts of earlier runs.
 
     Raises: RecipeError if the recipe or `out` is wrong, TrainError if training failed.
     """
     started = time.perf_counter()
     folder = find_folder(recipe, out, resume=resume, distributed=distributed)
     with ExitStack() as stack:
-        run = setup_run(recipe, folder, distributed, console, stack)
+        run = setup_run(recipe, Place(folder, distributed, console, stack, shared))
         timer = PhaseTimer()
         evaluating = f"evaluating the base on {', '.join(run.eval_sets) or 'nothing'}"
         with timer("eval"), show_phase(console, evaluating):
@@ -61,7 +62,7 @@ def train_single(
             trained = run.schedule.finished(final) or run.evaluate()
         _print_memory(run)
         with show_phase(console, "KL, final adapter and model card", announce=False):
-            run.engine.close()
+            run.engine.rest() if shared else run.engine.close()
             folder.write_json("eval/trained.json", trained)
             if distributed.is_main:
                 save_final_adapter(run.policy, folder.adapter)

@@ -11,13 +11,15 @@ from rich.console import Console
 from gft_lite.recipe.schema import Recipe
 from gft_lite.runs.base_cache import BASE_EVALUATION, base_inputs, copy_base_files
 from gft_lite.runs.folder import RunFolder, stage_folder
+from gft_lite.training.shared_parts import SharedParts
 from gft_lite.training.single_run import train_single
 from gft_lite.utils.distributed import Distributed
 
 
 def train_stages(
-    recipe: Recipe, run: RunFolder, distributed: Distributed, console: Console
-) -> RunFolder:
+    recipe: Recipe, run: RunFolder, distributed: Distributed, console: Console,
+    shared: SharedParts | None,
+) -> RunFolder:  # fmt: skip
     """Run the stages that are not finished yet, each with a fresh optimiser.
 
     Every stage is a run of its own under `stages/`. The whole run has the last stage's adapter,
@@ -42,8 +44,9 @@ def train_stages(
                 copy_base_files(here, settings, before, [BASE_EVALUATION])
             begun = distributed.broadcast_from_main((here.path / "recipe.yaml").exists)
             train_single(
-                settings, here.path, resume=begun, distributed=distributed, console=console
-            )
+                settings, here.path, resume=begun, distributed=distributed, console=console,
+                shared=shared,
+            )  # fmt: skip
         stages.append(here)
     if distributed.is_main:
         _conclude(recipe, run, stages)
