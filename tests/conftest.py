@@ -35,6 +35,11 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items):
+    """The slowest folder comes first, so that no worker is left alone with a long file."""
+    items.sort(key=lambda item: item.path.parent.name != "real")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real benchmark data next to the project; skips if it does not exist."""
