@@ -20,7 +20,7 @@ from gft_lite.cli.common import (
 
 if TYPE_CHECKING:
     from gft_lite.experiments.outcomes import Comparison
-    from gft_lite.experiments.referee_plan import RefereeOptions
+    from gft_lite.experiments.referee_plan import RefereeOptions, RefereePlan
     from gft_lite.experiments.verdict import Verdict
 
 
@@ -113,9 +113,7 @@ def run(options: argparse.Namespace) -> int:
     plan = make_plan(wanted)
     out = Path(options.out or Path("runs") / "referee" / Path(options.recipe).stem)
     if options.dry_run:
-        from gft_lite.experiments.referee_costs import plan_text
-
-        print(plan_text(plan, out))
+        _print_plan(plan, out)
         return DONE
     from gft_lite.experiments.referee import referee
     from gft_lite.experiments.referee_files import write_referee
@@ -124,6 +122,18 @@ def run(options: argparse.Namespace) -> int:
     found = write_referee(comparison, out)
     _print(comparison, found[comparison.headline], out)
     return FAILED if comparison.failures else DONE
+
+
+def _print_plan(plan: RefereePlan, out: Path) -> None:
+    from rich.console import Console
+
+    from gft_lite.experiments.referee_costs import method_table, plan_lines
+
+    console, table = Console(), method_table(plan)
+    console.print(table.title, style="bold", highlight=False)
+    console.print(table.rich(console.width))
+    for line in plan_lines(plan, out):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _print(comparison: Comparison, found: Sequence[Verdict], out: Path) -> None:

@@ -136,8 +136,8 @@ def load_problems(
 
 def _after(loaded: Loaded, count: int, field: str) -> Loaded:
     """Without the first problems and copies of them. Raises: RecipeError if none are left."""
-    taken = {_key(problem) for problem in loaded.problems[:count]}
-    rest = tuple(p for p in loaded.problems[count:] if _key(p) not in taken)
+    taken = {problem_key(problem) for problem in loaded.problems[:count]}
+    rest = tuple(p for p in loaded.problems[count:] if problem_key(p) not in taken)
     if not rest:
         rule = f"{field}.skip: must leave some of the {len(loaded.problems)} usable problems"
         raise RecipeError([f"{rule}, got {count}. Skip fewer, or give more data."])
@@ -234,19 +234,23 @@ def split_holdout(
     """
     first: dict[str, int] = {}
     for i, problem in enumerate(problems):
-        first.setdefault(_key(problem), i)
+        first.setdefault(problem_key(problem), i)
     distinct = list(first)
     n = len(distinct)
     count = min(holdout, n // 5)
     # The middles of `count` equal stretches represent data that are sorted by difficulty too.
     held = {distinct[(2 * i + 1) * n // (2 * count)] for i in range(count)}
     return (
-        tuple(p for p in problems if _key(p) not in held),
-        tuple(p for i, p in enumerate(problems) if _key(p) in held and first[_key(p)] == i),
+        tuple(p for p in problems if problem_key(p) not in held),
+        tuple(
+            p
+            for i, p in enumerate(problems)
+            if problem_key(p) in held and first[problem_key(p)] == i
+        ),
     )
 
 
-def _key(problem: Problem) -> str:
+def problem_key(problem: Problem) -> str:
     """What repetitions of a problem have in common: its text but for spaces, case and encoding.
 
     Of a conversation, the text is that of all turns.

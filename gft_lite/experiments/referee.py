@@ -16,10 +16,12 @@ from rich.console import Console
 
 from gft_lite.experiments.lab_bases import lab_base, lab_seed, make_lab_bases
 from gft_lite.experiments.outcomes import Comparison, Failure, TuningPoint
+from gft_lite.experiments.referee_costs import describe
 from gft_lite.experiments.referee_data import check_data
+from gft_lite.experiments.referee_folder import check_same_plan
 from gft_lite.experiments.referee_methods import RATE, Settings
 from gft_lite.experiments.referee_plan import DIAL_TRIALS, Part, RefereePlan
-from gft_lite.experiments.referee_results import describe, outcome
+from gft_lite.experiments.referee_results import environment, outcome
 from gft_lite.experiments.sweep_config import Sweep
 from gft_lite.experiments.sweep_runner import Span, sweep
 from gft_lite.experiments.tuning import further_rates
@@ -116,9 +118,7 @@ class _Referee:
             "grid": {"recipe": files, **bases},
             "seeds": plan.options.seeds if main else 1,
         }
-        tuning = plan.tuning_runs
-        total = tuning + plan.main_runs
-        span = Span(tuning if main else 0, total)
+        span = Span(plan.runs["tune"] if main else 0, sum(plan.runs.values()))
         folder = self.run_sweep(Sweep.from_tree(tree), self.out / part, span=span)
         results = folder.results()["trials"]
         labels = {self._model(base): base for base in plan.bases}
@@ -178,6 +178,7 @@ def referee(
         return sweep(*arguments, **options, jobs=jobs, launcher=launcher, console=console)
 
     with lock_folder(Path(out)):
+        check_same_plan(plan, Path(out))
         check_data(plan)
         work = _Referee(plan, Path(out), run_sweep)
         work.make_bases(jobs or 1, console)
@@ -204,7 +205,7 @@ def referee(
         outcomes=outcomes,
         tuning=work.tuning_points(chosen),
         failures=(*work.failures, *_untuned(plan, chosen)),
-        design=describe(plan),
+        design={**describe(plan), **environment()},
         recipes=recipes,
     )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+from gft_lite.data.sources import open_source
 from gft_lite.experiments.referee_methods import (
     RATE,
     Contender,
@@ -28,6 +29,7 @@ Part = Literal["tune", "main"]
 UNITS: tuple[Unit, ...] = ("trajectories", "tokens", "seconds")
 DIAL_TRIALS = 2  # Of each method, beside those of the rates.
 STAGED_TRIALS = 3  # Of the last stage's rate of a method with stages.
+# Of a tuning set that is not one of the recipe's: at most a fifth of the training data.
 TUNE_NAME, TUNE_PROBLEMS, TUNE_SAMPLES = "tune", 64, 4
 
 
@@ -98,18 +100,21 @@ class RefereePlan:
         """The methods with stages, which have the tuned settings of each."""
         return [c for c in self.contenders.values() if c.stages]
 
-    @property
-    def tuning_runs(self) -> int:
-        """Runs that choose settings."""
+    def tuning_runs(self, name: str) -> int:
+        """Runs that choose settings of a method."""
         if len(self.rates) == 1:
             return 0
-        per_method = len(self.rates) + DIAL_TRIALS
-        return per_method * len(self.single) + STAGED_TRIALS * len(self.staged)
+        return STAGED_TRIALS if self.contenders[name].stages else len(self.rates) + DIAL_TRIALS
+
+    def main_runs(self, name: str) -> int:
+        """Runs of a method that are compared."""
+        return len(self.bases) * self.options.seeds if name in self.methods else 0
 
     @property
-    def main_runs(self) -> int:
-        """Runs that are compared."""
-        return len(self.methods) * len(self.bases) * self.options.seeds
+    def runs(self) -> dict[Part, int]:
+        """All runs by part."""
+        names = self.contenders
+        return {"tune": sum(map(self.tuning_runs, names)), "main": sum(map(self.main_runs, names))}
 
     # --- settings ------------------------------------------------------------------------------
 
@@ -296,7 +301,9 @@ def _tuning_data(recipe: Recipe, name: str | None) -> tuple[DataSettings, int]:
     data = recipe.data.model_dump(exclude={"holdout"})
     if recipe.data.source == "lab":
         return DataSettings(**data | {"split": "tune", "problems": TUNE_PROBLEMS}), 0
-    return DataSettings(**data | {"problems": TUNE_PROBLEMS}), recipe.data.skip + TUNE_PROBLEMS
+    rows = sum(part.count for part in open_source(recipe.data))
+    count = max(1, min(TUNE_PROBLEMS, (rows - recipe.data.skip) // 5))
+    return DataSettings(**data | {"problems": count}), recipe.data.skip + count
 
 
 def _compared_sets(

@@ -1,7 +1,8 @@
-"""What a referee's finished runs say: an outcome each, and the text of the design."""
+"""What a referee's finished runs say: an outcome each, and where they ran."""
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 from gft_lite.evaluation.metrics import by_problem
 from gft_lite.experiments.outcomes import Cost, Outcome, Scores
 from gft_lite.experiments.referee_methods import Settings
-from gft_lite.experiments.referee_plan import DIAL_TRIALS, TUNE_SAMPLES, RefereePlan
 from gft_lite.recipe.schema import Recipe
 from gft_lite.runs.folder import Evaluation, RunFolder, stage_folder
 from gft_lite.utils.imports import installed_version
@@ -59,37 +59,12 @@ def _cost(run: RunFolder, summary: Mapping[str, Any]) -> Cost:
     )
 
 
-def describe(plan: RefereePlan) -> dict[str, str]:
-    """What was run, as text by name."""
-    options, tune = plan.options, plan.tune_set
-    rates = ", ".join(f"{rate:g}" for rate in plan.rates)
-    versions = [f"gft-lite {__version__}", f"Python {platform.python_version()}"]
-    versions += [f"{name} {v}" for name in _LIBRARIES if (v := installed_version(name))]
-    texts = {
-        "budget": f"{plan.budget:,} {options.equal} a run; {plan.responses_per_step} responses a "
-        "step, as near as the size of a group allows",
-        "bases": ", ".join(plan.bases),
-        "seeds": f"{options.seeds} from {plan.recipe.seed + 1} on",
-        "evaluation": f"{', '.join(plan.sets)}; {plan.recipe.eval.samples} samples a problem",
-    }
-    if len(plan.rates) == 1:
-        texts["rates"] = f"{rates} for all methods, not tuned"
-    else:
-        texts |= {
-            "rates": f"{rates} for each method",
-            "tuning": f"{DIAL_TRIALS} further trials for each method at its best rate: other values"
-            " of its dial, or rates beyond or between the others; for each method with stages 3"
-            f" trials of the last stage's rate; seed {plan.recipe.seed} on {plan.bases[0]}",
-            "tuning set": f"{tune.source} {tune.split}, {tune.problems or 'all'} problems, "
-            f"{min(TUNE_SAMPLES, plan.recipe.eval.samples)} samples each",
-        }
-    texts |= {"versions": ", ".join(versions), "hardware": _hardware()}
-    return texts
-
-
-def _hardware() -> str:
+def environment() -> dict[str, str]:
+    """The versions and the hardware of the runs, as text by name."""
     import torch  # Here, so that a plan can be printed without it.
 
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    versions = [f"gft-lite {__version__}", f"Python {platform.python_version()}"]
+    versions += [f"{name} {v}" for name in _LIBRARIES if (v := installed_version(name))]
+    cpu = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    return {"versions": ", ".join(versions), "hardware": hardware}
