@@ -55,8 +55,8 @@ def simulated(gains, *, runs=3, problems=100, samples=8, seed_sd=0.02, seed=0, *
             outcomes.append(outcome(
                 method, run, {name: values.tolist() for name, values in scores.items()},
                 base_scores={"test": (easy - 0.1).tolist(), "old": easy.tolist()},
-                kl=0.05 + 0.1 * place + 0.01 * run, trained_tokens=20_000 + 15_000 * place,
-                rollout_tokens=40_000 * place,
+                kl=0.05 + 0.1 * place + draw.uniform(0, 0.05),
+                trained_tokens=20_000 + 15_000 * place, rollout_tokens=40_000 * place,
                 seconds={"total": 30.0 + 40 * place, "rollout": 25.0 * place, "eval": 5.0},
             ))  # fmt: skip
     return comparison(outcomes, **{"retention": ("old",), **fields})

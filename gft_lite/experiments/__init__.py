@@ -3,7 +3,8 @@
 `sweep_config` is the schema of a sweep, `sweep_runner` runs it with a launcher of `launchers`,
 `sweep_results` writes and reads its results. `compare_methods` and `lab_study` run methods on the
 lab task; `paper_findings` and `study_page` judge and print the study. `outcomes` is what a
-comparison of methods ends with, `verdict` judges it, `referee_tables` and `referee_files` print it.
+comparison of methods ends with, `verdict` judges it, `referee_tables`, `referee_plots`,
+`referee_page` and `referee_files` print it.
 
 May import `training`, `report` and everything below them.
 
@@ -20,6 +21,8 @@ __all__ = [
     "outcomes",
     "paper_findings",
     "referee_files",
+    "referee_page",
+    "referee_plots",
     "referee_tables",
     "study_page",
     "sweep_config",

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from gft_lite.experiments.outcomes import Comparison, Outcome
+from gft_lite.experiments.referee_page import referee_page
 from gft_lite.experiments.referee_tables import (
     base_scores,
     edges,
     main_table,
     set_means,
+    settings_text,
     summaries,
     tables,
 )
@@ -38,6 +40,7 @@ def write_referee(comparison: Comparison, folder: str | Path) -> dict[str, tuple
         "referee.csv": csv_text([_csv_row(outcome) for outcome in comparison.outcomes]),
         "referee.md": _markdown(comparison, found, made),
         "referee.tex": "\n".join(_latin(table).latex() for table in tex),
+        "referee.html": referee_page(comparison, found),
     }.items():
         write_text_atomic(folder / name, text)
     return found
@@ -87,7 +90,7 @@ def _markdown(
     runs = Table(
         "Runs", ("method", "base", "seed", "settings", "folder"),
         tuple(
-            (o.method, o.base, str(o.seed), _settings(o.settings), o.folder)
+            (o.method, o.base, str(o.seed), settings_text(o.settings), o.folder)
             for o in comparison.outcomes
         ), labels=5,
     )  # fmt: skip
@@ -101,10 +104,6 @@ def _markdown(
         "\n".join(f"- {_plain(rule)}" for rule in rules(comparison)),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _settings(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{field} = {value}" for field, value in settings.items()) or "-"
 
 
 def _safe(table: Table) -> Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 from gft_lite.experiments.outcomes import Comparison, Outcome, TuningPoint
 from gft_lite.experiments.verdict import Verdict, p_text, points, verdict_table
@@ -82,6 +83,11 @@ def _by_set(found: Iterable[Mapping[str, float]]) -> dict[str, list[float]]:
 def _mean(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return fmean(known) if known else None
+
+
+def settings_text(settings: Mapping[str, Any]) -> str:
+    """Tuned fields with their values."""
+    return ", ".join(f"{field} = {value}" for field, value in settings.items()) or "-"
 
 
 # --- tuning ----------------------------------------------------------------------------------

@@ -67,7 +67,8 @@ def rules(comparison: Comparison) -> tuple[str, ...]:
         "by pairs of runs that both finished.",
         "Intervals hold 95% and cover other problems and other seeds alike: the standard errors "
         "over runs and over problems (crossed random effects), each with its own Student's t "
-        "quantile, are combined by the root of the sum of their squares. With several base "
+        "quantile, are combined by the root of the sum of their squares, never narrower than over "
+        "problems only. With several base "
         "models, the mean over the seeds of a base takes the place of a run, because runs of one "
         "base are not independent. With a single run, intervals cover problems only.",
         "p values are adjusted by Holm's method for the number of methods, separately for each "
@@ -131,7 +132,7 @@ class _Estimate:
         tables = [side[pair] for pair in pairs for side in (method, against)]
         problems = sorted(set.intersection(*(set(table) for table in tables))) if tables else []
         if not problems:
-            return cls(PairedDifference(np.nan, np.nan, np.nan, 0, 0), 0, "")
+            return cls(PairedDifference(np.nan, 0.0, 0.0, 0.0, 0, 0), 0, "")
         by_base: dict[str, list[list[float]]] = {}
         for base, seed in pairs:
             a, b = method[base, seed], against[base, seed]
@@ -261,19 +262,24 @@ def verdict_table(comparison: Comparison, found: Sequence[Verdict]) -> Table:
 
 
 def _row(verdict: Verdict) -> tuple[str, ...]:
-    def shown(value: float | None, *, signed: bool = True) -> str:
-        if value is None:
-            return "-"
-        if verdict.measure == KL:
-            return f"{value:+.3g}" if signed else f"{value:.3g}"
-        return points(value, signed=signed)
-
-    interval = "-" if verdict.low is None else f"{shown(verdict.low)} to {shown(verdict.high)}"
+    of_kl = verdict.measure == KL
+    difference, low, high = (
+        figure_text(value, of_kl=of_kl) for value in (verdict.difference, verdict.low, verdict.high)
+    )
     return (
-        verdict.method, verdict.word, shown(verdict.difference), interval, p_text(verdict.p),
-        shown(verdict.detectable, signed=False), str(verdict.runs),
-        "-" if verdict.measure == KL else str(verdict.problems),
+        verdict.method, verdict.word, difference, "-" if low == "-" else f"{low} to {high}",
+        p_text(verdict.p), figure_text(verdict.detectable, of_kl=of_kl, signed=False),
+        str(verdict.runs), "-" if of_kl else str(verdict.problems),
     )  # fmt: skip
+
+
+def figure_text(value: float | None, *, of_kl: bool, signed: bool = True) -> str:
+    """A difference in points, or in nats for KL."""
+    if value is None:
+        return "-"
+    if of_kl:
+        return f"{value:+.3g}" if signed else f"{value:.3g}"
+    return points(value, signed=signed)
 
 
 def p_text(p: float | None) -> str:

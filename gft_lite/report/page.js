@@ -1,4 +1,3 @@
-"use strict";
 
 // Names of runs, problems and responses are untrusted text: only textContent receives them.
 const groups = JSON.parse(document.getElementById("data").textContent);
@@ -26,16 +25,6 @@ function signed(value) {
 
 function known(value, digits) {
   return value == null ? "-" : value.toFixed(digits);
-}
-
-// --- series on and off -------------------------------------------------------------------------
-
-for (const box of document.querySelectorAll("[data-series]")) {
-  box.addEventListener("change", () => {
-    for (const curve of document.querySelectorAll(`.by-series .curve-${box.dataset.series}`)) {
-      curve.style.display = box.checked ? "" : "none";
-    }
-  });
 }
 
 // --- one group ---------------------------------------------------------------------------------

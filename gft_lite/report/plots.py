@@ -13,7 +13,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 
 from gft_lite.report.curves import BASE, SHARE, Curve, Plot
 
@@ -84,7 +84,8 @@ def _figure(plot: Plot, *, legend: bool) -> Iterator[Figure]:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(5.2, 2.9), layout="constrained")
         axes = figure.add_subplot()
-        lines = [_draw(axes, curve, plot.points) for curve in plot.curves]
+        draw = _scatter if plot.scatter else _draw
+        lines = [draw(axes, curve, plot.points) for curve in plot.curves]
         labels = [curve.label for curve in plot.curves]
         axes.set_xlabel(plot.x_label)
         axes.set_ylabel(plot.y_label)
@@ -102,14 +103,41 @@ def _draw(axes: Axes, curve: Curve, points: bool) -> Any:
     look: Any = {"color": color_of(curve.color), "gid": f"curve-{curve.color}"}
     y = _gaps(curve.y)
     low, high = (_gaps(curve.y if side is None else side) for side in (curve.low, curve.high))
-    # One value between two gaps is a line without length.
-    marker = "o" if points or sum(map(math.isfinite, y)) == 1 else ""
+    # A value between two gaps is a line without length.
+    marked = None if points else _isolated(y)
     dash = _DASHES[curve.color // len(PALETTE) % len(_DASHES)] if curve.color != BASE else "--"
-    [line] = axes.plot(curve.x, y, dash, marker=marker, markersize=4, **look)
+    [line] = axes.plot(curve.x, y, dash, marker="o", markevery=marked, markersize=4, **look)
+    _rings(axes, curve, look)
     if points and curve.low is not None:
         axes.vlines(curve.x, low, high, linewidth=1.2, **look)
     elif curve.low is not None:
         axes.fill_between(curve.x, low, high, alpha=0.15, linewidth=0, **look)
+    return line
+
+
+def _isolated(values: Sequence[float]) -> list[int]:
+    """The places of values between two gaps or ends."""
+    known = [False, *map(math.isfinite, values), False]
+    return [i for i in range(len(values)) if known[i + 1] and not known[i] and not known[i + 2]]
+
+
+def _rings(axes: Axes, curve: Curve, look: dict[str, Any]) -> None:
+    places = [(curve.x[i], curve.y[i]) for i in curve.rings]
+    if places:
+        x, y = zip(*places, strict=True)
+        axes.plot(x, y, "o", markersize=10, fillstyle="none", markeredgewidth=1.4, **look)
+
+
+def _scatter(axes: Axes, curve: Curve, points: bool) -> Any:
+    """Draw a labelled mean, large, and what it is the mean of, small."""
+    look: Any = {"color": color_of(curve.color), "gid": f"curve-{curve.color}"}
+    y = _gaps(curve.y)
+    axes.plot(curve.x[1:], y[1:], "o", markersize=3, alpha=0.5, linewidth=0, **look)
+    [line] = axes.plot(curve.x[:1], y[:1], "o", markersize=6.5, **look)
+    _rings(axes, curve, look)
+    label = curve.label if len(curve.label) <= 18 else f"{curve.label[:17]}..."
+    axes.annotate(label, (curve.x[0], y[0]), (7, 6), textcoords="offset points", fontsize=8.5,
+                  **look)  # fmt: skip
     return line
 
 
@@ -120,7 +148,14 @@ def _gaps(values: Sequence[float | None]) -> list[float]:
 def _scale(axes: Axes, plot: Plot) -> None:
     if plot.log_x:
         axes.set_xscale("log")
-    if plot.points:
+    if plot.front:
+        x, y = zip(*plot.front, strict=True)
+        axes.plot(x, y, "--", color=_BASE, linewidth=1, zorder=0)
+    if plot.scatter:
+        axes.margins(0.14, 0.16)  # Space for the labels.
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(_short)
+    elif plot.points:
         ticks = list(dict.fromkeys(x for curve in plot.curves for x in curve.x))
         axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
@@ -131,7 +166,11 @@ def _scale(axes: Axes, plot: Plot) -> None:
         axes.yaxis.set_major_formatter(_percent)
         # Intervals of few seeds can exceed the range of a share.
         low, high = axes.get_ylim()
-        axes.set_ylim(max(low, -0.03) if plot.points else 0, min(high, 1.03))
+        axes.set_ylim(max(low, -0.03) if plot.points or plot.scatter else 0, min(high, 1.03))
+
+
+def _short(value: float, _: object) -> str:
+    return EngFormatter(sep="")(value) if abs(value) >= 1000 else f"{value:g}"
 
 
 def _percent(share: float, _: object) -> str:

@@ -8,8 +8,11 @@ parts, each with a t interval of its own, which are combined by the root of the 
 - runs: the variance of the run means over R, with R - 1 degrees of freedom. It contains the rest.
 - problems: that of the problem means over P, less the rest's part in it, with P - 1.
 
+An interval over runs and problems is never narrower than that over problems only, which has the
+rest's part: two run means can be equal by chance.
+
 Simulated for 36 designs of 2 to 6 runs, 60 or 200 problems, 4 or 16 samples, and seeds that differ
-by a standard deviation of 0 to 0.05, 1000 times each: 95% intervals covered the truth in 94% to
+by a standard deviation of 0 to 0.05, 1000 times each: 95% intervals covered the truth in 95% to
 99%. Other ways to compute them covered less: Satterthwaite's degrees of freedom 90% to 98%, a
 bootstrap over runs and problems 73% to 99%, Student's t over run means alone 73% to 96%, over
 problems alone 43% to 96%. Mixed models by maximum likelihood covered 87% to 98% of 60 simulations
@@ -33,13 +36,15 @@ LEVEL = 0.95
 class PairedDifference:
     """A mean, and the variance and degrees of freedom of the two parts of its error.
 
-    All figures are arrays of the same shape, or numbers. Without any variance that could be
+    `fixed_run_variance` is that over problems only. All figures are arrays of the same shape, or
+    numbers. Without any variance that could be
     estimated (a single run on a single problem), `known` is False and intervals are NaN.
     """
 
     mean: Any
     run_variance: Any
     problem_variance: Any
+    fixed_run_variance: Any
     runs: int
     problems: int
 
@@ -60,8 +65,12 @@ class PairedDifference:
         """The root of the sum of the squares of each part's standard error times its quantile."""
         if not self.known:
             return np.full(np.shape(self.mean), np.nan)[()]
-        parts = ((self.runs, self.run_variance), (self.problems, self.problem_variance))
-        return np.sqrt(sum(quantile(n - 1) ** 2 * v for n, v in parts if n > 1))
+        of_runs = quantile(self.runs - 1) ** 2 * self.run_variance if self.runs > 1 else 0.0
+        if self.problems == 1:
+            return np.sqrt(of_runs)
+        squared = quantile(self.problems - 1) ** 2
+        both = of_runs + squared * self.problem_variance
+        return np.sqrt(np.maximum(both, squared * self.fixed_run_variance))
 
     def p_value(self) -> Any:
         """The two-sided p value of no difference: 1 - the level whose interval ends at 0."""
@@ -85,13 +94,18 @@ class PairedDifference:
             middle = (low + high) / 2
             wider = self._half_width(10.0**middle) > distance
             low, high = np.where(wider, middle, low), np.where(wider, high, middle)
-        # Without any variance, half widths are 0: p is 1 for no distance and 0 for any other.
-        exact = (self.run_variance == 0) & (self.problem_variance == 0)
-        return np.where(exact, np.where(distance > 0, 0.0, 1.0), 10.0**high)[()]
+        # Without any variance, half widths are 0 and the signs decide: all of n are equal.
+        exact = (self.run_variance == 0) & (self.fixed_run_variance == 0)
+        of_signs = 2.0 ** (1 - (self.problems if self.problems > 1 else self.runs))
+        return np.where(exact, np.where(distance > 0, of_signs, 1.0), 10.0**high)[()]
 
     def with_runs(self, runs: int) -> PairedDifference:
         """The figures that another number of runs would have with the same variances."""
-        return replace(self, run_variance=self.run_variance * self.runs / runs, runs=runs)
+        rest = self.fixed_run_variance - self.problem_variance
+        return replace(
+            self, runs=runs, run_variance=self.run_variance * self.runs / runs,
+            fixed_run_variance=self.problem_variance + rest * self.runs / runs,
+        )  # fmt: skip
 
     def detectable(self, alpha: float = 1 - LEVEL, power: float = 0.9) -> Any:
         """The difference that a test at `alpha` finds with probability `power`, approximately.
@@ -114,9 +128,10 @@ def paired_difference(table: Any) -> PairedDifference:
     nothing = np.zeros(mean.shape)[()]
     of_runs = by_run.var(-1, ddof=1) / runs if runs > 1 else nothing
     of_problems = by_problem.var(-1, ddof=1) / problems if problems > 1 else nothing
+    less_rest = of_problems
     if runs > 1 and problems > 1:
         rest = table - by_run[..., None] - by_problem[..., None, :] + mean[..., None, None]
         degrees = (runs - 1) * (problems - 1)
         rest_variance = (rest**2).sum((-2, -1)) / degrees / (runs * problems)
-        of_problems = np.maximum(of_problems - rest_variance, 0.0)
-    return PairedDifference(mean[()], of_runs, of_problems, runs, problems)
+        less_rest = np.maximum(of_problems - rest_variance, 0.0)
+    return PairedDifference(mean[()], of_runs, less_rest, of_problems, runs, problems)
