@@ -278,9 +278,9 @@ class Recipe(Settings):
 
     @property
     def steps(self) -> int | None:
-        """The number of steps; None under a budget of tokens."""
+        """The number of steps; None under a budget of tokens or seconds."""
         per_step, budget = self.train.problems_per_step, self.budget
-        if budget.tokens:
+        if budget.tokens or budget.seconds:
             return None
         if budget.trajectories:
             per_step *= self.group.size

@@ -82,18 +82,21 @@ class BudgetSettings(Settings):
     """A limit in place of `train.steps`, to compare methods at equal cost.
 
     `problems` counts visits of problems, `trajectories` responses, `tokens` the tokens of all
-    responses of the groups. The step that reaches the limit is the last.
+    responses of the groups, `seconds` the time of rollouts, rewards, updates and syncs, not that of
+    evaluations. The step that reaches the limit is the last.
     """
 
     problems: PositiveInt | None = None
     trajectories: PositiveInt | None = None
     tokens: PositiveInt | None = None
+    seconds: PositiveFloat | None = None
 
     @model_validator(mode="after")
     def _one_at_most(self) -> BudgetSettings:
-        given = [name for name, amount in self if amount is not None]
+        known = dict(self)
+        given = [name for name, amount in known.items() if amount is not None]
         if len(given) > 1:
-            raise ValueError(f"must name one of problems, trajectories and tokens, not {given}")
+            raise ValueError(f"must name one of {', '.join(known)}, not {given}")
         return self
 
 

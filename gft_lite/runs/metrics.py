@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from gft_lite.types import Group
+
+PHASES = ("rollout", "reward", "train", "sync")  # Of training, without evaluations.
 
 
 class PhaseTimer:
@@ -53,6 +55,11 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, Any]:
         "length": _mean([len(r.token_ids) for r in own]),
         "tokens": sum(len(r.token_ids) for r in responses),
     }
+
+
+def training_seconds(step: Mapping[str, Any]) -> float:
+    """The time that the training phases of a step took, by its metrics."""
+    return sum(step["seconds"].get(phase, 0.0) for phase in PHASES)
 
 
 def count_self_tokens(groups: Sequence[Group]) -> int:

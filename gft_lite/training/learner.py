@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ class Learner:
         self.loss = StepLoss(policy, recipe)
         self.micro_batch_tokens = int(recipe.train.micro_batch_tokens)
         self.response_tokens = 0
+        self.step_seconds: list[float] = []
         self.bad_steps = 0
         self.lr_scale = 1.0
         # Both passes that a ratio compares must be the same function of the weights.
@@ -94,6 +96,10 @@ class Learner:
         """The share of the budget that is spent after `steps`, or after `tokens` more tokens."""
         if self.recipe.budget.tokens:
             return (self.response_tokens + tokens) / self.recipe.budget.tokens
+        if self.recipe.budget.seconds:
+            # Until a step is timed, it is taken to be as long as those before it.
+            per_step = fmean(self.step_seconds) if self.step_seconds else 0.0
+            return steps * per_step / self.recipe.budget.seconds
         return steps / (self.recipe.steps or 1)
 
     def rows(self, groups: Sequence[ScoredGroup]) -> list[Row]:

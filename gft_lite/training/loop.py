@@ -35,6 +35,7 @@ def train_steps(run: TrainingRun, step: int, screen: TrainingConsole) -> int:
             step += 1
             with show_phase(run.console, f"step {step:,}", announce=False):
                 metrics = train_step(run, step)
+            run.count_seconds([metrics])
             spent = run.learner.budget_fraction(step) >= 1
             metrics |= _guard(run, step, metrics)
             metrics |= _evaluate(run, step, metrics, last=spent or "stopped" in metrics)

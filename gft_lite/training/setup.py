@@ -32,6 +32,7 @@ from gft_lite.runs import checkpoint
 from gft_lite.runs.base_cache import BASE_EVALUATION, KL_SET, read_base_evaluation, read_kl_set
 from gft_lite.runs.checkpoint import list_checkpoints, step_of
 from gft_lite.runs.folder import RunFolder
+from gft_lite.runs.metrics import training_seconds
 from gft_lite.runs.trackers import Trackers, check_trackers
 from gft_lite.training.collapse_guard import CollapseGuard
 from gft_lite.training.evaluation_schedule import EvaluationSchedule
@@ -100,9 +101,15 @@ class TrainingRun:
         self.folder.truncate_after(step)
         metrics = self.distributed.broadcast_from_main(self.folder.metrics)
         self.learner.response_tokens = sum(m["tokens"] for m in metrics)
+        self.count_seconds(metrics)
         self.guard.resume(metrics)
         self.learner.lr_scale = self.guard.lr_scale
         return step
+
+    def count_seconds(self, steps: Sequence[Mapping[str, Any]]) -> None:
+        """Add the time of steps to that spent: in all processes that of the main one."""
+        seconds = self.distributed.broadcast_from_main(lambda: [*map(training_seconds, steps)])
+        self.learner.step_seconds += seconds
 
     def is_over(self, step: int) -> bool:
         """True if no step follows `step`: the budget is spent, or early stop or guard ended it."""

@@ -17,7 +17,7 @@ from gft_lite.recipe.schema import Recipe
 from gft_lite.runs.console import TrainingConsole
 from gft_lite.runs.export import save_final_adapter
 from gft_lite.runs.folder import RunFolder, find_folder
-from gft_lite.runs.metrics import PhaseTimer
+from gft_lite.runs.metrics import PHASES, PhaseTimer
 from gft_lite.runs.model_card import write_card
 from gft_lite.training.loop import train_steps
 from gft_lite.training.setup import Place, TrainingRun, setup_run
@@ -25,8 +25,6 @@ from gft_lite.training.shared_parts import SharedParts
 from gft_lite.utils.distributed import Distributed
 from gft_lite.utils.memory import GIB
 from gft_lite.utils.progress import show_phase
-
-PHASES = ("rollout", "reward", "train", "sync")
 
 
 def train_single(
