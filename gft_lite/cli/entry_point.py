@@ -6,6 +6,7 @@ import argparse
 import errno
 import io
 import os
+import select
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -72,7 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = argparse.Namespace()
     try:
         options = _parse(sys.argv[1:] if arguments is None else arguments)
-        return _run(options)
+        code = _run(options)
+        sys.stdout.flush()
+        return code
     # A RewardError comes from the user's reward function while it runs.
     except (UserError, RewardError) as error:
         print(redact(str(error)), file=sys.stderr)
@@ -80,7 +83,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"interrupted; {getattr(options, 'again', _AGAIN)}", file=sys.stderr)
         return INTERRUPTED
+    except _OutputClosed:
+        return FAILED
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _is_closed(1):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes to it again at its end.
+            return FAILED
         if isinstance(error, OSError) and error.errno in _PATH_ERRORS and error.filename:
             path = short_repr(os.fspath(error.filename))
             print(redact(f"path: must be usable, got {path} ({error.strerror}). Choose another."),
@@ -98,6 +106,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
 
 
+class _OutputClosed(Exception):
+    """The reader of the standard output, such as `head`, has ended."""
+
+
+def _is_closed(descriptor: int) -> bool:
+    """True if it is a pipe that nothing reads any more."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 def _run(options: argparse.Namespace) -> int:
     """Run the command. Raises: RuntimeError for a SystemExit, which would set the exit code."""
     if getattr(options, "verbose", False):
@@ -106,6 +125,8 @@ def _run(options: argparse.Namespace) -> int:
     try:
         return options.run(options)
     except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # As rich ends a program.
+            raise _OutputClosed from error
         reason = f"code that the command called ended the program by SystemExit: {error}"
         raise RuntimeError(reason) from error
 
