@@ -10,7 +10,7 @@ from gft_lite.objective.methods import METHODS
 from gft_lite.recipe.loader import COMMAND_LINE, find_recipe, gather
 from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import PolicySettings
-from gft_lite.rewards.registry import REWARDS
+from gft_lite.rewards.registry import JUDGE, REWARDS
 from gft_lite.rollout.registry import ENGINES
 from gft_lite.utils.errors import UserError
 from gft_lite.utils.paths import PACKAGE
@@ -45,6 +45,8 @@ def named_code(settings: Recipe | Suite) -> Iterator[str]:
     yield from (f"{field}: {name}" for field, name, table in named if name not in table)
     servers = settings.rollout.servers
     yield from (f"rollout.servers: {url}, which gets prompts and the key" for url in servers)
+    judges = [f.parameters.get("url") for f in settings.reward.functions if f.name == JUDGE]
+    yield from (f"reward.functions: judge at {url}, which gets answers and a key" for url in judges)
     yield from remote_code(settings.policy)
     if isinstance(settings, Recipe):
         for number in range(len(settings.stages)):

@@ -33,6 +33,7 @@ from gft_lite.evaluation.sets import open_scorer
 from gft_lite.policy.load_errors import LOAD_ERRORS
 from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import ColumnsSettings, PolicySettings
+from gft_lite.rewards.judge_client import FILE as JUDGEMENTS
 from gft_lite.rewards.scorer import Scorer
 from gft_lite.rollout.prompt_check import load_tokenizer
 from gft_lite.rollout.sampling import sample_seed
@@ -82,6 +83,8 @@ def distill(
         problems, columns = _load_problems(recipe, format, settings, log)
         folder = side_folder(path)
         stack.enter_context(lock_folder(folder))
+        if scorer.judge is not None:
+            scorer.judge.keep(folder / JUDGEMENTS)
         with show_phase(console, f"starting the teacher {source.name}", announce=False):
             identity = source.start(folder / "engine", stack)
         requests = _make_requests(recipe, source, identity, settings, problems)
@@ -91,6 +94,7 @@ def distill(
         summary = {
             "file": str(path), "teacher": source.name, "asking": settings.model_dump(),
             **state.summary(), "failures": dict(state.failures.most_common(MAX_REASONS)),
+            **({} if scorer.judge is None else {"judge": scorer.judge.totals()}),
         }  # fmt: skip
         write_data_set(path, columns, problems, state, source.name)
         write_text_atomic(folder / "summary.json", json.dumps(summary, indent=1))

@@ -34,6 +34,7 @@ from gft_lite.policy import kl
 from gft_lite.policy.base import Policy
 from gft_lite.policy.batching import Row
 from gft_lite.policy.registry import load_policy
+from gft_lite.rewards.judge_client import FILE as JUDGEMENTS
 from gft_lite.rewards.scorer import Scorer
 from gft_lite.rollout.base import RolloutEngine, RolloutError, Sampling
 from gft_lite.rollout.policy_engine import PolicyEngine
@@ -101,6 +102,8 @@ def evaluate(
         find_engine(suite.rollout.engine)
     log = partial(console.print, markup=False, soft_wrap=True)
     with open_scorer(suite.reward, conversational=suite.prompt.style == "chat", log=log) as scorer:
+        if scorer.judge is not None:
+            scorer.judge.keep(folder / JUDGEMENTS)
         work = _Evaluation(suite, EvaluationFolder(folder), data, scorer, console)
         if regrade:
             _regrade(work, found)
@@ -115,6 +118,7 @@ def evaluate(
         "sampled": work.sampled,
         "reused": work.reused,
         "seconds": time.perf_counter() - started,
+        **({} if scorer.judge is None else {"judge": scorer.judge.take_usage()}),
     }
     work.folder.write_results(results, work.examples)
     return results

@@ -11,12 +11,14 @@ from pydantic import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
+    model_validator,
 )
 
 from gft_lite.recipe.base import Fraction, Settings, at_most, named_in
 from gft_lite.recipe.effects import EVALUATION, EVERYTHING, NO_RESULT
 from gft_lite.recipe.sections import ColumnsSettings
-from gft_lite.rewards.registry import REWARDS
+from gft_lite.rewards.base import RewardError, RewardFunction
+from gft_lite.rewards.registry import JUDGE, REWARDS, make_rule
 
 
 class ImportanceSettings(Settings):
@@ -70,6 +72,17 @@ class RewardFunctionSettings(Settings):
     weight: Annotated[float, Field(ge=-1e6, le=1e6)] = 1.0
     parameters: dict[str, Any] = {}
     correct_above: float | None = None
+
+    @model_validator(mode="after")
+    def _judge_has_parameters(self) -> RewardFunctionSettings:
+        """Check a judge, which costs money, before anything is loaded."""
+        if self.name == JUDGE:
+            try:
+                make_rule(RewardFunction(self.name, parameters=self.parameters))
+            except RewardError as error:
+                rule = str(error).partition("parameters ")[2].partition(", got ")[0]
+                raise ValueError(f"parameters: {rule}") from error
+        return self
 
 
 def _reward_shorthand(value: Any) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from gft_lite.rewards.base import RewardError, RewardFunction, Rule
+from gft_lite.rewards.base import RewardError, RewardFunction
 from gft_lite.utils.imports import load_dotted
 
 
@@ -29,6 +29,7 @@ class RewardEntry:
 
 
 _HERE = "gft_lite.rewards"
+JUDGE = "judge"
 
 REWARDS: dict[str, RewardEntry] = {
     "math": RewardEntry(
@@ -46,6 +47,10 @@ REWARDS: dict[str, RewardEntry] = {
     "format": RewardEntry(
         f"{_HERE}.format_rule:make", True, False, None,
         r"1 if the response matches `pattern` (default: exactly one closed \boxed{})",
+    ),
+    JUDGE: RewardEntry(
+        f"{_HERE}.judge:make", False, False, None,
+        "0 to 1: a language model's score of the answer by a `rubric`, or its rank in the group",
     ),
 }  # fmt: skip
 
@@ -73,8 +78,8 @@ def correctness_threshold(function: RewardFunction) -> float | None:
     return function.correct_above
 
 
-def make_rule(function: RewardFunction) -> Rule:
-    """Build a built-in rule; fast enough to validate recipes with.
+def make_rule(function: RewardFunction) -> Any:
+    """Build a built-in rule, or the settings of a judge; fast enough to validate recipes with.
 
     Raises: RewardError for a name outside REWARDS or parameters that the rule does not accept.
     """

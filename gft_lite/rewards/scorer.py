@@ -19,7 +19,8 @@ from gft_lite.rewards.base import (
     Rule,
     check_magnitude,
 )
-from gft_lite.rewards.registry import REWARDS, correctness_threshold, make_rule
+from gft_lite.rewards.judge_client import Judge
+from gft_lite.rewards.registry import JUDGE, REWARDS, correctness_threshold, make_rule
 from gft_lite.rewards.user_calls import Rows, UserCalls
 from gft_lite.rewards.worker_pool import WorkerPool
 from gft_lite.types import Group, Response
@@ -35,7 +36,8 @@ class Scorer:
     `timeout` is the CPU time that one text may take in a worker, in seconds; CPU time, so that
     load does not change rewards. `concurrency` limits the calls of a coroutine function that run
     at a time. `conversational`: users' functions get lists of messages. `log` gets a line
-    about the responses of a batch for which a function failed.
+    about the responses of a batch for which a function failed. `judge` is the client of the reward
+    `judge`, if it is one of the functions.
     """
 
     def __init__(
@@ -55,9 +57,12 @@ class Scorer:
         _check(functions, workers, timeout)
         self._functions = tuple(functions)
         self._rules: dict[str, Rule] = {}
-        users = []
+        self.judge: Judge | None = None
+        users, judged = [], None
         for function in functions:
-            if function.name in REWARDS or not set(".:") & set(function.name):
+            if function.name == JUDGE:
+                judged = make_rule(function)
+            elif function.name in REWARDS or not set(".:") & set(function.name):
                 self._rules[function.name] = make_rule(function)
             else:
                 users.append(function)
@@ -70,7 +75,9 @@ class Scorer:
             [(f.name, dict(f.parameters)) for f in remote], workers=workers, timeout=timeout
         )
         self._cache: dict[bytes, Grade] = {}
-        self._log = log
+        self._log = log or (lambda _: None)
+        if judged is not None:  # The last step, as it sends a request.
+            self.judge = Judge(judged, concurrency=concurrency, log=self._log)
         self._lock = threading.Lock()
 
     def score(self, groups: Sequence[Group]) -> list[Group]:
@@ -87,8 +94,8 @@ class Scorer:
             return list(groups)
         with self._lock:
             columns = [self._grades(function, rows) for function in self._functions]
-            failures, self._users.failures = self._users.failures, []
-        if failures and self._log:
+            failures = self._take_failures()
+        if failures:
             self._log(f"{failures[0]} {len(failures)} of {len(rows)} responses have no reward.")
         graded = zip((response for _, response in rows), zip(*columns, strict=True), strict=True)
         scored = iter([self._combine(response, grades) for response, grades in graded])
@@ -101,6 +108,8 @@ class Scorer:
         """Stop the worker processes."""
         self._pool.close()
         self._users.close()
+        if self.judge is not None:
+            self.judge.close()
 
     def __enter__(self) -> Scorer:
         return self
@@ -112,6 +121,15 @@ class Scorer:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _take_failures(self) -> list[str]:
+        """The error texts of the responses that a function has failed for since the last call."""
+        found: list[str] = []
+        for grader in (self._users, self.judge):
+            if grader is not None:
+                found += grader.failures
+                grader.failures = []
+        return found
 
     def _combine(self, response: Response, grades: Sequence[Grade | None]) -> Response:
         applied = [
@@ -143,6 +161,9 @@ class Scorer:
         return None
 
     def _grades(self, function: RewardFunction, rows: Rows) -> Sequence[Grade | None]:
+        if function.name == JUDGE:
+            assert self.judge is not None
+            return self.judge.grade(rows)
         if function.name not in self._rules:
             return self._users.grade(function.name, rows)
         items = [(r.text, g.problem.answer, _answer_type(g)) for g, r in rows]

@@ -84,6 +84,7 @@ def train_step(run: TrainingRun, step: int) -> dict[str, Any]:
         **group_metrics([scored.group for scored in groups]),
         "rollout_tokens": built.rollout_tokens,
         **updates,
+        **run.grading.judge_usage(),
         "sync_gap": gap,
         "peak_memory": memory,
         **({"kl": kl} if kl else {}),

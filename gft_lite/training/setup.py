@@ -36,6 +36,7 @@ from gft_lite.runs.metrics import training_seconds
 from gft_lite.runs.trackers import Trackers, check_trackers
 from gft_lite.training.collapse_guard import CollapseGuard
 from gft_lite.training.evaluation_schedule import EvaluationSchedule
+from gft_lite.training.grading import Grading
 from gft_lite.training.groups import GroupBuilder
 from gft_lite.training.kl_monitor import KlMonitor
 from gft_lite.training.learner import Learner
@@ -43,7 +44,7 @@ from gft_lite.training.presampled_groups import open_presampled
 from gft_lite.training.run_data import check_demonstrations, load_run_data
 from gft_lite.training.shared_parts import SharedParts
 from gft_lite.training.teacher_model import TeacherModel
-from gft_lite.types import Group, Problem
+from gft_lite.types import Problem
 from gft_lite.utils.distributed import Distributed
 from gft_lite.utils.memory import GIB, free_ram, trim_heap
 from gft_lite.utils.progress import show_phase
@@ -62,6 +63,7 @@ class TrainingRun:
     console: Console
     policy: Policy
     engine: PolicyEngine
+    grading: Grading
     builder: GroupBuilder
     learner: Learner
     monitor: KlMonitor
@@ -182,7 +184,7 @@ def setup_run(recipe: Recipe, place: Place) -> TrainingRun:
         check_chat_templates(recipe.policy, {"data.prompt": recipe.data.prompt, **sets})
         policy = _load_policy(recipe, place.shared)
     format = make_prompt_format(policy, recipe.data.prompt)
-    grade = partial(_grade, scorer, distributed)
+    grade = Grading(scorer, folder, distributed)
     with show_phase(console, "reading the data"):
         data = load_run_data(recipe, policy, console)
         check_demonstrations(recipe, data.problems, format, grade, console)
@@ -190,6 +192,7 @@ def setup_run(recipe: Recipe, place: Place) -> TrainingRun:
     stack.enter_context(folder.lock())
     folder.create(saved.to_yaml())
     folder.check_data(data.fingerprints)
+    grade.keep_judgements()
     if presampled:
         own_folder = folder if distributed.is_main else None
         presampled.begin(saved, own_folder, policy, data.problems)
@@ -212,6 +215,7 @@ def setup_run(recipe: Recipe, place: Place) -> TrainingRun:
         console=console,
         policy=policy,
         engine=engine,
+        grading=grade,
         builder=GroupBuilder(recipe, problems, sampler, format, grade, presampled),
         learner=Learner(policy, recipe, distributed, console, teacher),
         monitor=KlMonitor(policy, recipe, kl_rows),
@@ -259,11 +263,6 @@ def _end_engine(
         shared.keep()
     else:
         engine.close()
-
-
-def _grade(scorer: Scorer, distributed: Distributed, groups: Sequence[Group]) -> list[Group]:
-    """The groups with rewards, graded by all processes."""
-    return distributed.all_gather(scorer.score(distributed.shard(groups)))
 
 
 def _eval_sampling(recipe: Recipe) -> Sampling:

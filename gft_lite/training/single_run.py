@@ -111,6 +111,7 @@ def _summary(
         "steps": len(metrics),
         "updates": sum(m["updates"] for m in metrics),
         "skipped_steps": sum(m["skipped"] is not None for m in metrics),
+        **run.grading.judge_totals(),
     }
 
 
