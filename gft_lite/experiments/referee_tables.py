@@ -63,7 +63,9 @@ def _summary(method: str, outcomes: Sequence[Outcome]) -> Summary:
 
 def base_scores(comparison: Comparison) -> dict[str, float]:
     """The mean scores of the policies before training, over the base models."""
-    by_base = {outcome.base: set_means(outcome.base_scores) for outcome in comparison.outcomes}
+    by_base: dict[str, dict[str, float]] = {}
+    for outcome in comparison.outcomes:
+        by_base.setdefault(outcome.base, {}).update(set_means(outcome.base_scores))
     return {name: fmean(values) for name, values in _by_set(by_base.values()).items()}
 
 
