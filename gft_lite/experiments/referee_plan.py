@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from gft_lite.data.sources import open_source
+from gft_lite.experiments.lab_bases import lab_seed
 from gft_lite.experiments.referee_methods import (
     RATE,
     Contender,
@@ -18,6 +19,7 @@ from gft_lite.experiments.referee_methods import (
 )
 from gft_lite.experiments.sweep_config import MAX_RUNS
 from gft_lite.experiments.tuning import check_correctness, geometric_rates, stages
+from gft_lite.policy.model_files import check_model_files
 from gft_lite.recipe.loader import Tree, find_recipe, merge, nested, read_tree
 from gft_lite.recipe.method_parameters import complete_objective
 from gft_lite.recipe.schema import Recipe
@@ -70,7 +72,7 @@ class RefereePlan:
     contenders: Mapping[str, Contender]
     methods: tuple[str, ...]
     against: str
-    budget: int
+    budget: float
     tune_set: DataSettings
     skip: int = 0
     sets: Mapping[str, DataSettings] = field(default_factory=dict)
@@ -158,7 +160,7 @@ class RefereePlan:
             own = {f.removeprefix(first): v for f, v in settings.items() if f.startswith(first)}
             if number == count - 1:
                 own = {f: v for f, v in settings.items() if not f.startswith("stages.")}
-            share = self.budget * (number + 1) // count - self.budget * number // count
+            share = _share(self.budget, number, count)
             layers.append(self._layer(self.contenders[stage], own, share))
         whole = {"budget": {self.options.equal: self.budget}, "stages": stages(layers)}
         return merge(merge(common, layers[-1]), whole)
@@ -188,7 +190,7 @@ class RefereePlan:
             return self.settings_at(name, rate)
         return self.staged_settings(name, {s: self.settings_at(s, rate) for s in contender.stages})
 
-    def _layer(self, contender: Contender, settings: Settings, budget: int) -> Tree:
+    def _layer(self, contender: Contender, settings: Settings, budget: float) -> Tree:
         layer = contender.layer
         for name, value in settings.items():
             layer = merge(layer, nested(name, value))
@@ -214,6 +216,13 @@ class RefereePlan:
         return Recipe.from_tree(merge(self.common, layer))
 
 
+def _share(budget: float, number: int, count: int) -> float:
+    """The budget of a stage; all of them add up to the whole."""
+    if isinstance(budget, float):
+        return budget / count
+    return budget * (number + 1) // count - budget * number // count
+
+
 # --- checks ----------------------------------------------------------------------------------
 
 
@@ -224,6 +233,10 @@ def make_plan(options: RefereeOptions) -> RefereePlan:
     """
     _check_numbers(options)
     recipe = Recipe.load(options.recipe, options.overrides)
+    for base in options.bases:
+        if lab_seed(base) is None:
+            policy = recipe.policy.model_copy(update={"model": base})
+            check_model_files(policy, needs_weights=False)
     check_correctness(recipe)
     tree = read_tree(find_recipe(options.recipe), options.overrides)[0]
     contenders = find_contenders(options.methods, recipe, tree)
@@ -277,13 +290,13 @@ def _against(name: str | None, methods: Sequence[str]) -> str:
     raise UserError([f"{rule}, got {short_repr(name)}.{hint}"])
 
 
-def _budget(options: RefereeOptions, recipe: Recipe) -> int:
+def _budget(options: RefereeOptions, recipe: Recipe) -> float:
     """The budget of a run. Raises: UserError if neither the recipe nor the options have one."""
     if options.budget is not None:
         return options.budget
-    written = getattr(recipe.budget, options.equal)
+    written: float | None = getattr(recipe.budget, options.equal)
     if written is not None:
-        return int(written)
+        return written
     if options.equal != "trajectories" or recipe.steps is None:
         rule = f"--budget: must be the {options.equal} of a run, which the recipe does not have"
         raise UserError([f"{rule}, got nothing. Such as --budget 100000."])

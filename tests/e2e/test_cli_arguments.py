@@ -45,6 +45,7 @@ GRIDS = ("optim.lr=1,2", "optim.lr=", "optim.lr", "=", "group=x", "optim.lr={log
 # Added to a command whose arguments may all be valid, so that it does no work.
 IDLE = {"train": ["policy.model=nowhere"], "groups": ["policy.model=nowhere"],
         "distill": ["data.source=nowhere.jsonl"], "sweep": ["--dry-run"],
+        "referee": ["--dry-run"],
         "compare": ["no.such=1"], "study": ["no.such=1"]}  # fmt: skip
 # These need valid values of their arguments to do any work.
 TARGETS = tuple(path for path in PATHS if path not in ("lab", "run"))
@@ -153,7 +154,8 @@ def test_any_arguments_end_with_exit_code_0_or_2(here, line):
 OUTPUTS = {
     "train recipes/lab.yaml": ["--out"], "groups recipes/lab.yaml": ["--out"],
     "distill recipes/lab.yaml --teacher lab": ["--out"], "eval lab --suite lab": ["--out"],
-    "sweep recipes/sweeps/tau.yaml": ["--out"], "merge run --out x": ["--out"],
+    "sweep recipes/sweeps/tau.yaml": ["--out"],
+    "referee recipes/lab.yaml --methods gft,sft": ["--out"], "merge run --out x": ["--out"],
     "report run": ["--out", "--plots"], "lab compare": ["--out"],
     "lab study": ["--out", "--report"],
 }  # fmt: skip
@@ -171,6 +173,7 @@ def test_an_output_path_is_checked_before_anything_is_loaded(here, command, flag
 
 
 INPUTS = ("train {}", "plan {}", "report {}", "chat {}", "sweep {}", "merge {} --out x",
+          "referee {} --methods gft,sft", "referee recipes/lab.yaml --methods gft,{}.yaml",
           "groups {}", "eval {} --suite lab", "distill {} --teacher lab")  # fmt: skip
 
 
@@ -191,6 +194,8 @@ def test_an_input_path_that_cannot_be_read_is_one_line(here, command, path):
         ("sweep recipes/sweeps/tau.yaml --dry-run --seeds 999999999", "--seeds: must be a whole"),
         ("sweep recipes/sweeps/tau.yaml --dry-run --random -1", "--random: must be a whole"),
         ("sweep recipes/sweeps/tau.yaml --jobs 0", "--jobs: must be a whole number from 1"),
+        ("referee recipes/lab.yaml --methods gft,sft --seeds 0", "--seeds: must be a whole"),
+        ("referee recipes/lab.yaml --methods gft,sft --margin nan", "--margin: must be between 0"),
         ("groups recipes/lab.yaml --visits -3", "--visits: must be a whole number from 1"),
         ("lab compare --seeds 1e3", "--seeds: must be a whole number from 1 to 1,000, got '1e3'"),
         ("lab study --jobs -1", "--jobs: must be a whole number from 1"),
