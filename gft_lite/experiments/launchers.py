@@ -139,6 +139,7 @@ class LocalLauncher:
 
     def __init__(self, jobs: int | None, share: bool = True) -> None:
         self.jobs = jobs or 1
+        self._loaded: dict[int, dict[str, Any]] = {}  # What the last trial of a process loaded.
         self._arguments = [] if share else [SEPARATE]
         self._idle: list[subprocess.Popen[str]] = []
         self._busy: dict[Path, subprocess.Popen[str]] = {}
@@ -146,7 +147,11 @@ class LocalLauncher:
     def start(self, folder: Path) -> None:
         """Start a trial."""
         self._idle = [process for process in self._idle if process.poll() is None]
-        process = self._idle.pop() if self._idle else self._new_process()
+        inputs = Recipe.load(folder / "recipe.yaml").policy.loading_inputs
+        fitting = [p for p in self._idle if self._loaded[p.pid] == inputs]
+        process = (fitting or self._idle or [self._new_process()])[-1]
+        self._idle = [other for other in self._idle if other is not process]
+        self._loaded[process.pid] = inputs
         assert process.stdin is not None
         process.stdin.write(f"{folder}\n")
         process.stdin.flush()

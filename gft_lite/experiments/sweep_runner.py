@@ -175,12 +175,17 @@ def _running(work: Sequence[_Job]) -> list[_Job]:
 def _next(work: Sequence[_Job]) -> _Job | None:
     """The next trial to start, or None; not one whose base is being evaluated by another trial.
 
-    The first seed of every point comes before the second, so that all points have results early.
+    The first seed of every point comes before the second, so that all points have results early;
+    among those of a seed, the trials of a model come one after another, so that they can share it.
     """
     evaluated = {job.base for job in work if job.has_base}
     busy = {job.base for job in _running(work)} - evaluated
     ready = [job for job in work if job.state == "waiting" and job.base not in busy]
-    return min(ready, key=lambda job: job.trial.recipe.seed, default=None)
+    models = list(dict.fromkeys(job.trial.recipe.policy.model for job in work))
+    return min(
+        ready, default=None,
+        key=lambda job: (job.trial.recipe.seed, models.index(job.trial.recipe.policy.model)),
+    )  # fmt: skip
 
 
 def _start(job: _Job, work: Sequence[_Job]) -> None:

@@ -12,12 +12,6 @@ from torch import Tensor
 from gft_lite.policy.base import Policy
 from gft_lite.recipe.sections import PolicySettings
 
-# Applied to every policy anew, after its base is loaded; a base depends on every other field.
-_NOT_OF_THE_BASE = {
-    "adapter", "reference", "context", "gradient_checkpointing", "offload_checkpoints", "layout",
-    "fused_head", "lora",
-}  # fmt: skip
-
 
 class KeptBase:
     """Holds at most one base, which a policy takes and returns at its end.
@@ -37,7 +31,7 @@ class KeptBase:
 
     def fits(self, settings: PolicySettings) -> bool:
         """True if `take` would return the kept base."""
-        return self._base is not None and self._inputs == base_inputs(settings)
+        return self._base is not None and self._inputs == settings.loading_inputs
 
     def take(self, settings: PolicySettings, load: Callable[[], Any]) -> Any:
         """The kept base if it was loaded with equal settings, else a new one from `load`."""
@@ -45,7 +39,7 @@ class KeptBase:
         self._base = None
         if base is None:
             base = load()
-            self._inputs, self._loaded = base_inputs(settings), _state(base)
+            self._inputs, self._loaded = settings.loading_inputs, _state(base)
         return base
 
     def put_back(self, policy: Policy) -> bool:
@@ -69,11 +63,6 @@ class KeptBase:
     def drop(self) -> None:
         """Release the base's memory."""
         self._base, self._inputs, self._loaded = None, {}, []
-
-
-def base_inputs(settings: PolicySettings) -> dict[str, Any]:
-    """The settings that a loaded base depends on."""
-    return settings.model_dump(exclude=_NOT_OF_THE_BASE)
 
 
 def _state(base: Any) -> list[Any]:

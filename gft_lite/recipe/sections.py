@@ -66,6 +66,15 @@ class PolicySettings(Settings):
     trust_remote_code: Annotated[bool, EVALUATION] = False
     lora: Annotated[LoraSettings, TRAINING] = LoraSettings()
 
+    @property
+    def loading_inputs(self) -> dict[str, Any]:
+        """The settings that a loaded base depends on; the others apply to each policy anew."""
+        anew = {
+            "adapter", "reference", "context", "gradient_checkpointing", "offload_checkpoints",
+            "layout", "fused_head", "lora",
+        }  # fmt: skip
+        return self.model_dump(exclude=anew)
+
     def resolved_device(self, *, cuda_available: bool) -> str:
         """The device to load the policy on: `auto` is the GPU where there is one."""
         if self.device != "auto":

@@ -31,6 +31,10 @@ class UnslothEngine(VllmEngine):
             )
         return engine
 
+    def take_over(self, settings: RolloutSettings, policy: Policy) -> bool:
+        """Return False: the engine belongs to its policy."""
+        return False
+
     def close(self) -> None:
         """Reject further calls; the memory belongs to the policy."""
         self._llm = self._lora = self._model.vllm_engine = None

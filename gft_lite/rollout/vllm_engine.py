@@ -57,6 +57,7 @@ class VllmEngine:
         self._shapes = adapter_shapes(policy.model)
         self._adapter_ids = itertools.count(1)
         self._lora: Any = None
+        self._inputs: dict[str, Any] = {}
         self._can_sleep, self._asleep = settings.sleep, False
         self._environment = {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -67,7 +68,6 @@ class VllmEngine:
         if self._joins_group:
             for name in ("VLLM_HOST_IP", "GLOO_SOCKET_IFNAME"):  # Ranks may be on other machines.
                 self._environment.pop(name, None)
-        self._inputs = start_inputs(settings, policy)
         self._llm = self._start(settings, policy, scratch)
 
     def take_over(self, settings: RolloutSettings, policy: Policy) -> bool:
@@ -85,6 +85,7 @@ class VllmEngine:
 
     def _start(self, settings: RolloutSettings, policy: Policy, scratch: Path) -> Any:
         options = engine_options(settings, policy)
+        self._inputs = start_inputs(settings, policy)
         if self._joins_group:
             options["distributed_executor_backend"] = "external_launcher"
         logging.getLogger("vllm").setLevel(self._environment["VLLM_LOGGING_LEVEL"])
