@@ -35,6 +35,13 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--random", type=whole_number(1, 10**5), metavar="N", help="draw so many points of the grid"
     )
+    parser.add_argument("--search", type=whole_number(1, 10**5), metavar="N",
+                        help="have Optuna propose so many points, one by one")  # fmt: skip
+    parser.add_argument("--metric", metavar="SET/FIGURE",
+                        help="of --search: test/pass@1 (default: the headline)")  # fmt: skip
+    parser.add_argument("--minimize", action="store_true", help="--search minimizes it")
+    parser.add_argument("--prune", action="store_true",
+                        help="--search stops runs by their curves (needs eval.every)")  # fmt: skip
     parser.add_argument("--jobs", type=whole_number(1, 1024), metavar="N",
                         help="runs at a time (default: 1; with ray what fits)")  # fmt: skip
     parser.add_argument("--launcher", default="local", metavar="NAME", help="local or ray")
@@ -61,10 +68,11 @@ def run(options: argparse.Namespace) -> int:
     for field in ("seeds", "random"):
         if getattr(options, field) is not None:
             overrides.append(f"{field}={getattr(options, field)}")
+    overrides += _search_overrides(options)
     plan = Sweep.load(options.recipe, overrides)
     if options.dry_run:
         print(plan.to_yaml(), end="")
-        for trial in plan.trials():
+        for trial in () if plan.search else plan.trials():
             print(f"# {trial.name}")
         return DONE
     if not options.allow_code:
@@ -87,9 +95,23 @@ def run(options: argparse.Namespace) -> int:
     console.print(means.title, style="bold", highlight=False)
     console.print(means.rich(console.width))
     failed = [trial for trial in results["trials"] if trial["state"] == "failed"]
-    for trial in failed:
-        log = folder.path / trial["folder"] / "log.txt"
-        console.print(f"failed: {trial['name']}: {trial['reason']} ({log})",
-                      markup=False, soft_wrap=True)  # fmt: skip
+    for trial in results["trials"]:
+        if trial["state"] in ("failed", "stopped"):
+            log = folder.path / trial["folder"] / "log.txt"
+            how = "failed: " if trial["state"] == "failed" else ""
+            console.print(f"{how}{trial['name']}: {trial['reason']} ({log})",
+                          markup=False, soft_wrap=True)  # fmt: skip
+    if found := results.get("search"):
+        figure = f"{found['metric'] or 'headline'} {found['figure']}"
+        best = f"best: {found['best']}: {figure}" if found["best"] else "best: no trial is done"
+        console.print(best, markup=False, soft_wrap=True)
     console.print(f"sweep: {folder.path}", markup=False, soft_wrap=True)
     return FAILED if failed else DONE
+
+
+def _search_overrides(options: argparse.Namespace) -> list[str]:
+    """The overrides of --search, --metric, --minimize and --prune."""
+    given = {"trials": options.search, "metric": options.metric,
+             "mode": "min" if options.minimize else None,
+             "prune": options.prune or None}  # fmt: skip
+    return [f"search.{name}={value}" for name, value in given.items() if value is not None]

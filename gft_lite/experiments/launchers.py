@@ -49,8 +49,11 @@ class Launcher(Protocol):
     def wait(self, seconds: float) -> list[tuple[Path, str | None]]:
         """Wait up to `seconds` for a trial to end; returns the ended ones and their failures."""
 
+    def interrupt(self, folder: Path) -> None:
+        """Interrupt a trial, which ends after its current step."""
+
     def stop(self) -> None:
-        """Interrupt all trials; each ends after its current step."""
+        """Interrupt all trials."""
 
     def close(self) -> None:
         """End all processes."""
@@ -143,6 +146,7 @@ class LocalLauncher:
         self._arguments = [] if share else [SEPARATE]
         self._idle: list[subprocess.Popen[str]] = []
         self._busy: dict[Path, subprocess.Popen[str]] = {}
+        self._interrupted: set[int] = set()  # Their processes are not used again.
 
     def start(self, folder: Path) -> None:
         """Start a trial."""
@@ -163,10 +167,16 @@ class LocalLauncher:
         folders = [pipes[pipe] for pipe in connection.wait(list(pipes), seconds)]
         return [(folder, self._result(self._busy.pop(folder))) for folder in folders]
 
+    def interrupt(self, folder: Path) -> None:
+        """Interrupt a trial, which ends after its current step."""
+        process = self._busy[folder]
+        self._interrupted.add(process.pid)
+        process.send_signal(signal.SIGINT)
+
     def stop(self) -> None:
-        """Interrupt all trials; each ends after its current step."""
-        for process in self._busy.values():
-            process.send_signal(signal.SIGINT)
+        """Interrupt all trials."""
+        for folder in self._busy:
+            self.interrupt(folder)
 
     def close(self) -> None:
         """End all processes."""
@@ -196,7 +206,7 @@ class LocalLauncher:
         assert process.stderr is not None
         line = process.stdout.readline()
         reason = json.loads(line) if line else _exit_reason(process)
-        if reason is None:
+        if reason is None and process.pid not in self._interrupted:
             self._idle.append(process)
         else:
             _kill(process)
@@ -277,10 +287,14 @@ class RayLauncher:
         ready, _ = self._ray.wait(list(self._busy), timeout=seconds)
         return [(self._busy.pop(reference), self._result(reference)) for reference in ready]
 
+    def interrupt(self, folder: Path) -> None:
+        """Interrupt a trial, which ends after its current step."""
+        self._ray.cancel(next(task for task, busy in self._busy.items() if busy == folder))
+
     def stop(self) -> None:
-        """Interrupt all trials; each ends after its current step."""
-        for reference in self._busy:
-            self._ray.cancel(reference)
+        """Interrupt all trials."""
+        for folder in self._busy.values():
+            self.interrupt(folder)
 
     def close(self) -> None:
         """End all processes."""

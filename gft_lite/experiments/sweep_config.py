@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, PositiveInt, ValidationError, model_validator
@@ -30,11 +30,11 @@ from gft_lite.recipe.loader import (
 from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import GroupSettings
 from gft_lite.recipe.validation_errors import Places, explain
-from gft_lite.utils.errors import RecipeError, short_repr
+from gft_lite.utils.errors import RecipeError, nearest, short_repr
 
 MAX_RUNS = 1_000  # Of one sweep.
 MAX_POINTS = 1_000_000  # Of a grid from which `random` points are drawn.
-_ON_COMMAND_LINE = ("overrides", "grid", "random", "random_seed", "seeds")
+_ON_COMMAND_LINE = ("overrides", "grid", "random", "random_seed", "seeds", "search")
 # Limits of a trial's folder name, in characters.
 _MAX_VALUE, _MAX_NAME = 40, 200
 _DRAWS_PER_POINT = 100  # Before a range is taken to have too few distinct values.
@@ -59,10 +59,33 @@ class Range(Settings):
     def draw(self, rng: Random) -> float:
         """A random value, rounded to four significant digits."""
         if self.log:
-            value = math.exp(rng.uniform(*map(math.log, self.log)))
-        else:
-            value = rng.uniform(*(self.uniform or (0, 0)))
-        return float(f"{value:.4g}")
+            return rounded(math.exp(rng.uniform(*map(math.log, self.log))))
+        return rounded(rng.uniform(*self.bounds))
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The bounds in the order given."""
+        return self.log or self.uniform or (0, 0)
+
+
+class SearchSettings(Settings):
+    """`trials` points that Optuna's TPE sampler proposes, seeded by `random_seed`.
+
+    `metric` is a figure of the final evaluation such as `test/pass@1`, by default the headline. By
+    `prune`, asynchronous successive halving (arXiv 1810.05934) compares the evaluations of
+    `eval.every`: after the 1st, 3rd, 9th, ... of a run, it goes on if it is among the best third of
+    the runs that came this far, and is otherwise stopped after its current step.
+    """
+
+    trials: PositiveInt
+    metric: str | None = None
+    mode: Literal["max", "min"] = "max"
+    prune: bool = False
+
+
+def rounded(value: float) -> float:
+    """A value of a range with four significant digits."""
+    return float(f"{value:.4g}")
 
 
 Values = Annotated[list[Any], Field(min_length=1)]
@@ -83,7 +106,8 @@ class Sweep(Settings):
     The grid can have every field of the recipe, such as `objective.tau`. Values of `group` can be
     ratios of demonstrations to self samples, such as `6:2`; values of `recipe` are recipe files.
     `random` points are drawn from the grid with `random_seed`; a larger `random` adds points to
-    those of a smaller one. The `seeds` count up from the seed of the recipe.
+    those of a smaller one; `search` has them proposed by the results of the points before. The
+    `seeds` count up from the seed of the recipe.
     """
 
     name: str = "sweep"
@@ -93,6 +117,7 @@ class Sweep(Settings):
     random: PositiveInt | None = None
     random_seed: int = 0
     seeds: PositiveInt = 1
+    search: SearchSettings | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Sweep:
@@ -106,7 +131,7 @@ class Sweep(Settings):
         for field in self.grid:
             rules += [f"grid: must not have both {field} and {other}, which is a part of it"
                       for other in self.grid if other.startswith(f"{field}.")]  # fmt: skip
-        rules += self._wrong_counts()
+        rules += self._wrong_search() if self.search else self._wrong_counts()
         if rules:
             raise ValueError("\n".join(rules))
         return self
@@ -126,6 +151,27 @@ class Sweep(Settings):
             field = "seeds" if self.seeds > 1 else "random" if self.random else "grid"
             runs = f"{drawn * self.seeds:,} (points {drawn:,}, seeds {self.seeds:,})"
             yield f"{field}: must give at most {MAX_RUNS:,} runs, not {runs}"
+
+    def _wrong_search(self) -> Iterator[str]:
+        """Rules of `search`, checked before any run is built."""
+        trials = self.search.trials if self.search else 0
+        if self.random:
+            yield "random: must not be given with search, which proposes the points"
+        if self.seeds > 1:
+            yield "seeds: must be 1 with search; run its best point again with more seeds"
+        if not self.grid:
+            yield "grid: must have the fields to search"
+        if self.points is not None and trials > self.points:
+            yield f"search.trials: must be at most {self.points:,}, the points of the grid"
+        if trials > MAX_RUNS:
+            yield f"search.trials: must be at most {MAX_RUNS:,}"
+
+    @property
+    def points(self) -> int | None:
+        """The number of points of the grid, None with a range."""
+        if any(isinstance(values, Range) for values in self.grid.values()):
+            return None
+        return math.prod(len(v) for v in self.grid.values() if isinstance(v, list))
 
     @property
     def _files(self) -> list[Any]:
@@ -176,29 +222,17 @@ class Sweep(Settings):
         return yaml.dump(self.model_dump(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
     def trials(self, places: Places | None = None) -> list[Trial]:
-        """Every point of the grid with every seed.
+        """Every point of the grid with every seed; of a search, points with each value once.
 
         Raises: RecipeError with every error of every recipe.
         """
-        short = {field: field.rpartition(".")[2] for field in self.grid}
-        clash = Counter(short.values())
-        label = {field: field if clash[last] > 1 else last for field, last in short.items()}
         trials: list[Trial] = []
         problems: dict[str, None] = {}  # The same value can be wrong in many trials.
         for point in self._points():
             try:
-                recipe = self._recipe(point, places or {})
+                trials += self.trials_at(point, places)
             except RecipeError as error:
                 problems |= dict.fromkeys(error.problems)
-                continue
-            if recipe.seed + self.seeds > 2**31:
-                rule = f"seed: must be at most 2**31 - {self.seeds}, got {recipe.seed}"
-                problems[f"{rule}. Choose a smaller seed, or fewer seeds."] = None
-            settings = {f: Path(v).stem if f == "recipe" else v for f, v in point.items()}
-            parts = [f"{label[f]}={_name_part(v)}" for f, v in settings.items()]
-            for seed in range(recipe.seed, recipe.seed + self.seeds):
-                name = _folder_name([*parts, f"seed={seed}"])
-                trials.append(Trial(name, settings, recipe.model_copy(update={"seed": seed})))
         for name, times in Counter(trial.name for trial in trials).items():
             if times > 1:
                 problems[f"grid: must not have a point twice, got {name}."] = None
@@ -206,8 +240,53 @@ class Sweep(Settings):
             raise RecipeError(list(problems))
         return trials
 
+    def trials_at(self, point: Mapping[str, Any], places: Places | None = None) -> list[Trial]:
+        """A point of the grid with every seed. Raises: RecipeError with every error."""
+        recipe = self._recipe(point, places or {})
+        rules = self._wrong_recipe(recipe) if self.search else []
+        if recipe.seed + self.seeds > 2**31:
+            rule = f"seed: must be at most 2**31 - {self.seeds}, got {recipe.seed}"
+            rules.append(f"{rule}. Choose a smaller seed, or fewer seeds.")
+        if rules:
+            raise RecipeError(rules)
+        settings = {f: Path(v).stem if f == "recipe" else v for f, v in point.items()}
+        label = self._labels()
+        parts = [f"{label[f]}={_name_part(v)}" for f, v in settings.items()]
+        return [
+            Trial(_folder_name([*parts, f"seed={seed}"]), settings,
+                  recipe.model_copy(update={"seed": seed}))
+            for seed in range(recipe.seed, recipe.seed + self.seeds)
+        ]  # fmt: skip
+
+    def _labels(self) -> dict[str, str]:
+        """The name of each field of the grid in the names of folders."""
+        short = {field: field.rpartition(".")[2] for field in self.grid}
+        clash = Counter(short.values())
+        return {field: field if clash[last] > 1 else last for field, last in short.items()}
+
+    def _wrong_recipe(self, recipe: Recipe) -> list[str]:
+        """What a recipe lacks for the search."""
+        assert self.search is not None
+        rules, metric, figures = [], self.search.metric, recipe.eval.figures
+        if not figures:
+            rules.append("eval.sets: must have a set, whose figure is searched for, got none.")
+        elif metric is not None and metric not in figures:
+            close = nearest(metric, figures)
+            hint = f" Did you mean {close}?" if close else ""
+            rule = f"search.metric: must be {', '.join(figures)}"
+            rules.append(f"{rule}, got {short_repr(metric)}.{hint}")
+        if self.search.prune and not recipe.eval.every:
+            rule = "search.prune: must have evaluations while training"
+            rules.append(f"{rule}, got eval.every=0. Set eval.every, or leave out --prune.")
+        if self.search.prune and recipe.stages:
+            rules.append("search.prune: must be a run without stages, got stages.")
+        return rules
+
     def _points(self) -> Iterator[dict[str, Any]]:
         """The values of the fields of the grid at each point."""
+        if self.search:
+            yield from self._probes()
+            return
         rng = Random(self.random_seed)
         if any(isinstance(values, Range) for values in self.grid.values()):
             yield from self._drawn_points(rng)
@@ -217,6 +296,13 @@ class Sweep(Settings):
             rng.shuffle(points)
         for values in points[: self.random]:
             yield dict(zip(self.grid, values, strict=True))
+
+    def _probes(self) -> Iterator[dict[str, Any]]:
+        """As many points as the longest list has values, so that each value is in one."""
+        values = {f: sorted(set(v.bounds)) if isinstance(v, Range) else v
+                  for f, v in self.grid.items()}  # fmt: skip
+        for i in range(max(map(len, values.values()))):
+            yield {field: each[min(i, len(each) - 1)] for field, each in values.items()}
 
     def _drawn_points(self, rng: Random) -> Iterator[dict[str, Any]]:
         """`random` distinct points. Raises: RecipeError if the ranges have too few values."""

@@ -50,14 +50,18 @@ def other_recipe(run: RunFolder, recipe: Recipe) -> Path | None:
     return file if any(differences(old, new)) else None
 
 
-def write_results(folder: SweepFolder, plan: Sweep, trials: Sequence[Mapping[str, Any]]) -> None:
-    """Write results.json and results.csv atomically."""
+def write_results(
+    folder: SweepFolder, plan: Sweep, trials: Sequence[Mapping[str, Any]],
+    search: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Write results.json and results.csv atomically; `search` is the summary of a search."""
     results = {
         "name": plan.name,
         "grid": plan.model_dump(mode="json")["grid"],
         "interval": "95%, Student's t over seeds",
         "settings": settings_figures(trials),
         "trials": trials,
+        **({"search": search} if search else {}),
     }
     write_text_atomic(folder.path / "results.json", json.dumps(results, indent=1))
     write_text_atomic(folder.path / "results.csv", csv_text([_csv_row(t) for t in trials]))

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from gft_lite.experiments.launchers import LAUNCHERS, LOG, Launcher
+from gft_lite.experiments.search import Search
 from gft_lite.experiments.sweep_config import Sweep, Trial
 from gft_lite.experiments.sweep_results import (
     SweepFolder,
@@ -28,7 +29,7 @@ from gft_lite.utils.files import check_output_path, lock_folder, write_text_atom
 from gft_lite.utils.progress import ProgressDisplay, stderr_console
 from gft_lite.utils.signals import defer_signals
 
-State = Literal["waiting", "running", "done", "failed", "interrupted"]
+State = Literal["waiting", "running", "done", "stopped", "failed", "interrupted"]
 _POLL_SECONDS = 0.5
 
 
@@ -42,10 +43,14 @@ class Span:
 
 @dataclass
 class _Job:
-    """A trial and its state while the sweep runs; `reason` says why it failed."""
+    """A trial and its state while the sweep runs; `reason` says why it failed or was stopped.
+
+    `stopped_at` is the step by whose evaluation a search stopped it.
+    """
 
     trial: Trial
     run: RunFolder
+    stopped_at: int | None = None
     state: State = "waiting"
     reason: str | None = None
     base_recipe: Recipe = field(init=False)
@@ -58,8 +63,8 @@ class _Job:
         if recipe.stages:
             self.base_recipe, self.base_run = recipe.stage(0), stage_folder(recipe, self.run, 0)
         self.base = base_inputs(self.base_recipe)
-        if self.finished:
-            self.state = "done"
+        if self.finished or self.stopped_at is not None:
+            self.end(None, stopping=False)
 
     @property
     def finished(self) -> bool:
@@ -73,8 +78,15 @@ class _Job:
 
     def end(self, reason: str | None, stopping: bool) -> None:
         """Set the state after the trial's process has ended."""
-        self.state = "done" if self.finished else "interrupted" if stopping else "failed"
-        self.reason = reason if self.state == "failed" else None
+        if self.finished:
+            self.state, self.reason = "done", None
+        elif self.stopped_at is not None:
+            self.state = "stopped"
+            self.reason = f"stopped by the search at step {self.stopped_at}"
+        elif stopping:
+            self.state, self.reason = "interrupted", None
+        else:
+            self.state, self.reason = "failed", reason
 
 
 def sweep(
@@ -94,21 +106,29 @@ def sweep(
     console = console or stderr_console()
     _check_options(out, jobs, launcher)
     folder = SweepFolder(out if out is not None else Path("runs") / "sweeps" / plan.name)
-    work = [_Job(trial, folder.run(trial.name)) for trial in plan.trials()]
+    trials = [] if plan.search else plan.trials()
+    work = [_Job(trial, folder.run(trial.name)) for trial in trials]
     _check_folders(work)
+    search: Search | None = None
 
     def save() -> None:
         results = [trial_result(job.trial, job.run, job.state, job.reason) for job in work]
-        write_results(folder, plan, results)
+        write_results(folder, plan, results, search.summary() if search else None)
 
     with ExitStack() as stack:
         stack.enter_context(lock_folder(folder.path))
+        if plan.search:
+            search = Search(plan, folder)
+            work += [_Job(t, folder.run(t.name), stopped_at=at) for t, at in search.known()]
+            _propose(search, work)
         write_text_atomic(folder.path / "sweep.yaml", plan.to_yaml())
         stack.callback(save)
         if any(job.state == "waiting" for job in work):
             workers = LAUNCHERS[launcher](jobs, share)
             stack.callback(workers.close)
-            _run(work, workers, _Display(console, work, span or Span(0, len(work))), save)
+            total = plan.search.trials if plan.search else len(work)
+            display = _Display(console, work, span or Span(0, total))
+            _run(work, workers, display, save, search)
     return folder
 
 
@@ -136,10 +156,10 @@ def _check_folders(work: Sequence[_Job]) -> None:
 
 
 def _run(
-    work: Sequence[_Job], workers: Launcher, display: _Display, save: Callable[[], None]
-) -> None:
+    work: list[_Job], workers: Launcher, display: _Display, save: Callable[[], None],
+    search: Search | None,
+) -> None:  # fmt: skip
     """Start trials and record their ends until none is left or a signal arrives."""
-    by_folder = {job.run.path: job for job in work}
     stopping = False
     try:
         with defer_signals(display.console) as interrupt, display:
@@ -148,17 +168,21 @@ def _run(
                     stopping = True
                     workers.stop()
                 started = []
-                while not stopping and len(_running(work)) < workers.jobs and (job := _next(work)):
+                while not stopping and len(_running(work)) < workers.jobs:
+                    if search:
+                        _propose(search, work)
+                    if not (job := _next(work)):
+                        break
                     _start(job, work)
                     workers.start(job.run.path)
                     started.append(job)
                 display.update(started)
                 if not _running(work):
                     break
-                ended = workers.wait(_POLL_SECONDS)
-                for path, reason in ended:
-                    by_folder[path].end(reason, stopping)
-                display.update([by_folder[path] for path, _ in ended])
+                ended = _wait(work, workers, stopping)
+                if search:
+                    _learn(search, work, ended, workers)
+                display.update(ended)
                 if started or ended:
                     save()
     finally:  # A second signal does not wait for the trials.
@@ -166,6 +190,36 @@ def _run(
             job.end(None, stopping=True)
     if any(job.state in ("waiting", "interrupted") for job in work):
         raise KeyboardInterrupt
+
+
+def _wait(work: Sequence[_Job], workers: Launcher, stopping: bool) -> list[_Job]:
+    """Wait a short time for trials to end; returns the ended ones with their states."""
+    running = {job.run.path: job for job in _running(work)}
+    ended = []
+    for path, reason in workers.wait(_POLL_SECONDS):
+        running[path].end(reason, stopping)
+        ended.append(running[path])
+    return ended
+
+
+def _propose(search: Search, work: list[_Job]) -> None:
+    """Add the next trial of a search, unless one is waiting; one that is done is a result."""
+    while not any(job.state == "waiting" for job in work) and (trial := search.propose()):
+        work.append(_Job(trial, search.folder.run(trial.name)))
+        _check_folders(work[-1:])
+        if work[-1].state == "done":
+            search.finish(trial, work[-1].run)
+
+
+def _learn(search: Search, work: Sequence[_Job], ended: Sequence[_Job], workers: Launcher) -> None:
+    """Take up results, and interrupt the trials that the search stops."""
+    for job in ended:
+        if job.state in ("done", "failed"):
+            search.finish(job.trial, job.run)
+    for job in _running(work):
+        if job.stopped_at is None and (step := search.observe(job.trial, job.run)):
+            job.stopped_at = step
+            workers.interrupt(job.run.path)
 
 
 def _running(work: Sequence[_Job]) -> list[_Job]:
@@ -219,17 +273,19 @@ class _Display:
         for job in changed:
             log = f" ({job.run.path / LOG})" if job.state in ("running", "failed") else ""
             why = f": {job.reason}" if job.reason else ""
+            how = job.reason if job.state == "stopped" else f"{job.state}{why}"
             if why or not self._progress.is_live:
-                text = f"[{ended}/{self._span.total}] {job.trial.name} {job.state}{why}{log}"
+                text = f"[{ended}/{self._span.total}] {job.trial.name} {how}{log}"
                 self._progress.print(text + self._progress.time_left(ended))
         if self._progress.is_live:
             self._progress.update(ended, panel=_state_table(self._work))
 
     def _ended(self) -> int:
-        return self._span.before + sum(job.state in ("done", "failed") for job in self._work)
+        return self._span.before + sum(job.state in _ENDED for job in self._work)
 
 
-_ORDER: tuple[State, ...] = ("running", "failed", "interrupted", "done", "waiting")
+_ENDED: tuple[State, ...] = ("failed", "stopped", "done")
+_ORDER: tuple[State, ...] = ("running", "interrupted", *_ENDED, "waiting")
 
 
 def _state_table(work: Sequence[_Job]) -> RichTable:
