@@ -311,7 +311,7 @@ def _tuning_data(recipe: Recipe, name: str | None) -> tuple[DataSettings, int]:
             rule = f"--tune-set: must be one of the recipe's eval.sets, {known}"
             raise UserError([f"{rule}, got {short_repr(name)}."])
         return recipe.eval.sets[name], 0
-    data = recipe.data.model_dump(exclude={"holdout"})
+    data = recipe.data.model_dump(include=set(DataSettings.model_fields))
     if recipe.data.source == "lab":
         return DataSettings(**data | {"split": "tune", "problems": TUNE_PROBLEMS}), 0
     rows = sum(part.count for part in open_source(recipe.data))
