@@ -19,7 +19,8 @@ class Problem:
     `prompt_ids` is the rendered prompt (template or chat template applied), tokenised once.
     `columns` keeps the data set's remaining columns for user reward functions. Of a conversation,
     `text` is the last user turn, `history` the earlier (user, assistant) turns, and `system` its
-    own system message.
+    own system message. `success` is the share of right answers among those that were sampled before
+    training, where `data.difficulty` reads it.
     """
 
     id: str
@@ -31,6 +32,7 @@ class Problem:
     columns: Mapping[str, Any] = field(default_factory=dict)
     history: tuple[tuple[str, str], ...] = ()
     system: str | None = None
+    success: float | None = None
 
     @property
     def messages(self) -> list[dict[str, str]]:

@@ -8,9 +8,9 @@ import random
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from gft_lite.data.base import Rows, Unusable
@@ -261,18 +261,25 @@ def problem_key(problem: Problem) -> str:
 
 
 def problems_of_step(
-    problems: Sequence[Problem], step: int, per_step: int, seed: int
+    problems: Sequence[Problem],
+    step: int,
+    per_step: int,
+    seed: int,
+    order_of: Callable[[int], Sequence[int]] | None = None,
 ) -> tuple[Problem, ...]:
     """The problems of a step (from 0): every problem once an epoch, each epoch reshuffled.
 
-    The order is a function of the step alone, so that a resumed run needs no state.
+    `order_of` gives the order of an epoch, by default a random one of the seed. The order is a
+    function of the step alone, so that a resumed run needs no state.
     Raises: ValueError without problems.
     """
     if not problems:
         raise ValueError("problems: must not be empty")
     positions = range(step * per_step, (step + 1) * per_step)
-    visits = (divmod(position, len(problems)) for position in positions)
-    return tuple(problems[_permutation(len(problems), seed, epoch)[i]] for epoch, i in visits)
+    visits = [divmod(position, len(problems)) for position in positions]
+    order_of = order_of or partial(_permutation, len(problems), seed)
+    orders = {epoch: order_of(epoch) for epoch in {epoch for epoch, _ in visits}}
+    return tuple(problems[orders[epoch][i]] for epoch, i in visits)
 
 
 @lru_cache(maxsize=4)

@@ -75,7 +75,7 @@ class Recipe(Settings):
     seed: Annotated[int, Field(ge=0, lt=2**31), EVERYTHING] = 0
     method: Annotated[str, named_in(METHODS), TRAINING] = "gft"
     policy: PolicySettings = PolicySettings()
-    data: Annotated[TrainingDataSettings, EVERYTHING] = TrainingDataSettings()
+    data: TrainingDataSettings = TrainingDataSettings()
     group: GroupSettings = GroupSettings()
     objective: Annotated[ObjectiveSettings, Field(validate_default=True), TRAINING] = (
         ObjectiveSettings()
@@ -195,6 +195,11 @@ class Recipe(Settings):
         if lora.init != "default" and self.optim.weight_decay:
             rule = f"must be 0 with policy.lora.init {lora.init}, whose factors are the base's own"
             rules.append(f"optim.weight_decay: {rule}")
+        if self.optim.lr == "auto":
+            why = {"stages, each with a rate of its own": bool(self.stages),
+                   f"policy.lora.init {lora.init}": lora.init != "default",
+                   "optim.lora_plus_ratio": self.optim.lora_plus_ratio != 1}  # fmt: skip
+            rules += [f"optim.lr: must be a number with {it}" for it, so in why.items() if so]
         if rules:
             raise ValueError("\n".join(rules))
         return self
@@ -258,6 +263,9 @@ class Recipe(Settings):
             ).text(places)
             for name, value, other in differences(dict(old), dict(new))
         ]
+        if stage.optim.lr == "auto":
+            rule = "must be a number in a stage"
+            changed.append(Problem(("optim", "lr"), rule, "auto").text(places))
         if changed:
             raise RecipeError(changed)
         return stage

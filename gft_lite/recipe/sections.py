@@ -11,6 +11,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    create_model,
     model_validator,
 )
 
@@ -210,24 +211,65 @@ class DataSettings(Settings):
     the first usable rows, in the order of the seed, and copies of their problems.
     """
 
-    source: str = "lab"
-    file: str | None = None
-    config: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    columns: ColumnsSettings = ColumnsSettings()
-    prompt: PromptSettings = PromptSettings()
-    max_prompt_tokens: PositiveInt | None = None
-    problems: PositiveInt | None = None
-    skip: NonNegativeInt = 0
-    shuffle: bool = True
-    seed: int = 0
+    source: Annotated[str, EVERYTHING] = "lab"
+    file: Annotated[str | None, EVERYTHING] = None
+    config: Annotated[str | None, EVERYTHING] = None
+    split: Annotated[str, EVERYTHING] = "train"
+    revision: Annotated[str | None, EVERYTHING] = None
+    columns: Annotated[ColumnsSettings, EVERYTHING] = ColumnsSettings()
+    prompt: Annotated[PromptSettings, EVERYTHING] = PromptSettings()
+    max_prompt_tokens: Annotated[PositiveInt | None, EVERYTHING] = None
+    problems: Annotated[PositiveInt | None, EVERYTHING] = None
+    skip: Annotated[NonNegativeInt, EVERYTHING] = 0
+    shuffle: Annotated[bool, EVERYTHING] = True
+    seed: Annotated[int, EVERYTHING] = 0
+
+
+# A class body can't have a field named `from`.
+_FROM: dict[str, Any] = {"from": (str, Field(min_length=1))}
+_Answers = create_model("_Answers", __base__=Settings, **_FROM)
+
+
+class DifficultySettings(_Answers):  # type: ignore[valid-type, misc]
+    """The problems to train on, by the success share of answers that were sampled before.
+
+    `from` is a folder of `gft-lite groups`, or one of `gft-lite eval` with answers to the training
+    problems. Problems with a success share from `low` to `high` are kept, and those without
+    sampled answers are left out.
+    """
+
+    low: Annotated[float, Field(ge=0, le=1)] = 0.1
+    high: Annotated[float, Field(ge=0, le=1)] = 0.9
+
+    @model_validator(mode="after")
+    def _low_is_low(self) -> DifficultySettings:
+        if self.low > self.high:
+            raise ValueError(f"low: must be at most high, {self.high:g}")
+        return self
+
+    @property
+    def folder(self) -> str:
+        """The value of `from`."""
+        return str(getattr(self, "from"))
 
 
 class TrainingDataSettings(DataSettings):
-    """The training data; `holdout` problems of it are used for monitoring only."""
+    """The training data; `holdout` problems of it are used for monitoring only.
 
-    holdout: NonNegativeInt = 64
+    `difficulty` selects problems by the success share of sampled answers, and `curriculum` orders
+    each epoch by it: `easy_first`, or `mixed`, where each step has problems of all success shares.
+    Held-out problems are not selected.
+    """
+
+    holdout: Annotated[NonNegativeInt, EVERYTHING] = 64
+    difficulty: Annotated[DifficultySettings | None, TRAINING] = None
+    curriculum: Annotated[Literal["easy_first", "mixed"] | None, TRAINING] = None
+
+    @model_validator(mode="after")
+    def _curriculum_knows_difficulty(self) -> TrainingDataSettings:
+        if self.curriculum and self.difficulty is None:
+            raise ValueError("curriculum: needs data.difficulty, by which problems are ordered")
+        return self
 
 
 class GroupSettings(Settings):

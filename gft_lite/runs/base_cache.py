@@ -27,9 +27,11 @@ def base_inputs(recipe: Recipe) -> str:
     The seed is part of it, as the samples are drawn by it.
     """
     values = values_affecting(recipe, Affects.BASE)
-    if not recipe.data.holdout:  # The KL set has training problems then, which groups select.
+    if not recipe.data.holdout:  # The KL set has training problems then, selected by both.
         groups = values_affecting(recipe, Affects.GROUPS)
         values |= {name: groups[name] for name in groups if name.startswith("group.")}
+        if recipe.data.difficulty:
+            values["data.difficulty"] = recipe.data.difficulty.model_dump()
     return json.dumps(values, sort_keys=True)
 
 

@@ -13,6 +13,7 @@ from gft_lite.objective.methods import find_method
 from gft_lite.policy.base import Policy
 from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import DataSettings
+from gft_lite.training.difficulty import Difficulty
 from gft_lite.training.groups import compose, demonstrations
 from gft_lite.types import Group, Problem
 from gft_lite.utils.errors import RecipeError
@@ -30,8 +31,10 @@ class RunData:
     fingerprints: Mapping[str, str]
 
 
-def load_run_data(recipe: Recipe, policy: Policy, console: Console) -> RunData:
-    """Read all data sets of the recipe.
+def load_run_data(
+    recipe: Recipe, policy: Policy, console: Console, difficulty: Difficulty | None = None
+) -> RunData:
+    """Read all data sets of the recipe; `difficulty` selects from the training problems.
 
     Raises: RecipeError for a data set that can't be used.
     """
@@ -48,6 +51,8 @@ def load_run_data(recipe: Recipe, policy: Policy, console: Console) -> RunData:
     problems, held_out = split_holdout(loaded["data"].problems, recipe.data.holdout)
     if copies := len(loaded["data"].problems) - len(problems) - len(held_out):
         console.print(f"data: {copies} copies of held-out problems left out of training")
+    if difficulty:
+        problems = difficulty.select(problems, console)
     eval_sets = {name: loaded[f"eval.sets.{name}"].problems for name in recipe.eval.sets}
     return RunData(
         _with_demonstrations(problems, recipe, console),

@@ -35,6 +35,7 @@ from gft_lite.runs.folder import RunFolder
 from gft_lite.runs.metrics import training_seconds
 from gft_lite.runs.trackers import Trackers, check_trackers
 from gft_lite.training.collapse_guard import CollapseGuard
+from gft_lite.training.difficulty import open_difficulty, record_difficulty
 from gft_lite.training.evaluation_schedule import EvaluationSchedule
 from gft_lite.training.grading import Grading
 from gft_lite.training.groups import GroupBuilder
@@ -175,6 +176,7 @@ def setup_run(recipe: Recipe, place: Place) -> TrainingRun:
     """
     folder, distributed, console = place.folder, place.distributed, place.console
     saved, presampled, stack = recipe, open_presampled(recipe), place.stack
+    difficulty = open_difficulty(recipe, folder, console)
     recipe = recipe.with_needed_engine()
     scorer = stack.enter_context(_load_user_code(recipe, console))
     recipe, plan = distributed.broadcast_from_main(lambda: _plan(recipe, place))
@@ -186,12 +188,13 @@ def setup_run(recipe: Recipe, place: Place) -> TrainingRun:
     format = make_prompt_format(policy, recipe.data.prompt)
     grade = Grading(scorer, folder, distributed)
     with show_phase(console, "reading the data"):
-        data = load_run_data(recipe, policy, console)
+        data = load_run_data(recipe, policy, console, difficulty)
         check_demonstrations(recipe, data.problems, format, grade, console)
     teacher, problems = _load_teacher(recipe, policy, format, data.problems, console)
     stack.enter_context(folder.lock())
     folder.create(saved.to_yaml())
     folder.check_data(data.fingerprints)
+    record_difficulty(difficulty, folder)
     grade.keep_judgements()
     if presampled:
         own_folder = folder if distributed.is_main else None

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+from gft_lite.data.difficulty import curriculum_order
 from gft_lite.data.problems import problems_of_step
 from gft_lite.recipe.schema import Recipe
 from gft_lite.rollout.sampling import sample_seed
@@ -33,7 +35,11 @@ def visits_of_step(
     per_step = recipe.train.problems_per_step
     first = (step - 1) * per_step
     seed = sample_seed(recipe.seed, "attempt", attempt) if attempt else recipe.seed
-    found = problems_of_step(problems, step - 1, per_step, seed)
+    curriculum, order_of = recipe.data.curriculum, None
+    if curriculum is not None:
+        success = [problem.success or 0.0 for problem in problems]
+        order_of = partial(curriculum_order, success, curriculum, per_step, seed)
+    found = problems_of_step(problems, step - 1, per_step, seed, order_of)
     return [
         ProblemVisit(problem, step, (first + i) // len(problems), attempt)
         for i, problem in enumerate(found)

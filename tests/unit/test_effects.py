@@ -99,6 +99,7 @@ CASES = [
     ("data.columns.messages=talk", "groups base run"),
     ("data.seed=3", "groups base run"),
     ("data.holdout=5", "groups base run"),
+    ("data.difficulty.from=x", "run"),
     ("group.self=2", "groups run"),
     ("group.shortfall=drop", "groups run"),
     ("group.offline=folder", "run"),
@@ -173,6 +174,7 @@ def test_without_held_out_problems_the_groups_select_those_of_the_kl_set():
         return base_inputs(Recipe.load("recipes/lab.yaml", ["data.holdout=0", *overrides]))
 
     assert inputs("group.self=2") != inputs()
+    assert inputs("data.difficulty.from=x") != inputs()
     assert inputs("group.offline=x") == inputs()
 
 

@@ -243,11 +243,11 @@ FIELDS = {
         "Did you mean reward.functions.1.weight?"
     ),
     "reward:\n  functions:\n    - name: mth\n": (
-        "x.yaml:3: reward.functions.0.name: must be one of choice, exact, format, math, "
+        "x.yaml:3: reward.functions.0.name: must be one of choice, exact, format, judge, math, "
         "or a dotted path, got 'mth'. Did you mean math?"
     ),
     "reward: {functions: mth}\n": (
-        "x.yaml:1: reward.functions.0.name: must be one of choice, exact, format, math, "
+        "x.yaml:1: reward.functions.0.name: must be one of choice, exact, format, judge, math, "
         "or a dotted path, got 'mth'. Did you mean math?"
     ),
     "reward:\n  functions:\n    - weight: 1\n": (
