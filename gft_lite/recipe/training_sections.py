@@ -25,18 +25,20 @@ from gft_lite.recipe.base import (
 )
 from gft_lite.recipe.effects import EVALUATION, NO_RESULT, TRAINING
 from gft_lite.recipe.sections import DataSettings
+from gft_lite.utils.errors import RecipeError
 
 
 class OptimSettings(Settings):
     """The optimiser and its schedule.
 
-    `lora_plus_ratio` is the rate of the adapter's B over that of its A, which is `lr` (LoRA+, arXiv
+    `lr: auto` is a rule by the model's width, the adapter's scale and the method
+    (planning/learning_rate.py). `lora_plus_ratio` is the rate of the adapter's B over that of its A, which is `lr` (LoRA+, arXiv
     2402.12354). After `max_bad_steps` steps in a row with a non-finite loss or gradient, training
     fails.
     """
 
     name: Literal["auto", "adamw", "paged_adamw_8bit"] = "auto"
-    lr: PositiveFloat = 1e-4
+    lr: Literal["auto"] | PositiveFloat = 1e-4
     lora_plus_ratio: Annotated[float, Field(ge=1, le=1000)] = 1.0
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     warmup: Fraction = 0.05
@@ -44,6 +46,13 @@ class OptimSettings(Settings):
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     clip_norm: PositiveFloat = 1.0
     max_bad_steps: PositiveInt = 3
+
+    @property
+    def rate(self) -> float:
+        """The learning rate. Raises: RecipeError if it is `auto` still."""
+        if self.lr == "auto":
+            raise RecipeError(["optim.lr: must be a number here, got auto. Set optim.lr."])
+        return self.lr
 
     def is_paged(self, device: str) -> bool:
         """True for the paged 8-bit optimiser (arXiv 2305.14314), which `auto` is with CUDA."""
@@ -220,11 +229,13 @@ class EarlyStopSettings(Settings):
 class GuardSettings(Settings):
     """Alarms on the metrics of training for a policy that collapses; null switches an alarm off.
 
-    Each compares a mean over the last `window` steps that have the metric. `reward`: that of self
-    samples is lower than its highest such mean by this share. `flat_groups`: this share of the
-    groups teaches nothing, and reward is not at its highest. `entropy`: at least this many times
-    its lowest such mean; `entropy_low`: at most so many nats. `grad_norm`: at least this many times
-    its median. `kl` and `engine_gap`: at least so many nats per token, in the last measurement.
+    Means are over the last `window` steps that have the metric. `reward`: the mean of self samples
+    is lower than its highest by this share; `entropy`: the mean is at least this many times its
+    lowest; both by more than five standard errors, estimated from the differences between steps.
+    `flat_groups`: at least this share of the groups, of 20 or more, teaches nothing, while the
+    reward is nearer to its lowest than to its highest. `entropy_low`: at most so many nats.
+    `grad_norm`: at least this many times the median. `kl` and `engine_gap`: at least so many nats
+    per token, in the last measurement.
 
     `action` follows an alarm that was not there at the step before. `rollback` returns to the best
     checkpoint, or without `checkpoint.best` to the last one from before the window, and multiplies
@@ -234,7 +245,7 @@ class GuardSettings(Settings):
 
     action: Literal["none", "warn", "stop", "rollback"] = "warn"
     window: PositiveInt = 5
-    reward: Share | None = 0.3
+    reward: Share | None = 0.25
     flat_groups: Share | None = 0.9
     entropy: Annotated[float, Field(gt=1)] | None = 2.0
     entropy_low: PositiveFloat | None = 0.005

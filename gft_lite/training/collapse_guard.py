@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
 from gft_lite.recipe.training_sections import GuardSettings
 
-FIGURES = ("reward", "flat_groups", "entropy", "grad_norm", "engine_gap", "kl")
+FIGURES = ("reward", "flat_groups", "entropy", "grad_norm", "engine_gap", "kl", "groups")
 Figures = Mapping[str, float | None]  # Of one step; None where it has no such metric.
+_LEAST_GROUPS = 20  # In a window, before all of them being flat is more than chance.
 
 
 class CollapseGuard:
@@ -75,6 +78,7 @@ class CollapseGuard:
             "grad_norm": metrics["grad_norm"],
             "engine_gap": (metrics["engine_gap"] or {}).get("mean"),
             "kl": kl.get("forward"),
+            "groups": metrics["groups"],
         })  # fmt: skip
 
     def _find(self) -> dict[str, str]:
@@ -89,46 +93,57 @@ def find_alarms(history: Sequence[Figures], settings: GuardSettings) -> dict[str
     known: dict[str, list[float]] = {
         name: [value for step in history if (value := step[name]) is not None] for name in FIGURES
     }
-    means = {name: _window_means(values, settings.window) for name, values in known.items()}
+    window = settings.window
     found = {
-        "reward": _fall(means["reward"], settings.reward),
-        "flat_groups": _flat(means["flat_groups"], means["reward"], settings.flat_groups),
-        "entropy": _rise(means["entropy"], settings.entropy),
-        "entropy_low": _low(means["entropy"], settings.entropy_low),
-        "grad_norm": _unusual(means["grad_norm"], known["grad_norm"], settings.grad_norm),
+        "reward": _fall(known["reward"], settings.reward, window),
+        "flat_groups": _flat(known, settings.flat_groups, window),
+        "entropy": _rise(known["entropy"], settings.entropy, window),
+        "entropy_low": _low(known["entropy"], settings.entropy_low, window),
+        "grad_norm": _unusual(known["grad_norm"], settings.grad_norm, window),
         "kl": _high(known["kl"], settings.kl),
         "engine_gap": _high(known["engine_gap"], settings.engine_gap),
     }
     return {name: text for name, text in found.items() if text}
 
 
-def _fall(means: Sequence[float], share: float | None) -> str | None:
-    if share is None or not means or not 0 < max(means) * (1 - share) > means[-1]:
+def _fall(values: Sequence[float], share: float | None, window: int) -> str | None:
+    means = _window_means(values, window)
+    if share is None or not means:
         return None
-    return f"{means[-1]:.3g} on average, from {max(means):.3g}"
-
-
-def _flat(means: Sequence[float], rewards: Sequence[float], share: float | None) -> str | None:
-    # At the highest reward flat groups are solved ones, as at the end of a good run.
-    solved = not rewards or rewards[-1] == max(rewards)
-    if share is None or not means or means[-1] < share or solved:
+    best, now = max(means), means[-1]
+    if not 0 < best * (1 - share) > now or best - now <= _noise(values, window):
         return None
-    return f"{means[-1]:.0%} of the groups"
+    return f"{now:.3g} on average, from {best:.3g}"
 
 
-def _rise(means: Sequence[float], factor: float | None) -> str | None:
-    if factor is None or not means or means[-1] < factor * min(means):
+def _flat(known: Mapping[str, Sequence[float]], share: float | None, window: int) -> str | None:
+    flat, rewards = (_window_means(known[name], window) for name in ("flat_groups", "reward"))
+    if share is None or not flat or sum(known["groups"][-window:]) < _LEAST_GROUPS:
         return None
-    return f"{means[-1]:.3g} nats per token, from {min(means):.3g}"
+    # Near the highest reward flat groups are solved ones, as at the end of a good run.
+    solved = bool(rewards) and rewards[-1] > (min(rewards) + max(rewards)) / 2
+    return f"{flat[-1]:.0%} of the groups" if flat[-1] >= share and not solved else None
 
 
-def _low(means: Sequence[float], limit: float | None) -> str | None:
+def _rise(values: Sequence[float], factor: float | None, window: int) -> str | None:
+    means = _window_means(values, window)
+    if factor is None or not means:
+        return None
+    least, now = min(means), means[-1]
+    if now < factor * least or now - least <= _noise(values, window):
+        return None
+    return f"{now:.3g} nats per token, from {least:.3g}"
+
+
+def _low(values: Sequence[float], limit: float | None, window: int) -> str | None:
+    means = _window_means(values[-window:], window)
     if limit is None or not means or means[-1] > limit:
         return None
     return f"{means[-1]:.3g} nats per token"
 
 
-def _unusual(means: Sequence[float], values: Sequence[float], factor: float | None) -> str | None:
+def _unusual(values: Sequence[float], factor: float | None, window: int) -> str | None:
+    means = _window_means(values[-window:], window)
     if factor is None or not means or means[-1] < factor * median(values):
         return None
     return f"{means[-1]:.3g} on average, usually {median(values):.3g}"
@@ -143,3 +158,13 @@ def _high(values: Sequence[float], limit: float | None) -> str | None:
 def _window_means(values: Sequence[float], window: int) -> list[float]:
     """The means of all full windows of consecutive values."""
     return [fmean(values[i : i + window]) for i in range(len(values) - window + 1)]
+
+
+def _noise(values: Sequence[float], window: int) -> float:
+    """Five standard errors of the difference of two window means.
+
+    The variance of a step is half of the mean square of the differences from step to step, which
+    a trend hardly changes.
+    """
+    squares = [(b - a) ** 2 for a, b in pairwise(values)]
+    return 5 * math.sqrt(fmean(squares) / window) if squares else 0.0
