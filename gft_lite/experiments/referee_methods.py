@@ -74,7 +74,7 @@ def find_contenders(methods: Sequence[str], base: Recipe, tree: Tree) -> dict[st
     problems: list[str] = []
     if repeated := sorted({name for name in methods if methods.count(name) > 1}):
         problems.append(f"--methods: must not name a method twice, got {', '.join(repeated)}.")
-    if len(set(methods)) < 2:
+    elif len(methods) < 2:
         got = ", ".join(methods) or "none"
         problems.append(f"--methods: must be at least 2 methods, got {got}. Such as gft,sft.")
     for entry in methods:
