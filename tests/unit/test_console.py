@@ -36,7 +36,8 @@ def test_a_method_without_group_advantages_has_no_flat_groups():
     assert "flat groups" not in out.getvalue() and "reward: expert 1.00" in out.getvalue()
 
 
-def test_a_terminal_keeps_the_last_kl():
+def test_a_terminal_keeps_the_last_kl(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")  # On a dumb one nothing is drawn.
     out = io.StringIO()
     kl = {"held_out": {"forward": 0.5}}
     with TrainingConsole(Console(file=out, force_terminal=True, width=80), 2, 0) as console:

@@ -17,6 +17,12 @@ from gft_lite.utils.progress import (
 )
 
 
+@pytest.fixture(autouse=True)
+def terminal(monkeypatch):
+    """A terminal that can be drawn on, unlike a dumb one."""
+    monkeypatch.setenv("TERM", "xterm")
+
+
 def lines(total: int | None, units: range, completed: int = 0) -> list[str]:
     out = io.StringIO()
     with ProgressDisplay(Console(file=out), "step", total, completed) as display:
