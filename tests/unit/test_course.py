@@ -1,0 +1,256 @@
+"""Evaluations while training, early stop and collapse guard, on figures set by hand."""
+
+from __future__ import annotations
+
+import random
+from statistics import fmean
+
+import pytest
+
+from gft_lite.evaluation.metrics import by_problem, measure, restrict
+from gft_lite.recipe.schema import Recipe
+from gft_lite.recipe.training_sections import GuardSettings
+from gft_lite.runs.folder import RunFolder
+from gft_lite.training.collapse_guard import CollapseGuard, find_alarms
+from gft_lite.training.evaluation_schedule import EvaluationSchedule, choose_problems
+from gft_lite.types import Group, Problem, Response
+from gft_lite.utils.distributed import SINGLE_PROCESS
+from gft_lite.utils.errors import RecipeError
+
+QUIET = {"reward": 0.5, "flat_groups": 0.2, "entropy": 0.4, "grad_norm": 1.0, "engine_gap": 0.01,
+         "kl": None, "groups": 16}  # fmt: skip
+
+
+# --- figures ---------------------------------------------------------------------------------
+
+
+def graded(name, *correct):
+    responses = tuple(
+        Response((1,), "x", "self", "stop", reward=float(c), correct=bool(c)) for c in correct
+    )
+    return Group(Problem(name, "q", "1"), responses)
+
+
+def test_figures_of_some_problems_are_those_of_their_samples():
+    groups = [graded("a", 1, 0, 0, 0), graded("b", 1, 1, 1, 1), graded("c", 1, 1, 0, 0)]
+    whole = measure(groups, [1, 2])
+    part = restrict(whole, ["c", "a"], [1, 2])
+    alone = measure([groups[2], groups[0]], [1, 2])
+    assert part == {name: alone[name] for name in part}
+    assert part["correct"] == {"c": 2, "a": 1}
+    assert (part["problems"], part["samples"]) == (2, 8)
+    # pass@2 of 4 samples: 1 - C(2,2)/C(4,2) with 2 right, 1 - C(3,2)/C(4,2) with 1.
+    assert by_problem(whole, "pass@2") == {"a": 0.5, "b": 1.0, "c": pytest.approx(5 / 6)}
+    assert by_problem(whole, "mean_reward") == {}
+
+
+def test_mean_rewards_of_some_problems():
+    whole = {"mean_reward": 0.4, "mean_reward_interval": (0, 1), "problems": 3, "samples": 6,
+             "rewards": {"a": 0.5, "c": 0.3}}  # fmt: skip
+    part = restrict(whole, ["a", "b"], [1])
+    assert (part["mean_reward"], part["rewards"], part["problems"]) == (0.5, {"a": 0.5}, 2)
+
+
+def test_the_chosen_problems_are_the_same_in_every_run_and_keep_their_order():
+    problems = [Problem(str(i), "q", "1") for i in range(50)]
+    chosen = choose_problems({"a": problems, "b": problems, "c": problems[:3]}, 5)
+    numbers = [int(p.id) for p in chosen["a"]]
+    assert numbers == sorted(numbers)
+    assert len(set(numbers)) == 5
+    assert numbers != [int(p.id) for p in chosen["b"]]
+    assert numbers != [0, 1, 2, 3, 4]
+    assert chosen == choose_problems({"a": problems, "b": problems, "c": problems[:3]}, 5)
+    assert chosen["c"] == problems[:3]
+    assert choose_problems({"a": problems}, None)["a"] == problems
+
+
+# --- the best, and the early stop ------------------------------------------------------------
+
+
+def schedule(tmp_path, values, *overrides):
+    """A schedule after evaluations of 40 problems; `values` are the shares of right answers."""
+    recipe = Recipe.load("recipes/lab.yaml", ["eval.every=1", *overrides])
+    found = EvaluationSchedule(recipe, RunFolder(tmp_path), SINGLE_PROCESS, None, {}, None)
+    found.metric = "test/pass@1"
+    for step, share in enumerate(values):
+        found.values[step] = {str(i): float(i < 40 * share) for i in range(40)}
+    return found
+
+
+BEST = "checkpoint.best={metric: test/pass@1, mode: MODE}"
+
+
+@pytest.mark.parametrize(
+    ("mode", "values", "step"),
+    [("max", [0.9, 0.2, 0.5, 0.5, 0.4], 2), ("min", [0.1, 0.5, 0.3, 0.3, 0.4], 2),
+     ("max", [0.9], None)],
+)  # fmt: skip
+def test_the_best_is_the_earliest_of_the_highest_and_never_the_base(mode, values, step, tmp_path):
+    found = schedule(tmp_path, values, BEST.replace("MODE", mode))
+    assert found.best_step == step
+    assert found.is_new_best(2) == (step == 2)
+    assert not found.is_new_best(3)
+    assert schedule(tmp_path, values).best_step is None
+
+
+@pytest.mark.parametrize(
+    ("values", "settings", "reason"),
+    [
+        # Small gains add up: 4 of 40 are none, 8 of 40 against the base are one.
+        ([0.2, 0.25, 0.4, 0.45, 0.6], "{patience: 2}", None),
+        ([0.2, 0.5, 0.5, 0.55], "{patience: 2}", "2 evaluations up to step 3 without an "
+         "improvement of test/pass@1 on step 1"),
+        ([0.2, 0.5, 0.5, 0.55], "{patience: 3}", None),
+        ([0.5, 0.4, 0.6], "{patience: 2, min_delta: 0.2}", "2 evaluations up to step 2 without "
+         "an improvement of test/pass@1 on the base"),
+        ([0.5, 0.4, 0.9], "{patience: 2, min_delta: 0.2}", None),
+        ([0.5, 0.4, 0.3], "{patience: null}", None),
+    ],
+)  # fmt: skip
+def test_early_stop_counts_evaluations_without_a_paired_improvement(
+    values, settings, reason, tmp_path
+):
+    found = schedule(tmp_path, values, f"early_stop={settings}").stop_reason()
+    assert found == (reason and f"early_stop: {reason}")
+
+
+def test_where_less_is_better_an_improvement_is_a_fall(tmp_path):
+    best = BEST.replace("MODE", "min")
+    falling, stop = [0.9, 0.6, 0.3], "early_stop={patience: 1}"
+    assert schedule(tmp_path, falling, stop, best).stop_reason() is None
+    assert schedule(tmp_path, falling, stop).stop_reason() is not None
+
+
+# --- the guard -------------------------------------------------------------------------------
+
+
+def history(**values):
+    """Steps with these values, the last ones of each; the others are those of a quiet run."""
+    length = max(map(len, values.values()))
+    return [{**QUIET, **{name: of[i] for name, of in values.items()}} for i in range(length)]
+
+
+ALARMS = {
+    # The noise of the first: differences 0 0 0 0 -.4 0 0 0 0, five standard errors .298.
+    "reward": (history(reward=[0.8] * 5 + [0.4] * 5), "0.4 on average, from 0.8"),
+    "flat_groups": (
+        history(reward=[0.5] * 5 + [0.38] * 5, flat_groups=[0.5] * 5 + [0.9, 1, 0.9, 1, 0.9]),
+        "94% of the groups",
+    ),
+    "entropy": (history(entropy=[0.1] * 5 + [0.3] * 5), "0.3 nats per token, from 0.1"),
+    "entropy_low": (history(entropy=[0.004] * 5), "0.004 nats per token"),
+    "grad_norm": (history(grad_norm=[1.0] * 9 + [120.0]), "24.8 on average, usually 1"),
+    "kl": (history(kl=[0.5, None, 1.5, None]), "1.5 nats per token"),
+    "engine_gap": (history(engine_gap=[0.01, 0.2]), "0.2 nats per token"),
+}
+
+
+@pytest.mark.parametrize("name", ALARMS)
+def test_an_alarm_has_its_text_and_can_be_switched_off(name):
+    steps, text = ALARMS[name]
+    assert find_alarms(steps, GuardSettings()) == {name: text}
+    assert find_alarms(steps, GuardSettings(**{name: None})) == {}
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        history(reward=[0.8] * 5 + [0.62] * 5),  # Not a quarter lower.
+        history(reward=[0.9, 0.2, 0.9, 0.9, 0.9, 0.2, 0.9, 0.2, 0.2, 0.9]),  # Noise.
+        history(reward=[-0.5] * 5 + [-1.0] * 5),  # A share of no positive number.
+        history(reward=[0.8] * 4),  # Less than a window.
+        history(reward=[0.2] * 5 + [0.9] * 5, flat_groups=[1.0] * 10),  # Solved.
+        history(flat_groups=[1.0] * 5, groups=[3] * 5),  # 15 groups.
+        history(entropy=[0.1] * 5 + [0.19] * 5),
+        history(kl=[1.5, 0.5], grad_norm=[1.0, 300.0]),  # KL is back; no window of norms.
+        history(reward=[None] * 5, entropy=[None] * 5, grad_norm=[None] * 5),
+    ],
+)
+def test_what_is_no_alarm(steps):
+    assert find_alarms(steps, GuardSettings()) == {}
+
+
+def test_few_runs_without_a_trend_have_a_false_alarm():
+    """Rewards of 4 problems with 4 samples a step, of problems that are mostly hard or easy."""
+    rng, alarms = random.Random(0), 0
+    for _ in range(20):
+        chances = [rng.betavariate(0.6, 0.6) for _ in range(100)]
+        rewards = [
+            fmean(sum(rng.random() < p for _ in range(4)) / 4 for p in rng.choices(chances, k=4))
+            for _ in range(100)
+        ]
+        for step in range(5, 101, 5):
+            alarms += "reward" in find_alarms(history(reward=rewards[:step]), GuardSettings())
+    assert alarms == 0
+
+
+def metrics(step, kl=None, **more):
+    measured = {} if kl is None else {"kl": {"held_out": {"forward": kl}}}
+    return {"step": step, "reward": {"self": 0.5}, "flat_groups": 0.2, "entropy": 0.4,
+            "grad_norm": 1.0, "engine_gap": None, "groups": 16, **measured, **more}  # fmt: skip
+
+
+def test_an_alarm_is_new_once_and_again_after_a_rollback_and_a_resumption():
+    settings = GuardSettings(action="rollback", kl=1.0, rollbacks=1, lr_factor=0.25)
+    guard = CollapseGuard(settings, compares=True)
+    steps = [metrics(i, kl) for i, kl in enumerate([0.1, None, 0.2, None, 2.0, 3.0], start=1)]
+    assert [list(guard.check(step)) for step in steps] == [[]] * 4 + [["kl"], []]
+    guard = CollapseGuard(settings, compares=True)
+    for step in steps[:5]:
+        found = guard.check(step)
+    assert (guard.action, guard.lr_scale) == ("rollback", 1.0)
+    steps[4]["guard"] = {"alarms": list(found), "action": "rollback", "restored": 3}
+    guard.record(steps[4])
+    resumed = CollapseGuard(settings, compares=True)
+    resumed.resume(steps[:5])
+    for each in (guard, resumed):
+        assert (each.action, each.lr_scale) == ("stop", 0.25)
+        assert each.check(metrics(6)) == {}  # The last KL is the 0.2 of step 3.
+        assert list(each.check(metrics(7, 2.0))) == ["kl"]
+
+
+def test_all_groups_of_a_method_without_group_advantages_are_flat():
+    flat = [metrics(i, flat_groups=1.0) for i in range(1, 7)]
+    for compares, expected in ((True, ["flat_groups"]), (False, [])):
+        guard = CollapseGuard(GuardSettings(), compares=compares)
+        assert [name for step in flat for name in guard.check(step)] == expected
+    off = CollapseGuard(GuardSettings(action="none"), compares=True)
+    assert [off.check(step) for step in flat] == [{}] * 6
+
+
+# --- recipes ---------------------------------------------------------------------------------
+
+LAB = ["test/pass@1", "test/pass@8", "test/mean_reward",
+       "retention/pass@1", "retention/pass@8", "retention/mean_reward"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error"),
+    [
+        (["early_stop.patience=2"], "early_stop.patience: must be null without eval.every, got 2."),
+        (["checkpoint.best={metric: test/pass@1}"],
+         "checkpoint.best: must be null without eval.every, got a section."),
+        (["eval.every=61", "early_stop.patience=2"],
+         "eval.every: must be at most the number of steps, 60, with early_stop.patience, got 61."),
+        (["eval.every=5", "checkpoint.best.metric=tset/pass@1"],
+         f"checkpoint.best.metric: must be one of {', '.join(LAB)}, got 'tset/pass@1'."),
+        (["guard.action=rollback", "checkpoint.every=61"],
+         "checkpoint.every: must be at most the number of steps, 60, with guard.action rollback, "
+         "got 61."),
+        (["checkpoint.adapter=best"],
+         "checkpoint.adapter: must be last without checkpoint.best, got 'best'."),
+        (["guard.lr_factor=1"], "guard.lr_factor: must be less than 1, got 1."),
+        (["guard.action=restart"],
+         "guard.action: must be 'none', 'warn', 'stop' or 'rollback', got 'restart'."),
+    ],
+)  # fmt: skip
+def test_the_text_of_a_wrong_setting(overrides, error):
+    with pytest.raises(RecipeError) as caught:
+        Recipe.load("recipes/lab.yaml", overrides)
+    assert caught.value.problems == [f"command line: {error}"]
+
+
+def test_evaluations_need_sets():
+    with pytest.raises(RecipeError) as caught:
+        Recipe.from_tree({"eval": {"every": 5}})
+    assert caught.value.problems == ["eval.every: must be 0 without eval.sets, got 5."]
