@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
                 for s in ("expert", "teacher", "self")]  # fmt: skip
         mean = recipe.objective.reduction.removesuffix("_mean")
         paper = method.citation.removeprefix("arXiv ").partition(",")[0]
-        table.add_row(name, *rows, method.formula, mean, f"{recipe.optim.lr:.0e}",
+        table.add_row(name, *rows, method.formula, mean, f"{recipe.optim.rate:.0e}",
                       paper if method.citation.startswith("arXiv") else "-")  # fmt: skip
     console = Console()
     console.print(table)

@@ -15,9 +15,11 @@ from gft_lite.cli.common import (
     output_path,
     show_imports,
 )
+from gft_lite.cli.rate_range import AUTOMATIC, rate_limits, run_range_test, with_known_rate
 from gft_lite.objective.methods import METHODS
 from gft_lite.policy.model_files import check_model_files
 from gft_lite.recipe.schema import Recipe
+from gft_lite.utils.errors import UserError
 
 
 def add(commands: Any) -> None:
@@ -32,6 +34,15 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
+    parser.add_argument(
+        "--lr-range",
+        type=rate_limits,
+        nargs="?",
+        const=AUTOMATIC,
+        metavar="LOW:HIGH",
+        help="train a few steps with rising rates until training diverges, and advise a rate; "
+        "the limits are optional (plot and table: --out, by default runs/NAME-lr-range)",
+    )
     add_allow_code(parser)
     add_verbose(parser)
     parser.set_defaults(run=run)
@@ -40,7 +51,11 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
     recipe = Recipe.load(options.recipe, options.overrides)
+    if options.lr_range and (options.resume or options.dry_run):
+        rule = "must be given without --resume and --dry-run, as it is a training of its own"
+        raise UserError([f"--lr-range: {rule}, got both."])
     if options.dry_run:
+        recipe = with_known_rate(recipe)
         if recipe.method not in METHODS:
             print("method: a dry run imports no code; the parameters of this method are checked "
                   "when training starts.", file=sys.stderr)  # fmt: skip
@@ -48,6 +63,8 @@ def run(options: argparse.Namespace) -> int:
         return DONE
     check_recipe_trust(options, recipe)
     check_model_files(recipe.policy)
+    if options.lr_range:
+        return run_range_test(recipe, options)
     with show_imports():
         from gft_lite.training.run import train
     from rich.console import Console

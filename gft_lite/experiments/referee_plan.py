@@ -80,7 +80,7 @@ class RefereePlan:
     @cached_property
     def rates(self) -> tuple[float, ...]:
         """The learning rates that are tried with every method."""
-        return geometric_rates(self.recipe.optim.lr, self.options.tune)
+        return geometric_rates(self.recipe.optim.rate, self.options.tune)
 
     @property
     def bases(self) -> tuple[str, ...]:
@@ -185,7 +185,7 @@ class RefereePlan:
 
     def example_settings(self, name: str) -> dict[str, Any]:
         """Settings of a method before any are chosen."""
-        contender, rate = self.contenders[name], self.recipe.optim.lr
+        contender, rate = self.contenders[name], self.recipe.optim.rate
         if not contender.stages:
             return self.settings_at(name, rate)
         return self.staged_settings(name, {s: self.settings_at(s, rate) for s in contender.stages})

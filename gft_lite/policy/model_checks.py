@@ -62,6 +62,14 @@ def check_model(settings: PolicySettings) -> CheckedModel:
     return CheckedModel(where, options, tokenizer, check_adapter(skeleton, settings))
 
 
+def model_width(settings: PolicySettings) -> int:
+    """The hidden size in the config of the base. Raises: RecipeError."""
+    options = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    with report_errors(settings.model):
+        config = _read_config(model_location(settings.model), settings, options)
+    return int(config.get_text_config().hidden_size)
+
+
 @contextmanager
 def report_errors(model: str) -> Iterator[None]:
     """Raise errors of transformers while it reads a base as a RecipeError of policy.model."""

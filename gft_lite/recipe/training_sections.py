@@ -32,9 +32,9 @@ class OptimSettings(Settings):
     """The optimiser and its schedule.
 
     `lr: auto` is a rule by the model's width, the adapter's scale and the method
-    (planning/learning_rate.py). `lora_plus_ratio` is the rate of the adapter's B over that of its A, which is `lr` (LoRA+, arXiv
-    2402.12354). After `max_bad_steps` steps in a row with a non-finite loss or gradient, training
-    fails.
+    (planning/learning_rate.py). `lora_plus_ratio` is the rate of the adapter's B over that of its
+    A, which is `lr` (LoRA+, arXiv 2402.12354). After `max_bad_steps` steps in a row with a
+    non-finite loss or gradient, training fails.
     """
 
     name: Literal["auto", "adamw", "paged_adamw_8bit"] = "auto"

@@ -23,7 +23,7 @@ _DASHES = ("-", "--", ":", "-.")
 # In the page these are variables, with other values in the dark color scheme.
 _INK, _FAINT, _RULE, _BASE = "#1d2430", "#5b6675", "#d9dee5", "#7d8794"
 _VARIABLES = {_INK: "var(--ink)", _FAINT: "var(--faint)", _RULE: "var(--rule)"}
-_STYLE: Any = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "gft-lite",
     "text.parse_math": False,  # Names of runs may contain dollar signs.
@@ -56,7 +56,7 @@ def color_of(index: int) -> str:
 def inline_svg(plot: Plot) -> str:
     """The plot as an `<svg>` element; the class `curve-N` of a curve has its color index N."""
     with _figure(plot, legend=not plot.by_series) as figure:
-        text = _svg(figure)
+        text = svg_text(figure)
     for fixed, variable in _VARIABLES.items():
         text = text.replace(fixed, variable)
     text = re.sub(r'id="(curve-\d+)(?:_\d+)?"', r'class="\1"', text[text.index("<svg") :])
@@ -69,11 +69,11 @@ def write_files(plot: Plot, folder: Path) -> None:
     with _figure(plot, legend=True) as figure:
         figure.axes[0].set_title(plot.title, loc="left", fontsize=11)
         figure.set_facecolor("white")
-        (folder / f"{plot.name}.svg").write_text(_svg(figure), encoding="utf-8")
+        (folder / f"{plot.name}.svg").write_text(svg_text(figure), encoding="utf-8")
         figure.savefig(folder / f"{plot.name}.png", dpi=160)
 
 
-def _svg(figure: Figure) -> str:
+def svg_text(figure: Figure) -> str:
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()
@@ -81,7 +81,7 @@ def _svg(figure: Figure) -> str:
 
 @contextmanager
 def _figure(plot: Plot, *, legend: bool) -> Iterator[Figure]:
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 2.9), layout="constrained")
         axes = figure.add_subplot()
         draw = _scatter if plot.scatter else _draw

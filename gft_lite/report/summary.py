@@ -107,7 +107,7 @@ def facts_of(run: Run) -> dict[str, str]:
         "model": recipe.policy.model,
         "quantisation": recipe.policy.quantization,
         "adapter": f"LoRA, rank {recipe.policy.lora.rank}",
-        "learning rate": f"{recipe.optim.lr:g}, {recipe.optim.schedule}",
+        "learning rate": f"{recipe.optim.rate:g}, {recipe.optim.schedule}",
         "seed": str(recipe.seed),
     }
     done, planned = len(run.metrics), recipe.steps

@@ -130,7 +130,7 @@ def _method(recipe: Recipe, adapter: Path) -> str:
         loss = f": loss of a token `{method.formula}` ({method.citation})" if method else ""
         own = {name: getattr(each.objective, name) for name in method.parameters} if method else {}
         values = "".join(f", {name} {value:g}" for name, value in own.items())
-        lines.append(f"- `{each.method}`{loss}{values}, learning rate {each.optim.lr:g}")
+        lines.append(f"- `{each.method}`{loss}{values}, learning rate {each.optim.rate:g}")
     base = {"nf4": "an NF4-quantised", "int8": "an int8-quantised", "none": "an unquantised"}
     lora = lora_settings(read_adapter_config(adapter))
     quantized = base[recipe.policy.quantization]

@@ -6,10 +6,27 @@ import math
 from typing import Any
 
 import torch
+from rich.console import Console
 
+from gft_lite.objective.methods import find_method
+from gft_lite.planning.learning_rate import automatic_rate, with_rate
 from gft_lite.policy.base import Policy
+from gft_lite.policy.model_checks import model_width
+from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.training_sections import OptimSettings
 from gft_lite.utils.errors import RecipeError
+
+
+def settle_rate(recipe: Recipe, console: Console) -> Recipe:
+    """The recipe with a number for `optim.lr: auto`, which is printed. Raises: RecipeError."""
+    if recipe.optim.lr != "auto":
+        return recipe
+    width = model_width(recipe.policy)
+    advantages = find_method(recipe.method).group_advantages
+    rate = automatic_rate(recipe, width, group_advantages=advantages)
+    half = ", halved for group advantages" if advantages else ""
+    console.print(f"optim.lr: {rate:g}, by the rule for a width of {width:,}{half}", soft_wrap=True)
+    return with_rate(recipe, rate)
 
 
 def make_optimizer(policy: Policy, settings: OptimSettings) -> torch.optim.Optimizer:
@@ -64,9 +81,9 @@ def learning_rate(progress: float, settings: OptimSettings) -> float:
     A linear warm-up to `lr`, then constant, or a cosine or linear decay to 0.
     """
     if progress < settings.warmup:
-        return settings.lr * progress / settings.warmup
+        return settings.rate * progress / settings.warmup
     if settings.schedule == "constant":
-        return settings.lr
+        return settings.rate
     done = min((progress - settings.warmup) / (1 - settings.warmup), 1.0)
     left = 1 - done if settings.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
-    return settings.lr * left
+    return settings.rate * left

@@ -12,6 +12,7 @@ from gft_lite.recipe.schema import Recipe
 from gft_lite.runs.folder import RunFolder, find_folder
 from gft_lite.runs.model_card import write_card
 from gft_lite.training.shared_parts import SharedParts
+from gft_lite.training.optim import settle_rate
 from gft_lite.training.single_run import train_single
 from gft_lite.training.stages import train_stages
 from gft_lite.utils.distributed import init_distributed
@@ -31,7 +32,7 @@ def train(
     distributed = init_distributed(recipe.policy.device)
     console = console or stderr_console()
     console = console if distributed.is_main else Console(quiet=True)
-    recipe = complete_objective(recipe)
+    recipe = settle_rate(complete_objective(recipe), console)
     if distributed.world_size > 1:  # The processes would have to agree on what fits.
         shared = None
     if not recipe.stages:
