@@ -17,16 +17,36 @@ pytest.importorskip("ipykernel", reason=reason)
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 TIMEOUT = 300  # Seconds for one notebook.
-# Settings of the slowest that change the figures and not which code runs, and their values here.
+# Settings that change the figures and not which code runs, and their values here.
 SMALLER = {
+    "00_quickstart.ipynb": {
+        '"train.steps=30", "monitor.every=5", "eval.samples=4"':
+            '"train.steps=3", "monitor.every=1", "eval.samples=4", "eval.sets.test.problems=8", '
+            '"eval.sets.retention.problems=8", "monitor.problems=8"',
+        "run.groups(30)": "run.groups(3)",
+        'rows("test", 4)': 'rows("test", 1)',
+    },
     "02_evaluate.ipynb": {
-        '"train.steps=25"': '"train.steps=3"', '"samples=64", "limit=80"': '"samples=8", "limit=16"'
+        '"train.steps=25"': '"train.steps=3", "eval.sets.test.problems=4", '
+                            '"eval.sets.retention.problems=4"',
+        '"samples=64", "limit=80"': '"samples=8", "limit=16"',
     },
     "03_tau_and_ratio.ipynb": {
-        "train={steps: 8, problems_per_step: 12}": "train={steps: 2, problems_per_step: 4}",
-        "test.problems=64": "test.problems=16",
-        "retention.problems=30": "retention.problems=10",
+        "train={steps: 8, problems_per_step: 12}": "train={steps: 1, problems_per_step: 4}",
+        "test.problems=64": "test.problems=4",
+        "retention.problems=30": "retention.problems=4",
+        "[0, 0.7, 1]": "[0, 1]",
+        "['8:0', '4:4', '0:8']": "['8:0', '0:8']",
+        '"tau",\n    jobs=2': '"tau",\n    jobs=1',
+        '"ratio",\n    jobs=2': '"ratio",\n    jobs=1',
     },
+    "04_your_own_data_and_reward.ipynb": {
+        "train: {steps: 25}": "train: {steps: 5, problems_per_step: 4}",
+        "source: minimum_test.jsonl": "problems: 8\n      source: minimum_test.jsonl",
+        "retention: {problems: 60}": "retention: {problems: 8}",
+        "monitor: {every: 5}": "monitor: {every: 5, problems: 8}",
+    },
+    "05_one_gpu_qwen_math.ipynb": {"budget.trajectories=128": "budget.trajectories=64"},
 }  # fmt: skip
 SOMEONES_PATH = re.compile(r"(?<![\w.])/(?:home|root|work|Users|tmp|mnt)/|[A-Z]:\\+Users")
 
