@@ -17,7 +17,7 @@ def installed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target",
                str(folder), str(ROOT)]  # fmt: skip
-    done = subprocess.run(install, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(install, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -27,7 +27,7 @@ def run(installed, cwd, *arguments):
     code = f"import sys; sys.path.insert(0, {str(installed)!r}); from gft_lite.cli import main; "
     return subprocess.run(
         [sys.executable, "-P", "-c", code + f"sys.exit(main({list(arguments)!r}))"],
-        cwd=cwd, capture_output=True, text=True, timeout=300,
+        cwd=cwd, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
 
 

@@ -130,7 +130,7 @@ def theirs(start, groups, tmp_path_factory):
         [sys.executable, Path(__file__).with_name("trl_side.py"), folder / "cases.json", start,
          folder / "found"],
         env={**os.environ, "TRITON_INTERPRET": "1", "TRL_EXPERIMENTAL_SILENCE": "1"},
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return load_file(folder / "found")

@@ -62,7 +62,7 @@ print("ran", ray.get(ray.remote(lambda: 42).remote()))
 def run(code: str, *arguments: str, before: tuple[str, ...] = (), **environment: str):
     command = [*before, sys.executable, "-c", code, *arguments]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
+        command, capture_output=True, text=True, timeout=1200, env={**os.environ, **environment}
     )
 
 
