@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gft_lite.evaluation.metrics import MEAN_REWARD, by_problem
 from gft_lite.recipe.schema import Recipe
 from gft_lite.runs.folder import RunFolder
 from gft_lite.utils.errors import UserError
 from gft_lite.utils.files import read_json
+from gft_lite.utils.paired_difference import paired_difference
 
 Metrics = Mapping[str, Any]
 
@@ -200,10 +202,34 @@ def _sweep(path: Path, label: str) -> Sweep:
     for row in results["settings"]:
         same = (trial for trial in results["trials"] if trial["settings"] == row["settings"])
         trials = tuple(_trial(path, label, trial) for trial in same)
-        points.append(Point(row["settings"], row["done"], row["figures"], trials))
+        figures = {name: _over_problems(name, f, trials) for name, f in row["figures"].items()}
+        points.append(Point(row["settings"], row["done"], figures, trials))
     fields = tuple(results["trials"][0]["settings"])
     base: dict[str, float] = next((summary["base"] for summary in summaries), {})
     return Sweep(label, results["interval"], fields, base, tuple(points))
+
+
+def _over_problems(name: str, figure: Metrics, trials: Sequence[Trial]) -> Metrics:
+    """A figure of evaluated sets with its interval over seeds and problems; others as they are."""
+    runs = [trial.run for trial in trials if trial.state == "done" and trial.run]
+    values = [_by_problem(name, run.evals.get("trained", {})) for run in runs]
+    problems = set.intersection(*(set(each) for each in values)) if values else set()
+    if not problems:
+        return figure
+    mean = paired_difference([[each[i] for i in sorted(problems)] for each in values])
+    if not mean.known:
+        return figure
+    half = float(mean.half_width())
+    return {"mean": figure["mean"], "low": figure["mean"] - half, "high": figure["mean"] + half}
+
+
+def _by_problem(name: str, sets: Mapping[str, Metrics]) -> Mapping[str, float]:
+    """A headline figure of a run by problem: of the set of that name, or of the first set."""
+    if name in sets:
+        return by_problem(sets[name])
+    if name == MEAN_REWARD or name.startswith("pass@"):
+        return by_problem(next(iter(sets.values())), name) if sets else {}
+    return {}
 
 
 def _trial(path: Path, label: str, found: Mapping[str, Any]) -> Trial:

@@ -9,9 +9,18 @@ import sys
 import pytest
 
 from gft_lite.data.token_texts import token_texts
+from gft_lite.evaluation.metrics import restrict
 from gft_lite.experiments.sweep_results import SweepFolder
 from gft_lite.recipe.schema import Recipe
-from gft_lite.report.curves import Curve, Plot, pass_at_k_plots, step_plots, sweep_plot, sweep_units
+from gft_lite.report.curves import (
+    Curve,
+    Plot,
+    evaluation_plots,
+    pass_at_k_plots,
+    step_plots,
+    sweep_plot,
+    sweep_units,
+)
 from gft_lite.report.group_browser import (
     Scores,
     TokenContext,
@@ -291,6 +300,47 @@ def test_every_metric_that_a_loss_reports_has_a_curve(tmp_path):
     assert [curve.y for curve in both["my-own-sharpness"].curves] == [[3.5, None], [None]]
 
 
+def evaluation(**sets):
+    return {"adapter": "", "sets": sets}
+
+
+def test_evaluations_while_training_have_the_interval_of_one_run_or_the_range_of_several(tmp_path):
+    for seed, right in ((0, 2), (1, 4)):
+        for_step = {
+            "step-000000": evaluation(test=restrict(figures(1, 1), ["q0", "q1"], [1])),
+            "step-000010": evaluation(test=restrict(figures(right, 0), ["q0", "q1"], [1]),
+                                      open=graded(a=0.5)),
+        }  # fmt: skip
+        make_run(tmp_path / str(seed), f"seed={seed}", **for_step)
+    make_run(tmp_path / "none")
+    one, two, none = read(tmp_path / "0", tmp_path / "1", tmp_path / "none")
+    first, second = evaluation_plots([Series("a", (one,))])
+    [curve] = first.curves
+    assert (first.name, first.y_label, first.unit) == ("evaluation-test", "pass@1", "share")
+    assert (curve.x, curve.y, curve.low, curve.high) == ([0, 10], [0.25, 0.25], [0.25, 0.0],
+                                                         [0.25, 0.5])  # fmt: skip
+    assert (second.y_label, second.unit, second.curves[0].x) == ("mean reward", "number", [10])
+    both, _ = evaluation_plots([Series("a", (one, two)), Series("b", (none,))])
+    [curve] = both.curves
+    assert (curve.y, curve.low, curve.high) == ([0.25, 0.375], [0.25, 0.25], [0.25, 0.5])
+
+
+def test_alarms_an_early_end_and_the_final_policy_are_facts(tmp_path):
+    course = [
+        step(1, guard={"alarms": ["kl"], "action": "rollback", "restored": 0}),
+        step(2, guard={"alarms": ["reward", "kl"], "action": "stop"}, stopped="guard"),
+    ]
+    made = ["eval.every=1", "checkpoint.best={metric: test/pass@1}", "checkpoint.adapter=best"]
+    make_run(tmp_path / "a", *made, metrics=course,
+             summary={**summary(total=9.0, eval=1.0), "policy_of_step": 1})  # fmt: skip
+    make_run(tmp_path / "b", metrics=[step(1)])
+    facts, quiet = (facts_of(run) for run in read(tmp_path / "a", tmp_path / "b"))
+    assert facts["collapse guard"] == "kl at step 1, back to step 0; reward, kl at step 2"
+    assert facts["training ended by"] == "guard at step 2"
+    assert facts["final policy"] == "of step 1, the best by test/pass@1"
+    assert not {"collapse guard", "training ended by", "final policy"} & quiet.keys()
+
+
 def test_pass_at_k_has_the_powers_of_two_that_the_samples_allow(tmp_path):
     make_run(
         tmp_path, base={"test": figures(1, samples=6)}, trained={"test": figures(3, samples=6)}
@@ -375,6 +425,20 @@ def test_figures_of_a_sweep_have_their_units(tmp_path):
     page = write_report([path], tmp_path / "page.html", tokens=False).read_text()
     row = re.search(r"<tr>\s*<th scope=\"row\">0.7</th>(.*?)</tr>", page, re.DOTALL)[1]
     assert re.findall(r"<td>([^<]*)", row) == ["1", "1.5", "3", "0.5", "25.0%", "0.75"]
+
+
+def test_scores_of_a_sweep_have_intervals_over_problems(tmp_path):
+    """One seed: Student's t over problems; 1/4, 1 and 1/2 of four samples were right."""
+    path = make_sweep(tmp_path / "tau", "objective.tau", {0.3: [7 / 12], 0.7: [0.6]})
+    evaluated = {"test": {**figures(1, 4, 2), "pass@1": 7 / 12}, "hard": figures(1)}
+    make_run(path / "trials" / "0.3-0", trained=evaluated)
+    [first, second] = read_folders([path])[1][0].points
+    found = first.figures["pass@1"]
+    values = [0.25, 1.0, 0.5]
+    half = 4.302653 * (sum((v - 7 / 12) ** 2 for v in values) / 2 / 3) ** 0.5
+    assert (found["low"], found["high"]) == pytest.approx((7 / 12 - half, 7 / 12 + half))
+    assert first.figures["rectified"]["low"] is None  # Not of problems.
+    assert second.figures["pass@1"]["low"] is None  # Its run has no evaluation.
 
 
 def test_ratios_are_a_table_and_failed_trials_are_shown(tmp_path):
