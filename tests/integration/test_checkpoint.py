@@ -55,6 +55,15 @@ def test_only_the_newest_are_kept_and_partial_ones_do_not_count(pair, tmp_path):
     assert names == ["step-000002", "step-000010"]
 
 
+def test_protected_ones_are_kept_beside_the_newest(pair, tmp_path):
+    for step in range(1, 5):
+        checkpoint.save(tmp_path, step, *pair, keep=1, protected={2, 9})
+    assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["step-000002", "step-000004"]
+    assert checkpoint.of_step(tmp_path, 2) == tmp_path / "step-000002"
+    with pytest.raises(checkpoint.CheckpointError, match="step-000003: FileNotFoundError"):
+        checkpoint.of_step(tmp_path, 3)
+
+
 def test_safetensors_and_json_only(pair, tmp_path):
     policy, optimizer = pair
     one_step(policy, optimizer, 1)

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from gft_lite.runs.console import TrainingConsole
+from gft_lite.runs.console import TrainingConsole, evaluation_line
 from gft_lite.runs.metrics import group_metrics
 from gft_lite.types import Group, Problem, Response
 
@@ -45,6 +45,22 @@ def test_a_terminal_keeps_the_last_kl(monkeypatch):
         out.truncate(0)
         console.step({**STEP, "step": 2})
     assert "KL held out" in out.getvalue() and "0.5000" in out.getvalue()
+
+
+def test_a_terminal_keeps_the_last_evaluation_and_a_log_has_it_once():
+    figures = {"test": {"pass@1": 0.5, "pass@1_interval": [0.25, 0.75], "length": 3.0},
+               "hard": {"mean_reward": -0.5, "mean_reward_interval": (-1, 0)}}  # fmt: skip
+    line = "test/pass@1 0.500 [0.250, 0.750], hard/mean_reward -0.500 [-1.000, 0.000]"
+    assert evaluation_line(figures) == line
+    for terminal in (True, False):
+        out = io.StringIO()
+        console = Console(file=out, force_terminal=terminal, width=80)
+        with TrainingConsole(console, 2, 0) as shown:
+            shown.step({**STEP, "eval": figures})
+            assert "test/pass@1" in out.getvalue()
+            out.truncate(0)
+            shown.step({**STEP, "step": 2})
+        assert ("0.500 [0.250, 0.750]" in out.getvalue()) is terminal
 
 
 def test_responses_without_a_reward_do_not_count_in_means():
