@@ -22,7 +22,7 @@ from gft_lite.evaluation.targets import base_identity, find_targets, identity
 from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import PolicySettings
-from gft_lite.rollout.base import Request, Sampling
+from gft_lite.rollout.base import Completion, Request, Sampling
 from gft_lite.rollout.policy_engine import PolicyEngine
 from gft_lite.rollout.registry import find_engine, start_engine
 from gft_lite.rollout.sampling import graded_text, make_prompt_format, report_completions
@@ -102,16 +102,30 @@ class LocalTeacher:
         if len(fitting) < len(requests):
             reason = f"the prompt fills the teacher's context of {self._context} tokens"
             yield [(r, reason) for r in requests if len(r.prompt) >= self._context]
+        by_sample = {(tuple(r.prompt), r.seed): r for r in fitting}
+        stored: dict[str, TeacherResponse] = {}
+        report = report_completions(len(fitting))
+
+        def store(prompt_ids: tuple[int, ...], seed: int, completion: Completion) -> None:
+            """Store a response as soon as it is complete, so that an interrupt loses none."""
+            request = by_sample[prompt_ids, seed]
+            stored[request.key] = self._response(request, completion, sampling)
+            on_response(request, stored[request.key])
+            report(prompt_ids, seed, completion)
+
         remaining = iter(fitting)
         while batch := list(islice(remaining, _ROWS_PER_BATCH * rollout.rows)):
             jobs = [Request(tuple(r.prompt), (r.seed,)) for r in batch]
-            results: Results = []
-            completions = self._engine.generate(jobs, sampling, report_completions(len(jobs)))
-            for request, [c] in zip(batch, completions, strict=True):
-                counts = len(request.prompt), len(c.token_ids)
-                text = graded_text(c.token_ids, self._format, sampling.stop)
-                text = self._format.opened_thoughts + text  # For policies with other prompts.
-                response = TeacherResponse(text, c.finish_reason, *counts)
-                on_response(request, response)
-                results.append((request, response))
-            yield results
+            completions = self._engine.generate(jobs, sampling, store)
+            for request, [completion] in zip(batch, completions, strict=True):
+                if request.key not in stored:  # A user's engine may report none.
+                    store(tuple(request.prompt), request.seed, completion)
+            yield [(request, stored.pop(request.key)) for request in batch]
+
+    def _response(
+        self, request: TeacherRequest, completion: Completion, sampling: Sampling
+    ) -> TeacherResponse:
+        text = graded_text(completion.token_ids, self._format, sampling.stop)
+        text = self._format.opened_thoughts + text  # For policies with other prompts.
+        counts = len(request.prompt), len(completion.token_ids)
+        return TeacherResponse(text, completion.finish_reason, *counts)

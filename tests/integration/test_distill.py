@@ -150,6 +150,32 @@ def test_stored_responses_are_not_sampled_again(here):
     assert (regraded["asked"], regraded["right"]) == (0, 0)
 
 
+INTERRUPTED = """
+from itertools import count
+from gft_lite.rollout.transformers_engine import TransformersEngine
+
+class Engine(TransformersEngine):
+    def generate(self, requests, sampling, on_completion):
+        numbers = count(1)
+        def stop(*completed):
+            on_completion(*completed)
+            if next(numbers) == 3:
+                raise KeyboardInterrupt
+        return super().generate(requests, sampling, stop)
+"""
+
+
+def test_an_interrupted_batch_loses_no_response(here):
+    (here / "interrupted_engine.py").write_text(INTERRUPTED)
+    with pytest.raises(KeyboardInterrupt):
+        run_distill("lab", "a.jsonl", "rollout.engine=interrupted_engine:Engine", samples=2)
+    stored = read(here / "a.distill/responses.jsonl")
+    assert len(stored) == 3
+    again = run_distill("lab", "a.jsonl", samples=2)
+    assert (again["asked"], again["reused"], again["answered"]) == (21, 3, 24)
+    assert read(here / "a.distill/responses.jsonl")[:3] == stored
+
+
 def test_a_prompt_that_fills_the_context_is_a_failure(here):
     long = {"nr": 12, "q": "1+" * 2000, "a": "1", "gold": {"solution": "#1"}}
     with (here / "rows.jsonl").open("a") as file:
