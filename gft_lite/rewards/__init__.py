@@ -8,7 +8,8 @@ Adding a rule:
 3. Add tests to `tests/unit/test_rewards_rules.py`.
 
 A user's own function needs no edit here: a recipe names it as `my_module:function`, with the
-signature of TRL's reward functions (see `scorer.py`).
+signature of TRL's reward functions (see `user_function.py`). It runs in a process of its own. The
+reward `judge` asks a language model (see `judge.py`).
 """
 
 from gft_lite.rewards.base import Grade, RewardError, RewardFunction, Rule

@@ -288,6 +288,15 @@ def test_a_server_with_several_models_or_another_key_is_rejected(server):
         judged(server, [group("a")], model="b")
 
 
+def test_the_judge_of_a_recipe_from_elsewhere_needs_allow_code(tmp_path, capsys):
+    judge = {"name": "judge", "parameters": {"url": "http://127.0.0.1:1", "rubric": "r"}}
+    (tmp_path / "x.yaml").write_text(json.dumps({"reward": {"functions": [judge]}}))
+    assert main(["train", str(tmp_path / "x.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("--allow-code: must be given")
+    assert "reward.functions: judge at http://127.0.0.1:1, which gets answers and a key" in error
+
+
 def test_a_training_with_a_judge_that_is_resumed_asks_nothing_twice(server, tmp_path):
     functions = [
         {"name": "judge", "parameters": {"url": server.url, "rubric": "r", "mode": "rank",

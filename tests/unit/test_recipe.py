@@ -371,6 +371,13 @@ CROSS = {
         "x.yaml:4: data.columns.answer: must name a column, as reward math compares with it, "
         "got null."
     ),
+    "data:\n  difficulty:\n    from: g\n    low: 0.9\n    high: 0.5\n": (
+        "x.yaml:4: data.difficulty.low: must be at most high, 0.5, got 0.9."
+    ),
+    "data:\n  curriculum: easy_first\n": (
+        "x.yaml:2: data.curriculum: needs data.difficulty, by which problems are ordered, "
+        "got 'easy_first'."
+    ),
     "train:\n  updates_per_rollout: 20\n": (
         "x.yaml:2: train.updates_per_rollout: must be at most train.problems_per_step, "
         "which is 16, got 20."
