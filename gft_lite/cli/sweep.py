@@ -12,6 +12,7 @@ from gft_lite.cli.common import (
     add_allow_code,
     add_verbose,
     output_path,
+    show_imports,
     whole_number,
 )
 
@@ -83,8 +84,9 @@ def run(options: argparse.Namespace) -> int:
         check_code_trust(code, [options.recipe, plan.recipe, *recipes])
     from rich.console import Console
 
-    from gft_lite.experiments.sweep_results import results_by_settings
-    from gft_lite.experiments.sweep_runner import sweep
+    with show_imports():
+        from gft_lite.experiments.sweep_results import results_by_settings
+        from gft_lite.experiments.sweep_runner import sweep
 
     folder = sweep(
         plan, options.out, jobs=options.jobs, launcher=options.launcher, share=not options.separate
