@@ -327,8 +327,8 @@ def test_a_sweep_is_a_plot_and_a_table(opened, page_of_all, swept):
         assert row.split()[:2] == [str(found["settings"]["objective.tau"]), "2"]
         mean, low, high = map(float, re.search(r"(\S+)% \[(\S+)%, (\S+)%\]", row).groups())
         assert mean == pytest.approx(100 * figures["mean"], abs=0.06)
-        # Over seeds and problems, not over the two seeds only.
-        assert low < 100 * figures["low"] and high > 100 * figures["high"]
+        # Over seeds and problems: at least as wide as over the two seeds only, but for rounding.
+        assert low <= 100 * figures["low"] + 0.06 and high >= 100 * figures["high"] - 0.06
 
 
 def test_series_can_be_hidden(opened, page_of_all):
