@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from gft_lite.training.rate_range import RateRange
 
 AUTOMATIC = (0.0, 0.0)  # --lr-range without limits; no text, which argparse would convert.
-_FIGURES = {"loss": "loss", "reward": "reward, own samples", "grad_norm": "gradient norm",
-            "kl": "KL to the base"}  # fmt: skip
+_FIGURES = {"loss": "loss", "reward": "own reward", "grad_norm": "gradient norm",
+            "kl": "KL"}  # fmt: skip
 
 
 def rate_limits(text: str) -> tuple[float, float]:

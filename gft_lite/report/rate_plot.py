@@ -31,6 +31,7 @@ def write_rate_plot(
             if advised:
                 axes.axvline(advised, color=STYLE["text.color"], linewidth=1, linestyle="--")
         panels[-1].set_xscale("log")
+        panels[-1].xaxis.set_major_formatter(lambda rate, _: f"{rate:.0e}")
         panels[-1].set_xlabel("learning rate")
         panels[0].set_title(title, loc="left", fontsize=11)
         (folder / "lr-range.svg").write_text(svg_text(figure), encoding="utf-8")
