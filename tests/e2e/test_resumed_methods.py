@@ -14,7 +14,8 @@ from gft_lite.runs.folder import RunFolder
 SMALL = [
     "train.steps=4", "train.problems_per_step=2", "data.problems=20", "data.holdout=2",
     "monitor.problems=2", "eval.samples=1", "eval.k=[1]", "checkpoint.every=2",
-    "checkpoint.keep=2", "optim.lr=1e-2", "log.groups=true",
+    "checkpoint.keep=2", "optim.lr=1e-2", "log.groups=true", "eval.sets.test.problems=2",
+    "eval.sets.retention.problems=2",
 ]  # fmt: skip
 METHODS = {
     "chord": ["objective.mu=0.9", "objective.mu_end=0.05", "objective.mu_warmup=0.4"],
