@@ -83,6 +83,8 @@ def add(commands: Any) -> None:
         help="runs at a time (default: 1; with ray what fits)",
     )
     option("--launcher", default="local", metavar="NAME", help="local or ray")
+    words = "load the base and start the engine anew for every run"
+    option("--separate", action="store_true", help=words)
     option("--out", type=output_path("--out", "folder"), metavar="DIR",
            help="default: runs/referee/NAME")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
@@ -118,7 +120,8 @@ def run(options: argparse.Namespace) -> int:
     from gft_lite.experiments.referee import referee
     from gft_lite.experiments.referee_files import write_referee
 
-    comparison = referee(plan, out, jobs=options.jobs, launcher=options.launcher)
+    comparison = referee(plan, out, jobs=options.jobs, launcher=options.launcher,
+                         share=not options.separate)  # fmt: skip
     found = write_referee(comparison, out)
     _print(comparison, found[comparison.headline], out)
     return FAILED if comparison.failures else DONE

@@ -7,7 +7,9 @@ seed, and `main`, on all bases with the seeds after it. Their recipes are in `re
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import yaml
 from rich.console import Console
 
 from gft_lite.experiments.lab_bases import lab_base, lab_seed, make_lab_bases
+from gft_lite.experiments.launchers import LAUNCHERS, Launcher
 from gft_lite.experiments.outcomes import Comparison, Failure, TuningPoint
 from gft_lite.experiments.referee_costs import describe
 from gft_lite.experiments.referee_data import check_data
@@ -23,7 +26,7 @@ from gft_lite.experiments.referee_methods import RATE, Settings
 from gft_lite.experiments.referee_plan import DIAL_TRIALS, Part, RefereePlan
 from gft_lite.experiments.referee_results import environment, outcome
 from gft_lite.experiments.sweep_config import Sweep
-from gft_lite.experiments.sweep_runner import Span, sweep
+from gft_lite.experiments.sweep_runner import Span, check_launcher, sweep
 from gft_lite.experiments.tuning import further_rates
 from gft_lite.recipe.loader import Dumper
 from gft_lite.recipe.schema import Recipe
@@ -161,23 +164,57 @@ class _Referee:
             for t in self.trials
         )  # fmt: skip
 
+    def comparison(
+        self, chosen: Mapping[str, Settings], results: Sequence[Mapping[str, Any]]
+    ) -> Comparison:
+        """The comparison by the results of the sweep `main`."""
+        plan = self.plan
+        headline, *retention = plan.sets
+        finished = [result for result in results if result["summary"]]
+        recipes = {
+            name: Recipe.from_tree(plan.tree(name, chosen[name], "main")).to_yaml()
+            for name in plan.methods
+            if name in chosen
+        }
+        return Comparison(
+            name=Path(plan.options.recipe).stem,
+            methods=plan.methods,
+            against=plan.against,
+            headline=headline,
+            retention=tuple(retention),
+            margin=plan.options.margin,
+            outcomes=tuple(outcome(self.out, r, chosen[r["method"]]) for r in finished),
+            tuning=self.tuning_points(chosen),
+            failures=(*self.failures, *_untuned(plan, chosen)),
+            design={**describe(plan), **environment()},
+            recipes=recipes,
+        )
+
 
 def referee(
     plan: RefereePlan, out: str | Path, *, jobs: int | None = None, launcher: str = "local",
-    console: Console | None = None,
+    share: bool = True, console: Console | None = None,
 ) -> Comparison:  # fmt: skip
     """Run everything of the plan that is not finished, and return the comparison.
+
+    `jobs`, `launcher` and `share` are those of a sweep; all sweeps use the same processes.
 
     Raises: UserError for data that can't be compared on, or the folder of another comparison;
     KeyboardInterrupt after all runs have stopped.
     """
     check_output_path(out)
+    check_launcher(jobs, launcher)
     console = console or stderr_console()
+    with ExitStack() as stack:
+        stack.enter_context(lock_folder(Path(out)))
 
-    def run_sweep(*arguments: Any, **options: Any) -> Any:
-        return sweep(*arguments, **options, jobs=jobs, launcher=launcher, console=console)
+        @cache
+        def workers() -> Launcher:
+            started = LAUNCHERS[launcher](jobs, share)
+            stack.callback(started.close)
+            return started
 
-    with lock_folder(Path(out)):
+        run_sweep = partial(sweep, console=console, workers=workers)
         check_same_plan(plan, Path(out))
         check_data(plan)
         work = _Referee(plan, Path(out), run_sweep)
@@ -185,29 +222,7 @@ def referee(
         chosen = work.tune()
         compared = [(name, chosen[name]) for name in plan.methods if name in chosen]
         results = work.run_part("main", compared)
-    outcomes = tuple(
-        outcome(Path(out), result, chosen[result["method"]])
-        for result in results
-        if result["summary"]
-    )
-    recipes = {
-        name: Recipe.from_tree(plan.tree(name, settings, "main")).to_yaml()
-        for name, settings in compared
-    }
-    sets = tuple(plan.sets)
-    return Comparison(
-        name=Path(plan.options.recipe).stem,
-        methods=plan.methods,
-        against=plan.against,
-        headline=sets[0],
-        retention=sets[1:],
-        margin=plan.options.margin,
-        outcomes=outcomes,
-        tuning=work.tuning_points(chosen),
-        failures=(*work.failures, *_untuned(plan, chosen)),
-        design={**describe(plan), **environment()},
-        recipes=recipes,
-    )
+        return work.comparison(chosen, results)
 
 
 def _untuned(plan: RefereePlan, chosen: Mapping[str, Settings]) -> list[Failure]:

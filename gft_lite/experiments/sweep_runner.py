@@ -92,19 +92,22 @@ class _Job:
 def sweep(
     plan: Sweep, out: str | Path | None = None, *, jobs: int | None = None,
     launcher: str = "local", share: bool = True, console: Console | None = None,
-    span: Span | None = None,
+    span: Span | None = None, workers: Callable[[], Launcher] | None = None,
 ) -> SweepFolder:  # fmt: skip
     """Run every unfinished trial, `jobs` at a time, and return the sweep's folder.
 
     With `share`, consecutive trials of a local process use one loaded base and one engine.
     The base evaluation of one trial is copied to the others with the same base. Running the same
     sweep in the same folder again repeats failed trials and resumes interrupted ones. Progress is
-    shown of all sweeps of `span`.
+    shown of all sweeps of `span`, which may have one launcher: `workers` returns it, and it stays
+    open.
 
     Raises: UserError for a wrong sweep or folder; KeyboardInterrupt after all trials have stopped.
     """
     console = console or stderr_console()
-    _check_options(out, jobs, launcher)
+    check_launcher(jobs, launcher)
+    if out is not None:
+        check_output_path(out)
     folder = SweepFolder(out if out is not None else Path("runs") / "sweeps" / plan.name)
     trials = [] if plan.search else plan.trials()
     work = [_Job(trial, folder.run(trial.name)) for trial in trials]
@@ -124,15 +127,17 @@ def sweep(
         write_text_atomic(folder.path / "sweep.yaml", plan.to_yaml())
         stack.callback(save)
         if any(job.state == "waiting" for job in work):
-            workers = LAUNCHERS[launcher](jobs, share)
-            stack.callback(workers.close)
+            started = workers() if workers else LAUNCHERS[launcher](jobs, share)
+            if workers is None:
+                stack.callback(started.close)
             total = plan.search.trials if plan.search else len(work)
             display = _Display(console, work, span or Span(0, total))
-            _run(work, workers, display, save, search)
+            _run(work, started, display, save, search)
     return folder
 
 
-def _check_options(out: str | Path | None, jobs: int | None, launcher: str) -> None:
+def check_launcher(jobs: int | None, launcher: str) -> None:
+    """Raises: UserError for wrong values of --jobs and --launcher."""
     problems = []
     if jobs is not None and jobs < 1:
         problems.append(f"--jobs: must be at least 1, got {jobs}.")
@@ -140,8 +145,6 @@ def _check_options(out: str | Path | None, jobs: int | None, launcher: str) -> N
         problems.append(f"--launcher: must be {' or '.join(LAUNCHERS)}, got {launcher!r}.")
     if problems:
         raise UserError(problems)
-    if out is not None:
-        check_output_path(out)
 
 
 def _check_folders(work: Sequence[_Job]) -> None:
