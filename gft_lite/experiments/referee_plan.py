@@ -206,8 +206,9 @@ class RefereePlan:
             samples = min(TUNE_SAMPLES, self.recipe.eval.samples)
             sets = {TUNE_NAME: self.tune_set.model_dump()}
             tree["seed"] = self.recipe.seed
-            tree["eval"] |= {"samples": samples, "k": [1], "sets": sets}
+            tree["eval"] |= {"samples": samples, "k": [1], "sets": sets, "every": 0}
             tree["monitor"] = {"every": 0}
+            tree["checkpoint"] = {"best": None, "adapter": "last"}  # By sets of the comparison.
         if self.skip:
             tree["data"] = {"skip": self.skip}
         return tree
@@ -238,6 +239,9 @@ def make_plan(options: RefereeOptions) -> RefereePlan:
             policy = recipe.policy.model_copy(update={"model": base})
             check_model_files(policy, needs_weights=False)
     check_correctness(recipe)
+    if recipe.early_stop.patience:
+        rule = "early_stop.patience: must be null, as methods are compared at equal budgets"
+        raise UserError([f"{rule}, got {recipe.early_stop.patience}. Leave it out."])
     tree = read_tree(find_recipe(options.recipe), options.overrides)[0]
     contenders = find_contenders(options.methods, recipe, tree)
     methods = names_of(options.methods)

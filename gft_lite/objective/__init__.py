@@ -8,8 +8,8 @@ Adding a method:
    keyword-only arguments are its parameters in the recipe's `objective:`; metrics in the output
    are reported everywhere.
 2. Name it in `METHODS` (`methods.py`, `mixed_methods.py`) with its sources, the optional inputs
-   that it `needs`, its defaults and its paper; `Method` (`method.py`) has the parts of a loss with
-   means of their own, the selection of a group's rows, and prefixes of demonstrations.
+   that it `needs`, its defaults, its dial and its paper; `Method` (`method.py`) has the parts of
+   a loss with means of their own, the selection of a group's rows, and demonstrations' prefixes.
 3. Test hand-computed values in `tests/unit/test_objective.py` or `test_mixed_losses.py`, and run
    `gft-lite audit` on it.
 Adding an input of losses: a field of `LossInputs`, a name in `Need`, and the place that computes

@@ -171,6 +171,14 @@ class TestSets:
         assert (tune.seed, tune.eval.samples, tune.eval.k, tune.monitor.every) == (0, 4, [1], 0)
         assert (compared.seed, compared.eval) == (1, Recipe.load(LAB).eval)
 
+    def test_the_best_checkpoint_is_one_by_the_compared_sets(self):
+        best = ["eval.every=5", "checkpoint.best={metric: test/pass@1}", "checkpoint.adapter=best"]
+        plan = plan_of(overrides=best)
+        tune, compared = recipe_of(plan, "sft", "tune"), recipe_of(plan, "sft")
+        assert (tune.checkpoint.adapter, tune.checkpoint.best) == ("last", None)
+        assert compared.checkpoint.best.metric == "test/pass@1"
+        assert (tune.eval.every, compared.eval.every) == (0, 5)
+
     def test_one_of_the_recipes_sets_is_for_tuning_only(self):
         plan = plan_of(overrides=["eval.sets.dev={source: lab, split: tune}"], tune_set="dev")
         assert list(plan.sets) == ["test", "retention"]
@@ -331,6 +339,7 @@ class TestPrinted:
         ("--methods gft,sft --bases lab,lab", "--bases: must not name a model twice"),
         ("--methods gft,sft --bases lab,no/where/x", "policy.model: must be the folder of a base"),
         ("--methods gft,sft optim.lrr=1", "command line: optim.lrr: unknown field"),
+        ("--methods gft,sft eval.every=5 early_stop.patience=2", "early_stop.patience: must be"),
         ("--methods gft,sft reward.functions=[format]", "reward.functions: must have a rule that"),
         ("--methods gft,psft train.problems_per_step=1 group.teacher=0 group.self=1",
          "--methods: psft: train.updates_per_rollout: must be at most"),
