@@ -247,7 +247,7 @@ class GuardSettings(Settings):
     window: PositiveInt = 5
     reward: Share | None = 0.25
     flat_groups: Share | None = 0.9
-    entropy: Annotated[float, Field(gt=1)] | None = 2.0
+    entropy: Annotated[float, Field(gt=1)] | None = 2.5
     entropy_low: PositiveFloat | None = 0.005
     grad_norm: Annotated[float, Field(gt=1)] | None = 20.0
     kl: PositiveFloat | None = 1.0
