@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import string
 from importlib import import_module
 from typing import get_type_hints
@@ -17,6 +18,7 @@ from gft_lite.rollout.base import RolloutEngine, RolloutError
 from gft_lite.rollout.registry import ENGINES, find_engine
 from gft_lite.rollout.sampling import graded_text
 from gft_lite.rollout.vllm_failures import cause_in_log, start_failure
+from gft_lite.rollout.vllm_launcher import free_port
 from gft_lite.utils.errors import UserError
 
 
@@ -116,6 +118,13 @@ def test_a_known_start_failure_is_one_line_with_advice(cause):
     assert str(error).startswith(f"rollout.engine: vllm could not start ({cause[:100]}")
     assert MESSAGES[cause] in str(error)
     assert "\n" not in str(error)
+
+
+def test_a_servers_port_is_free_and_below_those_of_outgoing_connections():
+    ports = {free_port() for _ in range(20)}
+    assert len(ports) > 10 and all(20_000 <= port < 32_000 for port in ports)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", ports.pop()))
 
 
 def test_an_unknown_start_failure_is_one_short_line():
