@@ -444,6 +444,18 @@ def test_a_subset_is_the_beginning_of_the_whole_order(tmp_path_factory, bad, n, 
     assert {p.id for p in whole.problems} == {str(i + 1) for i in range(20) if i not in bad}
 
 
+def test_skipped_problems_and_their_copies_are_left_out(tmp_path):
+    texts = ["1+1", "2+2", "3+3", " 1+1 ", "4+4", "5+5"]
+    path = jsonl(tmp_path / "d.jsonl", *({"problem": t, "answer": t.strip()[0]} for t in texts))
+    assert answers(load(path, skip=2)) == ["3", "4", "5"]
+    assert answers(load(path, skip=2, problems=2)) == ["3"]  # One of the two is a copy.
+    first, rest = load(path, shuffle=True, problems=2), load(path, shuffle=True, skip=2)
+    assert set(answers(first)) | set(answers(rest)) == set("12345")
+    assert not set(answers(first)) & set(answers(rest))
+    with pytest.raises(RecipeError, match=r"data\.skip: must leave some of the 6 usable problems"):
+        load(path, skip=6)
+
+
 def test_a_small_subset_reads_few_rows(tmp_path):
     rows = ["{\n"] * 500 + [GOOD] * 500
     loaded = load(jsonl(tmp_path / "x.jsonl", *rows), shuffle=True, problems=5)
