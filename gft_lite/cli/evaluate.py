@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from gft_lite.cli.common import (
     DONE,
@@ -14,6 +16,13 @@ from gft_lite.cli.common import (
     output_path,
     show_imports,
 )
+from gft_lite.utils.errors import UserError
+from gft_lite.utils.progress import show_phase, stderr_console
+
+if TYPE_CHECKING:
+    from gft_lite.evaluation.harness import HarnessSettings
+    from gft_lite.evaluation.suites import Suite
+    from gft_lite.evaluation.targets import Target
 
 
 def add(commands: Any) -> None:
@@ -25,8 +34,13 @@ def add(commands: Any) -> None:
         help="lab, a hub id, the folder of a model, an adapter or a run; RUN@step-N and RUN@all "
         "are its checkpoints; key=value changes policy., rollout., reward. and the suite",
     )  # fmt: skip
-    parser.add_argument("--suite", required=True, metavar="NAME|FILE",
+    parser.add_argument("--suite", metavar="NAME|FILE",
                         help="paper, retention, diversity, lab, or your own YAML")  # fmt: skip
+    parser.add_argument("--harness", metavar="TASK,TASK",
+                        help="tasks of lm-evaluation-harness, with or without --suite")  # fmt: skip
+    parser.add_argument("--harness-include", metavar="DIR", help="your own task files")
+    parser.add_argument("--harness-chat", action="store_true",
+                        help="apply the model's chat template to its tasks")  # fmt: skip
     parser.add_argument("--data-dir", metavar="DIR", help="NAME.jsonl there replaces the hub")
     parser.add_argument("--out", type=output_path("--out", "folder"), metavar="DIR",
                         help="default: evals/SUITE, or eval/SUITE in the one run")  # fmt: skip
@@ -47,6 +61,8 @@ _SUITE_FLAGS = {
 
 def run(options: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
+    if not options.suite and not options.harness:
+        raise UserError(["--suite: must be given, or --harness. For example --suite lab."])
     targets = [t for t in options.targets if "=" not in t or os.path.exists(t)]
     overrides = [t for t in options.targets if t not in targets] + options.overrides
     for flag, key in _SUITE_FLAGS.items():
@@ -55,17 +71,31 @@ def run(options: argparse.Namespace) -> int:
             overrides.append(f"{key}=[{value}]" if flag == "k" else f"{key}={value}")
     from gft_lite.evaluation.suites import Suite
 
-    suite = Suite.load(options.suite, overrides)
+    # Without a suite, overrides of `policy.` and --limit apply to the harness.
+    suite = Suite.load(options.suite or "lab", overrides)
     with show_imports():
-        from gft_lite.evaluation.evaluator import evaluate
         from gft_lite.evaluation.targets import find_targets
+    found = find_targets(targets, suite.policy)
     if not options.allow_code:
-        from gft_lite.cli.trust import check_code_trust, named_code
+        from gft_lite.cli.trust import check_code_trust, check_task_trust, named_code
 
-        check_code_trust(named_code(suite), filter(os.path.isfile, [options.suite]))
-        check_model_trust(find_targets(targets, suite.policy))
+        check_code_trust(named_code(suite), filter(os.path.isfile, [options.suite or ""]))
+        check_model_trust(found)
+        if options.harness_include:
+            check_task_trust(options.harness_include)
+    harness = _harness_settings(options, suite.limit) if options.harness else None
+    tasks = _load_tasks(harness) if harness else None  # Before anything is sampled.
+    folder = _evaluate(options, suite, targets) if options.suite else None
+    if harness:
+        _run_harness(harness, tasks, found, folder or _harness_folder(options, found))
+    return DONE
+
+
+def _evaluate(options: argparse.Namespace, suite: Suite, targets: Sequence[str]) -> Path:
+    """Run the suite and print its results; returns the folder."""
     from rich.console import Console
 
+    from gft_lite.evaluation.evaluator import evaluate
     from gft_lite.evaluation.tables import tables
 
     results = evaluate(
@@ -77,4 +107,40 @@ def run(options: argparse.Namespace) -> int:
         console.print(table.rich(console.width))
     print(f"{results['sampled']:,} responses sampled, {results['reused']:,} reused")
     print(f"results: {results['folder']}")
-    return DONE
+    return Path(results["folder"])
+
+
+def _harness_settings(options: argparse.Namespace, limit: int | None) -> HarnessSettings:
+    from gft_lite.evaluation.harness import HarnessSettings
+
+    tasks = tuple(filter(None, map(str.strip, options.harness.split(","))))
+    return HarnessSettings(tasks, options.harness_include, limit, options.harness_chat)
+
+
+def _harness_folder(options: argparse.Namespace, targets: Sequence[Target]) -> Path:
+    """--out, by default `eval/harness` of the one run or `evals/harness`."""
+    runs = {target.run for target in targets}
+    run = runs.pop() if len(runs) == 1 else None
+    return Path(options.out or (run / "eval" if run else Path("evals")) / "harness")
+
+
+def _load_tasks(settings: HarnessSettings) -> Any:
+    from gft_lite.evaluation.harness import load_tasks
+
+    with show_phase(stderr_console(), "reading the tasks of lm-evaluation-harness"):
+        return load_tasks(settings)
+
+
+def _run_harness(
+    settings: HarnessSettings, tasks: Any, targets: Sequence[Target], folder: Path
+) -> None:
+    from rich.console import Console
+
+    from gft_lite.evaluation.harness import add_to_results, harness_table, run_harness
+
+    results = run_harness(settings, tasks, targets, folder, stderr_console())
+    add_to_results(folder, results)
+    console, table = Console(), harness_table(results)
+    console.print(table.title, style="bold", highlight=False)
+    console.print(table.rich(console.width))
+    print(f"results: {folder}")

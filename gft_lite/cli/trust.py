@@ -59,6 +59,24 @@ def remote_code(policy: PolicySettings) -> Iterator[str]:
         yield f"policy.trust_remote_code: true, the code of {policy.model}"
 
 
+def check_task_trust(folder: str) -> None:
+    """Check that the task files of lm-evaluation-harness in a folder may run their code.
+
+    Raises: UserError if a folder outside the working directory has Python files, or task files with
+    the functions of one.
+    """
+    root = Path(folder)
+    files = [
+        *root.rglob("*.py"),
+        *(f for f in root.rglob("*.yaml") if b"!function" in f.read_bytes()),
+    ]
+    if files and not _is_trusted(folder):
+        rule = "must be given to run code of task files from elsewhere"
+        raise UserError(
+            [f"--allow-code: {rule}, got {files[0]}. Look at it, then add --allow-code."]
+        )
+
+
 def _sources(path: str | Path) -> set[str]:
     """The file and all files that it extends."""
     places = gather(find_recipe(path))[1]
