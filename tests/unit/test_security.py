@@ -14,7 +14,7 @@ from gft_lite.cli import main
 from gft_lite.objective.methods import METHODS
 from gft_lite.recipe.schema import Recipe
 from gft_lite.rewards.base import RewardFunction
-from gft_lite.rewards.registry import REWARDS
+from gft_lite.rewards.registry import JUDGE, REWARDS
 from gft_lite.rewards.scorer import Scorer
 from gft_lite.types import Group, Problem, Response
 from gft_lite.utils.errors import RecipeError, UserError
@@ -197,7 +197,7 @@ HOSTILE = [
 def test_text_of_a_model_reaches_no_interpreter(here):
     rows = [f"#{t}" for t in HOSTILE] + [rf"\boxed{{{t}}}" for t in HOSTILE] + HOSTILE
     responses = tuple(Response((1,), text, "self", "stop") for text in rows)
-    functions = [RewardFunction(name) for name in REWARDS]
+    functions = [RewardFunction(name) for name in REWARDS if name != JUDGE]
     with Scorer(functions, workers=1) as scorer:
         for answer in ("3", HOSTILE[0], HOSTILE[2]):
             [group] = scorer.score([Group(Problem("1", "1+2=", answer), responses)])
