@@ -37,7 +37,14 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
-    from gft_lite.tools.push import check_repository, describe, files_to_push, find_token, push
+    from gft_lite.tools.push import (
+        check_repository,
+        describe,
+        files_to_push,
+        find_token,
+        local_base,
+        push,
+    )
 
     check_repository(options.repository)
     token = "" if options.dry_run else find_token()
@@ -46,6 +53,9 @@ def run(options: argparse.Namespace) -> int:
         merged = _merge(options, stack) if options.merged else None
         files = files_to_push(options.target, merged)
         print("\n".join(describe(files)))
+        if base := local_base(files):
+            print(f"note: adapter_config.json names the base {base}, a folder that others lack; "
+                  "--merged needs no base")  # fmt: skip
         if not options.dry_run:
             url = push(files, options.repository, private=options.private, token=token)
             print(f"uploaded: {url}")

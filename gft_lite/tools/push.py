@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from gft_lite.utils.errors import UserError, short_repr
+from gft_lite.utils.files import read_json
 from gft_lite.utils.secrets import find_secret
 
 # Files of a run that are uploaded beside its adapter or merged model.
@@ -78,6 +79,18 @@ def describe(files: Mapping[str, Path]) -> list[str]:
     sizes = {name: file.stat().st_size for name, file in files.items()}
     sizes[f"{len(sizes)} files"] = sum(sizes.values())
     return [f"{size:>15,}  {name}" for name, size in sizes.items()]
+
+
+def local_base(files: Mapping[str, Path]) -> str | None:
+    """The base of an adapter if it is named by a folder of this machine, which others lack."""
+    config = files.get("adapter_config.json")
+    if config is None:
+        return None
+    rule = "must be the configuration of an adapter"
+    base = read_json(
+        config, lambda value: value.get("base_model_name_or_path"), rule, "Restore it."
+    )
+    return base if base and os.path.isabs(base) else None
 
 
 def push(files: Mapping[str, Path], repository: str, *, private: bool, token: str) -> str:

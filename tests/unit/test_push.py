@@ -169,6 +169,14 @@ def test_a_dry_run_needs_no_token_and_no_network(run, capsys, monkeypatch):
     assert lines[-1] == ["1,060", "7", "files"]
 
 
+def test_a_base_that_others_lack_is_noted(run, capsys):
+    config = {"base_model_name_or_path": "/models/mine"}
+    (run / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    assert main(["push", str(run), "me/mine", "--dry-run"]) == 0
+    note = capsys.readouterr().out.splitlines()[-1]
+    assert note.startswith("note: adapter_config.json names the base /models/mine, a folder that")
+
+
 def test_without_a_token_it_stops_in_one_line(run, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("gft_lite.tools.push.get_token", lambda: None)
     assert main(["push", str(run), "me/mine"]) == 2
