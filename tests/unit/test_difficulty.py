@@ -36,8 +36,8 @@ def groups(tmp_path):
     for text, (right, count) in SAMPLED.items():
         responses = [response(True, "expert"), *(response(i < right) for i in range(count))]
         if text == "half":  # One epoch with both right, one with both wrong.
-            lines.append({"problem": text, "visit": 1, "responses": responses[3:]})
-            responses = responses[:3]
+            lines.append({"problem": text, "visit": 1, "responses": responses[:3]})
+            responses = responses[3:]
         lines.append({"problem": text, "visit": 0, "responses": responses})
     for number, line in enumerate(lines):
         line["problem"] = {"id": f"other-{number}", "text": line["problem"], "answer": "5"}
