@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -44,7 +44,7 @@ from gft_lite.rollout.sampling import make_prompt_format
 from gft_lite.types import Group, Problem
 from gft_lite.utils.errors import RecipeError
 from gft_lite.utils.files import check_output_path
-from gft_lite.utils.progress import show_phase, stderr_console
+from gft_lite.utils.progress import Phase, show_phase, stderr_console
 
 
 @dataclass
@@ -154,8 +154,7 @@ def _evaluate_group(work: _Evaluation, targets: Sequence[Target]) -> None:
         engine = PolicyEngine(sampler, policy, scratch / base / "adapters")
         engine.start_checks(served.check_row(), suite.rollout.probe_limit)
         work.console.print(engine.about, soft_wrap=True)
-        with show_phase(work.console, "sampling the base for KL", announce=False):
-            base_rows = served.first_samples(base) if adapters else []
+        base_rows = served.first_samples(base) if adapters else []
         # The engine serves the base until the first sync, so the base is evaluated first.
         for target in sorted(targets, key=lambda target: target.adapter is not None):
             if target.adapter is not None:
@@ -229,11 +228,11 @@ class _ServedBase:
     def first_samples(self, model: str) -> list[Row]:
         """One response to each of the first problems of every benchmark."""
         few = self._work.suite.drift
-        return [
-            row
-            for name in self._problems
-            for row in kl.group_rows(self._respond(model, name, few, 1)[0])
-        ]
+        rows: list[Row] = []
+        for name in self._problems:
+            with self._phase(f"sampling the base on {name} for KL"):
+                rows += kl.group_rows(self._respond(model, name, few, 1)[0])
+        return rows
 
     def evaluate(self, target: Target, model: str, base_rows: Sequence[Row]) -> None:
         """Sample, grade and measure the target that the engine serves; `model` is its identity."""
@@ -247,10 +246,9 @@ class _ServedBase:
             few = groups[: suite.drift]
             rows += kl.group_rows(Group(g.problem, g.responses[:1]) for g in few)
             benchmarks[name] = found
-        with show_phase(self._work.console, f"KL and entropy of {target.label}", announce=False):
-            self.sampler.engine.sleep()
-            drift = _drift(self._policy, target, base_rows, rows, suite.micro_batch_tokens)
-            self.sampler.engine.wake()
+        self.sampler.engine.sleep()
+        drift = self._drift(target, base_rows, rows)
+        self.sampler.engine.wake()
         self._work.targets[target.label] = {
             "model": target.policy.model,
             "adapter": None if target.adapter is None else str(target.adapter),
@@ -266,13 +264,39 @@ class _ServedBase:
     def _respond(
         self, model: str, name: str, first: int | None, samples: int
     ) -> tuple[list[Group], list[list[str]]]:
-        # Engines, and the bases they serve, draw differently from the same seed.
-        sampled_by = f"{model}/{self.sampler.engine.name}/{self._work.suite.rollout.base}"
+        # Engines, the bases they serve and their dtypes draw differently from the same seed.
+        rollout = self._work.suite.rollout
+        sampled_by = f"{model}/{self.sampler.engine.name}/{rollout.base}"
+        if rollout.dtype != "auto":
+            sampled_by += f"/{rollout.dtype}"
         draw = BenchmarkDraw(
             sampled_by, self._formats[name], self._problems[name][:first], samples,
             (self._work.suite.seed, "eval", name),
         )  # fmt: skip
         return self.sampler.respond(draw, self._work.folder.responses(model, name))
+
+    def _drift(
+        self, target: Target, base_rows: Sequence[Row], rows: Sequence[Row]
+    ) -> dict[str, float | None]:
+        """Forward KL on the base's responses, reverse KL and entropy on the target's, in nats."""
+        policy, budget = self._policy, self._work.suite.micro_batch_tokens
+        alone = policy.base() if target.adapter is None else nullcontext()
+        with self._phase(f"entropy of {target.label}"), alone:
+            entropy = kl.entropy(policy, rows, budget)
+        if target.adapter is None:
+            return {"entropy": entropy}
+        with self._phase(f"KL of {target.label} on the base's responses"):
+            forward = kl.divergence(policy, base_rows, budget, samples_of="reference")
+        with self._phase(f"KL of {target.label} on its own responses"):
+            reverse = kl.divergence(policy, rows, budget, samples_of="policy")
+        return {
+            "forward": forward.get("forward"), "reverse": reverse.get("reverse"),
+            "entropy": entropy,
+        }  # fmt: skip
+
+    def _phase(self, text: str) -> AbstractContextManager[Phase]:
+        """A part of the work with a progress of its own."""
+        return show_phase(self._work.console, text, announce=False)
 
     def _limit_tokens(self) -> list[int]:
         """The fewest and the most tokens a response can have; printed if the context limits it."""
@@ -285,22 +309,6 @@ class _ServedBase:
                 f"{most} of the {wanted} tokens asked for", markup=False, soft_wrap=True,
             )  # fmt: skip
         return [least, most]
-
-
-def _drift(
-    policy: Policy, target: Target, base_rows: Sequence[Row], rows: Sequence[Row], budget: int
-) -> dict[str, float | None]:
-    """Forward KL on the base's responses, reverse KL and entropy on the target's own, in nats."""
-    if target.adapter is None:
-        with policy.base():
-            return {"entropy": kl.entropy(policy, rows, budget)}
-    forward = kl.divergence(policy, base_rows, budget, samples_of="reference")
-    reverse = kl.divergence(policy, rows, budget, samples_of="policy")
-    return {
-        "forward": forward.get("forward"),
-        "reverse": reverse.get("reverse"),
-        "entropy": kl.entropy(policy, rows, budget),
-    }
 
 
 def _regrade(work: _Evaluation, targets: Sequence[Target]) -> None:

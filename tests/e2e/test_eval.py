@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import io
 import json
 import shutil
 import signal
@@ -51,7 +52,7 @@ def evaluate(targets, out, *overrides, suite="lab", **options):
 
 def cli(*arguments):
     command = [sys.executable, "-m", "gft_lite", "eval", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=1200)
 
 
 def stored(out):
@@ -170,31 +171,39 @@ def test_a_graded_reward_is_no_accuracy(run, tmp_path, monkeypatch):
 
 def test_default_folders(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert evaluate([run], None, "samples=1")["folder"] == str(run / "eval" / "lab")
+    monkeypatch.setenv("TERM", "xterm")
+    console = Console(file=io.StringIO(), force_terminal=True, width=300)
+    found = evaluate([run], None, "samples=1", console=console)
+    assert found["folder"] == str(run / "eval" / "lab")
+    # Each part has a progress of its own, which does not go backwards.
+    for part in (
+        "sampling the base on test for KL",
+        "sampling the base on retention for KL",
+        f"KL of {run} on the base's responses",
+        f"KL of {run} on its own responses",
+    ):
+        assert f"{part}: " in console.file.getvalue()
     assert evaluate(["lab", run], None, "samples=1")["folder"] == "evals/lab"
     assert (tmp_path / "evals" / "lab" / "results.json").exists()
 
 
 class TestNothingIsSampledTwice:
     def test_a_killed_evaluation_continues(self, run, tmp_path, signal_when):
-        overrides = ["samples=6", "rollout.batch_size=1"]
+        overrides = ["samples=3", "rollout.batch_size=1"]
         whole = evaluate(["lab", run], tmp_path / "whole", *overrides)
         out = tmp_path / "killed"
         command = ["eval", "lab", run, "--suite", "lab", "limit=5", *overrides, "--out", out]
-        code, errors = signal_when(command, lambda: lines(out) >= 20, signal.SIGKILL)
+        code, errors = signal_when(command, lambda: lines(out) >= 8, signal.SIGKILL)
         assert code == -signal.SIGKILL, errors
         found = lines(out)
-        assert 20 <= found < 120
-        done = cli("lab", run, "--suite", "lab", "limit=5", *overrides, "--out", out)
-        assert done.returncode == 0, done.stderr
-        again = json.loads((out / "results.json").read_text())
+        assert 8 <= found < 60
+        again = evaluate(["lab", run], out, *overrides)
         # Complete lines are not sampled again, and no key is stored twice.
-        assert found - 1 <= 120 - again["sampled"] <= found
-        assert len(stored(out)) == lines(out) == 120
+        assert found - 1 <= 60 - again["sampled"] <= found
+        assert len(stored(out)) == lines(out) == 60
         assert stored(out) == stored(tmp_path / "whole")
         for label, target in again["targets"].items():
-            expected = json.loads(json.dumps(whole["targets"][label]["benchmarks"]))
-            assert target["benchmarks"] == expected
+            assert target["benchmarks"] == whole["targets"][label]["benchmarks"]
 
     def test_more_samples_and_more_problems_are_added(self, tmp_path):
         assert evaluate(["lab"], tmp_path)["sampled"] == 2 * 5 * 2
@@ -203,6 +212,19 @@ class TestNothingIsSampledTwice:
         assert (more["sampled"], more["reused"]) == (2 * 6 * 3 - 2 * 5 * 2, 2 * 5 * 2)
         assert evaluate(["lab"], tmp_path, "rollout.temperature=0.6")["sampled"] == 2 * 5 * 2
         assert evaluate(["lab"], tmp_path, "seed=1")["sampled"] == 2 * 5 * 2
+
+    def test_the_engines_dtype_is_part_of_the_key(self, tmp_path, monkeypatch):
+        (tmp_path / "own_serving.py").write_text(
+            "from gft_lite.rollout.transformers_engine import TransformersEngine\n"
+            "class Engine(TransformersEngine):\n    name = 'own'\n",
+            encoding="utf-8",
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        for dtype in ("float32", "bfloat16"):
+            own = ["limit=1", "samples=1", "rollout.engine=own_serving:Engine"]
+            for sampled in (2, 0):
+                done = evaluate(["lab"], tmp_path / "out", *own, f"rollout.dtype={dtype}")
+                assert done["sampled"] == sampled
 
 
 class TestRegrade:
