@@ -50,7 +50,7 @@ def adapter(run):
 
 def cli(*arguments, **options):
     command = [sys.executable, "-m", "gft_lite", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=1200, **options)
 
 
 def test_a_run_leaves_what_the_readme_promises(tmp_path):
@@ -292,7 +292,8 @@ class TestCommandLine:
 
     def test_an_interrupted_step_is_finished_and_kept(self, tmp_path, signal_when):
         run = RunFolder(tmp_path / "run")
-        arguments = ["train", "recipes/lab.yaml", "eval.samples=1", "eval.k=[1]", "--out", run.path]
+        arguments = ["train", "recipes/lab.yaml", *SMALL, "train.steps=60",
+                     "checkpoint.every=60", "--out", run.path]  # fmt: skip
         code, errors = signal_when(arguments, run.metrics, signal.SIGTERM)
         assert code == 130
         assert "--resume" in errors
