@@ -210,7 +210,11 @@ class _Auditor:
         expected, m, v = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
         tokens, batches = self._limit_for(MICRO_BATCHES[1])
         beta1, beta2 = settings.betas
-        lr = learning_rate(PROGRESS, settings)
+        factors = [settings.lora_plus_ratio if "lora_B" in name or p.ndim == 1 else 1.0
+                   for name, p in self.policy.parameters().items()]  # fmt: skip
+        lr = learning_rate(PROGRESS, settings) * torch.cat(
+            [start.new_full((p.numel(),), f) for p, f in zip(parameters, factors, strict=True)]
+        )
         for step in range(1, OPTIMIZER_STEPS + 1):
             g = self.gradient(self.step)
             g *= min(1.0, settings.clip_norm / (g.norm().item() + 1e-6))

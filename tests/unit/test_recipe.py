@@ -301,9 +301,10 @@ FIELDS = {
     "seed: 0o17\n": "x.yaml:1: seed: must be a whole number, got '0o17'.",
     "seed: true\n": "x.yaml:1: seed: must be a number, got true.",
     "seed:\n": "x.yaml:1: seed: must be a whole number, got null.",
-    "optim: {lr: fast}\n": "x.yaml:1: optim.lr: must be a number, got 'fast'.",
-    "optim: {lr: .inf}\n": "x.yaml:1: optim.lr: must be a finite number, got inf.",
-    "optim: {lr: 0}\n": "x.yaml:1: optim.lr: must be greater than 0, got 0.",
+    "optim: {lr: fast}\n": "x.yaml:1: optim.lr: must be 'auto' or a number, got 'fast'. Did you "
+    "mean auto?",
+    "optim: {lr: .inf}\n": "x.yaml:1: optim.lr: must be 'auto' or a finite number, got inf.",
+    "optim: {lr: 0}\n": "x.yaml:1: optim.lr: must be 'auto' or greater than 0, got 0.",
     "optim: {betas: [0.9]}\n": "x.yaml:1: optim.betas.1: is required, got nothing.",
     "optim: {betas: [0.9, 1]}\n": "x.yaml:1: optim.betas.1: must be less than 1, got 1.",
     "optim: {betas: [0.9, 0.9, 0.9]}\n": (
@@ -532,7 +533,7 @@ def test_all_errors_at_once_in_the_order_of_the_files():
     assert problems(text, "train.steps=0") == [
         "base.yaml:2: objective.tao: unknown field, got 1. Did you mean objective.tau?",
         "command line: train.steps: must be greater than 0, got 0.",
-        "x.yaml:3: optim.lr: must be greater than 0, got 0.",
+        "x.yaml:3: optim.lr: must be 'auto' or greater than 0, got 0.",
         "x.yaml:4: optim.lrr: unknown field, got 1. Did you mean optim.lr?",
         "x.yaml:5: seed: must be a whole number, got 'x'.",
     ]

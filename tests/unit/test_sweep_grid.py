@@ -143,7 +143,7 @@ class TestMistakes:
             "grid:\n  objective.tua: [1]\n  objective.tau: [0, -1]\nseeds: 3\n"
         )
         assert sorted(errors(recipe=file)) == [
-            f"{file}:2: optim.lr: must be greater than 0, got -1.",
+            f"{file}:2: optim.lr: must be 'auto' or greater than 0, got -1.",
             f"{file}:4: objective.tua: unknown field, got 1. Did you mean objective.tau?",
             f"{file}:5: objective.tau: must be greater than or equal to 0, got -1.",
         ]
@@ -178,7 +178,7 @@ class TestMistakes:
              "seed: must be at most 2**31 - 10, got 2147483640."),
             (["group=6:2", "group.self=1"], [], "grid: must not have both group and group.self"),
             ([], ["overrides.stages=[gft, {method: sft, overrides: {optim: {lr: 0}}}]"],
-             "optim.lr: must be greater than 0, got 0."),
+             "optim.lr: must be 'auto' or greater than 0, got 0."),
         ],
     )  # fmt: skip
     def test_each_is_told(self, grid, overrides, told):
