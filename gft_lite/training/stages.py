@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 from rich.console import Console
@@ -91,6 +92,10 @@ def _conclude(recipe: Recipe, run: RunFolder, stages: list[RunFolder]) -> None:
             "stages": [{"method": s["method"], **s["trained"]} for s in summaries],
             "seconds": {p: sum(s["seconds"][p] for s in summaries) for p in phases},
             "problems": summaries[-1]["problems"],
+            "guard": {
+                "alarms": dict(sum((Counter(s["guard"]["alarms"]) for s in summaries), Counter())),
+                "rollbacks": sum(s["guard"]["rollbacks"] for s in summaries),
+            },
             **{name: sum(s[name] for s in summaries) for name in added},
         },
     )

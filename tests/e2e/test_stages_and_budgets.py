@@ -21,7 +21,8 @@ QUIET = Console(quiet=True)
 SMALL = [
     "train.steps=2", "train.problems_per_step=3", "data.problems=40", "data.holdout=4",
     "monitor.problems=2", "eval.samples=2", "eval.k=[1]", "eval.sets.test.problems=4",
-    "eval.sets.retention.problems=2", "checkpoint.every=1",
+    "eval.sets.retention.problems=2", "checkpoint.every=1", "eval.every=2", "eval.problems=2",
+    "guard.window=1",
 ]  # fmt: skip
 STAGES = "stages=[{method: sft, overrides: {optim: {lr: 1e-2}}}, gft, {method: grpo, " \
          "reference: start, overrides: {train: {steps: 3}}}]"  # fmt: skip
@@ -91,6 +92,12 @@ class TestStages:
         assert summary["base"] == parts[0].summary()["base"]
         assert parts[2].summary()["base"] == summary["base"]
         assert summary["trained"] == parts[2].summary()["trained"]
+        # Each stage has its evaluations; its steps count from 1, and the base of all is step 0.
+        assert [list(part.step_evaluations()) for part in parts] == [[0, 2], [0, 2], [0, 2, 3]]
+        assert summary["guard"]["rollbacks"] == 0
+        assert sum(summary["guard"]["alarms"].values()) == sum(
+            len(m["guard"]["alarms"]) for m in whole.metrics() if "guard" in m
+        )
 
     def test_a_run_killed_in_a_later_stage_resumes_to_the_same_end(
         self, whole, tmp_path, kill_after_a_step
