@@ -255,6 +255,8 @@ def _start_engine(
         engine.start_checks(kl_rows[0], recipe.rollout.probe_limit)
     sampler.on_restart = engine.check
     console.print(engine.about, soft_wrap=True)
+    if place.shared:
+        console.print(place.shared.about)
     return engine, kl_rows
 
 

@@ -21,6 +21,7 @@ from gft_lite.utils.memory import trim_heap
 # Prompt and completion that an engine scores with the base at its start and whenever it is reused.
 # The ids are in every vocabulary, the length in every context.
 _PROBE = (0, 1, 2), (3, 2, 1)
+_KEPT = "of the run before"
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +42,12 @@ class SharedParts:
         self._idle: Any = None  # An engine with `take_over`, asleep.
         self._served: list[float] = []
         self._free = 0, 0
+        self._origins = {"base": "", "engine": ""}
+
+    @property
+    def about(self) -> str:
+        """Whether base and engine of the current run are its own, for the console."""
+        return ", ".join(f"{part}: {origin}" for part, origin in self._origins.items())
 
     def free_memory(self, measure: Callable[[], tuple[int, int]]) -> tuple[int, int]:
         """`measure()` before anything was loaded, so that runs that share parts plan alike."""
@@ -50,7 +57,9 @@ class SharedParts:
 
     def load_policy(self, settings: PolicySettings, seed: int, rollout: RolloutSettings) -> Policy:
         """A new policy, on the kept base if that fits. Raises: RecipeError."""
-        if not self._base.fits(settings):
+        fits = self._base.fits(settings)
+        self._origins["base"] = _KEPT if fits else "loaded"
+        if not fits:
             self.close()
         # vLLM's start excludes all objects from garbage collection, also those of the last run.
         gc.unfreeze()
@@ -65,12 +74,12 @@ class SharedParts:
         """The kept engine, serving the base, or a new one. Raises: RolloutError."""
         idle, self._idle = self._idle, None
         if idle and idle.take_over(settings, policy) and idle.score(*_PROBE) == self._served:
-            self._engine = idle
+            self._engine, self._origins["engine"] = idle, _KEPT
             return idle
         if idle:
             _log.debug("The engine of the previous run is not used again.")
             idle.close()
-        self._engine = start_engine(settings, policy, scratch)
+        self._engine, self._origins["engine"] = start_engine(settings, policy, scratch), "started"
         if hasattr(self._engine, "take_over"):
             self._served = self._engine.score(*_PROBE)
         return self._engine
