@@ -237,13 +237,18 @@ def _sentence(verdict: Verdict, margin: float) -> str:
             f"{method} equals {against} within the margin of {100 * margin:g} points on "
             f"{measure}: {points(verdict.difference)} {interval}."
         )
-    detectable = points(verdict.detectable or 0.0, signed=False)
     beside = verdict.low * verdict.high > 0  # The interval alone does not see the other methods.
     adjusted = f", p adjusted for all methods {p_text(verdict.p)}" if beside else ""
     return (
         f"{method} is not separable from {against} on {measure}: {points(verdict.difference)} "
-        f"points {interval}{adjusted}; about {detectable} points or more would have been found."
+        f"points {interval}{adjusted}; {_found(verdict.detectable or 0.0)}."
     )
+
+
+def _found(detectable: float) -> str:
+    if detectable >= 1:
+        return "no difference of any size would have been found reliably"
+    return f"about {points(detectable, signed=False)} points or more would have been found"
 
 
 def points(share: float, *, signed: bool = True) -> str:

@@ -306,3 +306,9 @@ def test_the_table_has_a_dash_for_what_is_not_known():
     assert gft[:2] == ("gft", "better") and gft[6:] == ("3", "30")
     assert hpt == ("hpt", "not compared", "-", "-", "-", "-", "0", "0")
     assert verdict_table(made, judge(made)[KL]).header[2] == "difference, nats"
+
+
+def test_a_design_that_could_find_nothing_says_so():
+    made = simulated({"gft": 0.0}, runs=2, problems=30, seed_sd=0.2, seed=1)
+    assert judge(made)["test"][0].detectable > 1
+    assert answers(made)[0].endswith("no difference of any size would have been found reliably.")
