@@ -63,11 +63,10 @@ def write_report(
     check_output_path(out, kind="file")
     if plots is not None:
         check_output_path(plots, "--plots")
-    console = console or Console(stderr=True)
     runs, sweeps = read_folders(folders)
     series = all_series(runs, sweeps)
     shown = [s for run in _runs_with_groups(runs, sweeps) for s in select_steps(run, groups)]
-    unscored = score_tokens(shown, console) if tokens else ["--no-tokens"]
+    unscored = score_tokens(shown, console or Console(stderr=True)) if tokens else ["--no-tokens"]
     curves = [*evaluation_plots(series), *pass_at_k_plots(series), *step_plots(series)]
     of_sweeps = [sweep_plot(sweep) for sweep in sweeps]
 
@@ -81,10 +80,7 @@ def write_report(
         runs=[_run(run) for run in runs],
         longest=max((sum(seconds_of(run).values()) for run in runs), default=0.0),
         settings=differing_settings(runs),
-        sweeps=[
-            {**_sweep(sweep), "plot": plot and drawn(plot)}
-            for sweep, plot in zip(sweeps, of_sweeps, strict=True)
-        ],
+        sweeps=[_sweep(s, drawn(p) if p else None) for s, p in zip(sweeps, of_sweeps, strict=True)],
         series=[(one.label, PALETTE[i % len(PALETTE)]) for i, one in enumerate(series)],
         curves=[drawn(plot) for plot in curves],
         groups=page_groups(shown),
@@ -120,8 +116,9 @@ def _run(run: Run) -> dict[str, Any]:
     }
 
 
-def _sweep(sweep: Sweep) -> dict[str, Any]:
+def _sweep(sweep: Sweep, plot: tuple[Plot, str] | None) -> dict[str, Any]:
     return {
+        "plot": plot,
         "label": sweep.label,
         "interval": sweep.interval,
         "fields": ["demonstrations : self" if f == "group" else f for f in sweep.fields],
