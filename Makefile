@@ -67,6 +67,7 @@ bench: env-test
 	$(BIN)/python -m benchmarks.sync
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.against_trl
+	$(BIN)/python -m benchmarks.shared_base
 	$(BIN)/python -m benchmarks.gpu_check.results
 
 clean:

@@ -100,6 +100,11 @@ class TestTwoJobs:
         alone = train(last.recipe, tmp_path / "alone", console=QUIET)
         assert_equal(folder.run(last.name), alone)
 
+    def test_the_trials_of_a_process_share_a_base(self, planned, folder):
+        """Two processes run four trials."""
+        logs = [(folder.run(trial.name).path / "log.txt").read_text() for trial in planned.trials()]
+        assert sum("base: of the run before" in log for log in logs) == 2
+
     def test_each_base_is_evaluated_once(self, planned, folder):
         """The base's samples have the run's seed: two seeds, two evaluations."""
         for name in ("eval/base.json", "kl_set.json"):
@@ -196,8 +201,11 @@ def test_failed_trials_are_reported_and_tried_again(own_rewards, capsys):
     assert [point["failed"] for point in folder.results()["settings"]] == [1, 1]
     for name in ("raises", "dies"):
         (own_rewards / f"{name}.py").write_text(FINE)
-    assert main(command) == 0
+    assert main([*command, "--separate"]) == 0
     assert set(states(folder).values()) == {"done"}
+    for trial in (raises, dies):
+        log = (folder.path / trial["folder"] / "log.txt").read_text()
+        assert "of the run before" not in log
 
 
 def is_locked(run):
