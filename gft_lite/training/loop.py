@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from gft_lite.rollout.sampling import sample_seed
-from gft_lite.runs.console import TrainingConsole, evaluation_line
+from gft_lite.runs.console import TrainingConsole
 from gft_lite.runs.metrics import PhaseTimer, group_metrics
+from gft_lite.training.course import check_guard, evaluate_step
 from gft_lite.training.ledger import record_tokens
 from gft_lite.training.setup import TrainingRun
 from gft_lite.training.updates import aggregate_updates
@@ -37,8 +38,8 @@ def train_steps(run: TrainingRun, step: int, screen: TrainingConsole) -> int:
                 metrics = train_step(run, step)
             run.count_seconds([metrics])
             spent = run.learner.budget_fraction(step) >= 1
-            metrics |= _guard(run, step, metrics)
-            metrics |= _evaluate(run, step, metrics, last=spent or "stopped" in metrics)
+            metrics |= check_guard(run, step, metrics)
+            metrics |= evaluate_step(run, step, metrics, last=spent or "stopped" in metrics)
             run.folder.append_metrics(metrics)
             run.trackers.log(metrics, step)
             screen.step(metrics)
@@ -90,45 +91,6 @@ def train_step(run: TrainingRun, step: int) -> dict[str, Any]:
         **({"kl": kl} if kl else {}),
         "seconds": dict(timer.seconds),
     }
-
-
-def _guard(run: TrainingRun, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
-    """The collapse guard's new alarms in this step and its action, as metrics."""
-    own = run.guard.check(metrics)
-    alarms = run.distributed.broadcast_from_main(lambda: own)
-    if not alarms:
-        return {}
-    action, scale = run.guard.action, run.guard.lr_scale
-    found: dict[str, Any] = {"guard": {"alarms": list(alarms), "action": action}}
-    consequence = {"warn": "training goes on", "stop": "training ends"}.get(action)
-    if action == "rollback":
-        found["guard"]["restored"] = restored = run.roll_back(step)
-        run.guard.record(found)
-        run.learner.lr_scale = scale = run.guard.lr_scale
-        consequence = f"back to the policy of step {restored}, learning rate times {scale:g}"
-    elif action == "stop":
-        found["stopped"] = "guard"
-    texts = "; ".join(f"{name}: {text}" for name, text in alarms.items())
-    run.print(f"step {step}: guard: {texts}; {consequence}")
-    return found
-
-
-def _evaluate(
-    run: TrainingRun, step: int, metrics: dict[str, Any], *, last: bool
-) -> dict[str, Any]:
-    """The evaluation after this step where one is due, and whether it ends training, as metrics."""
-    if not run.schedule.is_due(step, last=last):
-        return {}
-    timer = PhaseTimer()
-    with timer("eval"), show_phase(run.console, f"step {step:,}: evaluating", announce=False):
-        found = run.schedule.run(step)
-    found["seconds"] = metrics["seconds"] | timer.seconds
-    run.print(f"step {step}: {evaluation_line(found['eval'])}")
-    reason = None if last else run.schedule.stop_reason()
-    if reason:
-        run.print(reason)
-        found["stopped"] = "early_stop"
-    return found
 
 
 def _warn_without_rewards(run: TrainingRun, step: int, groups: list[ScoredGroup]) -> None:

@@ -19,6 +19,7 @@ from gft_lite.runs.export import save_final_adapter
 from gft_lite.runs.folder import RunFolder, find_folder
 from gft_lite.runs.metrics import PHASES, PhaseTimer
 from gft_lite.runs.model_card import write_card
+from gft_lite.training.course import course_summary
 from gft_lite.training.loop import train_steps
 from gft_lite.training.setup import Place, TrainingRun, setup_run
 from gft_lite.training.shared_parts import SharedParts
@@ -65,7 +66,7 @@ def train_single(
             if distributed.is_main:
                 save_final_adapter(run.policy, folder.adapter)
             seconds = {"total": time.perf_counter() - started, "eval": timer.seconds["eval"]}
-            summary = _summary(run, base, trained, seconds) | _course(run, final)
+            summary = _summary(run, base, trained, seconds) | course_summary(run, final)
             folder.write_json("summary.json", summary)
             run.trackers.log({"summary": summary}, summary["steps"])
             if distributed.is_main:
@@ -112,23 +113,4 @@ def _summary(
         "updates": sum(m["updates"] for m in metrics),
         "skipped_steps": sum(m["skipped"] is not None for m in metrics),
         **run.grading.judge_totals(),
-    }
-
-
-def _course(run: TrainingRun, final: int) -> dict[str, Any]:
-    """What evaluations while training and the collapse guard made of the run, for its summary.
-
-    `final` is the step of the policy that the run ends with.
-    """
-    metrics = run.folder.metrics()
-    events = [m["guard"] for m in metrics if "guard" in m]
-    best = {"best_step": run.schedule.best_step} if run.schedule.keeps_best else {}
-    return {
-        "policy_of_step": final,
-        **best,
-        "stopped": metrics[-1].get("stopped") if metrics else None,
-        "guard": {
-            "alarms": dict(Counter(name for event in events for name in event["alarms"])),
-            "rollbacks": sum("restored" in event for event in events),
-        },
     }
