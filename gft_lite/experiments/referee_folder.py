@@ -1,20 +1,18 @@
-"""The file plan.yaml of a referee's folder: more seeds, bases and methods only add runs."""
+"""The file plan.json of a referee's folder: more seeds, bases and methods only add runs."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from gft_lite.experiments.referee_plan import RefereePlan
 from gft_lite.recipe.effects import Affects, differences, values_affecting
-from gft_lite.recipe.loader import Dumper, Loader
 from gft_lite.utils.errors import UserError, short_repr
-from gft_lite.utils.files import write_text_atomic
+from gft_lite.utils.files import read_json, write_text_atomic
 
-PLAN = "plan.yaml"
+PLAN = "plan.json"
 _GROWING = ("methods", "bases")
 
 
@@ -25,24 +23,20 @@ def check_same_plan(plan: RefereePlan, out: Path) -> None:
     """
     file, now = out / PLAN, _values(plan)
     if file.exists():
-        try:
-            before = yaml.load(file.read_text(encoding="utf-8"), Loader)
-            found = list(_changes(before, now))
-        except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
-            rule = f"{file}: must be the plan of a referee, got {short_repr(str(error))}"
-            raise UserError([f"{rule}. Choose another --out."]) from error
+        rule, advice = "must be the plan of a referee", "Choose another --out."
+        found = read_json(file, lambda before: [*_changes(before, now)], rule, advice)
         if found:
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
             rule = "--out: must be a new folder or one of the same comparison, got another in"
             changed = f"{', '.join(found[:3])}{more}"
             raise UserError([f"{rule} {out}: {changed}. Choose another folder."])
-    write_text_atomic(file, yaml.dump(now, Dumper=Dumper, sort_keys=False))
+    write_text_atomic(file, json.dumps(now, indent=1))
 
 
 def _values(plan: RefereePlan) -> dict[str, Any]:
-    """Everything that decides on the runs and the verdict, as YAML has it."""
+    """Everything that decides on the runs and the verdict, as JSON has it."""
     options = plan.options
-    return {
+    values = {
         "recipe": values_affecting(plan.recipe, Affects.RUN),
         "methods": list(plan.methods),
         "own_fields": {c.name: c.layer for c in plan.single},
@@ -55,6 +49,7 @@ def _values(plan: RefereePlan) -> dict[str, Any]:
         "margin": options.margin,
         "against": plan.against,
     }
+    return json.loads(json.dumps(values, default=str))
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

@@ -214,7 +214,7 @@ class RefereePlan:
         return tree
 
     def _recipe(self, layer: Tree) -> Recipe:
-        return Recipe.from_tree(merge(self.common, layer))
+        return Recipe.from_tree(merge(merge(self.common, self._part_fields("main")), layer))
 
 
 def _share(budget: float, number: int, count: int) -> float:

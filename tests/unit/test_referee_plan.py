@@ -296,8 +296,8 @@ class TestFolder:
                 check_same_plan(plan_of(**options), tmp_path)
 
     def test_a_damaged_plan_is_one_line(self, tmp_path):
-        (tmp_path / "plan.yaml").write_text("- 1\n")
-        with pytest.raises(UserError, match=r"plan\.yaml: must be the plan of a referee"):
+        (tmp_path / "plan.json").write_text("[1]")
+        with pytest.raises(UserError, match=r"plan\.json: must be the plan of a referee"):
             check_same_plan(plan_of(), tmp_path)
 
 
