@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,15 @@ def add(commands: Any) -> None:
     words = "compare methods: tuned alike, trained with equal budgets, with a verdict"
     parser = commands.add_parser("referee", help=words)
     add_recipe(parser)
-    option, count = parser.add_argument, whole_number(1, MAX_SEEDS)
+    _add_comparison(parser.add_argument)
+    _add_execution(parser.add_argument)
+    add_allow_code(parser)
+    add_verbose(parser)
+    parser.set_defaults(run=run, again="the same command continues")
+
+
+def _add_comparison(option: Callable[..., Any]) -> None:
+    """Add the options that decide what is compared, and by which rules."""
     option(
         "--methods",
         required=True,
@@ -38,7 +46,7 @@ def add(commands: Any) -> None:
     )
     option(
         "--seeds",
-        type=count,
+        type=whole_number(1, MAX_SEEDS),
         default=3,
         metavar="N",
         help="runs of each method on each base (default: 3)",
@@ -76,6 +84,10 @@ def add(commands: Any) -> None:
         help="smallest difference worth having (default: 0.01)",
     )
     option("--against", metavar="METHOD", help="default: the first of --methods")
+
+
+def _add_execution(option: Callable[..., Any]) -> None:
+    """Add the options that decide where and how the runs are made."""
     option(
         "--jobs",
         type=whole_number(1, 1024),
@@ -87,10 +99,7 @@ def add(commands: Any) -> None:
     option("--separate", action="store_true", help=words)
     option("--out", type=output_path("--out", "folder"), metavar="DIR",
            help="default: runs/referee/NAME")  # fmt: skip
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    add_allow_code(parser)
-    add_verbose(parser)
-    parser.set_defaults(run=run, again="the same command continues")
+    option("--dry-run", action="store_true", help="print the plan and stop")
 
 
 def run(options: argparse.Namespace) -> int:
