@@ -87,11 +87,13 @@ def _audit_settings(recipe: Recipe) -> Recipe:
         "adapter": None, "reference": "base", "layout": "auto", "gradient_checkpointing": False,
         "offload_checkpoints": False, "offload_embedding": False,
     }  # fmt: skip
+    # The noise on the adapter would untie the blocks of pissa and olora.
+    lora = {"dropout": 0.0, "init": "default"}
     groups = max(MIN_GROUPS, math.ceil(MIN_ROWS / recipe.group.size))
     # As with the recipe's own engine: with the audit's, `auto` would be none.
     importance = {"mode": choose_importance(recipe).mode}
     updates: dict[str, dict[str, Any]] = {
-        "policy": policy | {"lora": recipe.policy.lora.model_copy(update={"dropout": 0.0})},
+        "policy": policy | {"lora": recipe.policy.lora.model_copy(update=lora)},
         "group": {"offline": None},
         "objective": {"importance": recipe.objective.importance.model_copy(update=importance)},
         "rollout": {"engine": "transformers", "resample": 0},

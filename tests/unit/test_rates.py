@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
+from io import StringIO
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from gft_lite.cli import main
 from gft_lite.planning.learning_rate import automatic_rate
 from gft_lite.recipe.lora_section import LoraSettings
 from gft_lite.recipe.schema import Recipe
+from gft_lite.training.optim import settle_rate
 from gft_lite.training.rate_range import Point, conclude, divergence
 from gft_lite.utils.errors import RecipeError
 
@@ -39,6 +44,13 @@ def test_the_rate_of_the_rule(width, advantages, lora, rate):
 def test_a_dry_run_shows_the_rate(capsys):
     assert main(["train", "recipes/lab.yaml", "optim.lr=auto", "--dry-run"]) == 0
     assert "\n  lr: 0.0021\n" in capsys.readouterr().out
+
+
+def test_a_run_has_and_prints_the_rate():
+    log = StringIO()
+    lab = Recipe.load("recipes/lab.yaml", ["optim.lr=auto"])
+    assert settle_rate(lab, Console(file=log, width=200)).optim.lr == 0.0021
+    assert log.getvalue().startswith("optim.lr: 0.0021, by the rule for a width of 128, halved")
 
 
 @pytest.mark.parametrize(
@@ -143,3 +155,31 @@ def test_divergence_is_what_ends_it():
     assert "3.5 nats" in str(divergence([Point(1.0, 0.1, None, 1.0, 3.5)], by_reward=True))
     broken = Point(1.0, None, None, None, 0.0, finite=False)
     assert "not finite" in str(divergence([broken], by_reward=True))
+    lost = Point(1.0, 0.1, None, 1.0, math.nan)
+    assert "nan nats" in str(divergence([lost], by_reward=True))
+
+
+def test_a_range_test_of_the_lab_stops_where_training_diverges(tmp_path, capsys, monkeypatch):
+    """At rates far too high, after a step or two; nothing is left but what it reports."""
+    shipped, folder = str(Path("recipes/lab.yaml").resolve()), tmp_path / "range"
+    monkeypatch.chdir(tmp_path)
+    small = ["policy.quantization=none", "rollout.engine=transformers",
+             "train.problems_per_step=2", "monitor.problems=2", "group={expert: 1, teacher: 0, "
+             "self: 1}", "data.problems=40", "data.holdout=2"]  # fmt: skip
+    assert main(["train", shipped, *small, "--lr-range", "0.5:5", "--out", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "training diverged at " in out
+    assert "no advice: only " in out
+    found = json.loads((folder / "lr-range.json").read_text())
+    assert found["points"][0]["rate"] == 0.5
+    assert found["points"][-1]["kl"] > 3
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "lr-range.json", "lr-range.md", "lr-range.png", "lr-range.svg",
+    ]  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["range"]
+
+
+def test_a_range_must_be_two_rates_and_no_run_to_continue(capsys):
+    for arguments in (["--lr-range", "1e-3:1e-4"], ["--lr-range", "--resume"]):
+        assert main(["train", "recipes/lab.yaml", *arguments]) == 2
+        assert capsys.readouterr().err.startswith("--lr-range: must be ")
