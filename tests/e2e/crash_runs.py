@@ -25,6 +25,7 @@ PRELOADED = (
     "gft_lite.rollout.transformers_engine",
     "transformers.models.llama.modeling_llama",
 )
+VLLM = ("vllm.entrypoints.llm", "vllm.v1.engine.llm_engine")
 PARALLEL_JOBS = 2
 # Bytes that a file may have: an adapter of the lab fits in the first, no tensors in the second.
 NO_CHECKPOINT, NO_ADAPTER = 600_000, 50_000
@@ -154,10 +155,11 @@ def run(job):
 
 
 if __name__ == "__main__":
-    for module in PRELOADED:
+    plan = Path(sys.argv[1]).read_text()
+    for module in PRELOADED + (VLLM if "vllm" in plan else ()):
         importlib.import_module(module)
     running = 0
-    for job in json.loads(Path(sys.argv[1]).read_text()):
+    for job in json.loads(plan):
         if running == PARALLEL_JOBS:
             os.wait()
             running -= 1

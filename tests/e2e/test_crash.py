@@ -25,10 +25,10 @@ SMALL = [
     "train.steps=3", "train.problems_per_step=2", "train.micro_batch_tokens=200",
     "data.problems=20", "data.holdout=2", "monitor.every=0", "monitor.problems=1",
     "policy.lora.dropout=0.1", "eval.samples=1", "eval.k=[1]", "eval.sets.test.problems=2",
-    "eval.sets.retention.problems=2", "checkpoint.every=1",
+    "eval.sets.retention.problems=2", "checkpoint.every=1", "reward.workers=1",
 ]  # fmt: skip
 STAGES = ["stages=[sft, gft]", "train.steps=2"]
-VLLM = ["rollout.engine=vllm", "train.steps=2"]
+VLLM = ["rollout.engine=vllm", "rollout.dtype=float32", "train.steps=2"]
 
 DECODE = "gft_lite.rollout.transformers_engine:TransformersEngine._append"
 RENAME = "pathlib:Path.rename"
