@@ -561,8 +561,10 @@ def test_a_second_engine_leaves_the_process_state_alone(
     (tmp_path / weights.name).rename(weights)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vllm_engine, "engine_options", _demanding_options)
-        with pytest.raises(UserError, match=r"Lower rollout\.gpu_memory"):
+        with pytest.raises(UserError, match=r"Lower rollout\.gpu_memory") as caught:
             VllmEngine(_settings(), policy, tmp_path)
+    assert "less than desired CPU memory utilization (0.999" in str(caught.value)
+    assert "\n" not in str(caught.value)
     torch.set_num_threads(2)
     trace = _trace()
     second = VllmEngine(_settings(kv_cache_mib=1, base="original"), policy, tmp_path)
