@@ -61,10 +61,6 @@ class SharedParts:
         self._origins["base"] = _KEPT if fits else "loaded"
         if not fits:
             self.close()
-        # vLLM's start excludes all objects from garbage collection, also those of the last run.
-        gc.unfreeze()
-        gc.collect()
-        gc.freeze()
         self._policy = load_policy(settings, seed, rollout, self._base)
         return self._policy
 
@@ -92,11 +88,15 @@ class SharedParts:
             return
         if self._base.put_back(policy) and hasattr(engine, "take_over"):
             self._idle = engine
+            # vLLM's start excluded all objects from garbage collection, also those of this run.
+            gc.unfreeze()
         else:
             engine.close()
 
     def close(self) -> None:
         """Release everything; may be called twice."""
+        if self._policy is None and self._idle is None and self._base.is_empty:
+            return
         for engine in (self._idle, self._engine):
             if engine is not None:
                 engine.close()
