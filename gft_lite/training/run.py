@@ -11,8 +11,8 @@ from gft_lite.recipe.method_parameters import complete_objective
 from gft_lite.recipe.schema import Recipe
 from gft_lite.runs.folder import RunFolder, find_folder
 from gft_lite.runs.model_card import write_card
-from gft_lite.training.shared_parts import SharedParts
 from gft_lite.training.optim import settle_rate
+from gft_lite.training.shared_parts import SharedParts
 from gft_lite.training.single_run import train_single
 from gft_lite.training.stages import train_stages
 from gft_lite.utils.distributed import init_distributed

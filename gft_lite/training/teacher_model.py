@@ -17,8 +17,8 @@ from gft_lite.policy.adapter_config import CONFIG, lora_settings, read_adapter_c
 from gft_lite.policy.base import Policy, evaluating
 from gft_lite.policy.batching import Row
 from gft_lite.policy.registry import load_policy
-from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.lora_section import LoraSettings
+from gft_lite.recipe.schema import Recipe
 from gft_lite.types import Problem
 from gft_lite.utils.errors import RecipeError, short_repr
 
