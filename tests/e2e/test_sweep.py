@@ -28,11 +28,11 @@ SMALL = [
     "eval.sets.test.problems=4", "eval.sets.retention.problems=2",
 ]  # fmt: skip
 QUIET = Console(quiet=True)
-# A user's reward functions: one raises, one kills its process, one works.
+# A user's reward functions: one raises, one kills the process of the trial, one works.
 FINE = "def reward(completions, **_):\n    return [float(len(c) % 2) for c in completions]\n"
 OWN = {
     "raises": "raise RuntimeError('no such luck')",
-    "dies": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+    "dies": "import os, signal; os.kill(os.getppid(), signal.SIGKILL)",
     "fine": FINE,
 }
 
