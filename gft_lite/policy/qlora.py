@@ -18,7 +18,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from gft_lite.policy.adapter_checks import lora_config
 from gft_lite.policy.kept_base import KeptBase
 from gft_lite.policy.lora import REFERENCE, TRAINED, LoraPolicy
-from gft_lite.policy.model_checks import CheckedModel, check_model, report_errors
+from gft_lite.policy.model_checks import CheckedModel, check_model
+from gft_lite.policy.model_config import report_errors
 from gft_lite.policy.principal import start_at_factors, tie_blocks
 from gft_lite.policy.weight_checks import check_missing_weights
 from gft_lite.recipe.sections import PolicySettings, RolloutSettings

@@ -13,7 +13,8 @@ import transformers
 from rich.console import Console
 
 from gft_lite.policy.base import Policy
-from gft_lite.policy.model_checks import check_model, report_errors
+from gft_lite.policy.model_checks import check_model
+from gft_lite.policy.model_config import report_errors
 from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.method_parameters import complete_objective
 from gft_lite.recipe.schema import Recipe

@@ -11,7 +11,7 @@ from rich.console import Console
 from gft_lite.objective.methods import find_method
 from gft_lite.planning.learning_rate import automatic_rate, with_rate
 from gft_lite.policy.base import Policy
-from gft_lite.policy.model_checks import model_width
+from gft_lite.policy.model_config import model_width
 from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.training_sections import OptimSettings
 from gft_lite.utils.errors import RecipeError
@@ -72,7 +72,7 @@ def _parameter_groups(policy: Policy, ratio: float) -> list[dict[str, Any]]:
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Set the learning rate of the next step, times each group's factor."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["lr_factor"]
+        group["lr"] = rate * group.get("lr_factor", 1.0)
 
 
 def learning_rate(progress: float, settings: OptimSettings) -> float:

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from gft_lite.objective.methods import find_method
 from gft_lite.planning.learning_rate import automatic_rate
-from gft_lite.policy.model_checks import model_width
+from gft_lite.policy.model_config import model_width
 from gft_lite.recipe.method_parameters import complete_objective
 from gft_lite.recipe.schema import Recipe
 from gft_lite.runs.folder import find_folder

@@ -52,7 +52,7 @@ class ChatPlace:
     key: str
     model_field: str = "model"
 
-    def open(self, **options: Any) -> Endpoint:
+    def connect(self, **options: Any) -> Endpoint:
         """A client for the server, with the key from the environment.
 
         Raises: UserError for an address that is invalid or would expose the key.
@@ -90,9 +90,9 @@ class ChatModel:
 
         Raises: UserError for an unusable address, key or model.
         """
-        with closing(place.open(retries=1)) as endpoint:
+        with closing(place.connect(retries=1)) as endpoint:
             self.name = _find_model(place, endpoint, model)
-        self._endpoint = place.open(timeout=timeout)
+        self._endpoint = place.connect(timeout=timeout)
         self._rejected: set[str] = set()
         self._log = log
 

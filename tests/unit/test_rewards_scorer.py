@@ -672,7 +672,9 @@ def test_importing_the_table_is_light():
     code = (
         "import sys, gft_lite.rewards, gft_lite.rewards.scorer, gft_lite.rewards.worker_process\n"
         "from gft_lite.rewards import RewardFunction, make_rule\n"
-        "[make_rule(RewardFunction(name)) for name in gft_lite.rewards.registry.REWARDS]\n"
+        "judge = {'url': 'http://localhost:1/v1', 'model': 'm', 'rubric': 'Short.'}\n"
+        "for name in gft_lite.rewards.registry.REWARDS:\n"
+        "    make_rule(RewardFunction(name, parameters=judge if name == 'judge' else {}))\n"
         "heavy = ['torch', 'sympy', 'math_verify', 'numpy', 'pydantic', 'transformers']\n"
         "print([name for name in heavy if name in sys.modules])"
     )
