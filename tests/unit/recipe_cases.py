@@ -50,9 +50,7 @@ def broken_recipes() -> list[tuple[str, dict[str, Any]]]:
     for path, field in leaves(Recipe):
         dotted = ".".join(path)
         values = broken_values(field)
-        if (
-            dotted in exceptions
-        ):  # By name, functions, and seeds of either sign.
+        if dotted in exceptions:  # By name, functions, and seeds of either sign.
             values = [5.5, True and "x", [[1]]]
         cases += [(dotted, nested(path, value)) for value in values]
         for typo in (path[-1][:-1] + "qz", path[-1] + "_", "zz" + path[-1], path[-1].upper()):
