@@ -40,6 +40,21 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.parent.name != "real")
 
 
+@pytest.fixture(autouse=True)
+def _no_traces(tmp_path_factory):
+    """A test leaves no module that it wrote, and no --verbose, to the next one of its process."""
+    names = ("GFT_LITE_VERBOSE", "TRANSFORMERS_VERBOSITY", "VLLM_LOGGING_LEVEL")
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    yield
+    for name in names:
+        os.environ.pop(name, None)
+    os.environ.update(before)
+    own = str(tmp_path_factory.getbasetemp())
+    for name in [name for name in sys.modules if "." not in name]:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(own):
+            del sys.modules[name]
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real benchmark data next to the project; skips if it does not exist."""
