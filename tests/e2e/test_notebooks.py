@@ -46,6 +46,14 @@ SMALLER = {
         "retention: {problems: 60}": "retention: {problems: 8}",
         "monitor: {every: 5}": "monitor: {every: 5, problems: 8}",
     },
+    "06_referee.ipynb": {
+        "train={steps: 8, problems_per_step: 8}": "train={steps: 1, problems_per_step: 1}",
+        'methods=("gft", "sft", "grpo")': 'methods=("gft", "sft")',
+        "problems: 60}": "problems: 4}",
+        "problems: 30}": "problems: 4}",
+        "tune=3": "tune=2",
+        "jobs=2": "jobs=1",
+    },
     "05_one_gpu_qwen_math.ipynb": {"budget.trajectories=128": "budget.trajectories=64"},
 }  # fmt: skip
 SOMEONES_PATH = re.compile(r"(?<![\w.])/(?:home|root|work|Users|tmp|mnt)/|[A-Z]:\\+Users")
