@@ -32,8 +32,8 @@ from gft_lite.experiments.verdict import (
 )
 from gft_lite.report.curves import Plot
 from gft_lite.report.rendering import render_page
+from gft_lite.report.summary import PHASES
 
-_PHASES = ("rollout", "reward", "train", "sync", "eval")
 _MOODS = {"better": "good", "worse": "poor", "lower": "good", "higher": "poor",
           "not separable": "unsure", "not compared": "unsure"}  # fmt: skip
 Cell = dict[str, Any]  # `text`, `small` beside it, and the `value` to sort by.
@@ -186,7 +186,7 @@ def _seconds(by_method: Iterable[Summary]) -> list[dict[str, Any]]:
             "method": method,
             "rest": longest - sum(phases.values()),
             "parts": [
-                {"name": phase, "seconds": s, "style": phase if phase in _PHASES else "other"}
+                {"name": phase, "seconds": s, "style": phase if phase in PHASES else "other"}
                 for phase, s in phases.items()
             ],
         }

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
+from gft_lite.experiments.sweep_config import rounded
 from gft_lite.recipe.loader import Tree
 from gft_lite.recipe.schema import Recipe
 from gft_lite.rewards.registry import REWARDS
@@ -18,7 +19,7 @@ def geometric_rates(center: float, count: int) -> tuple[float, ...]:
     They are rounded to four significant digits.
     """
     first = -((count - 1) // 2)
-    return tuple(_rounded(center * 2.0**i) for i in range(first, first + count))
+    return tuple(rounded(center * 2.0**i) for i in range(first, first + count))
 
 
 def further_rates(rates: Iterable[float], best: float) -> tuple[float, float]:
@@ -30,7 +31,7 @@ def further_rates(rates: Iterable[float], best: float) -> tuple[float, float]:
     factors = (2**-0.5, 2**0.5)
     if best in (ordered[0], ordered[-1]):
         factors = (0.5, 0.25) if best == ordered[0] else (2.0, 4.0)
-    return _rounded(best * factors[0]), _rounded(best * factors[1])
+    return rounded(best * factors[0]), rounded(best * factors[1])
 
 
 def best_rate(scores: Mapping[float, float]) -> float:
@@ -58,7 +59,3 @@ def check_correctness(recipe: Recipe) -> None:
         names = ", ".join(f.name for f in functions)
         rule = "reward.functions: must have a rule that compares the answer"
         raise UserError([f"{rule}, because methods are tuned by pass@1, got {names}. Add exact."])
-
-
-def _rounded(rate: float) -> float:
-    return float(f"{rate:.4g}")

@@ -42,7 +42,7 @@ def save(
     steps in `protected` are kept as well.
     Raises: CheckpointError if writing fails; older checkpoints stay as they were.
     """
-    final = folder / f"step-{step:06d}"
+    final = _path(folder, step)
     partial = folder / f"{final.name}.tmp"
     try:
         _remove(folder.glob("*.tmp"))
@@ -78,6 +78,10 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:06d}"
+
+
 def step_of(checkpoint: Path) -> int:
     """The step after which a checkpoint was written."""
     return int(checkpoint.name.removeprefix("step-"))
@@ -85,7 +89,7 @@ def step_of(checkpoint: Path) -> int:
 
 def of_step(folder: Path, step: int) -> Path:
     """The undamaged checkpoint of a step. Raises: CheckpointError if it is missing or damaged."""
-    saved = folder / f"step-{step:06d}"
+    saved = _path(folder, step)
     if damage := find_damage(saved):
         raise CheckpointError(
             f"checkpoint: must be as it was written, got {saved}: {damage}. Restore it from a copy."
