@@ -6,9 +6,10 @@ import json
 import re
 import shutil
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 
 import pytest
+from http_handler import JsonHandler
 
 from gft_lite.cli import main
 from gft_lite.recipe.schema import Recipe
@@ -48,7 +49,7 @@ class JudgeServer(ThreadingHTTPServer):
         return "Longer is better.\nRANKING: " + " > ".join(label for label, _, _ in best_first)
 
 
-class JudgeHandler(BaseHTTPRequestHandler):
+class JudgeHandler(JsonHandler):
     def do_GET(self):
         self.send(200, {"data": [{"id": "the-judge"}]})
 
@@ -66,15 +67,7 @@ class JudgeHandler(BaseHTTPRequestHandler):
         return self.send(200, {"choices": [choice], "usage": usage})
 
     def send(self, status, value):
-        content = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_):
-        """Log nothing."""
+        self.answer(status, json.dumps(value))
 
 
 @pytest.fixture

@@ -9,10 +9,11 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from http_handler import JsonHandler
 
 from gft_lite.cli import main
 from gft_lite.tools.push import check_repository, files_to_push
@@ -40,11 +41,8 @@ class Hub(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(JsonHandler):
     server: Hub
-
-    def log_message(self, *_: object) -> None:
-        pass
 
     def do_GET(self) -> None:
         self._send({"id": "me/mine", "private": self.server.private, "siblings": []})
@@ -92,12 +90,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.rfile.read(int(self.headers["Content-Length"] or 0))
 
     def _send(self, value: object, status: int = 200) -> None:
-        text = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(text)))
-        self.send_header("Content-Type", "application/json")
-        self.end_headers()
-        self.wfile.write(text)
+        self.answer(status, json.dumps(value))
 
 
 @contextmanager

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 
 import pytest
+from http_handler import JsonHandler
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -45,26 +46,15 @@ class Server(ThreadingHTTPServer):
         return VllmClient(endpoint, CONTEXT, VOCABULARY)
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(JsonHandler):
     server: Server
 
     def do_GET(self):
-        self._send(200, self.server.models)
+        self.answer(200, self.server.models)
 
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
-        self._send(self.server.status, self.server.completion)
-
-    def _send(self, status, text):
-        content = text.encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_):
-        """Print nothing."""
+        self.answer(self.server.status, self.server.completion)
 
 
 @pytest.fixture
