@@ -14,6 +14,7 @@ import torch
 from gft_lite.evaluation.metrics import by_problem, main_figure, restrict
 from gft_lite.policy.base import Policy
 from gft_lite.recipe.schema import Recipe
+from gft_lite.recipe.training_sections import EvalSettings
 from gft_lite.rollout.sampling import sample_seed
 from gft_lite.runs.folder import RunFolder
 from gft_lite.runs.folder_forms import Evaluation
@@ -172,6 +173,22 @@ class EvaluationSchedule:
         self.folder.write_json(
             file.relative_to(self.folder.path), {"adapter": adapter, "sets": figures}
         )
+
+
+def size_notes(settings: EvalSettings, sets: Sets) -> list[str]:
+    """The sets that are smaller than `eval.problems`, and that it needs `eval.every`, as text."""
+    count = settings.problems
+    if count is None:
+        return []
+    if not settings.every:
+        return ["eval.problems: has no effect without eval.every; the evaluations before and after "
+                "training are of all problems"]  # fmt: skip
+    return [
+        f"eval.problems: is {count:,}, but {name} has {len(problems):,} problems, which are all "
+        "evaluated"
+        for name, problems in sets.items()
+        if len(problems) < count
+    ]
 
 
 def choose_problems(sets: Sets, count: int | None) -> dict[str, Sequence[Problem]]:

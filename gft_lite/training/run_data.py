@@ -15,6 +15,7 @@ from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import DataSettings
 from gft_lite.rewards.registry import JUDGE
 from gft_lite.training.difficulty import Difficulty
+from gft_lite.training.evaluation_schedule import size_notes
 from gft_lite.training.groups import compose, demonstrations
 from gft_lite.types import Group, Problem
 from gft_lite.utils.errors import RecipeError
@@ -55,10 +56,13 @@ def load_run_data(
     if difficulty:
         problems = difficulty.select(problems, console)
     eval_sets = {name: loaded[f"eval.sets.{name}"].problems for name in recipe.eval.sets}
+    eval_sets = eval_sets or ({"held_out": held_out} if held_out and graded else {})
+    for note in size_notes(recipe.eval, eval_sets):
+        console.print(note, markup=False, soft_wrap=True)
     return RunData(
         _with_demonstrations(problems, recipe, console),
         held_out,
-        eval_sets or ({"held_out": held_out} if held_out and graded else {}),
+        eval_sets,
         {field: data.fingerprint() for field, data in loaded.items()},
     )
 

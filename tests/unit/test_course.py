@@ -9,10 +9,14 @@ import pytest
 
 from gft_lite.evaluation.metrics import by_problem, measure, restrict
 from gft_lite.recipe.schema import Recipe
-from gft_lite.recipe.training_sections import GuardSettings
+from gft_lite.recipe.training_sections import EvalSettings, GuardSettings
 from gft_lite.runs.folder import RunFolder
 from gft_lite.training.collapse_guard import CollapseGuard, find_alarms
-from gft_lite.training.evaluation_schedule import EvaluationSchedule, choose_problems
+from gft_lite.training.evaluation_schedule import (
+    EvaluationSchedule,
+    choose_problems,
+    size_notes,
+)
 from gft_lite.types import Group, Problem, Response
 from gft_lite.utils.distributed import SINGLE_PROCESS
 from gft_lite.utils.errors import RecipeError
@@ -62,6 +66,18 @@ def test_the_chosen_problems_are_the_same_in_every_run_and_keep_their_order():
     assert chosen == choose_problems({"a": problems, "b": problems, "c": problems[:3]}, 5)
     assert chosen["c"] == problems[:3]
     assert choose_problems({"a": problems}, None)["a"] == problems
+
+
+def test_a_set_smaller_than_eval_problems_is_said():
+    sets = {"a": [Problem(str(i), "q", "1") for i in range(5)], "b": [Problem("0", "q", "1")]}
+    every = {"every": 1, "sets": {"a": {"source": "lab"}}}
+    assert size_notes(EvalSettings(**every, problems=5), sets) == [
+        "eval.problems: is 5, but b has 1 problems, which are all evaluated"
+    ]
+    assert size_notes(EvalSettings(**every, problems=1), sets) == []
+    assert size_notes(EvalSettings(**every), sets) == []
+    [note] = size_notes(EvalSettings(problems=1), sets)
+    assert note.startswith("eval.problems: has no effect without eval.every")
 
 
 # --- the best, and the early stop ------------------------------------------------------------
