@@ -76,10 +76,13 @@ class Policy(Protocol):
     def reference(self) -> AbstractContextManager[None]:
         """The frozen reference (the base, or the adapter at the start), without dropout."""
 
-    def save_adapter(self, folder: Path, *, with_tokenizer: bool = False) -> Path:
+    def save_adapter(
+        self, folder: Path, *, with_tokenizer: bool = False, dtype: torch.dtype | None = None
+    ) -> Path:
         """Write the adapter as a plain PEFT adapter; the folder appears only when complete.
 
         `with_tokenizer` adds the tokenizer with its chat template, for an adapter to publish.
+        `dtype` is that of the file, by default the parameters' own.
         """
 
     def load_adapter(self, folder: Path) -> None:

@@ -92,14 +92,18 @@ class LoraPolicy:
             if isinstance(value, set):
                 setattr(config, name, sorted(value))
 
-    def save_adapter(self, folder: Path, *, with_tokenizer: bool = False) -> Path:
+    def save_adapter(
+        self, folder: Path, *, with_tokenizer: bool = False, dtype: torch.dtype | None = None
+    ) -> Path:
         """Write the adapter as a plain PEFT adapter; the folder appears only when complete."""
         partial = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(partial, ignore_errors=True)
+        weights = {name: p.detach().to(dtype or p.dtype) for name, p in self.parameters().items()}
         # Embeddings are never trained; "auto" would query the hub whether they were resized.
         self.model.save_pretrained(
-            str(partial), selected_adapters=[TRAINED], save_embedding_layers=False
-        )
+            str(partial), selected_adapters=[TRAINED], save_embedding_layers=False,
+            state_dict=weights,
+        )  # fmt: skip
         if with_tokenizer:
             self.tokenizer.save_pretrained(str(partial))
         shutil.rmtree(folder, ignore_errors=True)

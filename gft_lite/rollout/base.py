@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from gft_lite.types import FinishReason
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +68,13 @@ class RolloutEngine(Protocol):
     """Samples from the base or from the newest synced adapter, never from a mixture of both.
 
     `base` describes the copy of the base that is served, for the console and the model card.
+    `adapter_dtype` is the precision that adapters are written in for `sync`; None, as for an engine
+    without this attribute, is that of the trainer's parameters.
     """
 
     name: str
     base: str
+    adapter_dtype: torch.dtype | None
 
     def sync(self, adapter: Path | None, version: int) -> None:
         """Serve the adapter saved at `adapter` from now on; None serves the base."""

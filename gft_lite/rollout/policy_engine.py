@@ -67,12 +67,13 @@ class PolicyEngine:
         return self.check(self.sampler)
 
     def sync_unchecked(self, version: int) -> None:
-        """Serve the policy's current adapter.
+        """Serve the policy's current adapter, in the engine's precision.
 
         Every version has a path of its own; the one before it is removed only afterwards, since
         the engine may read it until then.
         """
-        fresh = self._policy.save_adapter(self._adapters / f"v{version}")
+        dtype = getattr(self.sampler, "adapter_dtype", None)
+        fresh = self._policy.save_adapter(self._adapters / f"v{version}", dtype=dtype)
         self.sampler.sync(fresh, version)
         for old in self._adapters.glob("v*"):
             if old != fresh:

@@ -36,6 +36,7 @@ class RestartingEngine:
         self._engine = start()
         self._served: tuple[Path, int] | None = None
         self.name, self.base = self._engine.name, self._engine.base
+        self.adapter_dtype = getattr(self._engine, "adapter_dtype", None)
         self.on_restart: Callable[[RolloutEngine], object] | None = None
 
     def sync(self, adapter: Path | None, version: int) -> None:

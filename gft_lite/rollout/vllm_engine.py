@@ -52,7 +52,7 @@ class VllmEngine:
     def __init__(self, settings: RolloutSettings, policy: Policy, scratch: Path) -> None:
         """Start vLLM. Raises: RolloutError if a setting is out of range or vLLM can't start."""
         self._context = policy.context
-        self._dtype = engine_dtype(settings, policy)
+        self.adapter_dtype = engine_dtype(settings, policy)
         self._end_ids = sorted(policy.eos_ids)
         self._shapes = adapter_shapes(policy.model)
         self._adapter_ids = itertools.count(1)
@@ -103,7 +103,7 @@ class VllmEngine:
         request = None
         with self._running() as llm:
             if adapter is not None:
-                check_adapter(adapter, self._shapes, self._dtype)
+                check_adapter(adapter, self._shapes, self.adapter_dtype)
                 request = self._load(llm.llm_engine, adapter, version)
             if self._lora is not None:
                 llm.llm_engine.remove_lora(self._lora.lora_int_id)

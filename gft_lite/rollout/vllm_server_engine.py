@@ -61,7 +61,7 @@ class VllmServerEngine:
         self._context = policy.context
         self._vocabulary = policy.config.get_text_config().vocab_size
         # Servers of the recipe have a dtype that is not known here.
-        self._dtype = policy.dtype if settings.servers else engine_dtype(settings, policy)
+        self.adapter_dtype = policy.dtype if settings.servers else engine_dtype(settings, policy)
         self._end_ids = sorted(policy.eos_ids)
         self._shapes = adapter_shapes(policy.model)
         self._rows = settings.rows
@@ -137,7 +137,7 @@ class VllmServerEngine:
         Raises: RolloutError for an adapter of other modules or shapes; the old one stays served.
         """
         if adapter is not None:
-            check_adapter(adapter, self._shapes, self._dtype)
+            check_adapter(adapter, self._shapes, self.adapter_dtype)
         with self._running():
             loaded = {} if adapter is None else self._load_everywhere(adapter.resolve(), version)
             for client in self._clients:

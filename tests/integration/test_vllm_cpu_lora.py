@@ -7,6 +7,7 @@ import logging
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from gft_lite import lab
 from gft_lite.policy.batching import Row
@@ -150,6 +151,7 @@ def test_an_engine_in_bf16_is_described_and_checked_beside_a_trainer_in_fp32(tmp
         for version in (1, 2):
             _step(policy, 1e-3)
             assert served.sync(version) < 0.2
+        _assert_adapters_are_in_bf16(engine, policy, row, tmp_path)
         before = engine.score(row.prompt_ids, row.response_ids)
         _step(policy, 1e-3)
         monkeypatch.setattr(engine, "sync", lambda adapter, version: None)
@@ -158,6 +160,21 @@ def test_an_engine_in_bf16_is_described_and_checked_beside_a_trainer_in_fp32(tmp
         assert engine.score(row.prompt_ids, row.response_ids) == before
     finally:
         engine.close()
+
+
+def _assert_adapters_are_in_bf16(engine, policy, row, folder):
+    """Half the bytes, and the same log-probs to the last bit as from a file in fp32."""
+    served = engine.score(row.prompt_ids, row.response_ids)
+    exact = policy.save_adapter(folder / "exact")
+    files = [x / "adapter_model.safetensors" for x in (folder / "adapters" / "v2", exact)]
+    small, large = (load_file(file) for file in files)
+    assert {x.dtype for x in small.values()} == {torch.bfloat16}
+    assert {x.dtype for x in policy.parameters().values()} == {torch.float32}
+    for name, weight in large.items():
+        assert torch.equal(weight.bfloat16(), small[name])
+    assert any(not torch.equal(weight, small[name].float()) for name, weight in large.items())
+    engine.sync(exact, 9)
+    assert engine.score(row.prompt_ids, row.response_ids) == served
 
 
 @torch.no_grad()
