@@ -62,7 +62,7 @@ lint: env-test
 	$(DOCS)
 
 # The site in build/site; a broken link or a page outside of the navigation is an error.
-DOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+DOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 docs: env-test
 	$(DOCS)
