@@ -1,11 +1,13 @@
 """The command line: one file per command, each with `add` (its arguments) and `run`.
 
-A command imports torch and the packages above `recipe` inside `run`, so that `gft-lite --help`
-and a recipe error are fast. May import every package.
+The top of a file imports the standard library and light helpers only. Everything else, from
+pydantic to torch, is imported inside `run`, so that `gft-lite --help` and completion are fast.
+May import every package.
 
 Adding a command:
-1. Write `cli/NAME.py` with `add(commands)` and `run(options) -> int`. Options that are numbers or
-   output paths get their types from `cli/common.py`, which checks them before anything is loaded.
+1. Write `cli/NAME.py` with `add(commands)` and `run(options) -> int`. `add_command` of
+   `cli/parser.py` takes its description and its examples. Options that are numbers or output paths
+   get their types from `cli/common.py`, which checks them before anything is loaded.
 2. Add it to `COMMANDS` of `cli/entry_point.py`.
 3. Test it in `tests/e2e` through `gft_lite.cli.main`; `tests/e2e/test_cli_arguments.py` fuzzes its
    options without an edit.

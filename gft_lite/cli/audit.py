@@ -5,8 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from gft_lite.cli.common import DONE, FAILED, add_allow_code, add_recipe, check_recipe_trust
-from gft_lite.recipe.schema import Recipe
+from gft_lite.cli.common import (
+    DONE,
+    FAILED,
+    add_allow_code,
+    add_recipe,
+    add_verbosity,
+    check_recipe_trust,
+)
+from gft_lite.cli.parser import add_command
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -16,26 +23,38 @@ if TYPE_CHECKING:
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    words = "check that a method's gradient is the one it states, however a step is cut"
-    parser = commands.add_parser("audit", help=words)
+    parser = add_command(
+        commands, "audit", "check that a method's gradient is the one it states", group="check",
+        description="Computes the gradient of one step of the recipe's method on a tiny model "
+        "in several ways, which must agree: by the equation, by micro-batches of "
+        "other sizes, by other layouts of the rows, and by several processes. Exit "
+        "code 1 if a difference is above its limit.",
+        examples=[
+            "gft-lite audit recipes/lab.yaml",
+            "gft-lite audit recipes/lab.yaml method=grpo",
+        ],
+    )  # fmt: skip
     add_recipe(parser)
     add_allow_code(parser)
+    add_verbosity(parser)
     parser.set_defaults(run=run, again="run the command again")
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
+    from gft_lite.recipe.schema import Recipe
+
     recipe = Recipe.load(options.recipe, options.overrides)
     check_recipe_trust(options, recipe)
     from rich.console import Console
 
     from gft_lite.training.audit import audit
-    from gft_lite.utils.progress import show_phase
+    from gft_lite.utils.progress import show_phase, stderr_console
 
     console, passed = Console(), True
     stages = [recipe.stage(number) for number in range(len(recipe.stages))]
     for each in stages or [recipe]:
-        with show_phase(Console(stderr=True), f"auditing {each.method}"):
+        with show_phase(stderr_console(), f"auditing {each.method}"):
             found = audit(each)
         console.print(_table(found), soft_wrap=True)
         passed &= all(check.passed for check in found.checks)

@@ -9,18 +9,28 @@ from gft_lite.cli.common import (
     DONE,
     MAX_TOKENS,
     add_allow_code,
-    add_verbose,
+    add_verbosity,
     check_model_trust,
     non_negative,
     show_imports,
     whole_number,
 )
-from gft_lite.recipe.sections import PolicySettings
+from gft_lite.cli.parser import add_command
 
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = commands.add_parser("chat", help="ask a run, an adapter or a model, for a quick look")
+    parser = add_command(
+        commands, "chat", "talk to a run, an adapter or a model", group="look at results",
+        description="Answers each line that you enter, with the prompt format of the run. /base"
+        " repeats the last question without the adapter; Ctrl-C stops an answer, "
+        "Ctrl-D ends the chat.",
+        examples=[
+            "gft-lite chat runs/lab",
+            'gft-lite chat runs/gft --prompt "What is 7 times 8?"',
+            "gft-lite chat Qwen/Qwen2.5-0.5B-Instruct --quantization none",
+        ],
+    )  # fmt: skip
     parser.add_argument("target", metavar="TARGET", help="lab, a hub id, or the folder of a "
                         "model, an adapter or a run; RUN@step-N is a checkpoint")  # fmt: skip
     parser.add_argument("--prompt", metavar="TEXT", help="answer this one, and leave")
@@ -34,12 +44,14 @@ def add(commands: Any) -> None:
     parser.add_argument("--quantization", choices=["nf4", "int8", "none"],
                         help="of the base (default: the run's, or nf4)")  # fmt: skip
     add_allow_code(parser)
-    add_verbose(parser)
+    add_verbosity(parser)
     parser.set_defaults(run=run, again="nothing is kept")
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
+    from gft_lite.recipe.sections import PolicySettings
+
     with show_imports():
         from gft_lite.evaluation.targets import find_targets
         from gft_lite.tools.chat import Chat, answer_once, interact, sampling_for

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from gft_lite.recipe.schema import Recipe
 from gft_lite.utils.errors import UserError, short_repr
 from gft_lite.utils.files import check_output_path
 
 if TYPE_CHECKING:
     from gft_lite.evaluation.targets import Target
+    from gft_lite.recipe.schema import Recipe
 
 N = TypeVar("N", int, float)
 
@@ -29,10 +29,10 @@ MAX_TOKENS = 1 << 20  # Of an answer.
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """Add the arguments RECIPE and key=value."""
-    parser.add_argument("recipe", help="a recipe file, or a shipped one: recipes/lab.yaml")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="optim.lr=1e-5 group.self=6"
-    )
+    words = "a recipe file, or a shipped one such as recipes/lab.yaml"
+    parser.add_argument("recipe", metavar="RECIPE", help=words)
+    words = "changes of the recipe, such as optim.lr=1e-5 group.self=6"
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=words)
 
 
 def add_allow_code(parser: argparse.ArgumentParser) -> None:
@@ -41,10 +41,13 @@ def add_allow_code(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-code", action="store_true", help=words)
 
 
-def add_verbose(parser: argparse.ArgumentParser) -> None:
-    """Add the flag --verbose."""
+def add_verbosity(parser: argparse.ArgumentParser) -> None:
+    """Add the flags --verbose and --quiet, of which one can be given."""
+    group = parser.add_mutually_exclusive_group()
     words = "show all messages of libraries such as transformers and vLLM"
-    parser.add_argument("--verbose", action="store_true", help=words)
+    group.add_argument("--verbose", action="store_true", help=words)
+    words = "show results and errors only, without progress"
+    group.add_argument("--quiet", action="store_true", help=words)
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:

@@ -11,18 +11,28 @@ from gft_lite.cli.common import (
     FAILED,
     add_allow_code,
     add_recipe,
-    add_verbose,
+    add_verbosity,
     check_recipe_trust,
     output_path,
     show_imports,
 )
-from gft_lite.recipe.schema import Recipe
+from gft_lite.cli.parser import add_command
 from gft_lite.utils.secrets import redact
 
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = commands.add_parser("distill", help="have a teacher solve a recipe's problems")
+    parser = add_command(
+        commands, "distill", "have a teacher solve a recipe's problems", group="train",
+        description="Samples a teacher's solutions of the recipe's problems, grades them by the"
+        " recipe's reward, and writes a data set and the fragment of a recipe that "
+        "trains on it. The same command continues after an interruption and repeats"
+        " no request.",
+        examples=[
+            "gft-lite distill recipes/x.yaml --teacher https://host/v1 --model NAME",
+            "gft-lite distill recipes/lab.yaml --teacher runs/gft --samples 3",
+        ],
+    )  # fmt: skip
     add_recipe(parser)
     parser.add_argument(
         "--teacher", required=True, metavar="URL|TARGET",
@@ -30,15 +40,17 @@ def add(commands: Any) -> None:
         "OpenAI's own); or a model for this machine, named as in eval",
     )  # fmt: skip
     for flag, words in _SETTINGS_FLAGS.items():
-        kind = "TEXT" if flag in ("model", "system", "column") else "N"
-        parser.add_argument(f"--{flag}", metavar=kind, help=words)
+        parser.add_argument(f"--{flag}", metavar=_KINDS.get(flag, "N"), help=words)
     parser.add_argument("--out", type=output_path("--out", "file"), metavar="FILE",
                         help=".jsonl or .parquet (default: data/NAME-TEACHER.jsonl)")  # fmt: skip
     add_allow_code(parser)
-    add_verbose(parser)
+    add_verbosity(parser)
     parser.set_defaults(run=run, again="the same command continues")
 
 
+_KINDS = {"model": "NAME", "temperature": "T", "top-p": "P", "system": "TEXT",
+          "timeout": "SECONDS", "price-in": "USD", "price-out": "USD",
+          "column": "NAME"}  # fmt: skip
 _SETTINGS_FLAGS = {
     "model": "the server's model, where it has several",
     "samples": "answers to each problem (default: 3)",
@@ -58,6 +70,8 @@ _SETTINGS_FLAGS = {
 
 def run(options: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
+    from gft_lite.recipe.schema import Recipe
+
     recipe = Recipe.load(options.recipe, options.overrides)
     names = {flag.replace("-", "_") for flag in _SETTINGS_FLAGS}
     given = {name: value for name in names if (value := getattr(options, name)) is not None}

@@ -5,14 +5,23 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from gft_lite.cli.common import DONE, FAILED, add_verbose, show_imports
+from gft_lite.cli.common import DONE, FAILED, add_verbosity, show_imports
+from gft_lite.cli.parser import add_command
 
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    words = "what works on this machine, and what to do about the rest"
-    parser = commands.add_parser("doctor", help=words)
-    add_verbose(parser)
+    parser = add_command(
+        commands, "doctor", "what works on this machine, and how to repair the rest", group="check",
+        description="Checks versions, hardware, access to the hub, a training step and a hot-"
+        "load of an adapter into vLLM, and states what to do about each check that "
+        "fails. Exit code 1 if something that training needs fails.",
+        examples=[
+            "gft-lite doctor",
+            "gft-lite doctor --verbose",
+        ],
+    )  # fmt: skip
+    add_verbosity(parser)
     parser.set_defaults(run=run)
 
 

@@ -9,11 +9,12 @@ import os
 import select
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from contextlib import AbstractContextManager, nullcontext
 
 from gft_lite.cli import (
     audit,
     chat,
+    completion,
     distill,
     doctor,
     evaluate,
@@ -29,8 +30,8 @@ from gft_lite.cli import (
     train,
 )
 from gft_lite.cli.common import FAILED, INTERRUPTED, WRONG_INPUT
-from gft_lite.rewards.base import RewardError
-from gft_lite.utils.errors import UserError, short_repr
+from gft_lite.cli.parser import Parser
+from gft_lite.utils.errors import RewardError, UserError, short_repr
 from gft_lite.utils.files import is_disk_full
 from gft_lite.utils.library_output import VERBOSE, hide_library_messages
 from gft_lite.utils.secrets import redact
@@ -38,20 +39,21 @@ from gft_lite.version import __version__
 
 COMMANDS = (
     train,
-    evaluate,
     plan,
-    sweep,
-    referee,
-    report,
     distill,
     groups,
+    evaluate,
+    sweep,
+    referee,
+    lab,
+    methods,
+    report,
+    chat,
     merge,
     push,
-    chat,
     doctor,
-    methods,
     audit,
-    lab,
+    completion,
 )
 _AGAIN = "continue with --resume"
 # Only the paths that users give can be the cause of these.
@@ -123,12 +125,22 @@ def _run(options: argparse.Namespace) -> int:
         os.environ[VERBOSE] = "1"
     hide_library_messages()
     try:
-        return options.run(options)
+        with _progress(options):
+            return options.run(options)
     except SystemExit as error:
         if isinstance(error.__context__, BrokenPipeError):  # As rich ends a program.
             raise _OutputClosed from error
         reason = f"code that the command called ended the program by SystemExit: {error}"
         raise RuntimeError(reason) from error
+
+
+def _progress(options: argparse.Namespace) -> AbstractContextManager[None]:
+    """Hides progress with --quiet."""
+    if not getattr(options, "quiet", False):
+        return nullcontext()
+    from gft_lite.utils.progress import hide_progress
+
+    return hide_progress()
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -141,12 +153,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     options, rest = parser.parse_known_args(arguments)
     # argparse accepts positional arguments in one block only; overrides may follow flags.
     unknown = [word for word in rest if word.startswith("-") or "=" not in word]
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(map(short_repr, unknown))}")
-    if rest and not hasattr(options, "overrides"):
-        parser.error(f"unrecognized arguments: {' '.join(map(short_repr, rest))}")
+    if unknown or (rest and not hasattr(options, "overrides")):
+        parser.leaf(arguments).option_error((unknown or rest)[0])
     if rest:
-        options.overrides += rest
+        options.overrides = [*options.overrides, *rest]
     numbers = {name: _number(name, low) for name, low in _NUMBERS.items()}
     if numbers["WORLD_SIZE"] > 1 and options.run is not train.run:
         parser.error("only train runs in several processes")
@@ -166,17 +176,13 @@ def _number(name: str, low: int) -> int:
     return value
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports an error as the rest of the program does: on one line, as a UserError."""
-
-    def error(self, message: str) -> NoReturn:
-        line = " ".join(message.removeprefix("argument ").split())
-        raise UserError([f"{line}. See {self.prog} --help."])
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="gft-lite", description="Group Fine-Tuning of language models on one GPU."
+def make_parser() -> Parser:
+    """The parser of all commands, made without side effects."""
+    parser = Parser(
+        prog="gft-lite",
+        description="Group Fine-Tuning of language models on one GPU.",
+        epilog="gft-lite COMMAND --help has the options of a command, and examples. "
+        "Exit codes: 0 done, 2 wrong input, 1 a failure, 130 interrupted.",
     )
     parser.add_argument("--version", action="version", version=f"gft-lite {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)

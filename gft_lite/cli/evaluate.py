@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from gft_lite.cli.common import (
     DONE,
     add_allow_code,
-    add_verbose,
+    add_verbosity,
     check_model_trust,
     output_path,
     show_imports,
 )
+from gft_lite.cli.parser import add_command
 from gft_lite.utils.errors import UserError
-from gft_lite.utils.progress import show_phase, stderr_console
 
 if TYPE_CHECKING:
     from gft_lite.evaluation.harness import HarnessSettings
@@ -27,8 +27,19 @@ if TYPE_CHECKING:
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    words = "evaluate models, adapters, runs or their checkpoints, and compare them"
-    parser = commands.add_parser("eval", help=words)
+    parser = add_command(
+        commands, "eval", "evaluate models, adapters and runs, and compare them", group="compare",
+        description="Samples and grades responses to the problems of a suite, and writes "
+        "accuracy, pass@k, paired differences with intervals and KL to the base. "
+        "The same command continues after an interruption; responses are kept and "
+        "can be graded again.",
+        examples=[
+            "gft-lite eval runs/lab lab --suite lab",
+            "gft-lite eval runs/lab@all --suite lab              # every checkpoint",
+            "gft-lite eval runs/gft runs/sft --suite paper --data-dir benchmarks",
+            "gft-lite eval runs/gft --harness gsm8k,mmlu_stem",
+        ],
+    )  # fmt: skip
     parser.add_argument(
         "targets", nargs="+", metavar="TARGET",
         help="lab, a hub id, the folder of a model, an adapter or a run; RUN@step-N and RUN@all "
@@ -47,9 +58,10 @@ def add(commands: Any) -> None:
     parser.add_argument("--regrade", action="store_true",
                         help="grade the responses in --out again, without a model")  # fmt: skip
     for flag, key in _SUITE_FLAGS.items():
-        parser.add_argument(f"--{flag}", metavar="N", help=f"the same as {key}=N")
+        kind = {"temperature": "T", "k": "N,N", "engine": "NAME"}.get(flag, "N")
+        parser.add_argument(f"--{flag}", metavar=kind, help=f"the same as {key}={kind}")
     add_allow_code(parser)
-    add_verbose(parser)
+    add_verbosity(parser)
     parser.set_defaults(run=run, overrides=[], again="the same command continues")
 
 
@@ -126,6 +138,7 @@ def _harness_folder(options: argparse.Namespace, targets: Sequence[Target]) -> P
 
 def _load_tasks(settings: HarnessSettings) -> Any:
     from gft_lite.evaluation.harness import load_tasks
+    from gft_lite.utils.progress import show_phase, stderr_console
 
     with show_phase(stderr_console(), "reading the tasks of lm-evaluation-harness"):
         return load_tasks(settings)
@@ -137,6 +150,7 @@ def _run_harness(
     from rich.console import Console
 
     from gft_lite.evaluation.harness import add_to_results, harness_table, run_harness
+    from gft_lite.utils.progress import stderr_console
 
     results = run_harness(settings, tasks, targets, folder, stderr_console())
     add_to_results(folder, results)

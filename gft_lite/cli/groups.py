@@ -9,32 +9,43 @@ from gft_lite.cli.common import (
     DONE,
     add_allow_code,
     add_recipe,
-    add_verbose,
+    add_verbosity,
     check_recipe_trust,
     output_path,
     show_imports,
     whole_number,
 )
-from gft_lite.policy.model_files import check_model_files
-from gft_lite.recipe.schema import Recipe
+from gft_lite.cli.parser import add_command
 
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    words = "sample and score a recipe's groups once, for training without rollouts"
-    parser = commands.add_parser("groups", help=words)
+    parser = add_command(
+        commands, "groups", "sample and score groups once, to train without rollouts",
+        group="train",
+        description="Samples and scores the groups of a recipe with its untrained policy. "
+        "Training then reads them instead of sampling (group.offline), which is "
+        "off-policy. The same command continues after an interruption.",
+        examples=[
+            "gft-lite groups recipes/lab.yaml --out groups/lab",
+            "gft-lite train recipes/lab.yaml group.offline=groups/lab",
+        ],
+    )  # fmt: skip
     add_recipe(parser)
     parser.add_argument("--out", type=output_path("--out", "folder"), metavar="DIR",
                         help="default: the recipe's group.offline, else groups/NAME")  # fmt: skip
     parser.add_argument("--visits", type=whole_number(1, 1000), default=1, metavar="N",
                         help="draw at most N groups of each problem (default: 1)")  # fmt: skip
     add_allow_code(parser)
-    add_verbose(parser)
+    add_verbosity(parser)
     parser.set_defaults(run=run, again="the same command continues")
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
+    from gft_lite.policy.model_files import check_model_files
+    from gft_lite.recipe.schema import Recipe
+
     recipe = Recipe.load(options.recipe, options.overrides)
     check_recipe_trust(options, recipe)
     check_model_files(recipe.policy)

@@ -8,19 +8,28 @@ from typing import Any
 from gft_lite.cli.common import (
     DONE,
     add_allow_code,
-    add_verbose,
+    add_verbosity,
     check_model_trust,
     non_negative,
     output_path,
     show_imports,
 )
-from gft_lite.recipe.sections import PolicySettings
+from gft_lite.cli.parser import add_command
 
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    words = "merge a trained adapter into its unquantised base, and compare before and after"
-    parser = commands.add_parser("merge", help=words)
+    parser = add_command(
+        commands, "merge", "merge an adapter into its unquantised base",
+        group="use and share a model",
+        description="Merges a trained adapter into its unquantised base, compares log-probs "
+        "with the unmerged policy, and writes nothing if they differ by more than "
+        "--limit. Prints the commands that serve the model or convert it to GGUF.",
+        examples=[
+            "gft-lite merge runs/gft --out merged",
+            "gft-lite merge runs/gft@step-40 --out merged --dtype float32",
+        ],
+    )  # fmt: skip
     parser.add_argument("target", metavar="RUN", help="a run, RUN@step-N, or an adapter's folder")
     parser.add_argument(
         "--out",
@@ -36,12 +45,14 @@ def add(commands: Any) -> None:
     parser.add_argument("--device", default="cpu", choices=["auto", "cpu", "cuda"],
                         help="default: cpu, which needs the memory of one such model")  # fmt: skip
     add_allow_code(parser)
-    add_verbose(parser)
+    add_verbosity(parser)
     parser.set_defaults(run=run, again="nothing was written")
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
+    from gft_lite.recipe.sections import PolicySettings
+
     with show_imports():
         from gft_lite.evaluation.targets import find_targets
         from gft_lite.tools.merge import LIMIT, merge, next_commands

@@ -6,12 +6,21 @@ import argparse
 from typing import Any
 
 from gft_lite.cli.common import DONE
-from gft_lite.recipe.schema import Recipe
+from gft_lite.cli.parser import add_command
 
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = commands.add_parser("methods", help="the table of training methods")
+    parser = add_command(
+        commands, "methods", "the table of training methods", group="compare",
+        description="Prints every method with the rows it learns from, the loss of a token, the"
+        " mean over tokens, its default learning rate and its paper. A recipe "
+        "selects one by its name.",
+        examples=[
+            "gft-lite methods",
+            "gft-lite train recipes/lab.yaml method=dapo",
+        ],
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 
@@ -36,6 +45,7 @@ def run(options: argparse.Namespace) -> int:
     from rich.table import Table
 
     from gft_lite.objective.methods import METHODS
+    from gft_lite.recipe.schema import Recipe
 
     columns = ("method", "E", "T", "S", "loss of a token", "mean", "lr", "arXiv")
     table = Table(*columns, box=None, padding=(0, 1, 0, 0), pad_edge=False)

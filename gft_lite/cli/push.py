@@ -11,16 +11,25 @@ from typing import Any
 from gft_lite.cli.common import (
     DONE,
     add_allow_code,
-    add_verbose,
+    add_verbosity,
     check_model_trust,
     show_imports,
 )
+from gft_lite.cli.parser import add_command
 
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    words = "upload a run's adapter or merged model, its card and its metrics to the hub"
-    parser = commands.add_parser("push", help=words)
+    parser = add_command(
+        commands, "push", "upload an adapter or a merged model to the hub",
+        group="use and share a model",
+        description="Uploads a run's adapter, or with --merged the merged model, with its card "
+        "and metrics, in one commit. Files that contain a token are not uploaded.",
+        examples=[
+            "gft-lite push runs/gft me/gft --dry-run",
+            "gft-lite push runs/gft me/gft --merged --private",
+        ],
+    )  # fmt: skip
     parser.add_argument(
         "target", metavar="RUN", help="a finished run, or the folder of an adapter or merged model"
     )
@@ -31,7 +40,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--dry-run", action="store_true",
                         help="print files and sizes; needs no token and no network")  # fmt: skip
     add_allow_code(parser)
-    add_verbose(parser)
+    add_verbosity(parser)
     parser.set_defaults(run=run, again="nothing was uploaded")
 
 

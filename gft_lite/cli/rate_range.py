@@ -11,16 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gft_lite.cli.common import DONE, show_imports
-from gft_lite.objective.methods import METHODS
-from gft_lite.planning.learning_rate import automatic_rate, with_rate
-from gft_lite.planning.model_shape import find_shape
-from gft_lite.recipe.schema import Recipe
 from gft_lite.utils.errors import RecipeError
 from gft_lite.utils.files import write_text_atomic
-from gft_lite.utils.tables import Table
 
 if TYPE_CHECKING:
+    from gft_lite.recipe.schema import Recipe
     from gft_lite.training.rate_range import RateRange
+    from gft_lite.utils.tables import Table
 
 AUTOMATIC = (0.0, 0.0)  # --lr-range without limits; no text, which argparse would convert.
 _FIGURES = {"loss": "loss", "reward": "own reward", "grad_norm": "gradient norm",
@@ -41,6 +38,10 @@ def rate_limits(text: str) -> tuple[float, float]:
 
 def with_known_rate(recipe: Recipe) -> Recipe:
     """The recipe with the rate that `optim.lr: auto` is, if that is known without torch."""
+    from gft_lite.objective.methods import METHODS
+    from gft_lite.planning.learning_rate import automatic_rate, with_rate
+    from gft_lite.planning.model_shape import find_shape
+
     method = METHODS.get(recipe.method)
     if recipe.optim.lr != "auto":
         return recipe
@@ -83,6 +84,8 @@ def run_range_test(recipe: Recipe, options: argparse.Namespace) -> int:
 
 def _table(rates: list[float], figures: dict[str, list[float | None]], found: RateRange) -> Table:
     """A row for each step; the step with the best figure is marked."""
+    from gft_lite.utils.tables import Table
+
     rows = [
         (f"{rate:.1e}{' best' if i == found.best else ''}",
          *("-" if v[i] is None else f"{v[i]:.3g}" for v in figures.values()))

@@ -13,10 +13,11 @@ from gft_lite.cli.common import (
     MAX_SEEDS,
     add_allow_code,
     add_recipe,
-    add_verbose,
+    add_verbosity,
     output_path,
     whole_number,
 )
+from gft_lite.cli.parser import add_command
 
 if TYPE_CHECKING:
     from gft_lite.experiments.outcomes import Comparison
@@ -26,13 +27,23 @@ if TYPE_CHECKING:
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    words = "compare methods: tuned alike, trained with equal budgets, with a verdict"
-    parser = commands.add_parser("referee", help=words)
+    parser = add_command(
+        commands, "referee", "which method is better, and by how much", group="compare",
+        description="Tunes the learning rate of every method alike, trains each with an equal "
+        "budget and several seeds, and prints paired differences with 95% intervals"
+        " and a verdict: better, worse, equal within the margin, or not separable. "
+        "The same command continues after an interruption; more seeds or methods "
+        "only add runs.",
+        examples=[
+            "gft-lite referee recipes/lab.yaml --methods gft,sft,grpo,sft+grpo",
+            "gft-lite referee recipes/lab.yaml --methods gft,sft --dry-run",
+        ],
+    )  # fmt: skip
     add_recipe(parser)
     _add_comparison(parser.add_argument)
     _add_execution(parser.add_argument)
     add_allow_code(parser)
-    add_verbose(parser)
+    add_verbosity(parser)
     parser.set_defaults(run=run, again="the same command continues")
 
 
@@ -47,9 +58,9 @@ def _add_comparison(option: Callable[..., Any]) -> None:
     option(
         "--seeds",
         type=whole_number(1, MAX_SEEDS),
-        default=3,
+        default=5,
         metavar="N",
-        help="runs of each method on each base (default: 3)",
+        help="runs of each method on each base (default: 5; the plan says what they can find)",
     )
     option("--bases", metavar="MODEL,MODEL", help="default: the recipe's model")
     option(

@@ -6,13 +6,29 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from gft_lite.cli.common import DONE, add_allow_code, output_path, run_folder, whole_number
-from gft_lite.recipe.schema import Recipe
+from gft_lite.cli.common import (
+    DONE,
+    add_allow_code,
+    add_verbosity,
+    output_path,
+    run_folder,
+    whole_number,
+)
+from gft_lite.cli.parser import add_command
 
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = commands.add_parser("report", help="runs and sweeps as one page to read and browse")
+    parser = add_command(
+        commands, "report", "runs and sweeps as one page with plots and groups",
+        group="look at results",
+        description="Writes one HTML page without outside resources: curves of all metrics, "
+        "results, and every group of responses with its rewards and advantages.",
+        examples=[
+            "gft-lite report runs/lab",
+            "gft-lite report runs/gft runs/sft --out compare.html --plots plots",
+        ],
+    )  # fmt: skip
     parser.add_argument(
         "folders", nargs="+", type=run_folder, metavar="RUN_OR_SWEEP", help="their folders"
     )
@@ -30,6 +46,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--no-tokens", dest="tokens", action="store_false",
                         help="load no model: groups without p of each token")  # fmt: skip
     add_allow_code(parser)
+    add_verbosity(parser)
     parser.set_defaults(run=run)
 
 
@@ -39,6 +56,7 @@ def run(options: argparse.Namespace) -> int:
 
     if options.tokens and not options.allow_code:
         from gft_lite.cli.trust import check_code_trust, remote_code
+        from gft_lite.recipe.schema import Recipe
 
         for file in (f for folder in options.folders for f in Path(folder).rglob("recipe.yaml")):
             check_code_trust(remote_code(Recipe.load(file).policy), [file])

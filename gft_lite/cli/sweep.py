@@ -10,18 +10,30 @@ from gft_lite.cli.common import (
     FAILED,
     MAX_SEEDS,
     add_allow_code,
-    add_verbose,
+    add_verbosity,
     output_path,
     show_imports,
     whole_number,
 )
+from gft_lite.cli.parser import add_command
 
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = commands.add_parser("sweep", help="a run at every point of a grid, with several seeds")
+    parser = add_command(
+        commands, "sweep", "a run at every point of a grid, with several seeds", group="compare",
+        description="Trains a recipe at every point of a grid, at random points of it, or at "
+        "points that Optuna proposes, and prints the results by setting. The same "
+        "command continues after an interruption.",
+        examples=[
+            "gft-lite sweep recipes/sweeps/tau.yaml",
+            "gft-lite sweep recipes/lab.yaml --grid optim.lr=1e-3,2e-3 --seeds 3",
+            "gft-lite sweep recipes/lab.yaml --grid group=2:6,4:4 --dry-run",
+        ],
+    )  # fmt: skip
     parser.add_argument("recipe", help="a sweep file such as recipes/sweeps/tau.yaml, or a recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes every run")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value",
+                        help="changes of every run")  # fmt: skip
     parser.add_argument(
         "--grid", action="append", default=[], metavar="FIELD=V1,V2",
         help="objective.tau=0,0.5,1; group=6:2,4:4 is demonstrations:self; "
@@ -56,7 +68,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="print the sweep's runs and stop")
     add_allow_code(parser)
-    add_verbose(parser)
+    add_verbosity(parser)
     parser.set_defaults(run=run, again="the same command continues")
 
 

@@ -10,21 +10,30 @@ from gft_lite.cli.common import (
     DONE,
     add_allow_code,
     add_recipe,
-    add_verbose,
+    add_verbosity,
     check_recipe_trust,
     output_path,
     show_imports,
 )
+from gft_lite.cli.parser import add_command
 from gft_lite.cli.rate_range import AUTOMATIC, rate_limits, run_range_test, with_known_rate
-from gft_lite.objective.methods import METHODS
-from gft_lite.policy.model_files import check_model_files
-from gft_lite.recipe.schema import Recipe
 from gft_lite.utils.errors import UserError
 
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = commands.add_parser("train", help="train as a recipe says")
+    parser = add_command(
+        commands, "train", "train a model by a recipe", group="train",
+        description="Trains an adapter by a recipe and writes the run's folder: metrics, "
+        "groups, checkpoints, adapter and summary. Ctrl-C stops after the current "
+        "step; --resume continues.",
+        examples=[
+            "gft-lite train recipes/lab.yaml",
+            "gft-lite train recipes/lab.yaml optim.lr=1e-3 group.self=6 --out runs/try",
+            "gft-lite train runs/lab/recipe.yaml --out runs/lab --resume",
+            "accelerate launch -m gft_lite train RECIPE     # on all GPUs of the machine",
+        ],
+    )  # fmt: skip
     add_recipe(parser)
     parser.add_argument(
         "--out",
@@ -44,12 +53,16 @@ def add(commands: Any) -> None:
         "the limits are optional (plot and table: --out, by default runs/NAME-lr-range)",
     )
     add_allow_code(parser)
-    add_verbose(parser)
+    add_verbosity(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
+    from gft_lite.objective.methods import METHODS
+    from gft_lite.policy.model_files import check_model_files
+    from gft_lite.recipe.schema import Recipe
+
     recipe = Recipe.load(options.recipe, options.overrides)
     if options.lr_range and (options.resume or options.dry_run):
         rule = "must be given without --resume and --dry-run, as it is a training of its own"

@@ -15,6 +15,7 @@ from gft_lite.runs.folder import RunFolder
 from gft_lite.training.run import train
 from gft_lite.utils.errors import UserError
 from gft_lite.utils.files import check_output_path
+from gft_lite.utils.progress import stderr_console
 from gft_lite.utils.tables import results_table
 
 
@@ -26,11 +27,11 @@ def compare(methods: Sequence[str], seeds: int, out: str, overrides: Sequence[st
     recipes = _load_recipes(methods, seeds, overrides)
     check_output_path(out)
     _check_folders(recipes, Path(out))
-    console = Console()
+    console, progress = Console(), stderr_console()
     columns: dict[str, dict[str, float]] = {}
     finished: list[RunFolder] = []
     for method, by_seed in recipes.items():
-        runs = [_train(recipe, _folder(out, method, recipe), console) for recipe in by_seed]
+        runs = [_train(recipe, _folder(out, method, recipe), progress) for recipe in by_seed]
         finished += runs
         summaries = [run.summary() for run in runs]
         columns.setdefault("base", _mean([s["base"] for s in summaries]))

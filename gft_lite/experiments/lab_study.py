@@ -23,6 +23,7 @@ from gft_lite.recipe.schema import Recipe
 from gft_lite.utils.errors import UserError
 from gft_lite.utils.files import check_output_path, write_text_atomic
 from gft_lite.utils.jsonl import JsonlFile
+from gft_lite.utils.progress import stderr_console
 
 Figures = Mapping[str, float]
 Runs = dict[tuple[str, int], Figures]  # By base and seed: runs that share both are paired.
@@ -96,7 +97,7 @@ def study(
     design = design or Design()
     check_output_path(out)
     recipe = _check(design, jobs, overrides)
-    work = _Study(Path(out), design, jobs, overrides, console or Console(stderr=True))
+    work = _Study(Path(out), design, jobs, overrides, console or stderr_console())
     with work.measured("bases"):
         work.make_bases()
     tuning = work.tune()

@@ -31,6 +31,7 @@ from gft_lite.report.summary import (
 )
 from gft_lite.utils.errors import UserError
 from gft_lite.utils.files import check_output_path, write_text_atomic
+from gft_lite.utils.progress import stderr_console
 
 __all__ = ["write_report"]
 
@@ -66,7 +67,7 @@ def write_report(
     runs, sweeps = read_folders(folders)
     series = all_series(runs, sweeps)
     shown = [s for run in _runs_with_groups(runs, sweeps) for s in select_steps(run, groups)]
-    unscored = score_tokens(shown, console or Console(stderr=True)) if tokens else ["--no-tokens"]
+    unscored = score_tokens(shown, console or stderr_console()) if tokens else ["--no-tokens"]
     curves = [*evaluation_plots(series), *pass_at_k_plots(series), *step_plots(series)]
     of_sweeps = [sweep_plot(sweep) for sweep in sweeps]
 

@@ -6,9 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-
-class RewardError(ValueError):
-    """An error in a reward function or its settings; the message names the function."""
+from gft_lite.utils.errors import RewardError
 
 
 class Grade(NamedTuple):

@@ -23,6 +23,10 @@ class RecipeError(UserError):
     """A value of the recipe is wrong."""
 
 
+class RewardError(ValueError):
+    """An error in a reward function or its settings; the message names the function."""
+
+
 def nearest(name: object, known: Iterable[str], cutoff: float = 0.5) -> str | None:
     """The known name that is most similar to `name`, None if none is similar."""
     by_lower = {k.lower(): k for k in known}

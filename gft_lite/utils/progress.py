@@ -131,9 +131,23 @@ def format_duration(seconds: float) -> str:
 _phases: list[Phase] = []  # Those that are shown, the innermost one last.
 
 
+_hidden = False  # True while no progress is shown.
+
+
 def stderr_console() -> Console:
     """The console for progress: lines are wrapped on a terminal, but not in a log."""
-    return Console(stderr=True, soft_wrap=not sys.stderr.isatty())
+    return Console(stderr=True, soft_wrap=not sys.stderr.isatty(), quiet=_hidden)
+
+
+@contextmanager
+def hide_progress() -> Iterator[None]:
+    """Show no progress, for the length of a `with`; the processes started in it show theirs."""
+    global _hidden
+    _hidden = True
+    try:
+        yield
+    finally:
+        _hidden = False
 
 
 @contextmanager
