@@ -1,13 +1,13 @@
 """Peak memory of training and of rollouts, by formulas.
 
-tests/integration/test_memory_measured.py compares the formulas with measured peaks. Constants
-marked "estimate" were not measured.
+test_memory_measured.py compares them with measured peaks. What is marked "estimate" is not.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from gft_lite.objective.methods import METHODS
@@ -59,12 +59,12 @@ class Choice:
     gpu_memory: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class MemoryModel:
     """Bytes that the training of a model by a recipe takes on a kind of device.
 
     `card` is the GPU's whole memory in bytes, of which vLLM takes a share; on a CPU it is the RAM
-    that may be used.
+    that may be used. What all the choices of a plan share is computed once.
     """
 
     shape: ModelShape
@@ -72,12 +72,12 @@ class MemoryModel:
     device: Device
     card: int = 0
 
-    @property
+    @cached_property
     def element(self) -> int:
         """Bytes of an activation and of an unquantised weight."""
         return 4 if self.recipe.policy.resolved_dtype(self.device) == "float32" else 2
 
-    @property
+    @cached_property
     def engine_element(self) -> int:
         """Bytes of an unquantised weight of vLLM."""
         dtype = self.recipe.rollout.resolved_dtype(
@@ -96,7 +96,7 @@ class MemoryModel:
         """Tokens of the longest sequence that the model accepts."""
         return min(self.recipe.policy.context or self.shape.context, self.shape.context)
 
-    @property
+    @cached_property
     def prompt(self) -> int:
         """Tokens of the longest prompt."""
         available = max(1, self.context - self.recipe.rollout.max_tokens - 1)
@@ -107,12 +107,17 @@ class MemoryModel:
         """Tokens of the longest prompt with its longest response."""
         return min(self.context, self.prompt + self.recipe.rollout.max_tokens)
 
-    @property
+    @cached_property
+    def adapter_ranks(self) -> dict[str, list[int]]:
+        """The ranks of the adapter: of each linear in the layers where it is adapted."""
+        return self.shape.adapter_ranks(self.recipe.policy.lora)
+
+    @cached_property
     def lora_parameters(self) -> int:
         """Parameters of the adapter."""
         dora, linears = self.recipe.policy.lora.use_dora, self.shape.linears
-        ranks = self.shape.adapter_ranks(self.recipe.policy.lora)
-        return sum(r * sum(linears[n]) + dora * linears[n][1] for n in ranks for r in ranks[n])
+        ranks = ((linears[n], r) for n, found in self.adapter_ranks.items() for r in found)
+        return sum(rank * sum(sizes) + dora * sizes[1] for sizes, rank in ranks)
 
     # --- permanent memory ------------------------------------------------------------------
 
@@ -163,7 +168,7 @@ class MemoryModel:
         """Bytes that a layer without recomputation saves for its backward pass."""
         s, e = self.shape, self.element
         query, key = s.heads * s.head_size, s.kv_heads * s.head_size
-        ranks = s.adapter_ranks(self.recipe.policy.lora)
+        ranks = self.adapter_ranks
         rank = sum(map(sum, ranks.values())) // s.layers  # The mean of the layers.
         norms = (4 if s.sandwich else 2) * (4 * s.hidden + 4)  # fp32 inputs, and a factor each.
         if s.qk_norm:
@@ -221,7 +226,7 @@ class MemoryModel:
             },
         }
 
-    @property
+    @cached_property
     def _exact_kl(self) -> bool:
         method = METHODS.get(self.recipe.method)
         return method is not None and "reference_kl" in method.needs
