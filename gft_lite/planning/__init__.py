@@ -3,7 +3,8 @@
 May import `recipe` and the foundation; never torch, so that `gft-lite plan` starts fast.
 
 Adding a model type:
-1. Add its `model_type` to KNOWN_TYPES in `model_shape.py`, and what differs to `ModelShape`.
+1. Add its `model_type` to KNOWN_TYPES in `model_shape.py`, and what differs to `ModelShape`;
+   others get an estimate by `model_estimate.py`.
 2. Ship the config.json of its usual models under `configs/models/shapes/`.
 3. Compare the formulas of `memory.py` with measured peaks in
    `tests/integration/test_memory_measured.py`.
@@ -18,6 +19,7 @@ from gft_lite.planning.gpus import GPUS, parse_size
 from gft_lite.planning.memory import Batch, Choice, MemoryModel
 from gft_lite.planning.model_shape import ModelShape, find_shape
 from gft_lite.planning.planner import CARDS, Plan, choose, plan_for, resolve, with_auto
+from gft_lite.planning.solve import solve
 
 __all__ = [
     "CARDS",
@@ -32,5 +34,6 @@ __all__ = [
     "parse_size",
     "plan_for",
     "resolve",
+    "solve",
     "with_auto",
 ]

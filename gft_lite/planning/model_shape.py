@@ -9,6 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gft_lite.planning.hub_config import read_hub_file
+from gft_lite.planning.model_estimate import estimate
+from gft_lite.recipe.base import is_hub_id
 from gft_lite.recipe.lora_section import LoraSettings
 from gft_lite.utils.errors import RecipeError, short_repr
 from gft_lite.utils.paths import PACKAGE
@@ -37,7 +40,8 @@ class ModelShape:
     `fused` models have one linear for query, key and value and one for gate and up projection
     (phi3). `sandwich` models normalise the outputs of attention and MLP too, with norms that
     compute in fp32 throughout (gemma3). `vision` are the parameters of an image tower, which
-    training on text never runs: linears, and all others.
+    training on text never runs: linears, and all others. `assumptions` are what an estimate for a
+    model of another type takes for granted.
     """
 
     hidden: int
@@ -54,17 +58,20 @@ class ModelShape:
     fused: bool = False
     sandwich: bool = False
     vision: tuple[int, int] = (0, 0)
+    assumptions: tuple[str, ...] = ()
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], name: str = "config.json") -> ModelShape:
         """The shape that a config.json describes.
 
-        Raises: RecipeError for a model type without formulas and for missing or impossible sizes.
+        A model type without formulas gets an estimate. Raises: RecipeError for missing or
+        impossible sizes.
         """
         kind = config.get("model_type")
         if kind not in KNOWN_TYPES:
-            got = f"{short_repr(kind)} in {name}"
-            raise _unplannable(f"a model of type {', '.join(KNOWN_TYPES)}", got)
+            known, experts, assumptions = estimate(config)
+            shape = cls.from_config(known, f"{name} of type {short_repr(kind)}")
+            return replace(shape, vision=(0, experts), assumptions=assumptions)
         if kind == "gemma3":
             return cls._from_multimodal(config, name)
         _check_sizes(
@@ -154,41 +161,28 @@ class ModelShape:
         return embeddings + self.layers * layer + self.hidden + self.vision[1]
 
 
-def find_shape(model: str) -> ModelShape:
+def find_shape(model: str, revision: str | None = None) -> ModelShape:
     """The shape of a recipe's `policy.model`.
 
-    The model is `lab`, a folder, a config.json, or a hub id whose shape is shipped or in the
-    hub's cache.
+    The model is `lab`, a folder, a config.json, or a hub id, whose shape is shipped, in the hub's
+    cache, or fetched.
 
-    Raises: RecipeError for any other model and for one without formulas.
+    Raises: RecipeError for any other model, and for one whose config.json has no sizes.
     """
     path = PACKAGE / "lab" / "base" if model == "lab" else Path(model)
-    roots = (PACKAGE.parent, PACKAGE / "shipped")
-    shipped = [root / SHIPPED / f"{model}.json" for root in roots]
+    shipped = [root / SHIPPED / f"{model}.json" for root in (PACKAGE.parent, PACKAGE / "shipped")]
     for file in (path / "config.json", path, *shipped):
         if os.path.isfile(file):
             return ModelShape.from_config(_read_config(file), str(file))
-    if cached := _cached_config(model):
-        return ModelShape.from_config(_read_config(cached), model)
-    ids = [f.relative_to(root / SHIPPED).with_suffix("").as_posix()
-           for root in roots for f in sorted((root / SHIPPED).rglob("*.json"))]  # fmt: skip
-    raise RecipeError(
-        [f"policy.model: must be lab, a folder with a config.json, or one of {', '.join(ids)} to "
-         f"be planned, got {short_repr(model)}. Give the path of its config.json."]
-    )  # fmt: skip
-
-
-def _cached_config(model: str) -> Path | None:
-    """The config.json of a hub id in the hub's cache."""
-    # Imported here because it takes longer than everything else in a plan.
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        cached = try_to_load_from_cache(model, "config.json")
-    except HFValidationError:
-        return None
-    return Path(cached) if isinstance(cached, str) else None
+    if not is_hub_id(model):
+        raise RecipeError(
+            [f"policy.model: must be lab, a folder with a config.json, or a hub id to be planned, "
+             f"got {short_repr(model)}. Check the path."]
+        )  # fmt: skip
+    content = read_hub_file(model, "config.json", revision)
+    if content is None:
+        raise _unplannable("a model with a config.json", short_repr(model))
+    return ModelShape.from_config(_parse_config(content, model), model)
 
 
 def _check_sizes(config: Mapping[str, Any], keys: Sequence[str], name: str) -> None:
@@ -211,11 +205,19 @@ def _is_size(value: object) -> bool:
 
 def _read_config(file: Path) -> Mapping[str, Any]:
     try:
-        config = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        content = file.read_bytes()
+    except OSError as error:
         raise _unplannable("a readable config.json", f"{file} ({error})") from None
+    return _parse_config(content, str(file))
+
+
+def _parse_config(content: bytes, name: str) -> Mapping[str, Any]:
+    try:
+        config = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise _unplannable("a readable config.json", f"{name} ({error})") from None
     if not isinstance(config, Mapping):
-        raise _unplannable("a config.json with an object", str(file))
+        raise _unplannable("a config.json with an object", name)
     return config
 
 

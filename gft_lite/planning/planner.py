@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gft_lite.planning.gpus import parse_size
+from gft_lite.planning.gpus import Machine, named_machine, own_machine, own_ram, parse_size
 from gft_lite.planning.memory import Choice, Components, Device, MemoryModel
 from gft_lite.planning.model_shape import find_shape
 from gft_lite.recipe.schema import Recipe
@@ -34,7 +34,7 @@ ENGINE_FIELDS = {"rollout.engine", "rollout.batch_size", "rollout.gpu_memory"}
 class Plan:
     """Settings for a recipe on a card of `limit` bytes, and the memory that they take.
 
-    `problems` says what does not fit.
+    `problems` says what does not fit. `where` names the card for titles.
     """
 
     model: MemoryModel
@@ -43,6 +43,7 @@ class Plan:
     training: Components
     rollout: Components
     problems: tuple[str, ...]
+    where: str = "a card"
 
     @property
     def peak(self) -> int:
@@ -86,7 +87,8 @@ class Plan:
             "limit": self.limit, "fits": not self.problems, "problems": list(self.problems),
             "settings": self.settings, "chosen": sorted(self.chosen), "peak": self.peak,
             "loading": self.model.loading(self.choice), "training": self.training,
-            "rollout": self.rollout,
+            "rollout": self.rollout, "where": self.where,
+            "assumptions": list(self.model.shape.assumptions),
         }  # fmt: skip
 
 
@@ -230,21 +232,47 @@ def what_would_fit(model: MemoryModel, limit: int) -> str:
     return "a smaller model"
 
 
-def plan_for(recipe: Recipe, gpu: str | None) -> tuple[Plan, list[Plan]]:
-    """The recipe's plan on a GPU, and on each of CARDS its plan with every field `auto`.
+def plan_for(recipe: Recipe, gpu: str | None) -> Plan:
+    """The recipe's plan on a GPU of a name or size.
 
-    Without a GPU, the plan is for the smallest of CARDS on which the recipe fits.
+    Without a GPU, the plan is for this machine: its first GPU, or else its free RAM; for a recipe
+    with `policy.device: cuda` the smallest of CARDS on which it fits takes the place of the RAM.
 
-    Raises: UserError for an unknown GPU or a model without formulas.
+    Raises: UserError for an unknown GPU or a model that can't be planned.
     """
-    sizes = [size * GIB for size in CARDS] if gpu is None else [parse_size(gpu)]
     recipe = recipe.with_needed_engine()
-    on_gpu = recipe.policy.resolved_device(cuda_available=True) != "cpu"
-    model = MemoryModel(find_shape(recipe.policy.model), recipe, "cuda" if on_gpu else "cpu")
-    plans = (choose(model, size) for size in sizes)
-    plan = next((p for p in plans if not p.problems), None) or choose(model, sizes[-1])
-    open_model = replace(model, recipe=with_auto(recipe))
-    return plan, [choose(open_model, size * GIB) for size in CARDS]
+    on_cpu = recipe.policy.resolved_device(cuda_available=True) == "cpu"
+    machines = _machines(gpu, on_cpu=on_cpu, on_gpu=recipe.policy.device.startswith("cuda"))
+    shape = find_shape(recipe.policy.model, recipe.policy.revision)
+    plans = []
+    for machine in machines:
+        model = MemoryModel(shape, recipe, "cpu" if on_cpu else machine.device)
+        plans.append(replace(choose(model, machine.size), where=machine.name))
+        if not plans[-1].problems:
+            break
+    return plans[-1]
+
+
+def plans_on_cards(plan: Plan) -> list[Plan]:
+    """Plans of the same recipe on each of CARDS, with every field that can be `auto`."""
+    recipe = with_auto(plan.model.recipe)
+    on_cpu = recipe.policy.resolved_device(cuda_available=True) == "cpu"
+    model = replace(plan.model, recipe=recipe, device="cpu" if on_cpu else "cuda", card=0)
+    return [choose(model, size * GIB) for size in CARDS]
+
+
+def _machines(gpu: str | None, *, on_cpu: bool, on_gpu: bool) -> list[Machine]:
+    """The machines of which the first is planned for on which the recipe fits."""
+    if gpu is not None:
+        return [named_machine(gpu)]
+    own = own_machine()
+    if on_cpu and own.device == "cuda":
+        return [own_ram()]
+    return [_card(size) for size in CARDS] if on_gpu and own.device == "cpu" else [own]
+
+
+def _card(size: int) -> Machine:
+    return Machine("a card", "cuda", size * GIB)
 
 
 def resolve(recipe: Recipe, free: int, device: Device, card: int = 0) -> tuple[Recipe, Plan | None]:
@@ -262,14 +290,14 @@ def resolve(recipe: Recipe, free: int, device: Device, card: int = 0) -> tuple[R
         recipe = _with(recipe, "rollout.engine", "transformers")
     undecided = {name for name in AUTO_FIELDS if _value(recipe, name) == "auto"} - ENGINE_FIELDS
     try:
-        shape = find_shape(recipe.policy.model)
+        shape = find_shape(recipe.policy.model, recipe.policy.revision)
     except RecipeError:
         defaults = Recipe()
         for name in undecided:
             recipe = _with(recipe, name, _value(defaults, name))
         return recipe, None
     plan = choose(MemoryModel(shape, recipe, device, card), limit)
-    if plan.problems and undecided:
+    if plan.problems and undecided and not shape.assumptions:  # An estimate rules nothing out.
         raise RecipeError(
             [f"{', '.join(sorted(undecided))}: must leave a way to fit in {limit / GIB:.1f} GiB, "
              f"got a recipe whose {' and '.join(plan.problems)}. What would fit: "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gft_lite.planning.gpus import GPUS
 from gft_lite.planning.memory import MemoryModel
 from gft_lite.planning.planner import Plan
 from gft_lite.utils.memory import GIB
@@ -29,8 +28,14 @@ def headline(model: MemoryModel) -> str:
     )
 
 
-def components(plan: Plan, gpu: str | None) -> Table:
-    """GiB by component at the peak of each phase; `gpu` is the card's name or size."""
+def assumptions(model: MemoryModel) -> str | None:
+    """One line about what the sizes of a model without formulas assume."""
+    assumed = model.shape.assumptions
+    return f"an estimate: {'; '.join(assumed)}" if assumed else None
+
+
+def components(plan: Plan) -> Table:
+    """GiB by component at the peak of each phase."""
 
     def line(name: str, *sizes: int) -> tuple[str, ...]:
         return (name, *(f"{size / GIB:.2f}" if size else "-" for size in sizes))
@@ -43,10 +48,14 @@ def components(plan: Plan, gpu: str | None) -> Table:
         if any(phase.get(name) for phase in phases)
     ]
     rows.append(line("peak", *(sum(phase.values()) for phase in phases)))
-    name = gpu if gpu and gpu.lower() in GPUS else "a card"
-    title = f"GiB at the peak, on {name} with {plan.limit / GIB:.4g}"
+    title = f"GiB at the peak, on {plan.where} with {plan.limit / GIB:.4g}"
     names = (*(["loading"] if loading else []), "training", "rollout")
     return Table(title, ("", *names), tuple(rows))
+
+
+def overrides(plan: Plan) -> str:
+    """The settings of a plan as they are written on the command line."""
+    return " ".join(f"{name}={_as_yaml(value)}" for name, value in plan.settings.items())
 
 
 def settings(plan: Plan) -> Table:
