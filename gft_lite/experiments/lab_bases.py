@@ -37,6 +37,11 @@ def _pretrain(seed: int, folder: Path, console: Console) -> None:
     partial = final.with_suffix(".new")
     command = [sys.executable, "-P", "-m", "gft_lite.lab.pretrain",
                "--seed", str(seed), "--out", str(partial)]  # fmt: skip
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL,
-                   env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    done = subprocess.run(  # Its output is that of libraries, and of no use unless it fails.
+        command, capture_output=True, text=True, encoding="utf-8", errors="replace",
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise RuntimeError(f"pretraining the base lab:{seed} failed: {last}")
     partial.rename(final)

@@ -19,7 +19,7 @@ from rich.console import Console
 from gft_lite.experiments.lab_bases import lab_base, lab_seed, make_lab_bases
 from gft_lite.experiments.launchers import LAUNCHERS, Launcher
 from gft_lite.experiments.outcomes import Comparison, Failure, TuningPoint
-from gft_lite.experiments.referee_costs import describe
+from gft_lite.experiments.referee_costs import describe, failed_before
 from gft_lite.experiments.referee_data import check_data
 from gft_lite.experiments.referee_folder import check_same_plan
 from gft_lite.experiments.referee_methods import RATE, Settings
@@ -81,8 +81,10 @@ class _Referee:
     def _further(self, name: str, best: Settings) -> list[Trial]:
         """Trials beside those of the rates: of the dial's other values, or of further rates."""
         contender, values = self.plan.contenders[name], self.plan.dial_values(name)
-        trials = [Trial(name, contender.dial_field, {**best, contender.dial_field: value})
-                  for value in values]  # fmt: skip
+        trials = [
+            Trial(name, contender.dial_field, {**best, **self.plan.dial_settings(name, value)})
+            for value in values
+        ]
         rates = further_rates(self.plan.rates, best[RATE])
         trials += [Trial(name, RATE, {**best, RATE: rate}) for rate in rates]
         return trials[:DIAL_TRIALS]
@@ -217,6 +219,8 @@ def referee(
         run_sweep = partial(sweep, console=console, workers=workers)
         check_same_plan(plan, Path(out))
         check_data(plan)
+        if failed := failed_before(plan, Path(out)):
+            console.print(failed, markup=False, soft_wrap=True)
         work = _Referee(plan, Path(out), run_sweep)
         work.make_bases(jobs or 1, console)
         chosen = work.tune()

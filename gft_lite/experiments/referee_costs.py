@@ -6,16 +6,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 
+from gft_lite.data.sources import open_source
+from gft_lite.experiments.lab_bases import lab_seed
 from gft_lite.experiments.referee_plan import DIAL_TRIALS, STAGED_TRIALS, TUNE_SAMPLES, RefereePlan
+from gft_lite.experiments.sweep_results import SweepFolder
+from gft_lite.experiments.verdict import points
 from gft_lite.planning.memory import MemoryModel
 from gft_lite.planning.model_shape import find_shape
 from gft_lite.recipe.schema import Recipe
 from gft_lite.utils.errors import RecipeError
 from gft_lite.utils.files import read_json
 from gft_lite.utils.memory import GIB
+from gft_lite.utils.paired_difference import LEVEL, PairedDifference
 from gft_lite.utils.progress import format_duration
 from gft_lite.utils.tables import Table
 
+# Standard deviations of the difference of two methods between seeds of a base, between bases and
+# between problems, for the power of a design: medians of 24 methods in examples/referee_lab.md.
+_SEED_SPREAD, _BASE_SPREAD, _PROBLEM_SPREAD = 0.04, 0.08, 0.2
 _ADAPTER_BYTES = 4  # Of a parameter; the optimiser's state has twice as many.
 
 
@@ -78,9 +86,73 @@ def plan_lines(plan: RefereePlan, out: Path) -> list[str]:
     left = runs - len(list(_finished(out)))
     if left < runs:
         lines.append(f"finished: {runs - left:,} of {runs:,} runs in {out}")
+    if failed := failed_before(plan, out):
+        lines.append(failed)
+    seeds = [str(seed) for base in plan.bases if (seed := lab_seed(base))]
+    if seeds:
+        lines.append(f"pretraining: the lab's bases of the seeds {', '.join(seeds)}, minutes each")
+    lines.append(f"power: {power(plan)}")
     lines.append(f"time: {_time(plan, out)}")
     lines.append(f"disk: {_disk(plan)}")
     return lines
+
+
+def power(plan: RefereePlan) -> str:
+    """Which differences the design finds, if runs and problems differ as on the lab."""
+    seeds, bases = plan.options.seeds, len(plan.bases)
+    if seeds == bases == 1:
+        return "with one run of each method, other seeds are not covered. Give --seeds 5 or more"
+    runs, unit, spread = seeds, "seeds", _SEED_SPREAD
+    if bases > 1:
+        runs, unit, spread = bases, "bases", _BASE_SPREAD
+    found, more = (_detectable(plan, each, spread) for each in (runs, 2 * runs))
+    alone = "" if bases == 1 else " (a base counts once, however many seeds it has)"
+    size = (
+        "no difference is found reliably" if found >= 1
+        else f"differences of about {points(found, signed=False)} points are found 4 times in 5"
+    )  # fmt: skip
+    return (
+        f"with {runs} {unit}{alone}, {size}; with {2 * runs}, those of "
+        f"{points(more, signed=False)}. It assumes that differences spread by {100 * spread:g} "
+        f"points between {unit} and {100 * _PROBLEM_SPREAD:g} between problems, as on the lab; the "
+        "verdict has those of your data"
+    )
+
+
+def _detectable(plan: RefereePlan, runs: int, spread: float) -> float:
+    """The difference that is found on the headline set with so many runs of each method."""
+    of_runs, of_problems, problems = spread**2 / runs, 0.0, 2
+    if count := _headline_problems(plan):
+        problems, of_problems = max(count, 2), _PROBLEM_SPREAD**2 / count
+    design = PairedDifference(0.0, of_runs, of_problems, of_problems, runs, problems)
+    return float(design.detectable((1 - LEVEL) / (len(plan.methods) - 1)))
+
+
+def _headline_problems(plan: RefereePlan) -> int | None:
+    """The problems of the headline set; None if that is not known before it is read."""
+    name, settings = next(iter(plan.sets.items()))
+    try:
+        rows = sum(part.count for part in open_source(settings, f"eval.sets.{name}"))
+    except RecipeError:  # The first run says what is wrong with it.
+        return settings.problems
+    rows = max(rows - settings.skip, 1)
+    return min(rows, settings.problems or rows)
+
+
+def failed_before(plan: RefereePlan, out: Path) -> str | None:
+    """The trials of an earlier start that failed, which are run again, as a line."""
+    names = []
+    for part in plan.runs:
+        if (out / part / "results.json").exists():
+            results = SweepFolder(out / part).results()["trials"]
+            names += [f"{part}/{t['folder']}" for t in results if t["state"] == "failed"]
+    if not names:
+        return None
+    what = f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
+    return (
+        f"failed before: {what}; run again, from the last checkpoint. To leave out a method that "
+        "always fails, choose a new --out"
+    )
 
 
 def _finished(out: Path, part: str = "*") -> Iterator[Path]:

@@ -33,6 +33,7 @@ DIAL_TRIALS = 2  # Of each method, beside those of the rates.
 STAGED_TRIALS = 3  # Of the last stage's rate of a method with stages.
 # Of a tuning set that is not one of the recipe's: at most a fifth of the training data.
 TUNE_NAME, TUNE_PROBLEMS, TUNE_SAMPLES = "tune", 64, 4
+SEEDS = 5  # With 3, a difference must be three times as large to be found.
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class RefereeOptions:
     recipe: str
     methods: tuple[str, ...]
     overrides: tuple[str, ...] = ()
-    seeds: int = 3
+    seeds: int = SEEDS
     bases: tuple[str, ...] = ()
     equal: Unit = "trajectories"
     budget: int | None = None
@@ -125,8 +126,15 @@ class RefereePlan:
         contender = self.contenders[name]
         if contender.dial is None:
             return {RATE: rate}
-        objective = complete_objective(self._recipe(contender.layer)).objective.model_dump()
-        return {RATE: rate, contender.dial_field: objective[contender.dial.parameter]}
+        return {RATE: rate, contender.dial_field: self._objective(name)[contender.dial.parameter]}
+
+    def dial_settings(self, name: str, value: float) -> dict[str, Any]:
+        """The settings that a value of a method's dial means."""
+        contender, objective = self.contenders[name], self._objective(name)
+        assert contender.dial is not None
+        own = objective[contender.dial.parameter]
+        along = (each for each in contender.dial.along if objective[each] == own)
+        return {contender.dial_field: value} | {f"objective.{each}": value for each in along}
 
     def dial_values(self, name: str) -> list[float]:
         """The values of a method's dial that are tried besides its own."""
@@ -213,6 +221,11 @@ class RefereePlan:
             tree["data"] = {"skip": self.skip}
         return tree
 
+    def _objective(self, name: str) -> dict[str, Any]:
+        """The objective of a method by the recipe, with its defaults."""
+        recipe = complete_objective(self._recipe(self.contenders[name].layer))
+        return recipe.objective.model_dump()
+
     def _recipe(self, layer: Tree) -> Recipe:
         return Recipe.from_tree(merge(merge(self.common, self._part_fields("main")), layer))
 
@@ -239,9 +252,7 @@ def make_plan(options: RefereeOptions) -> RefereePlan:
             policy = recipe.policy.model_copy(update={"model": base})
             check_model_files(policy, needs_weights=False)
     check_correctness(recipe)
-    if recipe.early_stop.patience:
-        rule = "early_stop.patience: must be null, as methods are compared at equal budgets"
-        raise UserError([f"{rule}, got {recipe.early_stop.patience}. Leave it out."])
+    _check_course(recipe)
     tree = read_tree(find_recipe(options.recipe), options.overrides)[0]
     contenders = find_contenders(options.methods, recipe, tree)
     methods = names_of(options.methods)
@@ -281,6 +292,19 @@ def _check_numbers(options: RefereeOptions) -> None:
         problems.append(f"{rule}, got {options.seeds:,}, which are {runs:,}.")
     if len(set(options.bases)) < len(options.bases):
         problems.append(f"--bases: must not name a model twice, got {','.join(options.bases)}.")
+    if problems:
+        raise UserError(problems)
+
+
+def _check_course(recipe: Recipe) -> None:
+    """Raises: UserError for what ends or repeats training, which would make budgets unequal."""
+    equal, problems = "as methods are compared at equal budgets", []
+    if recipe.early_stop.patience:
+        rule = f"early_stop.patience: must be null, {equal}"
+        problems.append(f"{rule}, got {recipe.early_stop.patience}. Leave it out.")
+    if recipe.guard.action in ("stop", "rollback"):
+        rule = f"guard.action: must be none or warn, {equal}"
+        problems.append(f"{rule}, got {recipe.guard.action}. Leave it out.")
     if problems:
         raise UserError(problems)
 
@@ -353,8 +377,7 @@ def _check_recipes(plan: RefereePlan) -> None:
                 recipe.stage(number)
             complete_objective(recipe)
             for value in plan.dial_values(name):
-                dial = {plan.contenders[name].dial_field: value}
-                settings = plan.example_settings(name) | dial
+                settings = plan.example_settings(name) | plan.dial_settings(name, value)
                 complete_objective(Recipe.from_tree(plan.tree(name, settings, "tune")))
         except UserError as error:
             problems += [f"--methods: {name}: {problem}" for problem in error.problems]

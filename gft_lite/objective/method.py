@@ -32,11 +32,13 @@ Need = Literal[
 class Dial:
     """The parameter of a method that is tuned beside its learning rate, and the values to try.
 
-    `parameter` is a keyword-only argument of the method's loss, `select` or `prefixes`.
+    `parameter` is a keyword-only argument of the method's loss, `select` or `prefixes`. Parameters
+    of `along` with the same value follow it, such as the other end of a constant schedule.
     """
 
     parameter: str
     values: tuple[float, ...]
+    along: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ MIXED_METHODS: dict[str, Method] = {
         chord_loss, SOURCES, "arXiv 2508.11408",
         "(1-mu) s: GRPO; mu d: -p(1-p) log p", needs=("old_logprobs", "progress"),
         parts=_RL_AND_SFT, baseline=_SELF, scales_with_advantage=_SELF,
-        dial=Dial("mu", (0.1, 0.3, 0.5)),
+        dial=Dial("mu", (0.1, 0.3, 0.5), along=("mu_end",)),
         defaults=defaults(1, 0, 8, 2e-5),
     ),
     "hpt": Method(

@@ -11,7 +11,7 @@ import pytest
 
 from gft_lite.cli import main
 from gft_lite.experiments.referee import Trial, _Referee
-from gft_lite.experiments.referee_costs import method_table, plan_lines
+from gft_lite.experiments.referee_costs import failed_before, method_table, plan_lines, power
 from gft_lite.experiments.referee_data import check_data
 from gft_lite.experiments.referee_folder import check_same_plan
 from gft_lite.experiments.referee_plan import RefereeOptions, make_plan
@@ -59,6 +59,15 @@ class TestDials:
             recipe = Recipe.from_tree({"method": name, "objective": {method.dial.parameter: value}})
             assert recipe.objective.model_dump()[method.dial.parameter] == value
         assert len(plan_of(f"{name},sft").dial_values(name)) == 2
+
+    def test_the_end_of_a_constant_schedule_follows_its_dial(self, tmp_path):
+        plan, moved = plan_of("chord,sft"), {"objective.mu": 0.3, "objective.mu_end": 0.3}
+        assert plan.dial_values("chord") == [0.3, 0.5]
+        assert plan.dial_settings("chord", 0.3) == moved
+        trials = _Referee(plan, tmp_path, None)._further("chord", {"optim.lr": 1e-3})
+        assert trials[0] == Trial("chord", "objective.mu", {"optim.lr": 1e-3, **moved})
+        falling = plan_of("chord,sft", ["objective={mu: 0.9, mu_end: 0.05}", "method=chord"])
+        assert falling.dial_settings("chord", 0.3) == {"objective.mu": 0.3}
 
     def test_the_values_beside_the_recipes_own(self):
         assert plan_of().dial_values("gft") == [0.1, 0.3]
@@ -263,7 +272,7 @@ class TestChoice:
         assert chosen["sft+grpo"] == {"stages.0.optim.lr": 1e-3, "optim.lr": 1e-3}
         tried = [t.settings["optim.lr"] for t in referee.trials if t.method == "sft+grpo"]
         assert tried == [1e-3, 2e-3, 4e-3]
-        assert referee.plan.runs == {"tune": 3 * 5 + 3, "main": 2 * 3}
+        assert referee.plan.runs == {"tune": 3 * 5 + 3, "main": 2 * 5}
 
     def test_a_method_without_a_finished_run_leaves_the_others(self, work):
         referee = work("gft,sft,sft+grpo")
@@ -280,12 +289,12 @@ class TestChoice:
 class TestFolder:
     def test_more_seeds_methods_and_bases_are_the_same_comparison(self, tmp_path):
         check_same_plan(plan_of(), tmp_path)
-        check_same_plan(plan_of("gft,sft,grpo", seeds=4, bases=("lab", "lab:1")), tmp_path)
+        check_same_plan(plan_of("gft,sft,grpo", seeds=6, bases=("lab", "lab:1")), tmp_path)
         with pytest.raises(UserError) as caught:
             check_same_plan(plan_of("gft,sft", tune=5, overrides=["optim.warmup=0.2"]), tmp_path)
         assert str(caught.value) == (
             "--out: must be a new folder or one of the same comparison, got another in "
-            f"{tmp_path}: --tune 3, now 5, --seeds 4, now 3, --methods with grpo, now without and "
+            f"{tmp_path}: --tune 3, now 5, --seeds 6, now 5, --methods with grpo, now without and "
             "2 more. Choose another folder."
         )
 
@@ -320,6 +329,36 @@ class TestPrinted:
         assert "time: about 42 min 20 s of runs are left (by 3 finished runs), one at a time" in (
             plan_lines(plan, tmp_path)
         )
+        assert "pretraining: the lab's bases of the seeds 1, minutes each" in lines
+
+    def test_the_plan_says_which_differences_it_finds(self):
+        """Two methods, 100 problems: t is 2.776 with 4 degrees of freedom and 1.984 with 99.
+
+        For power .9 the noncentrality is 4.396 and 3.273: the root of (4.396 * .04 / 5**.5)**2 +
+        (3.273 * .02)**2 is .1023.
+        """
+        plan = plan_of(overrides=["eval.sets.test.problems=100"])
+        text = power(plan)
+        assert text.startswith("with 5 seeds, differences of about 10.2 points are found 4 times")
+        of_bases = power(plan_of(bases=("lab", "lab:1"), overrides=["eval.sets.test.problems=100"]))
+        assert of_bases.startswith("with 2 bases (a base counts once, however many seeds it has), ")
+        assert "with one run of each method, other seeds are not covered" in power(plan_of(seeds=1))
+        assert f"power: {text}" in plan_lines(plan, Path("nowhere"))
+
+    def test_runs_that_failed_before_are_said(self, tmp_path):
+        plan = plan_of()
+        assert failed_before(plan, tmp_path) is None
+        (tmp_path / "tune").mkdir()
+        trials = [
+            {"name": name, "seed": 0, "state": state, "reason": "", "folder": f"trials/{name}",
+             "summary": None, "settings": {}}
+            for name, state in (("a", "failed"), ("b", "done"), ("c", "failed"))
+        ]  # fmt: skip
+        results = {"trials": trials, "settings": [], "interval": 0.95}
+        (tmp_path / "tune" / "results.json").write_text(json.dumps(results))
+        text = failed_before(plan, tmp_path)
+        assert text.startswith("failed before: tune/trials/a and 1 more; run again, from the last ")
+        assert text in plan_lines(plan, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -340,6 +379,8 @@ class TestPrinted:
         ("--methods gft,sft --bases lab,no/where/x", "policy.model: must be the folder of a base"),
         ("--methods gft,sft optim.lrr=1", "command line: optim.lrr: unknown field"),
         ("--methods gft,sft eval.every=5 early_stop.patience=2", "early_stop.patience: must be"),
+        ("--methods gft,sft guard.action=rollback", "guard.action: must be none or warn, as "
+         "methods are compared at equal budgets, got rollback. Leave it out."),
         ("--methods gft,sft reward.functions=[format]", "reward.functions: must have a rule that"),
         ("--methods gft,psft train.problems_per_step=1 group.teacher=0 group.self=1",
          "--methods: psft: train.updates_per_rollout: must be at most"),
