@@ -34,6 +34,7 @@ from gft_lite.utils.progress import track
 
 # Inputs of a loss that take a pass over the rows before the first update.
 _AT_START = {"row_entropy", "entropy_quantile"}
+_FIRST_STEP = 0.02  # Of `budget.seconds`, before a step has been timed.
 
 
 class Learner:
@@ -97,9 +98,11 @@ class Learner:
         if self.recipe.budget.tokens:
             return (self.response_tokens + tokens) / self.recipe.budget.tokens
         if self.recipe.budget.seconds:
-            # Until a step is timed, it is taken to be as long as those before it.
-            per_step = fmean(self.step_seconds) if self.step_seconds else 0.0
-            return steps * per_step / self.recipe.budget.seconds
+            # A step is taken to be as long as those before it; before any, a share of the budget,
+            # since a warm-up would begin with a rate of 0.
+            whole = self.recipe.budget.seconds
+            per_step = fmean(self.step_seconds) if self.step_seconds else _FIRST_STEP * whole
+            return steps * per_step / whole
         return steps / (self.recipe.steps or 1)
 
     def rows(self, groups: Sequence[ScoredGroup]) -> list[Row]:

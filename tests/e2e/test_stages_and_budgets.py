@@ -11,9 +11,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from gft_lite.recipe.schema import Recipe
+from gft_lite.recipe.training_sections import OptimSettings
 from gft_lite.runs.folder import RunFolder
 from gft_lite.runs.metrics import training_seconds
 from gft_lite.training.learner import Learner
+from gft_lite.training.optim import learning_rate
 from gft_lite.training.run import train
 from gft_lite.utils.errors import RecipeError
 
@@ -182,7 +184,9 @@ class TestBudget:
         learner.recipe, learner.step_seconds = small("budget={seconds: 12}"), [2.0, 4.0]
         assert [learner.budget_fraction(n) for n in (2, 2.5, 3)] == [0.5, 0.625, 0.75]
         learner.step_seconds = []
-        assert learner.budget_fraction(0.5) == 0
+        assert [learner.budget_fraction(n) for n in (0, 0.5)] == [0, 0.01]
+        # In the middle of the first step, a warm-up of a tenth has reached a tenth of the rate.
+        assert learning_rate(0.01, OptimSettings(lr=1.0, warmup=0.1)) == pytest.approx(0.1)
 
     def test_one_kind_of_budget_at_a_time(self):
         with pytest.raises(RecipeError, match="budget: must name one of problems, traj"):
