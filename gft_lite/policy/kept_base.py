@@ -72,7 +72,7 @@ def _state(base: Any) -> list[Any]:
         for name, module in base.named_modules()
     ]
     tensors = Counter(
-        (name, tensor.dtype, tensor.shape, tensor.device, _checksum(tensor))
+        (name, tensor.dtype, tensor.shape, tensor.device, checksum(tensor))
         for name, tensor in (*base.named_parameters(), *base.named_buffers())
     )
     config = base.config
@@ -85,7 +85,7 @@ def _hooks(module: torch.nn.Module) -> list[int]:
     return [len(getattr(module, f"_{kind}_hooks")) for kind in kinds]
 
 
-def _checksum(tensor: Tensor) -> int:
+def checksum(tensor: Tensor) -> int:
     """A sum over the bits of a tensor, which any other rounding of a weight changes."""
     data = tensor.detach().flatten().view(torch.uint8)
     if data.numel() % 8 == 0 and data.storage_offset() % 8 == 0:

@@ -67,6 +67,15 @@ def _check_name(path: Path, model: str) -> None:
         raise RecipeError([f"{rule} {model!r}, which does not exist. Check the path."])
 
 
+def file_identities(folder: Path) -> list[tuple[str, int, int, int, int]]:
+    """Name, size, modification, change and inode of each file of a folder, links followed.
+
+    Whatever writes to a file sets its time of change, also where it keeps size and modification.
+    """
+    found = [(file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file()]
+    return [(n, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for n, s in found]
+
+
 def check_safetensors(folder: Path, pattern: str, field: str) -> None:
     """Require weights as safetensors, since unpickling can run any code. Raises: RecipeError."""
     if any(folder.glob(pattern)):

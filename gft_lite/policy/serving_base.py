@@ -1,6 +1,6 @@
 """The policy's base as a rollout engine loads it: a dequantised copy in the user's cache.
 
-The copy is written once, under a hash of the trainer's weights.
+The copy is written once, under a hash of the trainer's weights; `base_index` finds it again.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gft_lite.policy.base import Policy, ServedBase
+from gft_lite.policy.base_index import find_copy, index_key, record_copy
 from gft_lite.policy.registry import model_location
 from gft_lite.utils.errors import RecipeError
 from gft_lite.utils.paths import cache_folder
@@ -77,15 +78,20 @@ def _find_or_write(policy: Policy, bases: Path, dtype: torch.dtype) -> tuple[Pat
     weights = _weights(policy)
     partial = bases / "partial"
     shutil.rmtree(partial, ignore_errors=True)
+    key = index_key(policy, dtype, _tensors(weights))
+    if known := find_copy(bases, key):
+        return known, "reused"
     partial.mkdir()
     _write_descriptions(policy, dtype, partial)
     folder = bases / _digest(weights, dtype, partial)
     if _is_complete(folder, weights, partial):
         shutil.rmtree(partial)
+        record_copy(bases, key, folder)
         return folder, "reused"
     _write_weights(weights, dtype, partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+    record_copy(bases, key, folder)
     return folder, f"written in {time.perf_counter() - started:.1f} s"
 
 
@@ -98,12 +104,18 @@ def _digest(weights: Mapping[str, Weight], dtype: torch.dtype, descriptions: Pat
     digest = hashlib.sha256(str(dtype).encode())
     for file in sorted(descriptions.iterdir()):
         digest.update(f"\0{file.name}\0".encode() + file.read_bytes())
+    for name, tensor in _tensors(weights):
+        digest.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+    return digest.hexdigest()[:16]
+
+
+def _tensors(weights: Mapping[str, Weight]) -> Iterator[tuple[str, Tensor]]:
+    """Every weight, each followed by its quantisation state."""
     for name, weight in weights.items():
         for tensor in (weight[1].data, *_scales(*weight).values()):
-            digest.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-            flat = tensor.detach().cpu().contiguous().flatten()
-            digest.update(memoryview(flat.view(torch.uint8).numpy()))
-    return digest.hexdigest()[:16]
+            yield name, tensor
 
 
 def _is_complete(folder: Path, weights: Mapping[str, Weight], descriptions: Path) -> bool:

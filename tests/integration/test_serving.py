@@ -92,6 +92,73 @@ def test_other_numbers_are_another_base(tmp_path):
     assert policy.serving_base(KIND).location not in folders
 
 
+# --- the index ---------------------------------------------------------------------------------
+
+
+def copy_of_lab(folder):
+    """The files of the lab's base in a folder of the test."""
+    folder.mkdir()
+    for file in lab.BASE.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def test_a_known_base_is_found_without_a_hash_and_by_its_files_alone(cache, tmp_path):
+    policy, index = (
+        policy_of(model=str(copy_of_lab(tmp_path / "copy"))),
+        cache.parent / "bases.json",
+    )
+    written = policy.serving_base(KIND).location
+    before = written_state(index)
+    assert policy.serving_base(KIND).location == written
+    assert written_state(index) == before  # After a hash, the index is written again.
+    os.utime(tmp_path / "copy" / "model.safetensors", (1000, 1000))
+    assert policy.serving_base(KIND).about == f"{KIND} ({written}, reused)"
+    assert written_state(index) != before
+    known = json.loads(index.read_text())
+    assert [entry["folder"] for entry in known.values()] == [Path(written).name] * 2
+
+
+def test_other_weights_of_equal_size_and_time_are_another_base(tmp_path):
+    copy = copy_of_lab(tmp_path / "copy")
+    file = copy / "model.safetensors"
+    os.utime(file, (1000, 1000))
+    first = policy_of(model=str(copy))
+    served = first.serving_base(KIND).location
+    data = file.read_bytes()
+    # Sixteen numbers of the last weight; in a new file, as the first policy maps the old one.
+    (copy / "new").write_bytes(data[:-64] + bytes(byte ^ 0x01 for byte in data[-64:]))
+    (copy / "new").rename(file)
+    os.utime(file, (1000, 1000))
+    second = policy_of(model=str(copy))
+    other = second.serving_base(KIND).location
+    assert other != served
+    # The policy that has the old weights is still served with them.
+    assert first.serving_base(KIND).location == served
+    # So is one whose weights were changed after they had been loaded.
+    with torch.no_grad():
+        second.model.get_base_model().get_input_embeddings().weight[3, 5] += 1
+    assert second.serving_base(KIND).location not in (served, other)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"KEY": 3}', '{"KEY": {"folder": "NAME"}}', "\0\xff",
+             '{"KEY": {"folder": "../bases/NAME", "files": {}}}', '{"KEY": {"folder": "no"}}'],
+)  # fmt: skip
+def test_a_damaged_index_is_replaced(cache, text):
+    policy, index = policy_of(), cache.parent / "bases.json"
+    folder = Path(policy.serving_base(KIND).location)
+    whole = json.loads(index.read_text())
+    [key] = whole
+    text = text.replace("KEY", key).replace("NAME", folder.name)
+    index.write_text(text, encoding="latin-1")
+    assert policy.serving_base(KIND).about == f"{KIND} ({folder}, reused)"
+    assert json.loads(index.read_text()) == whole
+
+
+# --- what is served, and damage ----------------------------------------------------------------
+
+
 def test_a_base_without_quantisation_is_served_as_it_is(cache):
     policy = policy_of(quantization="none")
     assert policy.serving_base(KIND).about == "original"
