@@ -80,6 +80,27 @@ def test_a_set_smaller_than_eval_problems_is_said():
     assert note.startswith("eval.problems: has no effect without eval.every")
 
 
+def test_an_evaluation_is_due_every_n_steps_and_after_the_last_one(tmp_path):
+    found = schedule(tmp_path, [], "eval.every=4")
+    due = [found.is_due(step, last=False) for step in (3, 4, 5, 8)]
+    assert (due, found.is_due(5, last=True)) == ([False, True, False, True], True)
+    assert not schedule(tmp_path, [], "eval.every=0").is_due(5, last=True)
+
+
+def test_a_resumed_schedule_has_the_evaluations_so_far_of_the_same_adapter(tmp_path):
+    base = {"test": measure([graded("a", 1, 0), graded("b", 1, 1)], [1])}
+    sets = {"test": [Problem("a", "q", "1")]}
+    recipe = Recipe.load("recipes/lab.yaml", ["eval.every=1", "eval.k=[1]"])
+    found = EvaluationSchedule(recipe, RunFolder(tmp_path), SINGLE_PROCESS, None, sets, None)
+    for step in (1, 2, 3):
+        found._write(step, f"adapter {step}", {"test": measure([graded("a", 1, 1)], [1])})
+    found.begin(base, 2)
+    assert found.values == {0: {"a": 0.5}, 1: {"a": 1.0}, 2: {"a": 1.0}}
+    assert found._known(3, "adapter 3")["test"]["pass@1"] == 1.0
+    assert found._known(3, "adapter 4") is None
+    assert found._known(4, "adapter 4") is None
+
+
 # --- the best, and the early stop ------------------------------------------------------------
 
 
@@ -177,6 +198,7 @@ def test_an_alarm_has_its_text_and_can_be_switched_off(name):
         history(reward=[0.8] * 4),  # Less than a window.
         history(reward=[0.2] * 5 + [0.9] * 5, flat_groups=[1.0] * 10),  # Solved.
         history(flat_groups=[1.0] * 5, groups=[3] * 5),  # 15 groups.
+        history(flat_groups=[0.5] * 5 + [1.0] * 5, groups=[16] * 5 + [3] * 5),
         history(entropy=[0.1] * 5 + [0.19] * 5),
         history(kl=[1.5, 0.5], grad_norm=[1.0, 300.0]),  # KL is back; no window of norms.
         history(reward=[None] * 5, entropy=[None] * 5, grad_norm=[None] * 5),
@@ -184,6 +206,13 @@ def test_an_alarm_has_its_text_and_can_be_switched_off(name):
 )
 def test_what_is_no_alarm(steps):
     assert find_alarms(steps, GuardSettings()) == {}
+
+
+def test_limits_are_alarms_and_a_low_entropy_is_that_of_the_last_window():
+    assert find_alarms(history(kl=[1.0]), GuardSettings()) == {"kl": "1 nats per token"}
+    low, settings = [0.004] * 5, GuardSettings(entropy=None)
+    assert find_alarms(history(entropy=[*low, *[0.4] * 5]), settings) == {}
+    assert list(find_alarms(history(entropy=[*[0.4] * 5, *low]), settings)) == ["entropy_low"]
 
 
 def test_few_runs_without_a_trend_have_a_false_alarm():
@@ -223,6 +252,23 @@ def test_an_alarm_is_new_once_and_again_after_a_rollback_and_a_resumption():
         assert (each.action, each.lr_scale) == ("stop", 0.25)
         assert each.check(metrics(6)) == {}  # The last KL is the 0.2 of step 3.
         assert list(each.check(metrics(7, 2.0))) == ["kl"]
+
+
+def test_an_alarm_that_was_over_is_new_and_one_that_a_resumed_run_had_is_not():
+    guard = CollapseGuard(GuardSettings(), compares=True)
+    found = [list(guard.check(metrics(i, kl))) for i, kl in enumerate([2.0, 0.5, 2.0], start=1)]
+    assert found == [["kl"], [], ["kl"]]
+    resumed = CollapseGuard(GuardSettings(), compares=True)
+    resumed.resume([metrics(1, 2.0)])
+    assert resumed.check(metrics(2, 3.0)) == {}
+
+
+def test_the_step_that_is_restored_counts_on():
+    guard = CollapseGuard(GuardSettings(action="rollback"), compares=True)
+    for step in (metrics(1, 0.1), metrics(2, 2.0), metrics(3, 3.0)):
+        guard.check(step)
+    guard.record({"guard": {"restored": 2}})
+    assert guard.check(metrics(4)) == {"kl": "2 nats per token"}
 
 
 def test_all_groups_of_a_method_without_group_advantages_are_flat():

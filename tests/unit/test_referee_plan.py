@@ -372,6 +372,7 @@ class TestPrinted:
         ("--methods gft,no_such:METHOD", "--methods: module must be importable"),
         ("--methods gft,sft --against grpo", "--against: must be one of --methods, gft, sft, got"),
         ("--methods gft,sft --margin 1", "--margin: must be between 0 and 1"),
+        ("--methods gft,sft --margin 0", "--margin: must be between 0 and 1"),
         ("--methods gft,sft --tune 0", "--tune: must be a whole number from 1"),
         ("--methods gft,sft --equal words", "--equal: must be one of trajectories, tokens, seco"),
         ("--methods gft,sft --equal tokens", "--budget: must be the tokens of a run, which the "),
