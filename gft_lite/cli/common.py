@@ -31,6 +31,11 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     """Add the arguments RECIPE and key=value."""
     words = "a recipe file, or a shipped one such as recipes/lab.yaml"
     parser.add_argument("recipe", metavar="RECIPE", help=words)
+    add_overrides(parser)
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments key=value."""
     words = "changes of the recipe, such as optim.lr=1e-5 group.self=6"
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=words)
 

@@ -19,6 +19,7 @@ from gft_lite.cli import (
     doctor,
     evaluate,
     groups,
+    init,
     lab,
     merge,
     methods,
@@ -38,6 +39,7 @@ from gft_lite.utils.secrets import redact
 from gft_lite.version import __version__
 
 COMMANDS = (
+    init,
     train,
     plan,
     distill,

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gft_lite.cli.common import (
     DONE,
     add_allow_code,
-    add_recipe,
+    add_overrides,
     add_verbosity,
     check_recipe_trust,
     output_path,
     show_imports,
 )
+from gft_lite.cli.init import draft_for_training
 from gft_lite.cli.parser import add_command
 from gft_lite.cli.rate_range import AUTOMATIC, rate_limits, run_range_test, with_known_rate
 from gft_lite.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from gft_lite.recipe.schema import Recipe
 
 
 def add(commands: Any) -> None:
@@ -31,10 +35,16 @@ def add(commands: Any) -> None:
             "gft-lite train recipes/lab.yaml",
             "gft-lite train recipes/lab.yaml optim.lr=1e-3 group.self=6 --out runs/try",
             "gft-lite train runs/lab/recipe.yaml --out runs/lab --resume",
+            "gft-lite train --data questions.jsonl --model FOLDER train.steps=20",
             "accelerate launch -m gft_lite train RECIPE     # on all GPUs of the machine",
         ],
     )  # fmt: skip
-    add_recipe(parser)
+    words = "a recipe file, or a shipped one such as recipes/lab.yaml"
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help=words)
+    add_overrides(parser)
+    words = "train on this data without a recipe, by the guesses of gft-lite init"
+    parser.add_argument("--data", metavar="DATA", help=words)
+    parser.add_argument("--model", help="with --data: the folder or hub id of the base model")
     parser.add_argument(
         "--out",
         type=output_path("--out", "folder"),
@@ -61,9 +71,8 @@ def run(options: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
     from gft_lite.objective.methods import METHODS
     from gft_lite.policy.model_files import check_model_files
-    from gft_lite.recipe.schema import Recipe
 
-    recipe = Recipe.load(options.recipe, options.overrides)
+    recipe = _recipe(options)
     if options.lr_range and (options.resume or options.dry_run):
         rule = "must be given without --resume and --dry-run, as it is a training of its own"
         raise UserError([f"--lr-range: {rule}, got both."])
@@ -74,7 +83,8 @@ def run(options: argparse.Namespace) -> int:
                   "when training starts.", file=sys.stderr)  # fmt: skip
         print(recipe.to_yaml(), end="")
         return DONE
-    check_recipe_trust(options, recipe)
+    if options.recipe:  # Else all of it was typed.
+        check_recipe_trust(options, recipe)
     check_model_files(recipe.policy)
     if options.lr_range:
         return run_range_test(recipe, options)
@@ -94,3 +104,24 @@ def run(options: argparse.Namespace) -> int:
     console.print(results_table(figures, f"{recipe.name}: {recipe.method}"))
     console.print(f"run: {folder.path}", markup=False, soft_wrap=True)
     return DONE
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    """The recipe of the file, or of the guesses about --data. Raises: UserError."""
+    from gft_lite.recipe.schema import Recipe
+
+    # Without RECIPE, argparse takes the first override for it.
+    if options.recipe and options.data and "=" in options.recipe:
+        options.overrides = [options.recipe, *options.overrides]
+        options.recipe = None
+    if (options.recipe is None) == (options.data is None):
+        got = "both" if options.recipe else "neither"
+        raise UserError(
+            [f"RECIPE: must be given, or --data, got {got}. See gft-lite train --help."]
+        )
+    if options.data is None:
+        if options.model is not None:
+            rule = "must be given with --data only, got a recipe"
+            raise UserError([f"--model: {rule}. Write policy.model={options.model}."])
+        return Recipe.load(options.recipe, options.overrides)
+    return draft_for_training(options.data, options.model, options.overrides).recipe
