@@ -1,47 +1,202 @@
-"""The documents name files, packages, tests and commands that exist."""
+"""The documents name files, packages, tests, commands, fields and metrics that exist, and all."""
 
 from __future__ import annotations
 
+import ast
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from gft_lite.cli.entry_point import COMMANDS
+from gft_lite.cli.entry_point import COMMANDS, make_parser
+from gft_lite.objective.importance import Importance
+from gft_lite.objective.methods import METHODS
+from gft_lite.recipe import find_recipe
+from gft_lite.recipe.effects import leaves
+from gft_lite.recipe.schema import Recipe
+from gft_lite.runs.metrics import group_metrics
+from gft_lite.training.updates import Mean, Update, aggregate_updates
+from gft_lite.types import Group, Problem, Response
+from gft_lite.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-README, SECURITY, CONTRIBUTING = (
-    (ROOT / f"{name}.md").read_text(encoding="utf-8")
-    for name in ("README", "SECURITY", "CONTRIBUTING")
-)
+sys.path.insert(0, str(ROOT / "docs" / "site"))
+
+import generate  # noqa: E402
+
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in [
+        *(ROOT / f"{n}.md" for n in ("README", "SECURITY", "CONTRIBUTING", "CHANGELOG")),
+        *sorted((ROOT / "docs").rglob("*.md")),
+        ROOT / "recipes" / "README.md",
+        *sorted((ROOT / "examples").rglob("*.md")),
+    ]
+}
+README, ARCHITECTURE = PAGES["README.md"], PAGES["docs/project/architecture.md"]
 
 
-def test_the_tree_in_the_readme_has_every_package():
-    tree = README[README.index("gft_lite/\n") :].partition("```")[0]
+# --- names -----------------------------------------------------------------------------------
+
+
+def test_the_tree_has_every_package():
+    tree = ARCHITECTURE[ARCHITECTURE.index("gft_lite/\n") :].partition("```")[0]
     listed = re.findall(r"^  (\w+)/", tree, re.MULTILINE)
     assert sorted(listed) == sorted(p.parent.name for p in ROOT.glob("gft_lite/*/__init__.py"))
 
 
 def test_the_four_files_to_read_first_exist():
-    section = README[README.index("Read these four files first") :].partition("```")[0]
+    section = ARCHITECTURE[ARCHITECTURE.index("Read these four files") :].partition("```")[0]
     files = re.findall(r"`(\w+/\w+\.py)`", section)
     assert len(files) == 4
     assert all((ROOT / "gft_lite" / file).is_file() for file in files)
 
 
-def test_every_command_is_in_the_readme():
-    for command in COMMANDS:
-        name = command.__name__.rpartition(".")[2].replace("evaluate", "eval")
-        assert f"gft-lite {name}" in README, name
-
-
-@pytest.mark.parametrize("text", [README, SECURITY, CONTRIBUTING], ids=["readme", "security", "c"])
-def test_paths_exist(text):
+@pytest.mark.parametrize("name", PAGES)
+def test_paths_exist(name):
     roots = ("recipes", "configs", "examples", "benchmarks", "tests", "docs")
-    named = re.findall(rf"`((?:{'|'.join(roots)})/[\w./{{}},-]+)`", text)
-    assert named
-    for path in named:
+    text = PAGES[name]
+    for path in re.findall(rf"`((?:{'|'.join(roots)})/[\w./{{}},-]+)`", text):
         before, *choices = re.split(r"[{}]", path)
         options = [f"{before}{c}{choices[1]}" for c in choices[0].split(",")] if choices else [path]
         for option in options:
             assert (ROOT / option).exists() or list(ROOT.glob(f"{option}*")), option
+
+
+def test_the_readme_is_short_and_its_links_exist():
+    assert len(README.splitlines()) <= 150
+    links = re.findall(r'\]\(([^)#]+)(?:#[\w-]+)?\)|(?:src|srcset)="([^"]+)"', README)
+    local = [a or b for a, b in links if not (a or b).startswith("https://")]
+    assert len(local) > 30
+    assert [link for link in local if not (ROOT / link).exists()] == []
+    for setup in ("make demo", "make test"):
+        assert re.search(rf"^{setup} ", README, re.MULTILINE)
+
+
+# --- commands --------------------------------------------------------------------------------
+
+
+def _commands(text: str) -> list[list[str]]:
+    """The `gft-lite ...` commands of the fenced blocks, without comments."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", "").splitlines()
+    found = [shlex.split(line, comments=True) for line in lines if line.startswith("gft-lite ")]
+    return [[word for word in words[1:] if not re.match(r"\[.*\]$", word)] for words in found]
+
+
+DOCUMENTED = [(name, words) for name, text in PAGES.items() for words in _commands(text)]
+
+
+@pytest.mark.parametrize(("name", "words"), DOCUMENTED, ids=[f"{n}: {w}" for n, w in DOCUMENTED])
+def test_documented_commands_are_valid(name, words, tmp_path, monkeypatch):
+    # Folders of runs, which some arguments have to be.
+    words = [word.replace("/*", "/x") for word in words]
+    for word in words:
+        if re.match(r"runs/[\w./-]+$", word):
+            (tmp_path / word).mkdir(parents=True, exist_ok=True)
+    recipes = [word for word in words if re.match(r"(recipes|examples)/.*yaml$", word)]
+    assert all((ROOT / recipe).is_file() for recipe in recipes)
+    shipped = [word for word in recipes if word.startswith("recipes/")]
+    assert all(find_recipe(recipe) for recipe in shipped)
+    monkeypatch.chdir(tmp_path)
+    options, rest = make_parser().parse_known_args(words)
+    assert [word for word in rest if word.startswith("-") or "=" not in word] == []
+    overrides = [w for w in (*getattr(options, "overrides", []), *rest) if "=" in w]
+    if words[0] == "train" and shipped:
+        Recipe.load(shipped[0], overrides)
+
+
+def test_a_wrong_command_would_be_noticed():
+    with pytest.raises((UserError, SystemExit)):
+        make_parser().parse_args(["train", "--no-such-flag"])
+    assert _commands("```\ngft-lite train a.yaml \\\n  --out b  # c\n```\n") == [
+        ["train", "a.yaml", "--out", "b"]
+    ]
+
+
+def test_every_command_is_documented():
+    page, prose = generate.commands_page(), "\n".join(PAGES.values())
+    for command in COMMANDS:
+        name = command.__name__.rpartition(".")[2].replace("evaluate", "eval")
+        assert f"gft-lite {name}" in page, name
+        assert f"gft-lite {name}" in prose, name
+
+
+# --- fields and methods ----------------------------------------------------------------------
+
+
+def test_every_recipe_field_is_in_the_reference():
+    page = generate.recipe_page()
+    fields = [name for name, _ in leaves(Recipe().model_dump())]
+    assert len(fields) > 100
+    assert [name for name in fields if f"| `{name}` |" not in page] == []
+
+
+def test_every_method_is_in_the_reference():
+    page = generate.methods_page()
+    assert [name for name in METHODS if f"| `{name}` |" not in page] == []
+
+
+# --- metrics ---------------------------------------------------------------------------------
+
+
+def _documented(file: str, key: str) -> bool:
+    """True if the table has the key, or a key with `*` in place of a name."""
+    patterns = generate.metric_tables()[file]
+    return any(re.fullmatch(re.escape(p).replace(r"\*", "[^/]+"), key) for p in patterns)
+
+
+def _literal_keys(file: str, function: str) -> set[str]:
+    """The keys of all dicts that a function of the package writes out."""
+    tree = ast.parse((ROOT / "gft_lite" / file).read_text(encoding="utf-8"))
+    [body] = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == function]
+    dicts = [n for n in ast.walk(body) if isinstance(n, ast.Dict)]
+    keys = {k.value for d in dicts for k in d.keys if isinstance(k, ast.Constant)}
+    return keys - {"warn", "stop", "rollback"}  # Values of guard.action, with their texts.
+
+
+def test_metrics_of_a_step_have_a_meaning():
+    responses = tuple(
+        Response((1, 2), "1", source, reward=1.0, reward_parts={"exact": 1.0}, verdict="ok")
+        for source in ("expert", "self")
+    )
+    groups = group_metrics([Group(Problem("a", "1?", "1"), responses)])
+    done = Update(1e-3, 8, tokens=4, metrics={"rectified": Mean(1.0, 4), "entropy": Mean(1.0, 4)},
+                  gaps=torch.tensor([0.1, 0.0]))  # fmt: skip
+    updates = aggregate_updates([done], Importance())
+    keys = [name.replace(".", "/") for name, _ in leaves({**groups, **updates})]
+    assert {"reward/self", "engine_gap/p95", "objective/rectified"} <= set(keys)
+    assert [key for key in keys if not _documented("metrics.jsonl", key)] == []
+    assert not _documented("metrics.jsonl", "a_new_metric")
+
+
+@pytest.mark.parametrize(
+    ("table", "file", "function"),
+    [
+        ("metrics.jsonl", "training/loop.py", "train_step"),
+        ("metrics.jsonl", "training/course.py", "check_guard"),
+        ("metrics.jsonl", "training/course.py", "evaluate_step"),
+        ("summary.json", "training/course.py", "course_summary"),
+        ("summary.json", "training/single_run.py", "_summary"),
+        ("summary.json", "training/stages.py", "_conclude"),
+        ("eval/", "evaluation/metrics.py", "measure"),
+        ("eval/", "evaluation/metrics.py", "_accuracy_of_counts"),
+    ],
+)
+def test_keys_that_the_code_writes_have_a_meaning(table, file, function):
+    known = {part for key in generate.metric_tables()[table] for part in key.split("/")}
+    keys = _literal_keys(file, function)
+    assert keys - known - {"kl", "total", "stage"} == set()
+
+
+def test_what_losses_report_has_a_meaning():
+    names = set()
+    for file in ("losses.py", "mixed_losses.py"):
+        source = (ROOT / "gft_lite" / "objective" / file).read_text(encoding="utf-8")
+        names |= set(re.findall(r'\{(?:\*\*rl\.metrics, )?"(\w+)": ', source))
+        names |= set(re.findall(r'"(\w+)": \(clipped', source))
+    assert {"rectified", "clip_fraction", "mu", "teacher_kl"} <= names
+    assert names - set(generate.metric_tables()["objective/*"]) == set()
