@@ -22,6 +22,7 @@ from gft_lite.policy.model_config import model_width
 from gft_lite.recipe.method_parameters import complete_objective
 from gft_lite.recipe.schema import Recipe
 from gft_lite.runs.folder import find_folder
+from gft_lite.training.dry_step import dry_step
 from gft_lite.training.loop import TrainError, train_step
 from gft_lite.training.setup import Place, setup_run
 from gft_lite.utils.distributed import init_distributed
@@ -105,8 +106,7 @@ def range_test(
         own = _settings(recipe, steps)
         folder = find_folder(own, Path(scratch) / "run", resume=False, distributed=distributed)
         run = setup_run(own, Place(folder, distributed, console, stack))
-        with run.engine.asleep(), show_phase(console, "dry step"):
-            run.learner.dry_step(run.builder.problems)
+        dry_step(run)
         run.engine.sync(0)
         for step in range(1, steps + 1):
             rate = low * (high / low) ** ((step - 1) / max(steps - 1, 1))

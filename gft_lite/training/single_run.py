@@ -20,6 +20,7 @@ from gft_lite.runs.folder import RunFolder, find_folder
 from gft_lite.runs.metrics import PHASES, PhaseTimer
 from gft_lite.runs.model_card import write_card
 from gft_lite.training.course import course_summary
+from gft_lite.training.dry_step import dry_step
 from gft_lite.training.loop import train_steps
 from gft_lite.training.setup import Place, TrainingRun, setup_run
 from gft_lite.training.shared_parts import SharedParts
@@ -48,9 +49,7 @@ def train_single(
         run.schedule.begin(base, first)
         if recipe.guard.action == "rollback" and not first:
             run.save_checkpoint(0)
-        dry_step = "dry step: forward and backward of the largest micro-batch"
-        with run.engine.asleep(), show_phase(console, dry_step):
-            run.learner.dry_step(run.builder.problems)
+        dry_step(run)
         with show_phase(console, "loading the adapter into the engine", announce=False):
             run.engine.sync(first)
         compares = find_method(recipe.method).group_advantages
