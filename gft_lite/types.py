@@ -9,6 +9,8 @@ from typing import Any, Literal
 Source = Literal["expert", "teacher", "self"]
 # Sources as numbers: the index in this tuple.
 SOURCES: tuple[Source, ...] = ("expert", "teacher", "self")
+# The reward over which a response is right, where no reward function decides that.
+RIGHT_ABOVE = 0.5
 FinishReason = Literal["stop", "length"]
 
 
@@ -133,7 +135,7 @@ class ScoredGroup:
 
     @staticmethod
     def is_right(response: Response) -> bool:
-        """True if a response is right; a reward over 0.5 where no function decides that."""
+        """True if a response is right."""
         if response.correct is None:
-            return (response.reward or 0.0) > 0.5
+            return (response.reward or 0.0) > RIGHT_ABOVE
         return response.correct

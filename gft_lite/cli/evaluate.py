@@ -97,13 +97,13 @@ def run(options: argparse.Namespace) -> int:
             check_task_trust(options.harness_include)
     harness = _harness_settings(options, suite.limit) if options.harness else None
     tasks = _load_tasks(harness) if harness else None  # Before anything is sampled.
-    folder = _evaluate(options, suite, targets) if options.suite else None
+    folder = _evaluate(options, suite, found) if options.suite else None
     if harness:
         _run_harness(harness, tasks, found, folder or _harness_folder(options, found))
     return DONE
 
 
-def _evaluate(options: argparse.Namespace, suite: Suite, targets: Sequence[str]) -> Path:
+def _evaluate(options: argparse.Namespace, suite: Suite, targets: Sequence[Target]) -> Path:
     """Run the suite and print its results; returns the folder."""
     from rich.console import Console
 

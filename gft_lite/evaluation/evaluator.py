@@ -79,7 +79,7 @@ class _Evaluation:
 
 def evaluate(
     suite: Suite,
-    targets: Sequence[str],
+    targets: Sequence[str | Target],
     out: str | Path | None = None,
     *,
     data_dir: str | Path | None = None,

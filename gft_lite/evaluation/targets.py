@@ -44,8 +44,10 @@ class Target:
         return self.policy.model_copy(update=plain)
 
 
-def find_targets(texts: Sequence[str], policy: PolicySettings) -> list[Target]:
+def find_targets(texts: Sequence[str | Target], policy: PolicySettings) -> list[Target]:
     """The targets in the order given; fields set in `policy` override those of a run's recipe.
+
+    A target that was found before stays as it is.
 
     Raises: RecipeError with every name that is not a target.
     """
@@ -53,12 +55,22 @@ def find_targets(texts: Sequence[str], policy: PolicySettings) -> list[Target]:
     problems: list[str] = []
     for text in texts:
         try:
-            found |= {target.label: target for target in _resolve(text, policy)}
+            targets = [text] if isinstance(text, Target) else _resolve(text, policy)
+            found |= {target.label: target for target in targets}
         except UserError as error:
             problems += error.problems
     if problems:
         raise RecipeError(problems)
     return list(found.values())
+
+
+def find_adapter(text: str) -> Target:
+    """The one adapter that `text` names. Raises: UserError for anything else."""
+    found = find_targets([text], PolicySettings())
+    if len(found) != 1 or found[0].adapter is None:
+        rule = "must be one run, RUN@step-N, or the folder of one adapter"
+        raise UserError([f"TARGET: {rule}, got {text!r}. Only an adapter can be merged."])
+    return found[0]
 
 
 def _resolve(text: str, policy: PolicySettings) -> Iterator[Target]:

@@ -21,7 +21,7 @@ from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import DifficultySettings
 from gft_lite.runs.folder import RunFolder
 from gft_lite.training.presampled_groups import GROUPS
-from gft_lite.types import Problem
+from gft_lite.types import RIGHT_ABOVE, Problem
 from gft_lite.utils.errors import RecipeError
 from gft_lite.utils.files import read_json
 from gft_lite.utils.jsonl import JsonlFile
@@ -139,7 +139,7 @@ def _answers(folder: Path, settings: DifficultySettings) -> Iterator[tuple[str, 
 def _of_group(entry: Mapping[str, Any]) -> tuple[str, int, int]:
     own = [r for r in entry["responses"] if r["source"] == "self"]
     graded = [
-        bool(r["correct"]) if r["correct"] is not None else r["reward"] > 0.5
+        bool(r["correct"]) if r["correct"] is not None else r["reward"] > RIGHT_ABOVE
         for r in own
         if r["correct"] is not None or r["reward"] is not None
     ]
@@ -150,7 +150,7 @@ def _of_evaluation(entry: Mapping[str, Any]) -> tuple[str, int, int]:
     key = _key(Problem.from_json(entry))
     if entry["correct"] is not None:
         return key, int(entry["correct"]), int(entry["samples"])
-    graded = [score > 0.5 for score in entry["scores"] if score is not None]
+    graded = [score > RIGHT_ABOVE for score in entry["scores"] if score is not None]
     return key, sum(graded), len(graded)
 
 

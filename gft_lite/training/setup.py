@@ -90,8 +90,7 @@ class TrainingRun:
         best = self.schedule.best_step
         protected = set() if best is None else {best}
         if self.guard.settings.action == "rollback":
-            steps = [step_of(saved) for saved in list_checkpoints(self.folder.checkpoints)]
-            good = [s for s in steps if s <= step - self.guard.settings.window]
+            steps, good = self._saved_steps(step)
             protected |= {s for s in steps if s not in good[:-1]}
         self.learner.save(self.folder.checkpoints, step, protected)
 
@@ -134,9 +133,13 @@ class TrainingRun:
         folder, best = self.folder.checkpoints, self.schedule.best_step
         if best is not None:
             return checkpoint.of_step(folder, best)
-        steps = [step_of(saved) for saved in list_checkpoints(folder)]
-        before = [s for s in steps if s <= step - self.guard.settings.window]
-        return checkpoint.of_step(folder, (before or steps[:1])[-1])
+        steps, good = self._saved_steps(step)
+        return checkpoint.of_step(folder, (good or steps[:1])[-1])
+
+    def _saved_steps(self, step: int) -> tuple[list[int], list[int]]:
+        """The steps of all checkpoints, and of those from before the guard's window at `step`."""
+        steps = [step_of(saved) for saved in list_checkpoints(self.folder.checkpoints)]
+        return steps, [s for s in steps if s <= step - self.guard.settings.window]
 
     def load_final(self, last: int) -> int:
         """Serve the policy that `checkpoint.adapter` names, and return its step."""

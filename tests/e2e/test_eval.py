@@ -295,7 +295,10 @@ class TestTargets:
         settings = PolicySettings(lora=LoraSettings(rank=4, alpha=8), gradient_checkpointing=False)
         small = load_policy(settings).save_adapter(tmp_path / "small")
         arguments = [str(run / "adapter"), str(small), "lab"]
-        groups = group_by_base(find_targets(arguments, Suite.load("lab").policy))
+        found = find_targets(arguments, Suite.load("lab").policy)
+        again = find_targets(found, Suite.load("lab", ["policy.dtype=bfloat16"]).policy)
+        assert all(a is b for a, b in zip(again, found, strict=True))
+        groups = group_by_base(found)
         assert [[t.label for t in group] for group in groups] == [
             [arguments[0], "lab"],
             [arguments[1]],
