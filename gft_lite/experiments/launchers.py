@@ -271,7 +271,13 @@ class RayLauncher:
             os.environ["RAY_AUTH_MODE"] = "token"
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
             ray._raylet.Config.initialize("")  # Reads the environment again.
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **size)
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR", **size)
+        except Exception as error:  # Ray itself raises this type when a machine does not start.
+            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            rule = "--launcher: ray must start, or be reached at RAY_ADDRESS"
+            advice = "Start the command again, or use --launcher local."
+            raise UserError([f"{rule}, got {reason}. {advice}"]) from error
         resources = ray.cluster_resources()
         gpus = int(resources.get("GPU", 0))
         self.jobs = jobs or gpus or int(resources.get("CPU", 1))

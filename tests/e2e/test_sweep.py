@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from gft_lite import Sweep
 from gft_lite.cli import main
+from gft_lite.experiments.launchers import RayLauncher
 from gft_lite.experiments.sweep_config import grid_override
 from gft_lite.experiments.sweep_results import SweepFolder
 from gft_lite.experiments.sweep_runner import sweep
@@ -285,6 +286,14 @@ def test_a_grid_over_a_parameter_of_a_users_own_method(tmp_path, monkeypatch):
     small, large = (row["figures"]["weight"]["mean"] for row in folder.results()["settings"])
     assert 0 < large < small < 1
     assert sweep(plan("objective.power=1,2", changes=changes), "out", console=QUIET)
+
+
+def test_a_ray_that_can_t_be_reached_is_one_line(monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_ADDRESS", "nowhere:port")
+    rule = "--launcher: ray must start, or be reached at RAY_ADDRESS, got Unable to parse port"
+    with pytest.raises(UserError, match=rule):
+        RayLauncher(1)
 
 
 def test_a_local_ray_with_two_workers(own_rewards, monkeypatch):
