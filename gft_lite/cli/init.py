@@ -77,19 +77,19 @@ def draft_for_training(data: str, model: str | None, overrides: Sequence[str]) -
 
 def print_draft(draft: Draft, file: TextIO) -> None:
     """Print every guess with its reason, the doubts and the memory."""
-    from gft_lite.tools.new_recipe import as_yaml, memory_line
+    from gft_lite.tools.new_recipe import as_yaml, memory_line, printable
 
     found = draft.detected
     columns = ", ".join(found.columns)
-    print(f"{draft.source}: {found.rows:,} rows with {columns}\n", file=file)
+    print(printable(f"{draft.source}: {found.rows:,} rows with {columns}") + "\n", file=file)
     for guess in draft.guesses:
         if guess.value == "auto" and guess.field != "optim.lr":
             continue
         line = f"{guess.field}={as_yaml(guess.value)}"
-        reason = f"  # {guess.reason}" if guess.reason else ""
+        reason = f"  # {printable(guess.reason)}" if guess.reason else ""
         gap = "\n   " if len(line) + len(reason) > 80 and reason else ""
         print(f"{line}{gap}{reason}", file=file)
     memory = memory_line(draft.plan) if draft.plan else f"not planned: {draft.unplanned}"
     print(f"\nmemory: {memory}", file=file)
     for doubt in draft.doubts:
-        print(f"check: {doubt}", file=file)
+        print(printable(f"check: {doubt}"), file=file)

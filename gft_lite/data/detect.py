@@ -318,10 +318,12 @@ def _zip(cells: Sequence[Sequence[Any]]) -> Iterator[tuple[Any, ...]]:
 
 
 def _text(cell: Any, *, prompt: bool) -> str:
-    if isinstance(cell, list) and cell and all(map(is_message, cell)):
+    if _is_conversation(cell):
         texts = [str(m.get("content", m.get("value"))) for m in cell]
-        return "\n".join(texts[:-1] or texts) if prompt else texts[-1]
-    return max(map(str, cell), key=len, default="") if isinstance(cell, list) else str(cell)
+        found = "\n".join(texts[:-1] or texts) if prompt else texts[-1]
+    else:
+        found = max(map(str, cell), key=len, default="") if isinstance(cell, list) else str(cell)
+    return found.encode("utf-8", "replace").decode()  # Lone surrogates have no tokens.
 
 
 def _last(name: str) -> str:

@@ -44,6 +44,24 @@ def open_source(settings: DataSettings, field: str = "data") -> list[Rows]:
     return [_hub(settings, field)] if local is None else local
 
 
+def is_local(settings: DataSettings, field: str = "data") -> bool:
+    """True if the source is on this machine, False for the id of a hub data set.
+
+    Raises: RecipeError that names `field` if it is neither.
+    """
+    if settings.source == "lab":
+        return True
+    try:
+        path = Path(settings.source).expanduser()
+        if path.exists():
+            return True
+    except (OSError, RuntimeError) as error:
+        shown = short_repr(settings.source)
+        raise RecipeError([f"{field}.source: can't read {shown}: {_one_line(error)}."]) from None
+    _check_hub_id(path, settings.source, field)
+    return False
+
+
 def _local(settings: DataSettings, field: str) -> list[Rows] | None:
     """The rows of a local file or folder, None for the id of a hub data set."""
     source = settings.source
@@ -54,12 +72,17 @@ def _local(settings: DataSettings, field: str) -> list[Rows] | None:
         return [_read(p, field) for p in _files_of_split(path, settings.split, field)]
     if path.exists():
         return [_read(path, field)]
+    _check_hub_id(path, source, field)
+    return None
+
+
+def _check_hub_id(path: Path, source: str, field: str) -> None:
+    """Raises: RecipeError for what cannot be the id of a data set."""
     # A name without an owner could be a built-in reader of datasets; its `pandas` unpickles.
     looks_local = path.suffix.lower() in (*FORMATS, ".txt", ".gz", ".zip", ".zst")
     if looks_local or not is_hub_id(source):
         advice = "" if looks_local or "/" in source else " Hub data sets are written owner/name."
         raise RecipeError([f"{field}.source: no such file or folder, got {source!r}.{advice}"])
-    return None
 
 
 def _lab(split: str, field: str) -> Rows:

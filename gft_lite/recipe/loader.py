@@ -94,6 +94,16 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> tuple[Tree, Places]:
     return tree, places
 
 
+def read_overrides(overrides: Sequence[str]) -> Tree:
+    """The tree of `key=value` overrides alone. Raises: RecipeError for malformed ones."""
+    reader = _Reader()
+    nothing: Layer = ({}, {})
+    tree, _ = reduce(_merge_layers, map(reader.override, overrides), nothing)
+    if reader.problems:
+        raise RecipeError(reader.problems)
+    return tree
+
+
 def gather(path: Path, overrides: Sequence[str] = ()) -> tuple[Tree, Places, list[str]]:
     """The merged tree as far as it is readable, the place of each value, and the errors."""
     reader = _Reader()

@@ -21,9 +21,10 @@ from gft_lite.planning.planner import Plan, plan_for, what_would_fit
 from gft_lite.policy.model_files import check_model_files
 from gft_lite.policy.registry import model_location
 from gft_lite.recipe.base import is_hub_id
-from gft_lite.recipe.loader import Dumper, Loader, merge, nested
+from gft_lite.recipe.effects import leaves
+from gft_lite.recipe.loader import Dumper, merge, nested, read_overrides
 from gft_lite.recipe.schema import Recipe
-from gft_lite.recipe.sections import DataSettings, PolicySettings
+from gft_lite.recipe.sections import PolicySettings
 from gft_lite.utils.errors import RecipeError, UserError
 from gft_lite.utils.memory import GIB
 
@@ -31,6 +32,7 @@ NO_REWARD = (
     "sft, dft, asft and psft need no reward (method=dft). For GFT and GRPO give a function of "
     "your own (reward.functions=my_module:score) or a judge"
 )
+_COLUMNS = "data.columns."
 TEMPLATE_TOKENS = 48  # Of a chat template with its system message, and of the prompt's template.
 CHARS_PER_TOKEN = 3  # Where the model's tokenizer is not on this machine.
 
@@ -58,13 +60,15 @@ def draft_recipe(source: str, model: str, gpu: str | None, overrides: Sequence[s
     Raises: UserError for a data set, model, GPU or override that is wrong or can't be trained.
     """
     machine = named_machine(gpu) if gpu else own_machine()
-    given = _parse(overrides)
-    tree: Mapping[str, Any] = {}
-    for field, value in given.items():
-        tree = merge(tree, nested(field, value))
-    check_model_files(PolicySettings.model_validate({"model": model}))
-    settings = _source_settings(source, tree.get("data", {}))
-    detected = detect(settings, _section(tree, "data").get("columns") or {})
+    tree = read_overrides(overrides)
+    given = {field: value for field, value in leaves(tree) if value != {}}
+    check_model_files(PolicySettings(model=model))
+    # By a method without rewards, as answers may only be found in the data.
+    data = tree.get("data", {})
+    known = {"source": source, **data} if isinstance(data, Mapping) else data
+    settings = Recipe.from_tree({"method": "sft", "data": known}).data
+    columns = {f.removeprefix(_COLUMNS): v for f, v in given.items() if f.startswith(_COLUMNS)}
+    detected = detect(settings, columns)
     shape, unplanned = _shape(model)
     facts = _Facts(source, model, detected, shape, given, on_gpu=machine.device == "cuda")
     guesses = _with_given(tuple(facts.guesses()), given)
@@ -72,43 +76,6 @@ def draft_recipe(source: str, model: str, gpu: str | None, overrides: Sequence[s
     if unplanned:
         return Draft(source, detected, guesses, recipe, None, unplanned)
     return Draft(source, detected, guesses, recipe, plan_for(recipe, gpu))
-
-
-def _parse(overrides: Sequence[str]) -> dict[str, Any]:
-    """The value of each field that the command line sets. Raises: UserError."""
-    given: dict[str, Any] = {}
-    for text in overrides:
-        field, equals, raw = text.partition("=")
-        try:
-            value = yaml.load(raw, Loader)
-        except yaml.YAMLError:
-            equals = ""
-            value = None
-        if not equals or not all(field.split(".")):
-            raise UserError([f"command line: must be key=value, got {text!r}."])
-        given |= dict(_leaves(field.strip(), value))
-    return given
-
-
-def _leaves(field: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _leaves(f"{field}.{name}", inner)
-    else:
-        yield field, value
-
-
-def _section(tree: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    section = tree.get(name)
-    return section if isinstance(section, Mapping) else {}
-
-
-def _source_settings(source: str, data: Any) -> DataSettings:
-    """The settings with which the rows are opened."""
-    known = ("file", "config", "split", "revision")
-    values = {k: v for k, v in data.items() if k in known} if isinstance(data, Mapping) else {}
-    recipe = Recipe.from_tree({"data": {"source": source, **values}})
-    return recipe.data
 
 
 def _shape(model: str) -> tuple[ModelShape | None, str]:
@@ -156,6 +123,11 @@ def chat_template(model: str) -> bool | None:
 
 def token_counter(model: str) -> tuple[Callable[[str], int], str]:
     """A function that counts tokens, and how it does."""
+
+    def by_letters(text: str) -> int:
+        return math.ceil(len(text) / CHARS_PER_TOKEN)
+
+    estimate = by_letters, "by an estimate from its letters"
     file = Path(model_location(model)) / "tokenizer.json"
     if not file.is_file() and is_hub_id(model):
         from huggingface_hub import try_to_load_from_cache
@@ -163,10 +135,13 @@ def token_counter(model: str) -> tuple[Callable[[str], int], str]:
         cached = try_to_load_from_cache(model, "tokenizer.json")
         file = Path(cached) if isinstance(cached, str) else file
     if not file.is_file():
-        return lambda text: math.ceil(len(text) / CHARS_PER_TOKEN), "by an estimate of its letters"
+        return estimate
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(file))
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception:  # Of a damaged file; tokenizers raises nothing more specific.
+        return estimate
     return lambda text: len(tokenizer.encode(text).ids), "by the model's tokenizer"
 
 
@@ -344,7 +319,7 @@ def recipe_text(draft: Draft, command: str) -> str:
     tree: dict[str, Any] = {}
     for guess in draft.guesses:
         tree = merge(tree, nested(guess.field, guess))
-    head = [f"# Written by `{command}`."]
+    head = [f"# Written by `{printable(command)}`."]
     head.append("# Each value is a guess from the first rows of the data; its reason is beside it.")
     if draft.plan:
         head.append(f"# Memory, by the plan: {memory_line(draft.plan)}.")
@@ -358,9 +333,14 @@ def _lines(tree: Mapping[str, Any], indent: str) -> Iterator[str]:
             yield from _lines(value, indent + "  ")
             continue
         if value.doubt:
-            yield f"{indent}# Check: {value.doubt}."
+            yield f"{indent}# Check: {printable(value.doubt)}."
         line = f"{indent}{name}: {as_yaml(value.value)}"
-        yield f"{line}  # {value.reason}" if value.reason else line
+        yield f"{line}  # {printable(value.reason)}" if value.reason else line
+
+
+def printable(text: str) -> str:
+    """The text on one line, as a comment or a line of the terminal must be."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def as_yaml(value: Any) -> str:
