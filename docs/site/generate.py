@@ -171,7 +171,8 @@ def _field(at: str, name: str, field: FieldInfo, inherited: dict[str, Affects]) 
         inherited[path] = affects
     below = section_class(field.annotation)
     if below:
-        kind = f"[section](#{_slug(path)})"
+        # An evaluation set has the sections of the training data.
+        kind = f"[section](#{_slug(path.replace('eval.sets.NAME', 'data'))})"
         return [f"`{path}`", kind, "", _MEANING.get(affects, "") if affects is not None else ""]
     default = field.get_default(call_default_factory=True)
     text = "" if field.is_required() else _code(_value(default))
