@@ -13,6 +13,7 @@ import random
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 Digits = tuple[int, ...]
@@ -191,6 +192,15 @@ def rows(split: str, limit: int | None = None, seed: int = 0) -> list[dict[str, 
         raise ValueError(f"split: must be one of {', '.join(SIZES)}, got {split!r}.")
     if limit is not None and limit < 0:
         raise ValueError(f"limit: must be 0 or more, got {limit}.")
+    # Copies: a caller may change its rows.
+    return [
+        {**row, "expert": [*row["expert"]], "teacher": [*row["teacher"]]}
+        for row in _drawn_rows(split, seed)[:limit]
+    ]
+
+
+@cache
+def _drawn_rows(split: str, seed: int) -> tuple[dict[str, Any], ...]:
+    """The rows of a split; drawn once, as every run of a process reads the same ones."""
     rng = random.Random(f"gft-lite lab {split} {seed}")
-    made = list(_old_rows(rng) if split == "retention" else _chain_rows(split, rng))
-    return made[:limit]
+    return tuple(_old_rows(rng) if split == "retention" else _chain_rows(split, rng))

@@ -91,6 +91,8 @@ class LoraPolicy:
         for name, value in vars(config).items():
             if isinstance(value, set):
                 setattr(config, name, sorted(value))
+        # PEFT would write an empty form; a run writes a card of its own.
+        self.model.create_or_update_model_card = lambda folder: None
 
     def save_adapter(
         self, folder: Path, *, with_tokenizer: bool = False, dtype: torch.dtype | None = None
