@@ -10,7 +10,7 @@ from gft_lite.objective.methods import METHODS
 from gft_lite.recipe.loader import COMMAND_LINE, find_recipe, gather
 from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import PolicySettings
-from gft_lite.rewards.registry import JUDGE, REWARDS
+from gft_lite.rewards.registry import REWARDS, is_judge
 from gft_lite.rollout.registry import ENGINES
 from gft_lite.utils.errors import UserError
 from gft_lite.utils.paths import PACKAGE
@@ -39,13 +39,14 @@ def check_code_trust(code: Iterable[str], files: Iterable[str | Path]) -> None:
 def named_code(settings: Recipe | Suite) -> Iterator[str]:
     """`field: dotted path` of all code that is not in a table of the package, and all servers."""
     named = [("rollout.engine", settings.rollout.engine, set(ENGINES))]
-    named += [("reward.functions", f.name, set(REWARDS)) for f in settings.reward.functions]
+    functions = settings.reward.functions
+    named += [("reward.functions", f.name, set(REWARDS)) for f in functions if not is_judge(f.name)]
     if isinstance(settings, Recipe):
         named.append(("method", settings.method, set(METHODS)))
     yield from (f"{field}: {name}" for field, name, table in named if name not in table)
     servers = settings.rollout.servers
     yield from (f"rollout.servers: {url}, which gets prompts and the key" for url in servers)
-    judges = [f.parameters.get("url") for f in settings.reward.functions if f.name == JUDGE]
+    judges = [f.parameters.get("url") for f in functions if is_judge(f.name)]
     yield from (f"reward.functions: judge at {url}, which gets answers and a key" for url in judges)
     yield from remote_code(settings.policy)
     if isinstance(settings, Recipe):

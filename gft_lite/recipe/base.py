@@ -25,11 +25,12 @@ from gft_lite.recipe.validation_errors import Places, explain
 from gft_lite.utils.errors import RecipeError
 
 
-def named_in(known: Collection[str]) -> AfterValidator:
-    """A validator for a name among `known` or a dotted path to the user's own object."""
+def named_in(known: Collection[str], pattern: str = "") -> AfterValidator:
+    """A validator for a name among `known`, one of a pattern, or a dotted path to an object."""
+    accepted = rf"[A-Za-z_][\w.]*[.:][A-Za-z_]\w*|{pattern}"
 
     def check(name: str) -> str:
-        if name in known or re.fullmatch(r"[A-Za-z_][\w.]*[.:][A-Za-z_]\w*", name):
+        if name in known or (name and re.fullmatch(accepted, name)):
             return name
         rule = "must be one of {names}, or a dotted path"
         context = {"names": ", ".join(sorted(known)), "known": list(known)}

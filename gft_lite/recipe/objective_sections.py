@@ -18,7 +18,7 @@ from gft_lite.recipe.base import Fraction, Settings, at_most, named_in
 from gft_lite.recipe.effects import EVALUATION, EVERYTHING, NO_RESULT
 from gft_lite.recipe.sections import ColumnsSettings
 from gft_lite.rewards.base import RewardError, RewardFunction
-from gft_lite.rewards.registry import JUDGE, REWARDS, make_rule
+from gft_lite.rewards.registry import JUDGES, REWARDS, is_judge, make_rule
 
 
 class ImportanceSettings(Settings):
@@ -65,10 +65,11 @@ class RewardFunctionSettings(Settings):
 
     `correct_above`: a response with a score above this is correct, which pass@k counts; by default
     0.5 for math, choice and exact, and none for other functions. The first function with such a
-    threshold decides; without any, evaluations have the mean reward instead of pass@k.
+    threshold decides; without any, evaluations have the mean reward instead of pass@k. Several
+    judges have names of their own, such as judge-style and judge-facts.
     """
 
-    name: Annotated[str, named_in(REWARDS)]
+    name: Annotated[str, named_in(REWARDS, JUDGES)]
     weight: Annotated[float, Field(ge=-1e6, le=1e6)] = 1.0
     parameters: dict[str, Any] = {}
     correct_above: float | None = None
@@ -76,7 +77,7 @@ class RewardFunctionSettings(Settings):
     @model_validator(mode="after")
     def _judge_has_parameters(self) -> RewardFunctionSettings:
         """Check a judge, which costs money, before anything is loaded."""
-        if self.name == JUDGE:
+        if is_judge(self.name):
             try:
                 make_rule(RewardFunction(self.name, parameters=self.parameters))
             except RewardError as error:

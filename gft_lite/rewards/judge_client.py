@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import groupby
@@ -11,9 +12,10 @@ from typing import Any
 
 from gft_lite.rewards.base import Grade, RewardError
 from gft_lite.rewards.judge import JudgeRequest, JudgeSettings
+from gft_lite.rewards.registry import JUDGE
 from gft_lite.types import Group, Response
 from gft_lite.utils.chat_model import ChatModel, ChatPlace, ChatResponse, price_of, token_count
-from gft_lite.utils.errors import short_repr
+from gft_lite.utils.errors import UserError, short_repr
 from gft_lite.utils.jsonl import JsonlFile
 from gft_lite.utils.openai_client import EndpointError
 
@@ -221,6 +223,51 @@ class Judge:
         prices = self._settings.price_in, self._settings.price_out
         cost = price_of(used.prompt_tokens, used.completion_tokens, *prices)
         return asdict(used) | ({} if cost is None else {"cost": cost})
+
+
+class Judges:
+    """The judges of a scorer by the names of their functions; what they take is added up."""
+
+    def __init__(
+        self, settings: Mapping[str, JudgeSettings], *, concurrency: int, log: Callable[[str], None]
+    ) -> None:
+        """Find the models. Raises: UserError if that fails."""
+        self.by_name: dict[str, Judge] = {}
+        try:
+            for name, each in settings.items():
+                self.by_name[name] = Judge(each, concurrency=concurrency, log=log)
+        except UserError:
+            self.close()
+            raise
+
+    def keep(self, file: Path) -> None:
+        """Keep the judgements in `file`, such as judge.jsonl, or judge-style.jsonl beside it.
+
+        Raises: UserError for a damaged file.
+        """
+        for name, judge in self.by_name.items():
+            judge.keep(file.with_name(file.name.replace(JUDGE, name, 1)))
+
+    def take_usage(self) -> dict[str, Any]:
+        """What judging took since the last call."""
+        return _added(judge.take_usage() for judge in self.by_name.values())
+
+    def totals(self) -> dict[str, Any]:
+        """What all judgements took that are kept, those of earlier starts of a run included."""
+        return _added(judge.totals() for judge in self.by_name.values())
+
+    def close(self) -> None:
+        """Close the connections."""
+        for judge in self.by_name.values():
+            judge.close()
+
+
+def _added(counts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The sums of counts by name; of costs, of those that are known."""
+    total: Counter[str] = Counter()
+    for each in counts:
+        total.update(each)  # Unlike +, keeps zeros.
+    return dict(total)
 
 
 def _unread(settings: JudgeSettings) -> str:

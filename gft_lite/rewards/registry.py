@@ -30,6 +30,7 @@ class RewardEntry:
 
 _HERE = "gft_lite.rewards"
 JUDGE = "judge"
+JUDGES = rf"{JUDGE}(-[a-z]\w*)?"  # Several judges have names of their own, such as judge-style.
 
 REWARDS: dict[str, RewardEntry] = {
     "math": RewardEntry(
@@ -71,6 +72,11 @@ def load_function(path: str) -> Callable[..., Any]:
     return function
 
 
+def is_judge(name: str) -> bool:
+    """True for the name of a judge."""
+    return re.fullmatch(JUDGES, name, re.ASCII) is not None
+
+
 def correctness_threshold(function: RewardFunction) -> float | None:
     """The score above which a response is correct; None if the function does not decide that."""
     if function.correct_above is None and function.name in REWARDS:
@@ -83,7 +89,7 @@ def make_rule(function: RewardFunction) -> Any:
 
     Raises: RewardError for a name outside REWARDS or parameters that the rule does not accept.
     """
-    entry = REWARDS.get(function.name)
+    entry = REWARDS.get(JUDGE if is_judge(function.name) else function.name)
     if entry is None:
         raise RewardError(_unknown(function.name))
     try:

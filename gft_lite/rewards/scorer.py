@@ -19,8 +19,9 @@ from gft_lite.rewards.base import (
     Rule,
     check_magnitude,
 )
-from gft_lite.rewards.judge_client import Judge
-from gft_lite.rewards.registry import JUDGE, REWARDS, correctness_threshold, make_rule
+from gft_lite.rewards.judge import JudgeSettings
+from gft_lite.rewards.judge_client import Judges
+from gft_lite.rewards.registry import REWARDS, correctness_threshold, is_judge, make_rule
 from gft_lite.rewards.user_calls import Rows, UserCalls
 from gft_lite.rewards.worker_pool import WorkerPool
 from gft_lite.types import Group, Response
@@ -36,8 +37,8 @@ class Scorer:
     `timeout` is the CPU time that one text may take in a worker, in seconds; CPU time, so that
     load does not change rewards. `concurrency` limits the calls of a coroutine function that run
     at a time. `conversational`: users' functions get lists of messages. `log` gets a line
-    about the responses of a batch for which a function failed. `judge` is the client of the reward
-    `judge`, if it is one of the functions.
+    about the responses of a batch for which a function failed. `judge` has the clients of the
+    judges, if any are among the functions.
     """
 
     def __init__(
@@ -57,11 +58,12 @@ class Scorer:
         _check(functions, workers, timeout)
         self._functions = tuple(functions)
         self._rules: dict[str, Rule] = {}
-        self.judge: Judge | None = None
-        users, judged = [], None
+        self.judge: Judges | None = None
+        users: list[RewardFunction] = []
+        judged: dict[str, JudgeSettings] = {}
         for function in functions:
-            if function.name == JUDGE:
-                judged = make_rule(function)
+            if is_judge(function.name):
+                judged[function.name] = make_rule(function)
             elif function.name in REWARDS or not set(".:") & set(function.name):
                 self._rules[function.name] = make_rule(function)
             else:
@@ -76,8 +78,8 @@ class Scorer:
         )
         self._cache: dict[bytes, Grade] = {}
         self._log = log or (lambda _: None)
-        if judged is not None:  # The last step, as it sends a request.
-            self.judge = Judge(judged, concurrency=concurrency, log=self._log)
+        if judged:  # The last step, as it sends a request to each.
+            self.judge = Judges(judged, concurrency=concurrency, log=self._log)
         self._lock = threading.Lock()
 
     def score(self, groups: Sequence[Group]) -> list[Group]:
@@ -125,10 +127,9 @@ class Scorer:
     def _take_failures(self) -> list[str]:
         """The error texts of the responses that a function has failed for since the last call."""
         found: list[str] = []
-        for grader in (self._users, self.judge):
-            if grader is not None:
-                found += grader.failures
-                grader.failures = []
+        for grader in (self._users, *(self.judge.by_name.values() if self.judge else ())):
+            found += grader.failures
+            grader.failures = []
         return found
 
     def _combine(self, response: Response, grades: Sequence[Grade | None]) -> Response:
@@ -161,9 +162,9 @@ class Scorer:
         return None
 
     def _grades(self, function: RewardFunction, rows: Rows) -> Sequence[Grade | None]:
-        if function.name == JUDGE:
+        if is_judge(function.name):
             assert self.judge is not None
-            return self.judge.grade(rows)
+            return self.judge.by_name[function.name].grade(rows)
         if function.name not in self._rules:
             return self._users.grade(function.name, rows)
         items = [(r.text, g.problem.answer, _answer_type(g)) for g, r in rows]

@@ -19,7 +19,7 @@ class Grading:
         self._scorer, self._distributed = scorer, distributed
         name = FILE if distributed.is_main else f"judge-{distributed.rank}.jsonl"
         self._judgements = folder.path / name
-        if self._judgements.exists():
+        if (folder.path / "recipe.yaml").exists():
             self.keep_judgements()
 
     def __call__(self, groups: Sequence[Group]) -> list[Group]:

@@ -13,7 +13,7 @@ from gft_lite.objective.methods import find_method
 from gft_lite.policy.base import Policy
 from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import DataSettings
-from gft_lite.rewards.registry import JUDGE
+from gft_lite.rewards.registry import is_judge
 from gft_lite.training.difficulty import Difficulty
 from gft_lite.training.evaluation_schedule import size_notes
 from gft_lite.training.groups import compose, demonstrations
@@ -122,7 +122,9 @@ def check_demonstrations(
     Raises: RecipeError if none is, as then no group can teach anything: the answer column and the
         demonstrations don't fit, or the reward rule does not read them.
     """
-    if any(f.name == JUDGE and f.parameters.get("mode") == "rank" for f in recipe.reward.functions):
+    if any(
+        is_judge(f.name) and f.parameters.get("mode") == "rank" for f in recipe.reward.functions
+    ):
         return  # A ranking of demonstrations alone is paid for, and not needed later.
     composed = [compose(problem, recipe.group) for problem in problems[:CHECKED_PROBLEMS]]
     groups = [

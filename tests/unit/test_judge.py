@@ -93,6 +93,46 @@ def judged(server, groups, *others, file=None, **parameters):
         return scorer.score(groups), lines, scorer.judge.take_usage()
 
 
+def test_several_judges_have_names_files_and_weights_of_their_own(server, tmp_path):
+    settings = {"url": server.url, "price_in": 2.0}
+    functions = [
+        RewardFunction("judge", parameters={**settings, "rubric": "Longer is better."}),
+        RewardFunction("judge-style", 0.5, {"url": server.url, "rubric": "B", "mode": "rank"}),
+    ]
+    for asked in (3, 0):  # Two scores and a ranking; then all are known.
+        with Scorer(functions) as scorer:
+            scorer.judge.keep(tmp_path / "judge.jsonl")
+            [scored] = scorer.score([group("abc", "abcdef")])
+            assert [r.reward_parts for r in scored] == [
+                {"judge": 0.3, "judge-style": 0.0}, {"judge": 0.6, "judge-style": 1.0}
+            ]  # fmt: skip
+            assert [r.reward for r in scored] == [0.3, 1.1]
+            used = scorer.judge.take_usage()
+            assert (used["requests"], used["cached"], used["failed"]) == (asked, 3 - asked, 0)
+            # 200 prompt tokens of the one with a price.
+            assert scorer.judge.totals()["cost"] == pytest.approx(200 * 2e-6)
+            assert scorer.judge.totals()["requests"] == 3
+    lines = {f.name: len(f.read_text().splitlines()) for f in tmp_path.iterdir()}
+    assert lines == {"judge.jsonl": 2, "judge-style.jsonl": 1}
+    with pytest.raises(RewardError, match="each function may appear once, got 'judge' twice"):
+        Scorer([functions[0], functions[0]])
+
+
+def test_the_names_of_judges_in_a_recipe():
+    parameters = {"url": "http://localhost", "rubric": "R"}
+    tree = {"reward": {"functions": [
+        {"name": n, "parameters": parameters} for n in ("judge", "judge-a")
+    ]}}  # fmt: skip
+    assert [f.name for f in Recipe.from_tree(tree).reward.functions] == ["judge", "judge-a"]
+    for name in ("judge-", "judge-1", "judges", "exact-a"):
+        with pytest.raises(RecipeError, match=r"reward\.functions\.0\.name: must be one of"):
+            Recipe.from_tree({"reward": {"functions": [{"name": name}]}})
+    with pytest.raises(RecipeError, match=r"parameters: .*rubric"):
+        Recipe.from_tree(
+            {"reward": {"functions": [{"name": "judge-a", "parameters": {"url": "x"}}]}}
+        )
+
+
 def rewards(scored):
     return [[response.reward for response in g] for g in scored]
 
