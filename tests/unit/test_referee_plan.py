@@ -304,6 +304,19 @@ class TestFolder:
             with pytest.raises(UserError, match=f"--{next(iter(options))} .*, now "):
                 check_same_plan(plan_of(**options), tmp_path)
 
+    def test_what_runs_were_tuned_on_stays_the_same(self, tmp_path):
+        (tmp_path / "low.yaml").write_text("objective: {tau: 0.1}\n")
+        methods = f"gft,{tmp_path / 'low.yaml'}"
+        same = {"overrides": ["eval.sets.dev={source: lab, split: tune, skip: 99}"],
+                "bases": ("lab", "lab:1")}  # fmt: skip
+        check_same_plan(plan_of(methods, **same), tmp_path)
+        (tmp_path / "low.yaml").write_text("objective: {tau: 0.2}\n")
+        changed = plan_of(methods, **same | {"bases": ("lab:1", "lab")}, tune_set="dev")
+        with pytest.raises(UserError) as caught:
+            check_same_plan(changed, tmp_path)
+        found = "--bases lab first, now lab:1, other settings of low, another tuning set. Choose"
+        assert found in str(caught.value)
+
     def test_a_damaged_plan_is_one_line(self, tmp_path):
         (tmp_path / "plan.json").write_text("[1]")
         with pytest.raises(UserError, match=r"plan\.json: must be the plan of a referee"):
@@ -330,6 +343,18 @@ class TestPrinted:
             plan_lines(plan, tmp_path)
         )
         assert "pretraining: the lab's bases of the seeds 1, minutes each" in lines
+        assert f"finished: 3 of 42 runs in {tmp_path}" in plan_lines(plan, tmp_path)
+
+    def test_the_disk_is_that_of_the_adapter_and_of_the_checkpoints_with_two_moments(self):
+        """A checkpoint is three adapters: with 2 and 5 of them there are 7 and 16."""
+        sizes = []
+        for keep in (2, 5):
+            plan = plan_of(overrides=[f"checkpoint.keep={keep}"], seeds=400)
+            [text] = re.findall(
+                r"disk: at most ([\d.]+) GiB", "\n".join(plan_lines(plan, Path("x")))
+            )
+            sizes.append(float(text))
+        assert sizes[1] / sizes[0] == pytest.approx(16 / 7, rel=5e-3)
 
     def test_the_plan_says_which_differences_it_finds(self):
         """Two methods, 100 problems: t is 2.776 with 4 degrees of freedom and 1.984 with 99.
