@@ -121,6 +121,7 @@ def _tensor_bytes() -> int:
 
 def _median_growth(values: list[int], window: int = 10) -> float:
     """The median growth per sync over `window` syncs, which one jump of the heap doesn't move."""
+    window = min(window, len(values) - 1)
     return float(np.median(np.subtract(values[window:], values[:-window]))) / window
 
 

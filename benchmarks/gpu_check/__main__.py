@@ -6,6 +6,8 @@ import argparse
 import datetime
 import os
 import platform
+import shutil
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -21,16 +23,17 @@ PACKAGES = (
 # What matters most comes first; the minutes are the most that a part may take.
 _HERE = "benchmarks.gpu_check"
 PARTS = {
-    "environment": Part(f"{_HERE}.environment:check", 1),
-    "attention": Part(f"{_HERE}.attention:check", 1.5),
-    "gradients": Part(f"{_HERE}.gradients:check", 2),
-    "steps_7b": Part(f"{_HERE}.steps:check_middle", 3),
-    "cards": Part(f"{_HERE}.cards:check", 3),
-    "engine": Part(f"{_HERE}.engine:check", 3),
-    "steps_1.5b": Part(f"{_HERE}.steps:check_small", 1.5),
-    "steps_8b": Part(f"{_HERE}.steps:check_large", 1.5),
-    "trl": Part(f"{_HERE}.peer:check", 2),
+    "environment": Part(f"{_HERE}.environment:check", 0.75),
+    "steps_1.5b": Part(f"{_HERE}.steps:check_small", 2),
+    "engine": Part(f"{_HERE}.engine:check", 2),
+    "trl": Part(f"{_HERE}.peer:check", 1.5),
+    "gradients": Part(f"{_HERE}.gradients:check", 1),
+    "cards": Part(f"{_HERE}.cards:check", 1.5),
+    "steps_7b": Part(f"{_HERE}.steps:check_middle", 2),
+    "attention": Part(f"{_HERE}.attention:check", 1),
+    "steps_8b": Part(f"{_HERE}.steps:check_large", 1),
 }
+MINUTES = 8.0
 
 
 def main() -> None:
@@ -38,8 +41,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny models and rows")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for all parts together")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all parts together")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="also those that are done")
     parser.add_argument("--out", type=Path, default=Path("gpu_check.json"))
     options = parser.parse_args()
     # No request to a hub.
@@ -47,18 +50,33 @@ def main() -> None:
     head: Figures = {
         "benchmark": "gpu_check",
         "date": datetime.date.today().isoformat(),
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "gpu": None},
+        "machine": {
+            "cpu": _cpu(),
+            "cores": os.cpu_count(),
+            "gpu": _gpu() if options.device == "cuda" else None,
+        },
         "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
         "device": options.device,
         "tiny": options.tiny,
     }
-    parts = {name: part for name, part in PARTS.items() if name in options.parts}
+    parts = {name: part for name, part in PARTS.items() if name in (options.parts or PARTS)}
     setup = Setup(options.device, options.tiny)
     # Without CUDA, all modules can be imported before the processes are forked.
     preload = PRELOAD if options.device == "cuda" else (*PRELOAD, f"{_HERE}.steps")
-    document = run(parts, setup, options.out, head, options.minutes, finish_part, preload)
+    document = run(
+        parts, setup, options.out, head, options.minutes, finish_part, preload, bool(options.parts)
+    )
     print_summary(document["figures"])
     print(f"written: {options.out}")
+
+
+def _gpu() -> str | None:
+    """The name of the GPU, without initialising CUDA."""
+    if not shutil.which("nvidia-smi"):
+        return None
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stdout
+    return out.partition("\n")[0].strip() or None
 
 
 def _version(package: str) -> str | None:

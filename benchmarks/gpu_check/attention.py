@@ -35,10 +35,10 @@ def check(setup: Setup, notes: Notes) -> None:
     """Note how far the kernel is from the definition, and which layout each model then takes."""
     notes.add("varlen_attn", {"enable_gqa": native_groups()})
     for name, (heads, kv_heads, window) in HEADS.items():
-        notes.case(name, against_mask, setup, heads, kv_heads, window)
+        notes.case_once(name, against_mask, setup, heads, kv_heads, window)
         free()
     for model in (SMALL, MIDDLE, LARGE):
-        notes.case(f"layout of {model}", chosen_layout, setup, model)
+        notes.case_once(f"layout of {model}", chosen_layout, setup, model)
         free()
 
 

@@ -29,9 +29,9 @@ CARDS = {"laptop_8gb": 8, "rtx4070_12gb": 12, "rtx4080_16gb": 16, "rtx4090_24gb"
 
 def check(setup: Setup, notes: Notes) -> None:
     """Compare the plan and a real step for each model on each card."""
-    for model in MODELS:
-        for card in CARDS:
-            notes.case(f"{model} on {card}", fits, setup, model, card)
+    for card in CARDS:
+        for model in MODELS:
+            notes.case_once(f"{model} on {card}", fits, setup, model, card)
             free()
 
 

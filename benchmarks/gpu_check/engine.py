@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.gpu_check.compat import adapt_vllm
 from benchmarks.gpu_check.parts import Figures, Notes, Skip
 from benchmarks.gpu_check.scale import SMALL, Setup
 from benchmarks.gpu_check.work import make_groups, random_policy, timed
-from benchmarks.hot_loads import measure
+from benchmarks.hot_loads import PROMPT, measure
 from gft_lite.policy.lora import LoraPolicy
 from gft_lite.recipe.sections import RolloutSettings
 from gft_lite.rollout.base import Request, Sampling
@@ -49,6 +50,7 @@ def check(setup: Setup, notes: Notes) -> None:
         try:
             notes.case("hot_loads", hot_loads, setup, policy, engine, Path(folder) / "adapters")
             notes.case("sleep", sleep, setup, engine)
+            notes.case("lora_slot", lora_slot, engine)
             notes.case("generate", generate, setup, policy, engine)
         finally:
             engine.close()
@@ -62,7 +64,7 @@ def hot_loads(setup: Setup, policy: LoraPolicy, engine: Any, adapters: Path) -> 
 
 def sleep(setup: Setup, engine: Any) -> Figures:
     """The memory that sleep releases, and if the answers after waking are the same."""
-    request, greedy = Request(tuple(range(5, 25)), (0,)), Sampling(temperature=0, max_tokens=8)
+    request, greedy = Request(PROMPT, (0,)), Sampling(temperature=0, max_tokens=8)
     before, awake = engine.generate([request], greedy), _used_gib()
     _, down = timed(setup, engine.sleep)
     asleep = _used_gib()
@@ -75,6 +77,37 @@ def sleep(setup: Setup, engine: Any) -> Figures:
         "seconds_to_wake": up,
         "right": engine.generate([request], greedy) == before,
     }
+
+
+def lora_slot(engine: Any) -> Figures:
+    """What a row of the base gets beside a row of an adapter, where vLLM has one adapter's slot.
+
+    Training never mixes them; the log-probs say whether it could.
+    """
+    base, adapter = _prompt_logprobs(engine, None), _prompt_logprobs(engine, engine._lora)
+    mixed = _prompt_logprobs(engine, engine._lora, None)
+    return {
+        "adapter_to_base_nats": (adapter - base).abs().max().item(),
+        "adapter_row_gap_nats": (mixed[0] - adapter[0]).abs().max().item(),
+        "base_row_gap_nats": (mixed[1] - base[0]).abs().max().item(),
+    }
+
+
+def _prompt_logprobs(engine: Any, *adapters: Any) -> Tensor:
+    """Log-probs of one prompt's tokens in one batch, a row for each of `adapters`, [rows, T]."""
+    from vllm import SamplingParams, TokensPrompt
+
+    ids, found = list(PROMPT), {}
+    parameters = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+    with engine._running() as llm:
+        llm.reset_prefix_cache()
+        for row, adapter in enumerate(adapters):
+            prompt = TokensPrompt(prompt_token_ids=ids)
+            llm.llm_engine.add_request(str(row), prompt, parameters, lora_request=adapter)
+        while llm.llm_engine.has_unfinished_requests():
+            found |= {o.request_id: o for o in llm.llm_engine.step() if o.finished}
+    rows = [found[str(row)].prompt_logprobs[1:] for row in range(len(adapters))]
+    return torch.tensor([[p[i].logprob for i, p in zip(ids[1:], r, strict=True)] for r in rows])
 
 
 def generate(setup: Setup, policy: LoraPolicy, engine: Any) -> Figures:

@@ -1,20 +1,22 @@
 """Parts of a check, each in a process of its own, under one budget of time.
 
 What a part breaks (a CUDA error poisons its whole process) or leaves behind, the next one never
-sees; and all that it noted until then is on the disk. The processes are forked from a server that
-has read torch and the models but has never touched CUDA.
+sees; and all that it noted until then is on the disk, where a later check finds it and goes on.
+The processes are forked from a server that has read torch and the models but has never touched
+CUDA.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -44,8 +46,8 @@ class Part:
 class Notes:
     """Sends each figure home as soon as there is one."""
 
-    def __init__(self, home: Connection) -> None:
-        self._home = home
+    def __init__(self, home: Connection, known: Collection[str] = ()) -> None:
+        self._home, self._known = home, known
 
     def add(self, name: str, figures: Figures) -> None:
         """Note a case's figures."""
@@ -63,6 +65,11 @@ class Notes:
         self.add(name, figures | {"wall_seconds": round(time.perf_counter() - start, 2)})
         return None if figures.keys() & {"error", "skipped"} else figures
 
+    def case_once(self, name: str, function: Callable[..., Figures], *arguments: Any) -> None:
+        """Note a case on which no other depends, unless an earlier check has done so."""
+        if name not in self._known:
+            self.case(name, function, *arguments)
+
 
 def described(error: Exception) -> str:
     """An error with the end of its traceback, where the cause stands."""
@@ -73,38 +80,78 @@ def described(error: Exception) -> str:
 def run(
     parts: dict[str, Part], setup: Any, file: Path, head: Figures, minutes: float,
     finished: Callable[[str, Figures], None], preload: Sequence[str] = PRELOAD,
+    again: bool = False,
 ) -> Figures:  # fmt: skip
     """Run each part while there is time; `file` has everything at any moment.
 
+    Parts and cases that the file has from an earlier check are kept; `again` runs
+    those parts anew.
     `finished` is called with a part's name and the document, to which it may add; `preload` are
-    the modules that the server reads.
+    the modules that the server reads. Raises: SystemExit if the file is of another machine.
     """
-    found: Figures = {name: {"status": "not reached", "cases": {}} for name in parts}
-    document = head | {"figures": found}
+    document = _resumed(file, head)
+    found: Figures = document["figures"]
+    for name in parts:
+        entry = found.setdefault(name, {"status": "not reached", "seconds": 0, "cases": {}})
+        entry["cases"] = {k: case for k, case in entry["cases"].items() if is_answered(case)}
+        if again and entry["status"] == "done":
+            entry["cases"] = {}
     end = time.monotonic() + minutes * 60
     context = get_context("forkserver")
     context.set_forkserver_preload(list(preload))
     for name, part in parts.items():
         start, entry = time.monotonic(), found[name]
         seconds = min(end - start, part.minutes * 60)
+        if entry["status"] == "done" and not again:
+            print(f"{name}: done before", flush=True)
+            continue
         if seconds <= 0:
             entry["status"] = f"skipped: the {minutes:g} minutes were over"
         else:
+            print(f"{name}: {seconds:.0f} s at most", flush=True)
             entry["status"] = "running"
-            process = _start(context, part, setup)
+            process = _start(context, part, setup, list(entry["cases"]))
             entry["status"] = _follow(
                 *process, seconds, entry["cases"], lambda: _write(file, document)
             )
-        entry["seconds"] = round(time.monotonic() - start, 1)
+        entry["seconds"] = round(entry["seconds"] + time.monotonic() - start, 1)
         finished(name, document)
         _write(file, document)
     return document
 
 
-def _start(context: Any, part: Part, setup: Any) -> tuple[Any, Connection]:
+def is_answered(case: Figures) -> bool:
+    """Whether a case has figures, and neither failed nor had no place."""
+    return not case.keys() & {"error", "skipped"}
+
+
+def _resumed(file: Path, head: Figures) -> Figures:
+    """The document with what `file` has from an earlier check of the same things."""
+    if not file.is_file():
+        return head | {"figures": {}}
+    before: Figures = json.loads(file.read_text(encoding="utf-8"))
+    for name, value in _identity(head).items():
+        old = _identity(before).get(name)
+        # A package may be installed between two checks.
+        if old != value and not (name.startswith("version") and None in (old, value)):
+            raise SystemExit(
+                f"--out: must be a new file or have results of this {name}, {value}, got {file} "
+                f"with {old}. Choose another."
+            )
+    return before | head
+
+
+def _identity(head: Figures) -> Figures:
+    """What all checks in one file have in common."""
+    versions = {f"version of {name}": version for name, version in head["versions"].items()}
+    return {"device": head["device"], "tiny": head["tiny"], "gpu": head["machine"]["gpu"],
+            **versions}  # fmt: skip
+
+
+def _start(context: Any, part: Part, setup: Any, known: list[str]) -> tuple[Any, Connection]:
     """The part's process, and where its notes arrive."""
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(part.path, setup, sender))
+    process = context.Process(target=_work, args=(part.path, setup, sender, known))
     process.start()
     sender.close()
     return process, receiver
@@ -132,17 +179,23 @@ def _follow(
         process.join()
 
 
-def _work(path: str, setup: Any, home: Connection) -> None:
-    """What a part's process does."""
+def _work(path: str, setup: Any, home: Connection, known: list[str]) -> None:
+    """What a part's process does; it ends with the process that started it."""
+    threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
     module, _, name = path.partition(":")
     try:
-        getattr(import_module(module), name)(setup, Notes(home))
+        getattr(import_module(module), name)(setup, Notes(home, known))
         status = "done"
     except Skip as reason:
         status = f"skipped: {reason}"
     except Exception as error:
         status = f"failed: {described(error)}"
     home.send((None, status))
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _write(file: Path, document: Figures) -> None:

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_check.parts import is_answered
 from benchmarks.gpu_check.table import is_wrong
 from benchmarks.record import RESULTS
 
@@ -49,7 +50,7 @@ def _parts(check: dict[str, Any]) -> list[str]:
     for name, entry in check["figures"].items():
         cases = entry["cases"].values()
         failed, wrong = sum("error" in c for c in cases), sum(map(is_wrong, cases))
-        answered = any(not case.keys() & {"error", "skipped"} for case in cases)
+        answered = any(map(is_answered, cases))
         met = "yes" if check["machine"]["gpu"] and answered else "no"
         status = entry["status"].splitlines()[0].replace("|", "/")
         lines.append(f"| {name} | {status} | {len(cases)} | {failed} | {wrong} | {met} |")

@@ -15,7 +15,7 @@ def finish_part(name: str, document: Figures) -> None:
     """Add the GPU's name and utilisations, and print the cases, as soon as a part is over."""
     found = document["figures"]
     here = found.get("environment", {"cases": {}})["cases"]
-    document["machine"]["gpu"] = here.get("machine", {}).get("gpu")
+    document["machine"]["gpu"] = here.get("machine", {}).get("gpu", document["machine"]["gpu"])
     ceiling = here.get("matmul", {}).get("tflop_per_s")
     entry = found[name]
     for figures in entry["cases"].values():

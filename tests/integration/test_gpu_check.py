@@ -6,9 +6,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -202,6 +204,64 @@ def test_a_part_that_fails_stops_no_other(tmp_path):
     assert half["out of place"]["skipped"] == "no such device"
     assert half["good"]["value"] == 4
     assert figures["good"]["cases"]["sum"]["value"] == 42
+
+
+# --- a check that goes on where one was killed --------------------------------------------------
+
+HEAD = {"device": "cpu", "tiny": True, "machine": {"gpu": None}, "versions": {"a": "1", "b": None}}
+BEFORE = {"good": Part("test_gpu_check:good", 1), "long": Part("test_gpu_check:long", 1),
+          "last": Part("test_gpu_check:good", 1)}  # fmt: skip
+
+
+def long(setup, notes):
+    notes.case("process", lambda: {"id": os.getpid()})
+    notes.case_once("first", lambda: {"value": setup})
+    notes.case("failing", lambda: {"value": 1 / 0})
+    if setup == "before":
+        time.sleep(1000)
+    notes.case_once("second", lambda: {"value": setup})
+
+
+def check_again(file, setup, head=HEAD, **options):
+    document = run(BEFORE, setup, file, head, 5, lambda *_: None, preload=(), **options)
+    return document["figures"]
+
+
+def test_a_killed_check_loses_one_case_and_is_resumed(tmp_path, capfd):
+    file = tmp_path / "out.json"
+    check = get_context("spawn").Process(target=check_again, args=(file, "before"))
+    check.start()
+    while not (file.exists() and '"failing"' in file.read_text()):
+        time.sleep(0.05)
+    os.kill(check.pid, signal.SIGKILL)
+    check.join()
+    kept = json.loads(file.read_text())["figures"]
+    assert [entry["status"] for entry in kept.values()] == ["done", "running", "not reached"]
+    part = Path(f"/proc/{kept['long']['cases']['process']['id']}")
+    while part.exists():  # Its GPU would stay in use.
+        time.sleep(0.05)
+    figures = check_again(file, "after", HEAD | {"versions": {"a": "1", "b": "2"}})
+    assert [entry["status"] for entry in figures.values()] == ["done"] * 3
+    cases = figures["long"]["cases"]
+    assert (cases["first"]["value"], cases["second"]["value"]) == ("before", "after")
+    assert cases["process"]["id"] != kept["long"]["cases"]["process"]["id"]
+    assert [figures[name]["cases"]["sum"]["value"] for name in ("good", "last")] == [
+        "before", "after",
+    ]  # fmt: skip
+    assert "good: done before" in capfd.readouterr().out
+    anew = check_again(file, "third", again=True)
+    assert {anew[part]["cases"]["sum"]["value"] for part in ("good", "last")} == {"third"}
+    assert anew["long"]["cases"]["first"]["value"] == "third"
+
+
+@pytest.mark.parametrize(
+    "other", [{"versions": {"a": "2"}}, {"machine": {"gpu": "G"}}, {"tiny": False}]
+)
+def test_results_of_two_machines_are_not_mixed(tmp_path, other):
+    file = tmp_path / "out.json"
+    file.write_text(json.dumps(HEAD | {"figures": {}}))
+    with pytest.raises(SystemExit, match=r"--out: must be a new file or have results of this "):
+        check_again(file, 1, HEAD | other)
 
 
 def test_no_part_starts_when_the_time_is_over(tmp_path):
