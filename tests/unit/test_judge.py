@@ -242,6 +242,26 @@ def test_a_rejected_request_costs_one_response_and_many_in_a_row_the_run(server)
     assert len(server.asked) < 200  # Those that had not been sent are not sent after it.
 
 
+def test_failures_with_successes_between_them_do_not_end_the_run(server):
+    server.reply = lambda body: 400 if "bad" in body["messages"][1]["content"] else None
+    with Scorer([RewardFunction("judge", parameters={"url": server.url, "rubric": "R"})]) as scorer:
+        for i in range(4):  # 12 failures in all, at most 3 in a row, and 1 success after each 3.
+            scorer.score([group(*(f"bad{i}{k}" for k in range(3)))])
+            scorer.score([group("good" + "!" * i)])
+        assert scorer.judge.take_usage()["failed"] == 12
+
+
+def test_the_gold_answer_is_part_of_a_request_that_shows_it():
+    keys = {
+        (shown, answer): JudgeRequest(
+            Problem("p", "Q", answer), ("A",), make(url="u", rubric="R", reference=shown)
+        ).key
+        for shown in (True, False) for answer in ("1", "2")
+    }  # fmt: skip
+    assert keys[True, "1"] != keys[True, "2"]
+    assert keys[False, "1"] == keys[False, "2"] != keys[True, "1"]
+
+
 def test_a_judgement_is_asked_for_once(server, tmp_path):
     file = tmp_path / "judge.jsonl"
     server.reply = lambda body: "no idea" if "bad" in body["messages"][1]["content"] else None

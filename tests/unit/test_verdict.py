@@ -279,6 +279,12 @@ def test_what_the_design_would_have_found_is_said():
     assert f"about {100 * verdict.detectable:.1f} points or more would have been found" in one
     assert more.startswith("With 6 seeds, differences of about ")
     assert verdict.detectable_with_6 < verdict.detectable
+    # Of two methods: Holm's first p must be at most .025.
+    alone = judge(replace(made, methods=("sft", verdict.method)))["test"][0]
+    assert (alone.low, alone.runs) == (verdict.low, verdict.runs)
+    assert alone.detectable < verdict.detectable
+    six = judge(simulated({"gft": 0.0}, runs=6, problems=20))["test"][0]
+    assert six.detectable_with_6 is None
     text = " ".join(rules(made))
     for word in ("better, worse", "equal within the margin", "not separable", "Holm", "2 points"):
         assert word in text
