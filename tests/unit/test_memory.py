@@ -273,10 +273,6 @@ class TestShapes:
     @pytest.mark.parametrize(
         ("config", "words"),
         [
-            (
-                {"model_type": "mixtral", "num_local_experts": 8},
-                "llama, mistral, phi3, qwen2, qwen3, smollm3",
-            ),
             ({"model_type": "mamba"}, "'mamba'"),
             ({}, "null"),
             ({"model_type": "llama", "hidden_size": 8}, "intermediate_size: null"),
@@ -312,22 +308,21 @@ class TestShapes:
         with pytest.raises(RecipeError, match=r"^policy\.model: must be lab, a folder .*, got "):
             find_shape(model)
 
-    def test_an_unknown_hub_id_names_the_known_ones(self):
-        with pytest.raises(RecipeError) as error:
-            find_shape("someone/else-7b")
-        assert all(model in str(error.value) for model in MODELS)
-
 
 @pytest.mark.parametrize(
     ("text", "size"),
     [("8GiB", 8 << 30), ("24GB", 24 * 10**9), ("512MiB", 512 << 20), ("1.5 GiB", 3 << 29),
-     ("rtx4090", 24 << 30), ("RTX 4090", 24 << 30), ("h200", 139 << 30)],
+     ("rtx4090", 24 << 30), ("RTX 4090", 24 << 30), ("h200", 139 << 30), ("8", 8 << 30),
+     ("12G", 12 * 10**9), ("4090", 24 << 30), ("NVIDIA GeForce RTX 4070 Ti SUPER", 16 << 30),
+     ("A100-40GB", 39 << 30), ("RTX 4060 Laptop GPU", 8 << 30), ("h2", 139 << 30)],
 )  # fmt: skip
 def test_sizes(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["rtx4091", "8", "8 apples", "GiB", "-8GiB", "nanGiB", ""])
+@pytest.mark.parametrize(
+    "text", ["rtx4091", "4091", "rtx40", "8 apples", "GiB", "-8GiB", "nanGiB", ""]
+)
 def test_a_wrong_size_is_an_error(text):
     with pytest.raises(UserError, match="--gpu: must be a size"):
         parse_size(text)
