@@ -9,7 +9,7 @@
 Everything runs on a CPU in fp32, so that no transfer to a device is included.
 
 Bytes are those of the adapter file and of the copied weights. For real models they are computed
-from the shapes, with weights in bf16 and the adapter in fp32, as it is saved. The last table shows
+from the shapes, with weights and adapter in bf16, as for an engine in bf16. The last table shows
 what a merge into NF4 keeps of an update: the cosine of applied and intended change, by its size.
 """
 
@@ -135,7 +135,7 @@ def counted(name: str) -> Figures:
         base = transformers.AutoModelForCausalLM.from_config(config)
         weights = 2 * sum(parameter.numel() for parameter in base.parameters())
         model = get_peft_model(base, lora())
-    adapter = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    adapter = 2 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {"model": name, "hot_load_bytes": adapter, "merge_and_push_bytes": weights,
             "ratio": weights / adapter}  # fmt: skip
 
