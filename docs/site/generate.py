@@ -22,6 +22,9 @@ from gft_lite.recipe.effects import Affects
 from gft_lite.recipe.objective_sections import ObjectiveSettings, RewardFunctionSettings
 from gft_lite.recipe.sections import DataSettings
 from gft_lite.recipe.training_sections import StageSettings
+from gft_lite.rewards.judge import JudgeSettings
+from gft_lite.rewards.registry import JUDGE, REWARDS
+from gft_lite.utils.imports import load_dotted
 
 METRICS = Path(__file__).with_name("metrics.yaml")
 
@@ -291,12 +294,41 @@ def methods_page() -> str:
     )
 
 
+# --- rewards ---------------------------------------------------------------------------------
+
+
+def rewards_page() -> str:
+    """The table REWARDS with the parameters of each rule."""
+    rows = []
+    for name, entry in REWARDS.items():
+        make = JudgeSettings if name == JUDGE else load_dotted(entry.make)
+        parameters = inspect.signature(make).parameters.values()
+        shown = ", ".join(_code(f"{p.name}: {_value(p.default)}") for p in parameters)
+        correct = "" if entry.correct_above is None else f"above {entry.correct_above:g}"
+        answer = "yes" if entry.needs_answer else "no"
+        rows.append([f"`{name}`", _cell(entry.doc), shown, answer, correct])
+    head = ["name", "score", "parameters and defaults", "needs an answer", "correct"]
+    return (
+        "# Rewards\n\nWritten from the table `REWARDS`. *correct* is the score above which an "
+        "evaluation counts a response as correct. [Rewards](../guides/rewards.md) says how to "
+        "combine them and how to write your own.\n\n"
+        + _table(head, rows)
+        + f"## judge\n\n{inspect.cleandoc(JudgeSettings.__doc__ or '')}\n"
+    )
+
+
 # --- metrics ---------------------------------------------------------------------------------
 
 
 def metric_tables() -> dict[str, dict[str, list[str]]]:
     """By file, and by key: meaning, unit, healthy range."""
     return yaml.safe_load(METRICS.read_text(encoding="utf-8"))
+
+
+def has_meaning(file: str, key: str) -> bool:
+    """True if the table has the key, perhaps with `*` in place of a name."""
+    patterns = (re.escape(known).replace(r"\*", "[^/]+") for known in metric_tables()[file])
+    return any(re.fullmatch(pattern, key) for pattern in patterns)
 
 
 def metrics_page() -> str:
@@ -321,5 +353,6 @@ PAGES: dict[str, Callable[[], str]] = {
     "reference/cli.md": commands_page,
     "reference/recipe.md": recipe_page,
     "reference/methods.md": methods_page,
+    "reference/rewards.md": rewards_page,
     "reference/metrics.md": metrics_page,
 }

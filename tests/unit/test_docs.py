@@ -17,6 +17,7 @@ from gft_lite.objective.methods import METHODS
 from gft_lite.recipe import find_recipe
 from gft_lite.recipe.effects import leaves
 from gft_lite.recipe.schema import Recipe
+from gft_lite.rewards.registry import REWARDS
 from gft_lite.runs.metrics import group_metrics
 from gft_lite.training.updates import Mean, Update, aggregate_updates
 from gft_lite.types import Group, Problem, Response
@@ -135,18 +136,13 @@ def test_every_recipe_field_is_in_the_reference():
     assert [name for name in fields if f"| `{name}` |" not in page] == []
 
 
-def test_every_method_is_in_the_reference():
-    page = generate.methods_page()
-    assert [name for name in METHODS if f"| `{name}` |" not in page] == []
+def test_every_method_and_reward_is_in_the_reference():
+    pages = generate.methods_page(), generate.rewards_page()
+    for page, names in zip(pages, (METHODS, REWARDS), strict=True):
+        assert [name for name in names if f"| `{name}` |" not in page] == []
 
 
 # --- metrics ---------------------------------------------------------------------------------
-
-
-def _documented(file: str, key: str) -> bool:
-    """True if the table has the key, or a key with `*` in place of a name."""
-    patterns = generate.metric_tables()[file]
-    return any(re.fullmatch(re.escape(p).replace(r"\*", "[^/]+"), key) for p in patterns)
 
 
 def _literal_keys(file: str, function: str) -> set[str]:
@@ -169,8 +165,8 @@ def test_metrics_of_a_step_have_a_meaning():
     updates = aggregate_updates([done], Importance())
     keys = [name.replace(".", "/") for name, _ in leaves({**groups, **updates})]
     assert {"reward/self", "engine_gap/p95", "objective/rectified"} <= set(keys)
-    assert [key for key in keys if not _documented("metrics.jsonl", key)] == []
-    assert not _documented("metrics.jsonl", "a_new_metric")
+    assert [key for key in keys if not generate.has_meaning("metrics.jsonl", key)] == []
+    assert not generate.has_meaning("metrics.jsonl", "a_new_metric")
 
 
 @pytest.mark.parametrize(
@@ -184,6 +180,10 @@ def test_metrics_of_a_step_have_a_meaning():
         ("summary.json", "training/stages.py", "_conclude"),
         ("eval/", "evaluation/metrics.py", "measure"),
         ("eval/", "evaluation/metrics.py", "_accuracy_of_counts"),
+        ("results.json of gft-lite eval", "evaluation/evaluator.py", "_drift"),
+        ("results.json of gft-lite eval", "evaluation/metrics.py", "_gain"),
+        ("tokens/, of each token (log.tokens)", "training/ledger.py", "_figures"),
+        ("tokens/, of each token (log.tokens)", "training/ledger.py", "_gradients"),
     ],
 )
 def test_keys_that_the_code_writes_have_a_meaning(table, file, function):
