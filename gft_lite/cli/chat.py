@@ -16,6 +16,7 @@ from gft_lite.cli.common import (
     whole_number,
 )
 from gft_lite.cli.parser import add_command
+from gft_lite.utils.errors import UserError
 
 
 def add(commands: Any) -> None:
@@ -50,16 +51,20 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
+    from gft_lite.cli.inputs import check_targets
+    from gft_lite.evaluation.targets import find_targets
     from gft_lite.recipe.sections import PolicySettings
 
-    with show_imports():
-        from gft_lite.evaluation.targets import find_targets
-        from gft_lite.tools.chat import Chat, answer_once, interact, sampling_for
     given = {"quantization": options.quantization} if options.quantization else {}
     targets = find_targets([options.target], PolicySettings.model_validate(given))
     if not options.allow_code:
         check_model_trust(targets)
-
+    if len(targets) != 1:
+        rule = f"must be one, got {len(targets)}"
+        raise UserError([f"TARGET: {rule}. Name one of its checkpoints."])
+    check_targets(targets)
+    with show_imports():
+        from gft_lite.tools.chat import Chat, answer_once, interact, sampling_for
     from gft_lite.utils.progress import show_phase, stderr_console
 
     sampling = sampling_for(targets, options.temperature, options.max_tokens)

@@ -35,7 +35,5 @@ def run(options: argparse.Namespace) -> int:
     except ImportError:
         rule = "must be installed for completion, got no such package"
         raise UserError([f'shtab: {rule}. pip install "gft-lite[completion]".']) from None
-    from gft_lite.cli.entry_point import make_parser
-
-    print(shtab.complete(make_parser(), options.shell))
+    print(shtab.complete(options.parser, options.shell))
     return DONE

@@ -70,21 +70,28 @@ _SETTINGS_FLAGS = {
 
 def run(options: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
+    from gft_lite.cli.inputs import check_source, check_targets
+    from gft_lite.distillation.teachers import TeacherSettings, is_endpoint
+    from gft_lite.evaluation.targets import find_targets
     from gft_lite.recipe.schema import Recipe
+    from gft_lite.recipe.sections import PolicySettings
 
     recipe = Recipe.load(options.recipe, options.overrides)
     names = {flag.replace("-", "_") for flag in _SETTINGS_FLAGS}
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     check_recipe_trust(options, recipe)
+    check_source(recipe.data, "data")
+    settings = TeacherSettings.from_tree(given)
+    if not is_endpoint(options.teacher, settings):
+        check_targets(find_targets([options.teacher], PolicySettings()))
     with show_imports():
         from gft_lite.distillation.pipeline import distill
     from rich.console import Console
 
     from gft_lite.distillation.console import summary_table
     from gft_lite.distillation.data_set import side_folder
-    from gft_lite.distillation.teachers import TeacherSettings
 
-    summary = distill(recipe, options.teacher, options.out, TeacherSettings.from_tree(given))
+    summary = distill(recipe, options.teacher, options.out, settings)
     Console().print(summary_table(summary))
     for reason, count in summary["failures"].items():
         print(f"failed: {count:,} times: {redact(reason)}")

@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # Not every locale has every character.
     options = argparse.Namespace()
     try:
-        options = _parse(sys.argv[1:] if arguments is None else arguments)
+        options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
         code = _run(options)
         sys.stdout.flush()
         return code
@@ -145,7 +145,7 @@ def _progress(options: argparse.Namespace) -> AbstractContextManager[None]:
     return hide_progress()
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Raises: UserError for arguments and environment variables that are not valid."""
     for text in arguments:
         # Bytes that are not UTF-8 arrive as lone surrogates, which cannot be written to files.
@@ -162,6 +162,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     numbers = {name: _number(name, low) for name, low in _NUMBERS.items()}
     if numbers["WORLD_SIZE"] > 1 and options.run is not train.run:
         parser.error("only train runs in several processes")
+    options.parser = parser
     return options
 
 

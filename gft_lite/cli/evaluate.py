@@ -81,12 +81,14 @@ def run(options: argparse.Namespace) -> int:
         value = getattr(options, flag.replace("-", "_"))
         if value is not None:
             overrides.append(f"{key}=[{value}]" if flag == "k" else f"{key}={value}")
+    from gft_lite.cli.inputs import check_folder, check_targets
     from gft_lite.evaluation.suites import Suite
+    from gft_lite.evaluation.targets import find_targets
 
+    check_folder(options.data_dir, "--data-dir")
+    check_folder(options.harness_include, "--harness-include")
     # Without a suite, overrides of `policy.` and --limit apply to the harness.
     suite = Suite.load(options.suite or "lab", overrides)
-    with show_imports():
-        from gft_lite.evaluation.targets import find_targets
     found = find_targets(targets, suite.policy)
     if not options.allow_code:
         from gft_lite.cli.trust import check_code_trust, check_task_trust, named_code
@@ -95,6 +97,8 @@ def run(options: argparse.Namespace) -> int:
         check_model_trust(found)
         if options.harness_include:
             check_task_trust(options.harness_include)
+    if not options.regrade:
+        check_targets(found)
     harness = _harness_settings(options, suite.limit) if options.harness else None
     tasks = _load_tasks(harness) if harness else None  # Before anything is sampled.
     folder = _evaluate(options, suite, found) if options.suite else None
@@ -107,7 +111,8 @@ def _evaluate(options: argparse.Namespace, suite: Suite, targets: Sequence[Targe
     """Run the suite and print its results; returns the folder."""
     from rich.console import Console
 
-    from gft_lite.evaluation.evaluator import evaluate
+    with show_imports():
+        from gft_lite.evaluation.evaluator import evaluate
     from gft_lite.evaluation.tables import tables
 
     results = evaluate(

@@ -43,12 +43,12 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
-    from gft_lite.policy.model_files import check_model_files
+    from gft_lite.cli.inputs import check_inputs
     from gft_lite.recipe.schema import Recipe
 
     recipe = Recipe.load(options.recipe, options.overrides)
     check_recipe_trust(options, recipe)
-    check_model_files(recipe.policy)
+    check_inputs(recipe)
     with show_imports():
         from gft_lite.training.presample import presample
     from rich.console import Console

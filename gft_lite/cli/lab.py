@@ -21,8 +21,13 @@ def add(commands: Any) -> None:
         ],
     )  # fmt: skip
     lab_commands = lab.add_subparsers(metavar="COMMAND", required=True)
+    _add_compare(lab_commands)
+    _add_study(lab_commands)
+
+
+def _add_compare(commands: Any) -> None:
     compare = add_command(
-        lab_commands, "compare", "train GFT, SFT and GRPO, and print one table",
+        commands, "compare", "train GFT, SFT and GRPO, and print one table",
         description="Trains the lab's recipe by several methods and prints accuracy, retention "
         "and KL of each, as means over the seeds. A run takes about a minute on two"
         " cores.",
@@ -51,8 +56,11 @@ def add(commands: Any) -> None:
     )
     add_verbosity(compare)
     compare.set_defaults(run=_compare)
+
+
+def _add_study(commands: Any) -> None:
     study = add_command(
-        lab_commands, "study", "test the paper's findings; about half an hour",
+        commands, "study", "test the paper's findings; about half an hour",
         description="Tests 17 findings of the paper on three tiny bases, by a decision rule "
         "fixed before the runs, and writes a page of results. The same command "
         "continues after an interruption.",

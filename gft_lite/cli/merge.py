@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from gft_lite.cli.common import (
@@ -51,13 +52,17 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
-    from gft_lite.recipe.sections import PolicySettings
+    from gft_lite.cli.inputs import check_targets
+    from gft_lite.evaluation.targets import find_adapter
+    from gft_lite.utils.files import check_new_folder
 
-    with show_imports():
-        from gft_lite.evaluation.targets import find_targets
-        from gft_lite.tools.merge import LIMIT, merge, next_commands
+    check_new_folder(Path(options.out), "--out")
+    found = [find_adapter(options.target)]
     if not options.allow_code:
-        check_model_trust(find_targets([options.target], PolicySettings()))
+        check_model_trust(found)
+    check_targets(found)
+    with show_imports():
+        from gft_lite.tools.merge import LIMIT, merge, next_commands
     limit = LIMIT if options.limit is None else options.limit
     merge(options.target, options.out, limit=limit, dtype=options.dtype, device=options.device)
     print(f"model: {options.out}")

@@ -73,13 +73,16 @@ def run(options: argparse.Namespace) -> int:
 
 def _merge(options: argparse.Namespace, stack: ExitStack) -> Path:
     """The folder of the merged model, beside the run; `stack` removes it."""
+    from gft_lite.cli.inputs import check_targets
+    from gft_lite.evaluation.targets import find_adapter
+
+    found = [find_adapter(options.target)]
+    if not options.allow_code:
+        check_model_trust(found)
+    check_targets(found)
     with show_imports():
-        from gft_lite.evaluation.targets import find_targets
-        from gft_lite.recipe.sections import PolicySettings
         from gft_lite.tools.merge import merge
 
-    if not options.allow_code:
-        check_model_trust(find_targets([options.target], PolicySettings()))
     beside = Path(options.target).resolve().parent
     scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".push-", dir=beside)))
     merge(options.target, scratch / "model")

@@ -15,6 +15,7 @@ from gft_lite.cli.common import (
     add_recipe,
     add_verbosity,
     output_path,
+    show_imports,
     whole_number,
 )
 from gft_lite.cli.parser import add_command
@@ -137,7 +138,9 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         _print_plan(plan, out)
         return DONE
-    from gft_lite.experiments.referee import referee
+    _check_inputs(plan)
+    with show_imports():
+        from gft_lite.experiments.referee import referee
     from gft_lite.experiments.referee_files import write_referee
 
     comparison = referee(plan, out, jobs=options.jobs, launcher=options.launcher,
@@ -145,6 +148,14 @@ def run(options: argparse.Namespace) -> int:
     found = write_referee(comparison, out)
     _print(comparison, found[comparison.headline], out)
     return FAILED if comparison.failures else DONE
+
+
+def _check_inputs(plan: RefereePlan) -> None:
+    """Raises: RecipeError if a model or data set of the plan is not there."""
+    from gft_lite.cli.inputs import check_inputs
+
+    policies = [plan.recipe.policy.model_copy(update={"model": base}) for base in plan.bases]
+    check_inputs(*(plan.recipe.model_copy(update={"policy": policy}) for policy in policies))
 
 
 def _print_plan(plan: RefereePlan, out: Path) -> None:

@@ -12,10 +12,10 @@ from gft_lite.cli.common import (
     add_allow_code,
     add_verbosity,
     output_path,
-    show_imports,
     whole_number,
 )
 from gft_lite.cli.parser import add_command
+from gft_lite.utils.errors import UserError
 
 
 def add(commands: Any) -> None:
@@ -96,9 +96,12 @@ def run(options: argparse.Namespace) -> int:
         check_code_trust(code, [options.recipe, plan.recipe, *recipes])
     from rich.console import Console
 
-    with show_imports():
-        from gft_lite.experiments.sweep_results import results_by_settings
-        from gft_lite.experiments.sweep_runner import sweep
+    from gft_lite.cli.inputs import check_inputs
+    from gft_lite.experiments.sweep_results import results_by_settings
+    from gft_lite.experiments.sweep_runner import check_launcher, sweep
+
+    check_launcher(options.jobs, options.launcher)
+    check_inputs(*(trial.recipe for trial in plan.trials()))
 
     folder = sweep(
         plan, options.out, jobs=options.jobs, launcher=options.launcher, share=not options.separate
@@ -116,8 +119,9 @@ def run(options: argparse.Namespace) -> int:
             console.print(f"{how}{trial['name']}: {trial['reason']} ({log})",
                           markup=False, soft_wrap=True)  # fmt: skip
     if found := results.get("search"):
-        figure = f"{found['metric'] or 'headline'} {found['figure']}"
-        best = f"best: {found['best']}: {figure}" if found["best"] else "best: no trial is done"
+        best = "best: no trial is done"
+        if found["best"]:
+            best = f"best: {found['best']}: {found['metric'] or 'headline'} {found['figure']:.4g}"
         console.print(best, markup=False, soft_wrap=True)
     console.print(f"sweep: {folder.path}", markup=False, soft_wrap=True)
     return FAILED if failed else DONE
@@ -128,4 +132,7 @@ def _search_overrides(options: argparse.Namespace) -> list[str]:
     given = {"trials": options.search, "metric": options.metric,
              "mode": "min" if options.minimize else None,
              "prune": options.prune or None}  # fmt: skip
+    if options.search is None and any(given.values()):
+        name = next(n for n in ("metric", "minimize", "prune") if getattr(options, n))
+        raise UserError([f"--{name}: must be given with --search N, got no --search."])
     return [f"search.{name}={value}" for name, value in given.items() if value is not None]

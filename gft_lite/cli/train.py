@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -69,8 +70,8 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
+    from gft_lite.cli.inputs import check_inputs
     from gft_lite.objective.methods import METHODS
-    from gft_lite.policy.model_files import check_model_files
 
     recipe = _recipe(options)
     if options.lr_range and (options.resume or options.dry_run):
@@ -85,14 +86,17 @@ def run(options: argparse.Namespace) -> int:
         return DONE
     if options.recipe:  # Else all of it was typed.
         check_recipe_trust(options, recipe)
-    check_model_files(recipe.policy)
+    check_inputs(recipe)
     if options.lr_range:
         return run_range_test(recipe, options)
+    from gft_lite.runs.folder import WorkerRunFolder, choose_folder
+
+    if os.environ.get("WORLD_SIZE", "1") == "1":  # Else another process may have begun the run.
+        choose_folder(recipe.name, options.out, resume=options.resume)
     with show_imports():
         from gft_lite.training.run import train
     from rich.console import Console
 
-    from gft_lite.runs.folder import WorkerRunFolder
     from gft_lite.utils.tables import results_table
 
     folder = train(recipe, options.out, resume=options.resume)

@@ -28,6 +28,7 @@ from gft_lite.distillation.teachers import (
     TeacherRequest,
     TeacherResponse,
     TeacherSettings,
+    is_endpoint,
 )
 from gft_lite.evaluation.sets import open_scorer
 from gft_lite.policy.load_errors import LOAD_ERRORS
@@ -106,10 +107,8 @@ def find_teacher(teacher: str, recipe: Recipe, settings: TeacherSettings, log: L
 
     Raises: UserError for one that does not exist or rejects the key.
     """
-    if re.match("https?://", teacher):
+    if is_endpoint(teacher, settings):
         return EndpointTeacher(teacher, recipe, settings, log)
-    if settings.model is not None:
-        raise UserError([f"model: must be left out for {teacher!r}, which is no address."])
     return LocalTeacher(teacher, recipe, settings)
 
 

@@ -112,6 +112,18 @@ class Teacher(Protocol):
         """
 
 
+def is_endpoint(teacher: str, settings: TeacherSettings) -> bool:
+    """True for the address of an endpoint, False for a model on this machine.
+
+    Raises: UserError for the latter with the name of an endpoint's model.
+    """
+    if teacher.startswith(("http://", "https://")):
+        return True
+    if settings.model is not None:
+        raise UserError([f"model: must be left out for {teacher!r}, which is no address."])
+    return False
+
+
 def prompt_settings(recipe: Recipe, settings: TeacherSettings, style: str) -> PromptSettings:
     """The recipe's prompt settings in the teacher's style, with the teacher's system prompt.
 

@@ -12,7 +12,6 @@ from gft_lite.experiments.sweep_config import MAX_RUNS
 from gft_lite.experiments.sweep_results import other_recipe
 from gft_lite.recipe.schema import Recipe
 from gft_lite.runs.folder import RunFolder
-from gft_lite.training.run import train
 from gft_lite.utils.errors import UserError
 from gft_lite.utils.files import check_output_path
 from gft_lite.utils.progress import stderr_console
@@ -84,6 +83,8 @@ def _folder(out: str | Path, method: str, recipe: Recipe) -> RunFolder:
 def _train(recipe: Recipe, run: RunFolder, console: Console) -> RunFolder:
     if (run.path / "summary.json").exists():
         return run
+    from gft_lite.training.run import train  # Needs torch, which checks of options do without.
+
     console.print(f"[bold]{run.path.name}[/bold]")
     resume = (run.path / "recipe.yaml").exists()
     return train(recipe, run.path, resume=resume, console=console)

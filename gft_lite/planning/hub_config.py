@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.hub import HubUnreachableError, get_from_hub
 
-TIMEOUT = 5  # seconds; hf_hub_download would try again for forty.
 _MAX_BYTES = 1 << 20
 
 
@@ -33,16 +33,12 @@ def read_hub_file(model: str, name: str, revision: str | None = None) -> bytes |
 
 
 def _request(model: str, name: str, revision: str | None) -> bytes | None:
-    import httpx
     from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils import build_hf_headers
 
-    url = hf_hub_url(model, name, revision=revision)
     try:
-        reply = httpx.get(url, headers=build_hf_headers(), timeout=TIMEOUT, follow_redirects=True)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        reason = str(error) or type(error).__name__
-        raise _unknown(model, f"and the hub can't be reached ({reason})") from None
+        reply = get_from_hub(hf_hub_url(model, name, revision=revision))
+    except HubUnreachableError as error:
+        raise _unknown(model, f"and {error}") from None
     # The hub says 401 for a model that does not exist, too.
     if reply.headers.get("X-Error-Code") == "EntryNotFound":
         return None

@@ -7,15 +7,17 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gft_lite.policy.batching import Row
 from gft_lite.recipe.effects import Affects, values_affecting
 from gft_lite.recipe.schema import Recipe
 from gft_lite.runs.folder import DATA_IDENTITY, RunFolder
 from gft_lite.runs.folder_forms import Evaluation, parse_evaluation
 from gft_lite.types import Problem
 from gft_lite.utils.files import atomic_write, read_json
+
+if TYPE_CHECKING:
+    from gft_lite.policy.batching import Row
 
 BASE_EVALUATION, KL_SET = "eval/base.json", "kl_set.json"
 _RECOMPUTE = "Remove the file: --resume then computes it again."
@@ -82,6 +84,8 @@ def read_kl_set(file: Path, problems: Sequence[Problem], vocabulary: int) -> lis
         if not isinstance(value, int) or not 0 <= value < vocabulary:
             raise TypeError(f"{value!r} is not a token id")
         return value
+
+    from gft_lite.policy.batching import Row  # Needs torch.
 
     def parse(value: Any) -> list[Row]:
         rows = [Row(tuple(map(token, prompt)), tuple(map(token, response)))

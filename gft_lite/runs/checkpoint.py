@@ -12,14 +12,15 @@ import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from gft_lite.policy.base import Policy
 from gft_lite.utils.files import INVALID, fsync, write_text_atomic
+
+if TYPE_CHECKING:  # Commands look for checkpoints before they import torch.
+    import torch
 
 MANIFEST = "manifest.json"
 TEACHER = "teacher.safetensors"
@@ -42,6 +43,8 @@ def save(
     steps in `protected` are kept as well.
     Raises: CheckpointError if writing fails; older checkpoints stay as they were.
     """
+    from safetensors.torch import save_file
+
     final = _path(folder, step)
     partial = folder / f"{final.name}.tmp"
     try:
@@ -139,6 +142,8 @@ def restore(
     checkpoint: Path, policy: Policy, optimizer: torch.optim.Optimizer
 ) -> tuple[int, dict[str, int]]:
     """Load a checkpoint into policy and optimiser and return its step and counters."""
+    from safetensors.torch import load_file
+
     policy.load_adapter(checkpoint / "adapter")
     state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     tensors = load_file(checkpoint / "optimizer.safetensors")
@@ -173,7 +178,7 @@ def _flatten(state: dict[int, dict[str, Any]]) -> tuple[dict[str, torch.Tensor],
     for index, entries in state.items():
         for name, value in entries.items():
             key = f"{index}/{name}"
-            if isinstance(value, torch.Tensor):
+            if hasattr(value, "contiguous"):  # A tensor.
                 tensors[key] = value.contiguous()
             else:
                 numbers[key] = value

@@ -267,6 +267,17 @@ class WorkerRunFolder(RunFolder):
     _write_groups = write_tokens = _write_nothing
 
 
+def presampled_recipe(folder: str | Path, field: str) -> Path:
+    """The recipe by which a folder of groups was sampled. Raises: RecipeError if it has none."""
+    file = Path(folder) / "recipe.yaml"
+    if not os.path.isfile(file):
+        raise RecipeError(
+            [f"{field}: must be a folder that gft-lite groups filled, got {str(folder)!r}. "
+             f"Fill it: gft-lite groups RECIPE --out {folder}"]
+        )  # fmt: skip
+    return file
+
+
 # --- finding a run's folder ------------------------------------------------------------------
 
 
@@ -282,7 +293,21 @@ def find_folder(
 
 
 def _find_path(recipe: Recipe, out: str | Path | None, resume: bool) -> Path:
-    default = Path("runs") / recipe.name
+    path = choose_folder(recipe.name, out, resume=resume)
+    if os.path.isfile(path / "recipe.yaml"):
+        _check_own_recipe(recipe, path / "recipe.yaml")
+    if path.is_dir():
+        with lock_folder(path):  # Fails before a model is loaded.
+            pass
+    return path
+
+
+def choose_folder(name: str, out: str | Path | None, *, resume: bool) -> Path:
+    """The path of the folder of the run `name`, which is new, or has a run if `resume`.
+
+    Raises: UserError if `out` cannot be written to, holds a run, or none to resume.
+    """
+    default = Path("runs") / name
     if not resume:
         check_output_path(default if out is None else out)
     path = Path(out) if out is not None else _default_folder(default, resume)
@@ -301,11 +326,6 @@ def _find_path(recipe: Recipe, out: str | Path | None, resume: bool) -> Path:
         )  # fmt: skip
     if resume:
         check_output_path(path)
-    if has_recipe:
-        _check_own_recipe(recipe, saved)
-    if path.is_dir():
-        with lock_folder(path):  # Fails before a model is loaded.
-            pass
     return path
 
 

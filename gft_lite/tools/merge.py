@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import Tensor
 
 from gft_lite.data.prompts import PromptFormat
-from gft_lite.evaluation.targets import Target, find_targets
+from gft_lite.evaluation.targets import Target, find_adapter
 from gft_lite.objective.losses import k3
 from gft_lite.policy.base import Policy, evaluating
 from gft_lite.policy.batching import Row
@@ -32,8 +32,7 @@ from gft_lite.rollout.transformers_engine import TransformersEngine
 from gft_lite.runs.folder import RunFolder, stage_folder
 from gft_lite.runs.model_card import known_as, write_merged_card
 from gft_lite.types import Problem
-from gft_lite.utils.errors import UserError
-from gft_lite.utils.files import check_output_path
+from gft_lite.utils.files import check_new_folder
 from gft_lite.utils.progress import show_phase, stderr_console, track
 
 # Nats per token. bf16 arithmetic alone causes a gap of 0.002 on the lab's own text, 0.012 for
@@ -96,8 +95,8 @@ def merge(
     if log-probs changed by more than `limit` nats per token, or are closer to the base's.
     """
     console = console or stderr_console()
-    _check_output(Path(out))
-    found, out = _find_adapter(target), Path(out).resolve()  # A rename onto a link would fail.
+    check_new_folder(Path(out), "--out")
+    found, out = find_adapter(target), Path(out).resolve()  # A rename onto a link would fail.
     partial = out.with_name(f"{out.name}.tmp")
     trained = found.policy.model_copy(update=_portable_settings(device))
     settings = trained.model_copy(update={"quantization": "none", "dtype": dtype})
@@ -141,23 +140,6 @@ def _portable_settings(device: str) -> dict[str, Any]:
     """Replacements for the settings that only make training faster on one machine."""
     return {"device": device, "attention": "sdpa", "layout": "auto",
             "offload_checkpoints": False, "offload_embedding": False}  # fmt: skip
-
-
-def _find_adapter(target: str) -> Target:
-    """Raises: UserError for a target that is not exactly one adapter."""
-    found = find_targets([target], PolicySettings())
-    if len(found) != 1 or found[0].adapter is None:
-        rule = "must be one run, RUN@step-N, or the folder of one adapter"
-        raise UserError([f"TARGET: {rule}, got {target!r}. Only an adapter can be merged."])
-    return found[0]
-
-
-def _check_output(out: Path) -> None:
-    """Raises: UserError for a path that cannot become a new folder."""
-    check_output_path(out, "--out", "folder")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        rule = "must be a new or empty folder"
-        raise UserError([f"--out: {rule}, got {str(out)!r}. Choose another."])
 
 
 def _merge_into(

@@ -16,7 +16,7 @@ from gft_lite.policy.batching import Row
 from gft_lite.recipe.effects import Affects, differences, values_affecting
 from gft_lite.recipe.schema import Recipe
 from gft_lite.runs.base_cache import BASE_EVALUATION, KL_SET, base_inputs, copy_base_files
-from gft_lite.runs.folder import RunFolder
+from gft_lite.runs.folder import RunFolder, presampled_recipe
 from gft_lite.training.visits import ProblemVisit, presampled_visits
 from gft_lite.types import Group, Problem, Response
 from gft_lite.utils.errors import RecipeError, short_repr
@@ -211,12 +211,7 @@ def check_sampling_recipe(
 
     Raises: RecipeError for each field with an effect on groups that differs.
     """
-    file = Path(folder) / "recipe.yaml"
-    if not file.is_file():
-        raise RecipeError(
-            [f"{field}: must be a folder that gft-lite groups filled, got {str(folder)!r}. "
-             f"Fill it: gft-lite groups RECIPE --out {folder}"]
-        )  # fmt: skip
+    file = presampled_recipe(folder, field)
     sampled_by = Recipe.load(file)
     if differing := [
         f"{name}: must be {short_repr(old)} as in {file}, by which the groups were sampled, "

@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gft_lite.utils.files import cached_json
+
+if TYPE_CHECKING:  # A run's folder is found and checked before torch is imported.
+    import torch
 
 T = TypeVar("T")
 # How long a process waits for the slowest; torch's default of minutes is too short for a rollout.
@@ -77,6 +78,7 @@ class Distributed:
 
     def all_reduce_sum_(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replace each tensor by its sum over the processes, in place."""
+        import torch
         from accelerate.utils import reduce
 
         whole: Any = reduce(torch.cat([t.flatten() for t in tensors]), reduction="sum")
@@ -91,6 +93,7 @@ def init_distributed(device: str) -> Distributed:
     """Join the process group that `accelerate launch` has prepared, if any, for `device`."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return SINGLE_PROCESS
+    import torch
     from accelerate import PartialState
 
     first = not torch.distributed.is_initialized()

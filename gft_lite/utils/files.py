@@ -101,6 +101,14 @@ def check_output_path(
         raise RecipeError([f"{rule}, got {short_repr(os.fspath(path))}. {advice}"])
 
 
+def check_new_folder(path: Path, field: str) -> None:
+    """Raises: UserError that names `field` for a path that can't become a new folder."""
+    check_output_path(path, field, "folder")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        rule = "must be a new or empty folder"
+        raise UserError([f"{field}: {rule}, got {str(path)!r}. Choose another."])
+
+
 def _unusable(text: str, kind: str) -> str | None:
     """What the user can do about a path that cannot be written to, None if it can."""
     if not text or "\0" in text:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from gft_lite.cli import main
 from gft_lite.cli.common import add_verbosity
-from gft_lite.cli.entry_point import COMMANDS, make_parser
+from gft_lite.cli.entry_point import COMMANDS, make_parser, parse_arguments
 from gft_lite.cli.parser import Parser
 from gft_lite.utils.progress import stderr_console
 
@@ -45,7 +45,7 @@ def test_every_command_has_a_description_and_examples_that_parse(name, tmp_path,
         (folder / run).mkdir(parents=True)
     for words in mine:
         if words[0] == "gft-lite":
-            make_parser().parse_args(words[1:])
+            parse_arguments(words[1:])
 
 
 @pytest.mark.parametrize("name", ["gft-lite", *ALL])
@@ -99,7 +99,7 @@ def test_version_and_help_of_the_program(capsys):
          "optim.lr=1 without dashes. See gft-lite train --help."),
         ("chat lab more", "arguments: must be those of gft-lite chat, got 'more' in "
          "addition. See gft-lite chat --help."),
-        ("train --res", "RECIPE: must be given, got none. See gft-lite train --help."),
+        ("groups --visits 2", "RECIPE: must be given, got none. See gft-lite groups --help."),
         ("train r.yaml --resum", "--resum: must be an option of gft-lite train. Did you mean "
          "--resume? See gft-lite train --help."),
         ("merge r --out m --dtype float", "--dtype: must be one of bfloat16, float32, got 'float'. "
