@@ -161,7 +161,7 @@ class Sweep(Settings):
             yield "seeds: must be 1 with search; run its best point again with more seeds"
         if not self.grid:
             yield "grid: must have the fields to search"
-        if self.points is not None and trials > self.points:
+        elif self.points is not None and trials > self.points:
             yield f"search.trials: must be at most {self.points:,}, the points of the grid"
         if trials > MAX_RUNS:
             yield f"search.trials: must be at most {MAX_RUNS:,}"

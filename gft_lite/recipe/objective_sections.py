@@ -81,8 +81,9 @@ class RewardFunctionSettings(Settings):
             try:
                 make_rule(RewardFunction(self.name, parameters=self.parameters))
             except RewardError as error:
-                rule = str(error).partition("parameters ")[2].partition(", got ")[0]
-                raise ValueError(f"parameters: {rule}") from error
+                rule, _, got = str(error).partition("parameters ")[2].partition(", got ")
+                value = got.partition(". For example ")[0]
+                raise ValueError(f"parameters: {rule}, not {value}") from error
         return self
 
 

@@ -32,7 +32,7 @@ class JudgeServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), JudgeHandler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.bodies, self.keys, self.lock = [], [], threading.Lock()
-        self.reply = lambda body: None
+        self.reply, self.probe = lambda body: None, "ready"
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
@@ -59,10 +59,13 @@ class JudgeHandler(JsonHandler):
             self.server.bodies.append(body)
             self.server.keys.append(self.headers["Authorization"])
         is_probe = len(body["messages"]) == 1
-        reply = "ready" if is_probe else self.server.reply(body) or self.server.judge(body)
+        reply = self.server.reply(body) or self.server.judge(body) if not is_probe else (
+            self.server.probe
+        )  # fmt: skip
         if isinstance(reply, int):
             return self.send(reply, {"error": {"message": "the judge is ill"}})
-        choice = {"message": {"content": reply}, "finish_reason": "stop"}
+        reason = "length" if reply.endswith("<cut>") else "stop"
+        choice = {"message": {"content": reply.removesuffix("<cut>")}, "finish_reason": reason}
         usage = {"prompt_tokens": 100, "completion_tokens": 7}
         return self.send(200, {"choices": [choice], "usage": usage})
 
@@ -127,6 +130,9 @@ def test_the_names_of_judges_in_a_recipe():
     for name in ("judge-", "judge-1", "judges", "exact-a"):
         with pytest.raises(RecipeError, match=r"reward\.functions\.0\.name: must be one of"):
             Recipe.from_tree({"reward": {"functions": [{"name": name}]}})
+    parameters["mode"] = "vote"
+    with pytest.raises(RecipeError, match=r"parameters: must have mode: score or rank, not 'vote'"):
+        Recipe.from_tree(tree)
     with pytest.raises(RecipeError, match=r"parameters: .*rubric"):
         Recipe.from_tree(
             {"reward": {"functions": [{"name": "judge-a", "parameters": {"url": "x"}}]}}
@@ -322,6 +328,19 @@ def test_a_judge_that_can_t_be_reached_ends_a_training_before_it_begins(tmp_path
     assert line.startswith(f"reward 'judge': url: must answer, but {url}")
     assert not any("loading" in phase for phase in phases)
     assert not (tmp_path / "r").exists()
+
+
+def test_a_judge_that_is_ill_is_asked_twice_before_a_training_begins(server):
+    server.probe = 503
+    with pytest.raises(UserError, match=r"url: must .*answered 503: the judge is ill"):
+        judged(server, [group("abc")])
+    assert len(server.bodies) == 2
+
+
+def test_a_reply_that_was_cut_off_is_not_read(server):
+    server.reply = lambda body: "SCORE: 1<cut>" if len(body["messages"]) == 2 else "SCORE: 7"
+    scored, _, used = judged(server, [group("abc")])
+    assert (rewards(scored), used["requests"]) == ([[0.7]], 2)
 
 
 def test_a_server_with_several_models_or_another_key_is_rejected(server):

@@ -154,7 +154,8 @@ def test_a_folder_of_another_search_is_an_error(tmp_path):
         ("--search 7", "search.trials: must be at most 3, the points of the grid"),
         ("--search 3 --seeds 2", "seeds: must be 1 with search"),
         ("--search 3 --random 2", "random: must not be given with search"),
-        ("--prune", "search.trials: "),
+        ("--prune", "--prune: must be given with --search N, got no --search."),
+        ("--metric test/pass@1 --prune", "--metric: must be given with --search N"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_one_line(flags, error, capsys):
@@ -163,6 +164,12 @@ def test_wrong_input_is_one_line(flags, error, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert error in lines[0]
+
+
+def test_a_search_without_a_grid_is_one_line(capsys):
+    assert main(["sweep", "recipes/lab.yaml", "--search", "3", "--dry-run"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "grid: must have the fields to search" in line
 
 
 def test_each_value_of_the_grid_is_checked_before_anything_runs():
