@@ -1,8 +1,10 @@
 """vLLM's worker for CPUs with faster LoRA: one product per adapter instead of one per token.
 
 vLLM's own functions (`vllm.lora.ops.torch_ops`) copy the adapter's matrices for every token of a
-batch before they multiply. The functions here take the same arguments and give the same results up
-to rounding. vLLM imports this module by its name, in the process that holds the model.
+batch before they multiply, and are called for each of the linears that vLLM has fused. Where all
+tokens have one adapter, as in training, two products are made for all of these linears. The
+functions here take the same arguments and give the same results up to rounding. vLLM imports this
+module by its name, in the process that holds the model.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from torch.nn.functional import linear
 from vllm.lora.punica_wrapper import punica_cpu
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+VLLMS_LINEAR = punica_cpu.PunicaWrapperCPU.add_lora_linear
+Stack = tuple[Tensor, ...]  # A matrix [slots, 1, O, I] for each of the linears that are fused.
 Runs = list[tuple[slice, int]]  # Successive rows, and the slot of their adapter or -1 for none.
 
 
@@ -25,7 +29,46 @@ class CpuLoraWorker(CPUWorker):
         """Replace the functions where vLLM looks them up, and initialise the device."""
         for function in REPLACEMENTS:
             setattr(punica_cpu, function.__name__, function)
+        punica_cpu.PunicaWrapperCPU.add_lora_linear = add_lora_linear
         super().init_device()
+
+
+# --- the fused linears -------------------------------------------------------------------------
+
+
+def add_lora_linear(
+    self: Any, y: Tensor, x: Tensor, lora_a: Stack, lora_b: Stack, scale: float,
+    output_slices: tuple[int, ...], **kwargs: Any,
+) -> None:  # fmt: skip
+    """Add the adapter's part to the fused output of some linears, in place.
+
+    Shapes: y [T, sum of output_slices], x [T, I].
+    """
+    if self.is_prefill and self.no_lora:
+        return
+    if not self.is_prefill or self.batch_size != 1 or kwargs:  # Rows of several adapters, or none.
+        VLLMS_LINEAR(self, y, x, lora_a, lora_b, scale, output_slices, **kwargs)
+        return
+    a, b = fused(lora_a, lora_b, int(self._lora_indices_per_batch[0]))
+    hidden = linear(x.float(), a)
+    if scale != 1:
+        hidden *= scale
+    y.addmm_(hidden.to(y.dtype), b)
+
+
+def fused(lora_a: Stack, lora_b: Stack, slot: int) -> tuple[Tensor, Tensor]:
+    """The adapter in `slot` as [R, I] in fp32 and block-diagonal [R, O], kept until it changes."""
+    stacks = (*lora_a, *lora_b)
+    # torch counts changes of a tensor in place, but not of tensors made in inference mode.
+    counted = not any(stack.is_inference() for stack in stacks)
+    state = (slot, *(stack._version for stack in stacks)) if counted else None
+    known, matrices = getattr(lora_a[0], "_gft_lite_fused", (None, None))
+    if matrices is None or state is None or state != known:
+        a = torch.cat([stack[slot, 0] for stack in lora_a]).float()
+        b = torch.block_diag(*(stack[slot, 0] for stack in lora_b)).T.contiguous()
+        matrices = a, b
+        lora_a[0]._gft_lite_fused = state, matrices  # type: ignore[attr-defined]
+    return matrices
 
 
 # --- the replacements --------------------------------------------------------------------------

@@ -97,6 +97,37 @@ def test_results_are_those_of_vllm_to_rounding(dtype, dimensions, indices):
                     _assert_equal_to_rounding(found, expected, dtype)
 
 
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_fused_linears_are_vllms_and_follow_changes_of_the_adapter(dtype, counted):
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    from gft_lite.rollout import vllm_cpu_lora as ours
+
+    torch.manual_seed(0)
+    sizes, fused = (30, 10, 10), []
+    wrapper = punica_cpu.PunicaWrapperCPU(TOKENS, TOKENS, "cpu")
+    wrapper.is_prefill = True
+    with torch.inference_mode(mode=not counted):
+        a = tuple(_weights(RANK, INPUTS, dtype, 4) / INPUTS**0.5 for _ in sizes)
+        b = tuple(_weights(size, RANK, dtype, 4) / RANK**0.5 for size in sizes)
+    for indices in (*INDICES.values(), INDICES["one adapter"]):
+        wrapper.indices_len[0] = TOKENS
+        wrapper._token_lora_indices[:TOKENS] = torch.tensor(indices)
+        wrapper._update_prefill_metadata(torch.tensor(indices))
+        x, y = torch.randn(TOKENS, INPUTS).to(dtype), torch.randn(TOKENS, 50).to(dtype)
+        expected, found = y.clone(), y.clone()
+        ours.VLLMS_LINEAR(wrapper, expected, x, a, b, 1.0, sizes)
+        ours.add_lora_linear(wrapper, found, x, a, b, 1.0, sizes)
+        _assert_equal_to_rounding(found, expected, dtype)
+        assert torch.equal(found, y) == (set(indices) == {-1})
+        fused.append(ours.fused(a, b, 1)[0])
+        with torch.inference_mode():  # As vLLM loads the next adapter.
+            a[2][1, 0, :4].copy_(torch.full((4, INPUTS), 0.2))
+    assert not torch.equal(fused[0], fused[-1])
+    assert (ours.fused(a, b, 1)[0] is ours.fused(a, b, 1)[0]) == counted
+
+
 def test_rows_without_adapter_get_none():
     """vLLM's functions take the last slot for index -1, an adapter if all slots are used."""
     from gft_lite.rollout import vllm_cpu_lora as ours
