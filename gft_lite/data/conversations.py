@@ -17,6 +17,8 @@ _ROLES = {
 }  # fmt: skip
 # Columns of whole conversations, the first one that a data set has.
 _WHOLE = ("messages", "conversations")
+# Columns of what follows TRL's `prompt`; without one, `chosen` is a whole conversation.
+_COMPLETIONS = ("completion", "chosen")
 _TOOLS = ("tool_calls", "function_call")
 
 
@@ -47,7 +49,10 @@ def find_columns(columns: ColumnsSettings, rows: Iterable[Mapping[str, Any]]) ->
         if whole := next((name for name in _WHOLE if name in row), None):
             found = {"messages": whole}
         elif "prompt" in row:
-            found = {"problem": "prompt", "expert": ["completion"] * ("completion" in row)}
+            experts = [name for name in _COMPLETIONS if name in row]
+            found = {"problem": "prompt", "expert": experts[:1]}
+        elif "chosen" in row and "rejected" in row:
+            found = {"messages": "chosen"}
         if found:
             return found if columns.answer in (None, *row) else {**found, "answer": None}
     return {}

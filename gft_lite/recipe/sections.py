@@ -140,8 +140,8 @@ class ColumnsSettings(Settings):
     system message and all turns up to the last user turn are the prompt, an assistant turn after
     it is an expert demonstration. A list of messages in `problem` is a prompt too. Where no column
     is named, and the data have no column `problem`, columns `messages`, `conversations`, or TRL's
-    `prompt` and `completion`, are found by their names; the answers are then in `answer` if that
-    exists.
+    `prompt` and `completion` or `chosen`, are found by their names; the answers are then in
+    `answer` if that exists.
     """
 
     problem: str | list[str] = "problem"

@@ -27,7 +27,7 @@ EARLIER = [
 SMALL = [
     "data.prompt.style=chat", "data.holdout=4", "train.steps=2", "train.problems_per_step=4",
     "monitor.problems=2", "eval.samples=1", "eval.k=[1]", "rollout.max_tokens=24",
-    "eval.sets.test.problems=2", "eval.sets.retention.problems=2",
+    "eval.sets.test.problems=2", "eval.sets.retention.problems=2", "policy.quantization=none",
 ]  # fmt: skip
 SFT = ["method=sft", "group={expert: 1, teacher: 0, self: 0, shortfall: drop}"]
 GFT = ["group={expert: 1, teacher: 0, self: 2}", "data.columns.answer=gold"]
@@ -188,3 +188,21 @@ def test_conversations_in_plain_style_and_rewards_without_answers_are_errors(cap
     expected = "data.columns.answer: must name a column, as reward exact compares with it, got null"
     assert expected in capsys.readouterr().err
     assert not Path("run").exists()
+
+
+def test_training_on_data_without_a_recipe_and_without_answers(capsys):
+    pairs = [{"prompt": row["problem"], "completion": f"It is {row['expert'][0]}, which is all."}
+             for row in rows("train", 12)]  # fmt: skip
+    Path("pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    small = ["train.steps=1", "train.problems_per_step=4", "monitor.problems=1", "policy.threads=1"]
+    words = ["train", "--data", "pairs.jsonl", "--model", "lab", *small, "--out", "run"]
+    assert main(words) == 0
+    printed = capsys.readouterr().err
+    assert "data.columns.expert=[completion]" in printed
+    assert "evaluating the base on nothing" in printed
+    folder = RunFolder("run")
+    recipe = Recipe.load("run/recipe.yaml")
+    assert (recipe.method, recipe.data.columns.answer, recipe.data.holdout) == ("sft", None, 2)
+    assert [step["trajectories"] for step in folder.metrics()] == [4]
+    assert (folder.path / "adapter" / "adapter_model.safetensors").is_file()
+    assert main([*words, "--resume"]) == 0  # The same guesses.

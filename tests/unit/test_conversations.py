@@ -72,6 +72,8 @@ NULLS = [m | {"tool_calls": None, "name": None} for m in MESSAGES]  # as Arrow f
         ({"row": {"talk": MESSAGES}, "problem": "no"}, {"messages": "row.talk"}),
         ({"prompt": MESSAGES[:-1], "completion": MESSAGES[-1:]}, {}),
         ({"prompt": MESSAGES[:-1], "completion": "It is 4."}, {}),
+        ({"prompt": MESSAGES[:-1], "chosen": MESSAGES[-1:], "rejected": MESSAGES[-1:]}, {}),
+        ({"chosen": MESSAGES, "rejected": MESSAGES[:-1]}, {}),
         ({"prompt": json.dumps(MESSAGES[:-1]), "completion": json.dumps(MESSAGES[-1:])}, {}),
         ({"q": MESSAGES[:-1], "a": MESSAGES[-1:]}, {"problem": "q", "expert": "a"}),
     ],
