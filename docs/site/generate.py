@@ -255,12 +255,23 @@ def _parameters() -> str:
     """The parameters that the methods' own losses add to `objective`."""
     shared = ObjectiveSettings.model_fields
     rows = [
-        [f"`objective.{name}`", f"`{method}`", _code(_value(p.default))]
-        for method, known in METHODS.items()
-        for name, p in known.parameters.items()
+        [f"`objective.{name}`", f"`{method}`", _code(_value(value))]
+        for method in METHODS
+        for name, value in _defaults(method).items()
         if name not in shared
     ]
     return "Parameters of single methods:\n\n" + _table(["field", "method", "default"], rows)
+
+
+def _recipe(method: str) -> Recipe:
+    """The defaults of a method; of a teacher any, as some methods need one of their own."""
+    return Recipe.from_tree({"method": method, "teacher": {"model": "any"}})
+
+
+def _defaults(method: str) -> dict[str, Any]:
+    """The parameters of a method with their values where the recipe says nothing."""
+    values = _recipe(method).objective.model_dump()
+    return {name: values[name] for name in METHODS[method].parameters}
 
 
 # --- methods ---------------------------------------------------------------------------------
@@ -272,7 +283,7 @@ def methods_page() -> str:
 
     rows = []
     for name, method in METHODS.items():
-        recipe = Recipe.from_tree({"method": name, "teacher": {"model": "any"}})
+        recipe = _recipe(name)
         group = " + ".join(
             str(getattr(recipe.group, s)) if s in method.sources else "-"
             for s in ("expert", "teacher", "self")
@@ -290,8 +301,18 @@ def methods_page() -> str:
         "[referee](../guides/referee.md) tunes beside the learning rate. "
         "[Methods and losses](../guides/methods.md) says more.\n\n"
         + _table(head, rows)
-        + f"```\n{methods._LEGEND.strip()}\n```\n"
+        + f"```\n{methods._LEGEND.strip()}\n```\n\n"
+        + "".join(f"## {name}\n\n{_method(name)}" for name in METHODS)
     )
+
+
+def _method(name: str) -> str:
+    """What the docstrings say of the method's loss, of its selection of rows and its prefixes."""
+    method = METHODS[name]
+    functions = [f for f in (method.loss, method.select, method.prefixes) if f]
+    texts = [inspect.getdoc(f) or "" for f in functions]
+    shown = ", ".join(_code(f"{key}: {_value(value)}") for key, value in _defaults(name).items())
+    return "\n\n".join([*texts, f"Parameters, under `objective`: {shown or 'none'}."]) + "\n\n"
 
 
 # --- rewards ---------------------------------------------------------------------------------

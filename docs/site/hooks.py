@@ -19,6 +19,8 @@ INCLUDED = (
     "recipes/README.md",
     "examples/lab_study.md",
     "examples/referee_lab.md",
+    "examples/referee_lab/referee.html",
+    "examples/real/report.html",
     "examples/real/README.md",
     *(str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("examples/lab_study/*.svg"))),
 )
