@@ -21,6 +21,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from gft_lite.utils.library_output import hide_library_messages
+
 Figures = dict[str, Any]
 LONGEST_ERROR = 1500  # characters
 LINGER = 5  # seconds
@@ -182,6 +184,7 @@ def _follow(
 def _work(path: str, setup: Any, home: Connection, known: list[str]) -> None:
     """What a part's process does; it ends with the process that started it."""
     threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
+    hide_library_messages()
     module, _, name = path.partition(":")
     try:
         getattr(import_module(module), name)(setup, Notes(home, known))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from gft_lite.policy.base import Policy
 from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.imports import uncompiled_functions
 from gft_lite.utils.library_output import hide_library_messages
 from gft_lite.utils.paths import PACKAGE
 
@@ -48,6 +49,9 @@ def load_policy(
     entry = BACKENDS[settings.backend]
     _check_available(entry, settings, rollout)
     hide_library_messages()
+    if entry.needs is None:
+        with uncompiled_functions():
+            importlib.import_module("bitsandbytes")
     return importlib.import_module(entry.module).load(settings, seed, rollout, kept)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module, metadata
 from typing import Any
 
@@ -51,3 +53,24 @@ def load_dotted(path: str) -> Any:
         raise ValueError(
             f"must be a name in {module_name}, got no such name. Check the spelling."
         ) from None
+
+
+@contextmanager
+def uncompiled_functions() -> Iterator[None]:
+    """Let torch.compile return functions as they are, for the length of a `with`.
+
+    bitsandbytes compiles functions when it is imported, which only devices without kernels of its
+    own call. That would import torch's compiler, for more than a second of CPU time.
+    """
+    import torch
+
+    compile = torch.compile
+
+    def unchanged(function: Callable[..., Any] | None = None, **_: Any) -> Any:
+        return (lambda f: f) if function is None else function
+
+    torch.compile = unchanged  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compile

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from typing import get_args
@@ -28,15 +27,30 @@ def test_the_recipe_accepts_exactly_the_backends_of_the_table():
 
 
 @no_gpu
-def test_without_a_gpu_unsloth_is_rejected_before_it_is_imported(tmp_path):
-    command = [sys.executable, "-X", "importtime", "-m", "gft_lite", "train", "recipes/lab.yaml",
-               "policy.backend=unsloth", "--out", str(tmp_path / "run")]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
-    assert done.returncode == 2
+def test_without_a_gpu_unsloth_is_rejected_before_a_policy_is_imported(
+    tmp_path, monkeypatch, capsys
+):
+    policies = ("bitsandbytes", "gft_lite.policy.qlora", "unsloth_zoo")
+    for name in policies:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    out = ["--out", str(tmp_path / "run")]
+    assert main(["train", "recipes/lab.yaml", "policy.backend=unsloth", *out]) == 2
     rule = "policy.backend: must be transformers without a CUDA GPU, got unsloth"
-    assert rule in done.stderr
-    assert "unsloth_zoo" not in done.stderr and "bitsandbytes" not in done.stderr
+    assert rule in capsys.readouterr().err
+    assert not set(policies) & set(sys.modules)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_policy_is_loaded_without_torchs_compiler():
+    code = (
+        "import sys, torch; from gft_lite.utils.imports import uncompiled_functions\n"
+        "plain = torch.compile\n"
+        "with uncompiled_functions():\n import bitsandbytes\n"
+        "assert torch.compile is plain\n"
+        "print('torch._inductor.compile_fx' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "False\n", done.stderr
 
 
 @no_gpu
