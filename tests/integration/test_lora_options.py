@@ -193,6 +193,21 @@ def test_first_factors_of_a_matrix_with_known_singular_values():
     assert (b.T @ (weight - b @ a)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_with_a_scale(init, model):
+    """PiSSA's s B0 A0 is the principal part of the weight; OLoRA's B0 is Q, whatever s is."""
+    policy, s, rank = load(model, init=init, use_rslora=True), 8 / 2, 4
+    layer = next(m for m in policy.model.modules() if isinstance(m, LoraLayer))
+    with torch.no_grad():
+        a, b = layer.lora_A["default"].weight[:rank], layer.lora_B["default"].weight[:, rank:]
+        weight = layer.get_base_layer().weight
+        if init == "olora":
+            assert (b.T @ b - torch.eye(rank)).abs().max() < 1e-5
+        else:
+            left = torch.linalg.svdvals(weight)[rank:].norm().item()
+            assert (weight - s * b @ a).norm().item() == pytest.approx(left, rel=5e-3)
+
+
 def test_pissa_leaves_the_codes_of_an_nf4_base(model):
     """The factors are those of the dequantised weights."""
     policy, plain = load(model, "nf4", init="pissa"), load(model, "nf4")
