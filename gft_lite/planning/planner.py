@@ -235,14 +235,18 @@ def what_would_fit(model: MemoryModel, limit: int) -> str:
 def plan_for(recipe: Recipe, gpu: str | None) -> Plan:
     """The recipe's plan on a GPU of a name or size.
 
-    Without a GPU, the plan is for this machine: its first GPU, or else its free RAM; for a recipe
-    with `policy.device: cuda` the smallest of CARDS on which it fits takes the place of the RAM.
+    Without a GPU, the plan is for this machine: its first GPU, or else its free RAM, or as much of
+    them as `train.memory`; for a recipe with `policy.device: cuda` the smallest of CARDS on which
+    it fits takes the place of the RAM.
 
     Raises: UserError for an unknown GPU or a model that can't be planned.
     """
     recipe = recipe.with_needed_engine()
     on_cpu = recipe.policy.resolved_device(cuda_available=True) == "cpu"
     machines = _machines(gpu, on_cpu=on_cpu, on_gpu=recipe.policy.device.startswith("cuda"))
+    if gpu is None and recipe.train.memory != "auto":
+        size = parse_size(recipe.train.memory, "train.memory")
+        machines = [replace(machines[0], size=size)]
     shape = find_shape(recipe.policy.model, recipe.policy.revision)
     plans = []
     for machine in machines:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ import yaml
 from gft_lite.data.detect import MARKER, Detected, Guess, detect
 from gft_lite.data.sources import FORMATS
 from gft_lite.objective.methods import METHODS
-from gft_lite.planning.gpus import named_machine, own_machine
+from gft_lite.planning.gpus import Machine, named_machine, own_machine
 from gft_lite.planning.hub_config import read_hub_file
 from gft_lite.planning.model_shape import ModelShape, find_shape
 from gft_lite.planning.planner import Plan, plan_for, what_would_fit
@@ -25,6 +26,7 @@ from gft_lite.recipe.effects import leaves
 from gft_lite.recipe.loader import Dumper, merge, nested, read_overrides
 from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import PolicySettings
+from gft_lite.utils.cpu import has_bf16_instructions
 from gft_lite.utils.errors import RecipeError, UserError
 from gft_lite.utils.memory import GIB
 
@@ -34,6 +36,7 @@ NO_REWARD = (
 )
 _COLUMNS = "data.columns."
 TEMPLATE_TOKENS = 48  # Of a chat template with its system message, and of the prompt's template.
+CPU_SHARE = 0.2  # Of the free RAM, for weights that are not quantised.
 CHARS_PER_TOKEN = 3  # Where the model's tokenizer is not on this machine.
 
 
@@ -70,7 +73,7 @@ def draft_recipe(source: str, model: str, gpu: str | None, overrides: Sequence[s
     columns = {f.removeprefix(_COLUMNS): v for f, v in given.items() if f.startswith(_COLUMNS)}
     detected = detect(settings, columns)
     shape, unplanned = _shape(model)
-    facts = _Facts(source, model, detected, shape, given, on_gpu=machine.device == "cuda")
+    facts = _Facts(source, model, detected, shape, given, machine)
     guesses = _with_given(tuple(facts.guesses()), given)
     recipe = Recipe.from_tree(_tree(guesses))
     if unplanned:
@@ -154,7 +157,12 @@ class _Facts:
     detected: Detected
     shape: ModelShape | None
     given: Mapping[str, Any]
-    on_gpu: bool
+    machine: Machine
+
+    @property
+    def on_gpu(self) -> bool:
+        """True if the recipe is for a GPU."""
+        return self.machine.device == "cuda"
 
     def guesses(self) -> Iterator[Guess]:
         """Every guess, in the order of the recipe."""
@@ -167,6 +175,7 @@ class _Facts:
         room = _round_up(prompt.value + response.value + 1)
         context = min(room, self._context)
         yield Guess("policy.context", context, "prompt and response together, in tokens")
+        yield from self._cpu_policy()
         for field in ("policy.gradient_checkpointing", "policy.offload_checkpoints",
                       "policy.offload_embedding"):  # fmt: skip
             yield Guess(field, "auto", "the memory plan decides")
@@ -178,6 +187,7 @@ class _Facts:
         yield from self._group(str(method.value))
         yield from self._reward()
         yield response
+        yield from self._cpu_engine(str(method.value))
         yield Guess("rollout.batch_size", "auto", "the memory plan decides")
         yield Guess("optim.lr", "auto", "by the model's width and the method; --lr-range measures")
         yield from self._course(str(method.value))
@@ -185,6 +195,22 @@ class _Facts:
     @property
     def _context(self) -> int:
         return self.shape.context if self.shape else 4096
+
+    def _cpu_policy(self) -> Iterator[Guess]:
+        """Weights that a CPU need not dequantise for every product, where they fit."""
+        if self.on_gpu or self.shape is None:
+            return
+        weights = 4 * (self.shape.linear_parameters + self.shape.plain_parameters)
+        if weights < CPU_SHARE * self.machine.size:
+            yield Guess("policy.quantization", "none", "a CPU dequantises weights for each product")
+        if has_bf16_instructions():
+            yield Guess("policy.dtype", "bfloat16", "this CPU has instructions for it")
+
+    def _cpu_engine(self, method: str) -> Iterator[Guess]:
+        known = METHODS.get(method)
+        samples = known is None or "self" in known.sources
+        if not self.on_gpu and samples and importlib.util.find_spec("vllm"):
+            yield Guess("rollout.engine", "vllm", "it samples faster than transformers on a CPU")
 
     def _method(self) -> Guess:
         d, rewarded = self.detected, "reward.functions" in self.given

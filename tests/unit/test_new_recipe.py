@@ -102,6 +102,17 @@ def test_a_group_has_the_demonstrations_that_there_are():
     assert (group.expert, group.teacher, group.self) == (1, 3, 4)
 
 
+def test_without_a_gpu_the_recipe_is_for_a_cpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    data = write(*[{"question": "1+1?", "answer": "2"}] * 100)
+    recipe = draft_recipe(data, "lab", None, []).recipe
+    assert (recipe.policy.quantization, recipe.train.problems_per_step) == ("none", 4)
+    assert (recipe.data.holdout, recipe.monitor.problems) == (16, 4)
+    # 7.6B parameters in fp32 do not fit beside anything else.
+    big = draft_recipe(data, "Qwen/Qwen2.5-Math-7B", None, []).recipe
+    assert big.policy.quantization == "nf4"
+
+
 def test_every_format_and_a_folder():
     rows = [{"question": f"{n}+1?", "answer": str(n + 1)} for n in range(10)]
     pyarrow.parquet.write_table(pa.Table.from_pylist(rows), "a.parquet")

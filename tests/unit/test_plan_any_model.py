@@ -164,6 +164,8 @@ class TestThisMachine:
         monkeypatch.setenv("PATH", str(tmp_path))
         plan = plan_for(Recipe.load("recipes/lab.yaml"), None)
         assert plan.model.device == "cpu"
+        memory = plan_for(Recipe.load("recipes/lab.yaml", ["train.memory=2GiB"]), None)
+        assert memory.limit == 2 * GIB
         cards = plan_for(Recipe.load("recipes/lab.yaml", ["policy.device=cuda"]), None)
         assert (cards.model.device, cards.limit) == ("cuda", 8 * GIB)
 
