@@ -67,6 +67,14 @@ def test_paths_exist(name):
             assert (ROOT / option).exists() or list(ROOT.glob(f"{option}*")), option
 
 
+@pytest.mark.parametrize("name", ["SECURITY.md", "docs/guides/works_with.md"])
+def test_named_tests_exist(name):
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", PAGES[name])
+    assert len(named) >= 7
+    missing = [n for file, n in named if f"def {n}(" not in (ROOT / file).read_text("utf-8")]
+    assert missing == []
+
+
 def test_the_readme_is_short_and_its_links_exist():
     assert len(README.splitlines()) <= 150
     links = re.findall(r'\]\(([^)#]+)(?:#[\w-]+)?\)|(?:src|srcset)="([^"]+)"', README)
