@@ -16,7 +16,7 @@ import pytest
 from http_handler import JsonHandler
 
 from gft_lite.cli import main
-from gft_lite.tools.push import check_repository, files_to_push
+from gft_lite.tools.push import check_repository, files_to_push, local_base
 from gft_lite.utils.errors import UserError
 
 TOKEN = "hf_" + "a1" * 17
@@ -201,3 +201,14 @@ def test_a_file_with_a_secret_is_not_pushed(run):
     with pytest.raises(UserError, match=r"metrics.jsonl: must not contain a token") as error:
         files_to_push(run)
     assert TOKEN not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [('{"base_model_name_or_path": "/models/mine"}', "/models/mine"),
+     ('{"base_model_name_or_path": "someone/model"}', None), ("{}", None), (None, None)],
+)  # fmt: skip
+def test_a_base_of_this_machine_is_found(config, found, tmp_path):
+    file = tmp_path / "adapter_config.json"
+    file.write_text(config or "")
+    assert local_base({} if config is None else {file.name: file}) == found
