@@ -11,7 +11,7 @@ from gft_lite.cli import main
 SMALL = [
     "train.steps=1", "train.problems_per_step=2", "data.problems=20", "data.holdout=0",
     "group={expert: 1, teacher: 0, self: 3}", "monitor.every=0", "eval.samples=2", "eval.k=[1]",
-    "eval.sets.test.problems=3", "eval.sets.retention.problems=3",
+    "eval.sets.test.problems=3", "eval.sets.retention.problems=3", "policy.quantization=none",
 ]  # fmt: skip
 
 FUNCTIONS = """
