@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gft_lite.recipe.schema import Recipe
-from gft_lite.runs.trackers import TRACKERS, Trackers, check_trackers, tracked_values
+from gft_lite.runs.trackers import TRACKERS, Trackers, _run_name, check_trackers, tracked_values
 from gft_lite.types import Group, Problem, Response, ScoredGroup
 from gft_lite.utils.errors import UserError
 
@@ -57,6 +57,11 @@ def test_names_are_grouped_and_only_numbers_are_sent():
     assert tracked_values(STEP) == VALUES
 
 
+def test_the_name_of_a_stage_has_that_of_its_run(tmp_path):
+    assert _run_name(tmp_path / "mine") == "mine"
+    assert _run_name(tmp_path / "mine" / "stages" / "1-sft") == "mine/1-sft"
+
+
 def test_without_trackers_nothing_is_written(tmp_path):
     Trackers([], Recipe.load("recipes/lab.yaml"), tmp_path / "run").log(STEP, 1)
     assert not (tmp_path / "run").exists()
@@ -99,6 +104,8 @@ def test_wandb(folder):
     log = (parts[0] / f"run-{name}.wandb").read_bytes()
     for text in (b"mine", b"train/loss", b"0.125", b"eval/test/pass@1"):
         assert text in log
+    # The record of a metric: "*" as its pattern (field 2), "step" as its axis (field 4).
+    assert b"\x12\x01*" in log and b'"\x04step' in log
     table, _ = parts[1].rglob("completions_*_*.table.json")
     assert json.loads(table.read_text())["columns"] == COLUMNS
 
