@@ -13,9 +13,9 @@ rate in runs of 30 steps, of which some broke down. Where it is off: with the so
 Qwen, 0.0775, the lab would get 6.2e-4, far too low, but a Qwen of width 896 5.3e-4 in place of
 9.4e-4; batch size, length of the training and quantisation are not in it.
 
-The rule was checked on the lab only. SmolLM2-135M (width 576) gets 1.3e-3 for SFT and 6.6e-4 for GFT;
-no experiment of ours tells whether that is right. Ten steps of GFT at 2.5e-4, 5e-4 and 1e-3, one seed
-each, solved 6, 2 and 2 of 80 held-out problems, which chance can do.
+The rule was checked on the lab only. SmolLM2-135M (width 576) gets 1.3e-3 for SFT and 6.6e-4 for
+GFT; no experiment of ours tells whether that is right. Ten steps of GFT at 2.5e-4, 5e-4 and 1e-3,
+one seed each, solved 6, 2 and 2 of 80 held-out problems, which chance can do.
 """
 
 from __future__ import annotations
