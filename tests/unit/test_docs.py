@@ -6,10 +6,13 @@ import ast
 import re
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from gft_lite.cli.entry_point import COMMANDS, make_parser
 from gft_lite.objective.importance import Importance
@@ -142,6 +145,35 @@ def test_every_recipe_field_is_in_the_reference():
     fields = [name for name, _ in leaves(Recipe().model_dump())]
     assert len(fields) > 100
     assert [name for name in fields if f"| `{name}` |" not in page] == []
+
+
+def _known_fields() -> set[str]:
+    """The dotted names of all fields and sections, and of the parameters of methods."""
+    found = {f"{at}.{name}".strip(".") for at, s in generate.sections() for name in s.model_fields}
+    return found | {
+        f"objective.{name}" for method in METHODS.values() for name in method.parameters
+    }
+
+
+def _names(tree: Any, above: str = "") -> Iterator[str]:
+    """The dotted names in a recipe, those of sections and fields alike."""
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        yield f"{above}{key}"
+        yield from _names(value, f"{above}{key}.")
+
+
+def test_fields_that_the_documents_name_exist():
+    known = _known_fields()
+    sections = {name.partition(".")[0] for name in known if "." in name}
+    own = r"(eval\.sets|objective\.power|group\.size|.*_kwargs)\b.*|\w+\.(txt|md|json|csv)"  # No fields of ours.
+    for page, text in PAGES.items():
+        named = re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)(?=[`:=])", text)
+        wrong = [n for n in named if n.partition(".")[0] in sections and n not in known]
+        blocks = re.findall(r"^```yaml[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        for block in blocks:
+            names = _names(yaml.safe_load(block))
+            wrong += [n for n in names if n not in {*known, "extends"}]
+        assert [n for n in wrong if not re.fullmatch(own, n)] == [], page
 
 
 def test_every_method_and_reward_is_in_the_reference():
