@@ -32,6 +32,7 @@ from gft_lite.cli import (
 )
 from gft_lite.cli.common import FAILED, INTERRUPTED, WRONG_INPUT
 from gft_lite.cli.parser import Parser
+from gft_lite.utils.cpu import wait_without_spinning
 from gft_lite.utils.errors import RewardError, UserError, short_repr
 from gft_lite.utils.files import is_disk_full
 from gft_lite.utils.library_output import VERBOSE, hide_library_messages
@@ -126,6 +127,7 @@ def _run(options: argparse.Namespace) -> int:
     if getattr(options, "verbose", False):
         os.environ[VERBOSE] = "1"
     hide_library_messages()
+    wait_without_spinning()
     try:
         with _progress(options):
             return options.run(options)

@@ -27,6 +27,7 @@ from gft_lite.rollout.policy_engine import PolicyEngine
 from gft_lite.rollout.registry import find_engine, start_engine
 from gft_lite.rollout.sampling import graded_text, make_prompt_format, report_completions
 from gft_lite.types import Problem
+from gft_lite.utils.cpu import set_threads
 from gft_lite.utils.errors import UserError
 
 # The recipe's settings of the policy that apply to a teacher as well; the others, such as
@@ -53,11 +54,9 @@ class LocalTeacher:
 
     def start(self, scratch: Path, stack: ExitStack) -> str:
         """Load the model and start the engine; returns the identity of model and engine."""
-        import torch
 
         target, recipe = self._target, self._recipe
-        if target.policy.threads:
-            torch.set_num_threads(target.policy.threads)
+        set_threads(target.policy.threads)
         policy = load_policy(target.policy, recipe.seed)
         style = "chat" if policy.tokenizer.chat_template else "plain"
         prompt = prompt_settings(recipe, self._settings, style)

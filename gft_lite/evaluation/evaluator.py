@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from gft_lite.data.problems import Loaded, distinct_notes
@@ -42,6 +41,7 @@ from gft_lite.rollout.prompt_check import check_chat_templates
 from gft_lite.rollout.registry import find_engine, start_engine
 from gft_lite.rollout.sampling import make_prompt_format
 from gft_lite.types import Group, Problem
+from gft_lite.utils.cpu import set_threads
 from gft_lite.utils.errors import RecipeError
 from gft_lite.utils.files import check_output_path
 from gft_lite.utils.progress import Phase, show_phase, stderr_console
@@ -136,8 +136,7 @@ def _evaluate_group(work: _Evaluation, targets: Sequence[Target]) -> None:
     suite, scratch = work.suite, work.folder.path / "engine"
     adapters = [target for target in targets if target.adapter is not None]
     settings = (adapters or targets)[0].policy
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    set_threads(settings.threads)
     prompts = {f"definitions.{name}.prompt": suite.prompt_of(name) for name in suite.names}
     check_chat_templates(settings, prompts)
     with show_phase(work.console, f"loading {settings.model}"):

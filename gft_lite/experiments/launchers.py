@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from gft_lite.recipe.schema import Recipe
 from gft_lite.rewards.base import RewardError
+from gft_lite.utils.cpu import default_threads
 from gft_lite.utils.errors import UserError
 from gft_lite.utils.secrets import redact
 
@@ -184,7 +185,7 @@ class LocalLauncher:
             _kill(process)
 
     def _new_process(self) -> subprocess.Popen[str]:
-        threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
+        threads = str(max(1, default_threads() // self.jobs))
         return subprocess.Popen(
             [sys.executable, "-P", "-m", __name__, *self._arguments],
             stdin=subprocess.PIPE,

@@ -42,7 +42,8 @@ class PolicySettings(Settings):
     `layout` of a micro-batch: `shared` computes a prompt once for all its responses, `packed`
     concatenates rows, `padded` stacks them; `auto` is the first that the model supports.
     `fused_head` computes log-probs and their gradient in one pass. `threads` are torch's CPU
-    threads. With backend `unsloth`, attention and recomputation are Unsloth's.
+    threads, by default OMP_NUM_THREADS or else the physical cores that affinity and cgroup leave
+    to this process, at most 16. With backend `unsloth`, attention and recomputation are Unsloth's.
     """
 
     backend: Annotated[Literal["transformers", "unsloth"], EVALUATION] = "transformers"

@@ -25,6 +25,7 @@ from gft_lite.rollout.prompt_check import check_chat_templates
 from gft_lite.rollout.sampling import graded_text, make_prompt_format, sample_seed
 from gft_lite.rollout.transformers_engine import draw
 from gft_lite.tools.merge import prompt_settings_of
+from gft_lite.utils.cpu import set_threads
 from gft_lite.utils.errors import UserError
 from gft_lite.utils.secrets import redact
 
@@ -43,8 +44,7 @@ class Chat:
     def __init__(
         self, target: Target, sampling: Sampling, *, base: bool = False, style: str | None = None
     ) -> None:
-        if target.policy.threads:
-            torch.set_num_threads(target.policy.threads)
+        set_threads(target.policy.threads)
         given = PromptSettings.model_validate({"style": style}) if style else None
         if given is not None:
             check_chat_templates(target.policy, {"prompt": given})

@@ -32,6 +32,7 @@ from gft_lite.rollout.transformers_engine import TransformersEngine
 from gft_lite.runs.folder import RunFolder, stage_folder
 from gft_lite.runs.model_card import known_as, write_merged_card
 from gft_lite.types import Problem
+from gft_lite.utils.cpu import set_threads
 from gft_lite.utils.files import check_new_folder
 from gft_lite.utils.progress import show_phase, stderr_console, track
 
@@ -100,8 +101,7 @@ def merge(
     partial = out.with_name(f"{out.name}.tmp")
     trained = found.policy.model_copy(update=_portable_settings(device))
     settings = trained.model_copy(update={"quantization": "none", "dtype": dtype})
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    set_threads(settings.threads)
     shutil.rmtree(partial, ignore_errors=True)
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, partial, ignore_errors=True)

@@ -27,6 +27,7 @@ from gft_lite.training.groups import GroupBuilder
 from gft_lite.training.run_data import load_run_data
 from gft_lite.training.step_loss import choose_importance
 from gft_lite.types import Group, Problem, Response, ScoredGroup
+from gft_lite.utils.cpu import set_threads
 from gft_lite.utils.errors import RecipeError
 
 MIN_GROUPS, MIN_ROWS = 5, 15
@@ -64,8 +65,7 @@ def prepare_subject(recipe: Recipe, folder: Path) -> Subject:
     if recipe.policy.model != "lab":
         settings = _with_small_model(recipe.policy, folder / "model")
         recipe = recipe.model_copy(update={"policy": settings})
-    if recipe.policy.threads:
-        torch.set_num_threads(recipe.policy.threads)
+    set_threads(recipe.policy.threads)
     policy = load_policy(recipe.policy, recipe.seed)
     policy.model.train()
     groups = _build_groups(recipe, policy, folder)

@@ -46,6 +46,7 @@ from gft_lite.training.run_data import check_demonstrations, load_run_data
 from gft_lite.training.shared_parts import SharedParts
 from gft_lite.training.teacher_model import TeacherModel
 from gft_lite.types import Problem
+from gft_lite.utils.cpu import set_threads
 from gft_lite.utils.distributed import Distributed
 from gft_lite.utils.memory import GIB, free_ram, trim_heap
 from gft_lite.utils.progress import show_phase
@@ -187,7 +188,7 @@ def setup_run(recipe: Recipe, place: Place) -> TrainingRun:
     sets = {f"eval.sets.{name}.prompt": data.prompt for name, data in recipe.eval.sets.items()}
     with show_phase(console, f"loading {recipe.policy.model}"):
         check_chat_templates(recipe.policy, {"data.prompt": recipe.data.prompt, **sets})
-        policy = _load_policy(recipe, place.shared)
+        policy = _load_policy(recipe, place)
     format = make_prompt_format(policy, recipe.data.prompt)
     grade = Grading(scorer, folder, distributed)
     with show_phase(console, "reading the data"):
@@ -283,9 +284,10 @@ def _eval_sampling(recipe: Recipe) -> Sampling:
     )
 
 
-def _load_policy(recipe: Recipe, shared: SharedParts | None) -> Policy:
-    if threads := recipe.policy.threads or (shared and shared.threads):
-        torch.set_num_threads(threads)
+def _load_policy(recipe: Recipe, place: Place) -> Policy:
+    shared, threads = place.shared, set_threads(recipe.policy.threads)
+    if recipe.policy.threads is None:
+        place.console.print(f"CPU threads: {threads}; policy.threads sets another number")
     load = shared.load_policy if shared else load_policy
     policy = load(recipe.policy, recipe.seed, recipe.rollout)
     policy.model.train()

@@ -35,7 +35,6 @@ class SharedParts:
     """
 
     def __init__(self) -> None:
-        self.threads = torch.get_num_threads()  # Without policy.threads.
         self._base = KeptBase()
         self._policy: Policy | None = None  # Of the current run, as is `_engine`.
         self._engine: RolloutEngine | None = None
