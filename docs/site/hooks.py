@@ -16,6 +16,8 @@ INCLUDED = (
     "CHANGELOG.md",
     "CONTRIBUTING.md",
     "SECURITY.md",
+    "benchmarks/gpu_check/README.md",
+    "benchmarks/results/README.md",
     "recipes/README.md",
     "examples/lab_study.md",
     "examples/referee_lab.md",
