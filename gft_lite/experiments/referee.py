@@ -179,7 +179,7 @@ class _Referee:
             if name in chosen
         }
         return Comparison(
-            name=Path(plan.options.recipe).stem,
+            name=plan.recipe.name,
             methods=plan.methods,
             against=plan.against,
             headline=headline,

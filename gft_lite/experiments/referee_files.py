@@ -40,7 +40,7 @@ def write_referee(comparison: Comparison, folder: str | Path) -> dict[str, tuple
         "referee.csv": csv_text([_csv_row(outcome) for outcome in comparison.outcomes]),
         "referee.md": _markdown(comparison, found, made),
         "referee.tex": "\n".join(_latin(table).latex() for table in tex),
-        "referee.html": referee_page(comparison, found),
+        "referee.html": referee_page(comparison, found, folder),
     }.items():
         write_text_atomic(folder / name, text)
     return found

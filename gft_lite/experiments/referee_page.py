@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
@@ -39,8 +39,13 @@ _MOODS = {"better": "good", "worse": "poor", "lower": "good", "higher": "poor",
 Cell = dict[str, Any]  # `text`, `small` beside it, and the `value` to sort by.
 
 
-def referee_page(comparison: Comparison, found: Mapping[str, Sequence[Verdict]]) -> str:
-    """The page as HTML; without matplotlib it has no plots and says so."""
+def referee_page(
+    comparison: Comparison, found: Mapping[str, Sequence[Verdict]], folder: Path
+) -> str:
+    """The page as HTML, with links to the runs that are in its folder.
+
+    Without matplotlib it has no plots and says so.
+    """
     drawn: list[list[tuple[Plot, str]]] = [[], []]
     colors = dict.fromkeys(comparison.methods, "")
     no_plots = "Plots need matplotlib: pip install 'gft-lite[report]'."
@@ -71,9 +76,9 @@ def referee_page(comparison: Comparison, found: Mapping[str, Sequence[Verdict]])
         no_plots=no_plots,
         tuning_plots=drawn[1],
         tuning=_tuning(comparison),
-        failures=[(failure, _link(failure.run)) for failure in comparison.failures],
+        failures=[(failure, _link(folder, failure.run)) for failure in comparison.failures],
         rules=rules(comparison),
-        runs=_runs(comparison),
+        runs=_runs(comparison, folder),
         recipes=comparison.recipes,
         design=comparison.design,
     )  # fmt: skip
@@ -214,7 +219,7 @@ def _tuning(comparison: Comparison) -> list[dict[str, Any]]:
     return rows
 
 
-def _runs(comparison: Comparison) -> list[dict[str, Any]]:
+def _runs(comparison: Comparison, folder: Path) -> list[dict[str, Any]]:
     rows = []
     for outcome in comparison.outcomes:
         mean = set_means(outcome.scores).get(comparison.headline)
@@ -222,14 +227,14 @@ def _runs(comparison: Comparison) -> list[dict[str, Any]]:
             "method": outcome.method, "base": outcome.base, "seed": outcome.seed,
             "settings": settings_text(outcome.settings),
             "score": _cell(mean, f"{100 * (mean or 0):.1f}"), "kl": _number(outcome.kl, ".3g"),
-            "folder": outcome.folder, "link": _link(outcome.folder),
+            "folder": outcome.folder, "link": _link(folder, outcome.folder),
         })  # fmt: skip
     return rows
 
 
-def _link(folder: str) -> str:
-    """A relative link to a folder below that of the comparison; empty for any other."""
-    path = PurePosixPath(folder)
-    if not path.parts or path.is_absolute() or ".." in path.parts:
+def _link(folder: Path, run: str) -> str:
+    """A relative link to a run below the folder of the comparison; empty for any other path."""
+    path = PurePosixPath(run)
+    if not path.parts or path.is_absolute() or ".." in path.parts or not (folder / path).is_dir():
         return ""
     return f"./{quote(str(path))}/"

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from gft_lite.experiments.outcomes import Comparison, Outcome, TuningPoint
-from gft_lite.experiments.verdict import Verdict, p_text, points, verdict_table
+from gft_lite.experiments.verdict import MANY, Verdict, p_text, points, verdict_table
 from gft_lite.utils.tables import Table
 
 BASE = "before training"
@@ -111,8 +111,8 @@ def _place(point: TuningPoint) -> tuple[bool, float, str]:
 
 
 def edges(comparison: Comparison) -> list[str]:
-    """A sentence for each chosen value at the edge of the values that were tried."""
-    found = []
+    """A sentence for each chosen value at the edge of those that were tried, or one for many."""
+    found: list[tuple[str, str, str, str]] = []
     for (method, field), curve in tuning_curves(comparison).items():
         values = [point.settings.get(field) for point in curve]
         numbers = [value for value in values if isinstance(value, int | float)]
@@ -122,11 +122,19 @@ def edges(comparison: Comparison) -> list[str]:
         for i, edge, other in ((0, "lowest", "lower"), (-1, "highest", "higher")):
             value = numbers[i]
             if value in chosen:
-                found.append(
-                    f"{method}: {field} = {value:g}, the best, is the {edge} value that was tried. "
-                    f"A {other} one may be better."
-                )
-    return found
+                found.append((method, f"{field} = {value:g}", edge, other))
+    if len(found) <= MANY:
+        return [
+            f"{method}: {setting}, the best, is the {edge} value that was tried. A {other} one may "
+            "be better."
+            for method, setting, edge, other in found
+        ]
+    parts = [
+        f"the {edge} that was tried for "
+        + ", ".join(f"{method} ({setting})" for method, setting, of, _ in found if of == edge)
+        for edge in sorted({edge for _, _, edge, _ in found})
+    ]
+    return [f"The best value is {'; '.join(parts)}. Values beyond may be better."]
 
 
 # --- Pareto fronts ---------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from gft_lite.utils.tables import Table
 Word = Literal["better", "worse", "lower", "higher", "equal within the margin", "not separable",
                "not compared"]  # fmt: skip
 KL = "KL"
+MANY = 5  # Sentences of a kind; more of them become one.
 _ALPHA = 1 - LEVEL
 _Values = Mapping[tuple[str, int], Mapping[str, float]]  # By base and seed, then by problem.
 
@@ -194,7 +195,10 @@ def headline_sentences(comparison: Comparison, found: Sequence[Verdict]) -> list
     """The verdicts on the headline set in words; the first one is the answer."""
     order = ("better", "worse", "equal within the margin", "not separable", "not compared")
     ranked = sorted(found, key=lambda v: (order.index(v.word), -(v.difference or 0.0)))
-    sentences = [_sentence(verdict, comparison.margin) for verdict in ranked]
+    sentences = [_sentence(v, comparison.margin) for v in ranked if v.word != "not separable"]
+    unsure = [verdict for verdict in ranked if verdict.word == "not separable"]
+    place = sum(order.index(v.word) < order.index("not separable") for v in ranked)
+    sentences[place:place] = _unsure(unsure, comparison)
     compared = [verdict for verdict in ranked if verdict.word != "not compared"]
     if compared and all(verdict.word == "not separable" for verdict in compared):
         if len(compared) > 1:
@@ -215,6 +219,20 @@ def headline_sentences(comparison: Comparison, found: Sequence[Verdict]) -> list
             "Another seed may give another order."
         )
     return sentences
+
+
+def _unsure(verdicts: Sequence[Verdict], comparison: Comparison) -> list[str]:
+    """A sentence for each verdict that is not separable, or one for all of many."""
+    if len(verdicts) <= MANY:
+        return [_sentence(verdict, comparison.margin) for verdict in verdicts]
+    names = ", ".join(
+        v.method if v.difference is None else f"{v.method} ({points(v.difference)})"
+        for v in verdicts
+    )
+    return [
+        f"Not separable from {comparison.against} on {verdicts[0].measure} (difference in points): "
+        f"{names}. The table has intervals, and what would have been found."
+    ]
 
 
 def _sentence(verdict: Verdict, margin: float) -> str:

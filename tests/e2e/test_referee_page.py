@@ -32,6 +32,8 @@ def made():
 @pytest.fixture(scope="module")
 def page(made, tmp_path_factory):
     folder = tmp_path_factory.mktemp("referee")
+    for run in ("runs/gft-0", "javascript:alert(1)"):
+        (folder / run).mkdir(parents=True)
     write_referee(made, folder)
     return folder / "referee.html"
 
@@ -72,6 +74,7 @@ def test_hostile_text_stays_text(opened, page):
     assert HOSTILE in shown.texts("#design dd")[0]
     links = shown.each("#runs a, #failures a", "[e.textContent, e.getAttribute('href')]")
     assert ["runs/gft-0", "./runs/gft-0/"] in links
+    assert "runs/gft-1" not in dict(links) and "runs/gft-1" in shown.texts("#runs td")
     assert ["javascript:alert(1)", "./javascript%3Aalert%281%29/"] in links
     assert all(href.startswith("./") for _, href in links) and "/etc/passwd" not in dict(links)
 

@@ -290,6 +290,19 @@ def test_what_the_design_would_have_found_is_said():
         assert word in text
 
 
+def test_many_methods_that_are_not_separable_are_one_sentence():
+    made = simulated({f"m{i}": 0.0 for i in range(8)} | {"bad": -0.2}, problems=50)
+    unsure = [v for v in judge(made)["test"] if v.word == "not separable"]
+    assert len(unsure) > 5
+    [text] = [text for text in answers(made) if "ot separable" in text]
+    assert text.startswith("Not separable from sft on test (difference in points): ")
+    assert all(f"{v.method} ({100 * v.difference:+.1f})" in text for v in unsure)
+    few = replace(made, methods=("sft", *(v.method for v in unsure[:5])))
+    texts = answers(few)
+    assert texts[0] == "No method is separable from sft on test."
+    assert sum("is not separable from" in text for text in texts) == 5
+
+
 def test_an_interval_without_zero_can_be_chance_among_several_methods():
     made = simulated({f"m{i}": 0.0 for i in range(9)}, runs=6, problems=40, seed_sd=0.0)
     gained = tuple(

@@ -78,6 +78,12 @@ def test_a_best_value_at_the_edge_of_what_was_tried_is_said():
         "gft: optim.lr = 0.001, the best, is the lowest value that was tried. "
         "A lower one may be better."
     ]
+    many = [p for i in range(6) for p in tuned(f"m{i}", "optim.lr", {1: 0.5, 2: 0.6}, 1 + i % 2)]
+    assert edges(replace(made, tuning=tuple(many))) == [
+        "The best value is the highest that was tried for m1 (optim.lr = 2), m3 (optim.lr = 2), m5 "
+        "(optim.lr = 2); the lowest that was tried for m0 (optim.lr = 1), m2 (optim.lr = 1), m4 "
+        "(optim.lr = 1). Values beyond may be better."
+    ]
     [of_rates, of_tau] = tuning_plots(made)
     gft, sft = of_rates.curves
     assert (gft.x, gft.y, gft.rings) == ([0.001, 0.003, 0.01], [0.6, 0.5, 0.4], [0])
