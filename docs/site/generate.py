@@ -142,7 +142,7 @@ def sections() -> list[tuple[str, type[BaseModel]]]:
 def recipe_page() -> str:
     """Every field of a recipe with its type, its default and what it affects."""
     page = [
-        "# Recipe fields\n\nWritten from the schema. *affects* says which results change with the "
+        "# Recipe fields\n\nWritten from the schema. *affects* lists the results that change with the "
         "field; a run is [resumed](../guides/resume.md) only with the same values of fields that "
         "affect training. `gft-lite train RECIPE --dry-run` prints a recipe with every default. "
         "[Recipes](../guides/recipes.md) has an example.\n"
@@ -299,7 +299,7 @@ def methods_page() -> str:
         "# Methods\n\nWritten from the table `METHODS`. Numbers are defaults: `group`, `objective` "
         "and `optim.lr` in the recipe change them. *tuned* is the parameter that the "
         "[referee](../guides/referee.md) tunes beside the learning rate. "
-        "[Methods and losses](../guides/methods.md) says more.\n\n"
+        "[Methods and losses](../guides/methods.md) has the context.\n\n"
         + _table(head, rows)
         + f"```\n{methods._LEGEND.strip()}\n```\n\n"
         + "".join(f"## {name}\n\n{_method(name)}" for name in METHODS)
@@ -331,7 +331,7 @@ def rewards_page() -> str:
     head = ["name", "score", "parameters and defaults", "needs an answer", "correct"]
     return (
         "# Rewards\n\nWritten from the table `REWARDS`. *correct* is the score above which an "
-        "evaluation counts a response as correct. [Rewards](../guides/rewards.md) says how to "
+        "evaluation counts a response as correct. [Rewards](../guides/rewards.md) describes how to "
         "combine them and how to write your own.\n\n"
         + _table(head, rows)
         + f"## judge\n\n{inspect.cleandoc(JudgeSettings.__doc__ or '')}\n"
