@@ -6,13 +6,13 @@ import atexit
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import pytest
+from forked import LIBRARIES, ForkServer
 
 from gft_lite.utils.paths import cache_folder
 
@@ -79,25 +79,28 @@ def real_model() -> Path:
 
 
 @pytest.fixture(scope="session")
-def signal_when(tmp_path_factory):
+def fork_server(tmp_path_factory):
+    """Starts commands in processes that need not import the large libraries."""
+    server = ForkServer(tmp_path_factory.mktemp("processes"), LIBRARIES)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def signal_when(fork_server):
     """Run the command line in a process and send it a signal once a condition holds.
 
     Returns exit code and stderr. Fails, with stderr, if the process ends before.
     """
 
     def run(arguments, condition, number):
-        log = tmp_path_factory.mktemp("process") / "stderr.txt"
-        with log.open("w") as errors:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "gft_lite", *map(str, arguments)],
-                stderr=errors, stdout=subprocess.DEVNULL,
-            )  # fmt: skip
+        process = fork_server.start(*arguments)
         while process.poll() is None and not condition():
             time.sleep(0.01)
-        assert process.poll() is None, f"ended before the signal: {log.read_text()}"
+        assert process.poll() is None, f"ended before the signal: {process.stderr}"
         process.send_signal(number)
         process.wait()
-        return process.returncode, log.read_text()
+        return process.returncode, process.stderr
 
     return run
 

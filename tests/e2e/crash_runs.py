@@ -1,8 +1,9 @@
-"""The command line in processes that are killed or disturbed at a chosen moment of their work.
+"""The command line in processes that are killed or disturbed at chosen moments of their work.
 
-`crash_runs.py PLAN` runs the jobs of a JSON file, two at a time, and writes their exit codes and
-output. The attempts of a job follow each other, each in a fork of this process, which has imported
-the large libraries once. Only the chosen function is replaced.
+`crash_runs.py PLAN` runs the jobs of a JSON file, first those of "whole" and then those of
+"others", two at a time, and writes their exit codes and output. The attempts of a job follow each
+other, each in a fork of this process, which has imported the large libraries once. Only the chosen
+functions are replaced. A job can start in a copy of another folder.
 """
 
 from __future__ import annotations
@@ -37,8 +38,12 @@ def kill(folder, file):
 
 def tear(folder, file):
     """Cut the end of a file, as a power failure may, and kill."""
-    os.truncate(folder / file, (folder / file).stat().st_size - 30)
+    _cut(folder / file)
     kill(folder, file)
+
+
+def _cut(file):
+    os.truncate(file, file.stat().st_size - 30)
 
 
 def _limit_files(size):
@@ -55,9 +60,15 @@ def full_for_adapters(folder, file):
     _limit_files(NO_ADAPTER)
 
 
-def keep_copy(folder, file):
+def keep_copy(folder, file, *, copy="killed"):
     """Copy the folder: what a kill at this moment leaves on the disk."""
-    shutil.copytree(folder, folder.with_name(f"{folder.name}-killed"))
+    shutil.copytree(folder, folder.with_name(f"{folder.name}-{copy}"))
+
+
+def keep_torn_copy(folder, file, *, copy):
+    """Copy the folder: what is left by a kill that cuts the end of a file."""
+    keep_copy(folder, file, copy=copy)
+    _cut(folder.with_name(f"{folder.name}-{copy}") / file)
 
 
 def fail(folder, file):
@@ -81,8 +92,9 @@ def terminate(folder, file):
 
 ACTS = {
     act.__name__: act
-    for act in (kill, tear, keep_copy, full, full_for_adapters, fail, interrupt, occupy, terminate)
-}
+    for act in (kill, tear, keep_copy, keep_torn_copy, full, full_for_adapters, fail, interrupt,
+                occupy, terminate)
+}  # fmt: skip
 LOCKS = []  # Held until the process ends.
 
 
@@ -91,7 +103,7 @@ def arm(moment, folder):
 
     `at` is the function and `acts` maps the number of a call to an act; calls count only in `step`
     (0 is before the first step) and with `matching` in one of their arguments. `file` is the path
-    in `folder` that `tear` cuts.
+    in `folder` that is cut, and `copy` the end of the name of a copy.
     """
     now = {"step": 0, "calls": 0}
     training = importlib.import_module("gft_lite.training.loop")
@@ -108,6 +120,7 @@ def arm(moment, folder):
     for part in owners:
         owner = getattr(owner, part)
     original, matching = getattr(owner, name), moment["matching"]
+    named = {"copy": moment["copy"]} if "copy" in moment else {}
 
     def replacement(*args, **kwargs):
         act, in_step = None, now["step"] == moment.get("step", now["step"])
@@ -115,16 +128,16 @@ def arm(moment, folder):
             now["calls"] += 1
             act = moment["acts"].get(str(now["calls"]))
         if act and not moment.get("after"):
-            ACTS[act](folder, moment.get("file"))
+            ACTS[act](folder, moment.get("file"), **named)
         result = original(*args, **kwargs)
         if act and moment.get("after"):
-            ACTS[act](folder, moment.get("file"))
+            ACTS[act](folder, moment.get("file"), **named)
         return result
 
     setattr(owner, name, replacement)
 
 
-def attempt(arguments, moment, folder, log):
+def attempt(arguments, moments, folder, log):
     """Run the command line in a fork; returns its exit code, negative if a signal ended it."""
     pid = os.fork()
     if pid == 0:
@@ -133,7 +146,7 @@ def attempt(arguments, moment, folder, log):
             os.dup2(file.fileno(), 2)
         # A background shell starts its commands with SIGINT ignored.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        if moment:
+        for moment in moments:
             arm(moment, folder)
         code = main(arguments)
         sys.stdout.flush()
@@ -146,20 +159,20 @@ def attempt(arguments, moment, folder, log):
 def run(job):
     """Make all attempts of a job and copy the folder after each."""
     folder = Path(job["folder"])
-    for number, (arguments, moment) in enumerate(job["attempts"]):
+    if "start" in job:
+        shutil.copytree(job["start"], folder)
+    for number, (arguments, moments) in enumerate(job["attempts"]):
         log = folder.with_name(f"{folder.name}.{number}.txt")
-        code = attempt(arguments, moment, folder, log)
+        code = attempt(arguments, moments, folder, log)
         folder.with_name(f"{folder.name}.{number}.code").write_text(str(code))
         if folder.exists():
             shutil.copytree(folder, folder.with_name(f"{folder.name}.{number}"))
 
 
-if __name__ == "__main__":
-    plan = Path(sys.argv[1]).read_text()
-    for module in PRELOADED + (VLLM if "vllm" in plan else ()):
-        importlib.import_module(module)
+def run_all(jobs):
+    """Run jobs in processes, a few at a time."""
     running = 0
-    for job in json.loads(plan):
+    for job in jobs:
         if running == PARALLEL_JOBS:
             os.wait()
             running -= 1
@@ -170,3 +183,11 @@ if __name__ == "__main__":
     while running:
         os.wait()
         running -= 1
+
+
+if __name__ == "__main__":
+    plan = Path(sys.argv[1]).read_text()
+    for module in PRELOADED + (VLLM if "vllm" in plan else ()):
+        importlib.import_module(module)
+    for part in ("whole", "others"):
+        run_all(json.loads(plan)[part])

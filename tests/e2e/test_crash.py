@@ -24,11 +24,12 @@ from gft_lite.runs.folder import RunFolder
 SMALL = [
     "train.steps=3", "train.problems_per_step=2", "train.micro_batch_tokens=200",
     "data.problems=20", "data.holdout=2", "monitor.every=0", "monitor.problems=1",
-    "policy.lora.dropout=0.1", "eval.samples=1", "eval.k=[1]", "eval.sets.test.problems=2",
-    "eval.sets.retention.problems=2", "checkpoint.every=1", "reward.workers=1",
+    "policy.lora.dropout=0.1", "policy.quantization=none", "eval.samples=1", "eval.k=[1]",
+    "eval.sets.test.problems=2", "eval.sets.retention.problems=2", "checkpoint.every=1",
+    "reward.workers=1",
 ]  # fmt: skip
 STAGES = ["stages=[sft, gft]", "train.steps=2"]
-VLLM = ["rollout.engine=vllm", "rollout.dtype=float32", "train.steps=2"]
+VLLM = ["rollout.engine=vllm", "rollout.dtype=float32", "train.steps=2", "policy.quantization=nf4"]
 
 DECODE = "gft_lite.rollout.transformers_engine:TransformersEngine._append"
 RENAME = "pathlib:Path.rename"
@@ -56,9 +57,9 @@ KILLED = {
     "log half written": (at("gft_lite.runs.folder:RunFolder.append_metrics", 2, act="tear",
                             file="metrics.jsonl", after=True), 1),
     "log written": (at("gft_lite.runs.folder:RunFolder.append_metrics", 2, after=True), 1),
-    "checkpoint half written": (at("gft_lite.runs.checkpoint:save_file", 2, act="tear",
-                                   file="checkpoints/step-000002.tmp/optimizer.safetensors",
-                                   after=True), 1),
+    "checkpoint half written": (at("safetensors.torch:save_file", 2, act="tear", after=True,
+                                   matching="optimizer.safetensors",
+                                   file="checkpoints/step-000002.tmp/optimizer.safetensors"), 1),
     "checkpoint not yet named": (at("gft_lite.runs.checkpoint:_write_manifest", 2, after=True), 1),
     "checkpoint before goes": (at("shutil:rmtree", 2, matching="step-000001"), 2),
     "last evaluation": (at("gft_lite.evaluation.sets:measure", 3, call=2), 3),
@@ -100,43 +101,69 @@ BROKEN = at("vllm.v1.engine.llm_engine:LLMEngine.step", 2, call=4, act="fail")
 KEEP_ONE = "checkpoint.keep=1"  # The removal of the previous checkpoint is then disturbed.
 
 
-def jobs(folder):
-    """Every run of this file: its name, its folder and its attempts."""
+# The folder at these moments is copied from one run, and the copies are resumed.
+COPIED = [name for name in KILLED if name != "checkpoint before goes"]
+COPIED_STAGES = ["between stages", "second stage begins"]
+COPYING = {"kill": "keep_copy", "tear": "keep_torn_copy"}
 
-    def job(name, *attempts, overrides=()):
-        own = folder / name.replace(" ", "_")
-        arguments = ["train", "recipes/lab.yaml", *SMALL, *overrides, "--out", str(own)]
-        made = [
-            (
-                [*arguments, "--resume"][: len(arguments) + resume],
-                moment and _with_folder(moment, own),
-            )
-            for resume, moment in attempts
-        ]
-        return {"name": name, "folder": str(own), "attempts": made}
 
-    resumed = (True, None)
-    yield job("whole", (False, None))
-    for name, (moment, _) in KILLED.items():
-        keep = [KEEP_ONE] if "before goes" in name else []
-        yield job(name, (False, moment), resumed, overrides=keep)
+def whole_jobs(folder):
+    """The runs that come to their end, and what is copied from them on the way."""
+    copies = [_copying(name, KILLED[name][0]) for name in COPIED]
+    yield _job(folder, "whole", (False, *copies))
+    copies = [_copying(name, STAGED[name]) for name in COPIED_STAGES]
+    yield _job(folder, "staged", (False, *copies), overrides=STAGES)
+
+
+def other_jobs(folder):
+    """The disturbed runs: their names, their folders and their attempts."""
+    resumed = (True,)
+    for name in COPIED:
+        yield _job(folder, name, resumed, start="whole")
+    before = "checkpoint before goes"
+    yield _job(folder, before, (False, KILLED[before][0]), resumed, overrides=[KEEP_ONE])
     for name, (moment, *_) in SIGNALLED.items():
-        yield job(name, (False, moment), resumed)
-    yield job("twice", (False, KILLED["rollout"][0]), (True, KILLED["log written"][0]), resumed)
-    unstarted = at(RENAME, matching="recipe.yaml.tmp")
-    yield job("no recipe yet", (False, unstarted), (False, None))
-    yield job("no recipe yet, resumed", (False, unstarted), resumed)
+        yield _job(folder, name, (False, moment), resumed)
+    twice = (KILLED["rollout"][0], KILLED["log written"][0])
+    yield _job(folder, "twice", (False, twice[0]), (True, twice[1]), resumed)
+    unstarted = (False, at(RENAME, matching="recipe.yaml.tmp"))
+    yield _job(folder, "no recipe yet", unstarted, (False,))
+    yield _job(folder, "no recipe yet, resumed", unstarted, resumed)
     for name, moment in FULL.items():
-        yield job(name, (False, moment), resumed)
-    yield job("second", (False, at("gft_lite.policy.qlora:load", act="occupy")))
-    yield job("staged", (False, None), overrides=STAGES)
+        yield _job(folder, name, (False, moment), resumed)
+    yield _job(folder, "second", (False, at("gft_lite.policy.qlora:load", act="occupy")))
     for name, moment in STAGED.items():
-        yield job(name, (False, moment), resumed, overrides=STAGES)
+        if name in COPIED_STAGES:
+            yield _job(folder, name, resumed, overrides=STAGES, start="staged")
+        else:
+            yield _job(folder, name, (False, moment), resumed, overrides=STAGES)
     if importlib.util.find_spec("vllm"):
-        yield job("vllm", (False, None), overrides=VLLM)
-        killed = at("gft_lite.rollout.vllm_engine:VllmEngine.sync", 2)
-        yield job("vllm killed", (False, killed), resumed, overrides=VLLM)
-        yield job("vllm broken", (False, BROKEN), overrides=VLLM)
+        yield _job(folder, "vllm", (False,), overrides=VLLM)
+        killed = (False, at("gft_lite.rollout.vllm_engine:VllmEngine.sync", 2))
+        yield _job(folder, "vllm killed", killed, resumed, overrides=VLLM)
+        yield _job(folder, "vllm broken", (False, BROKEN), overrides=VLLM)
+
+
+def _job(folder, name, *attempts, overrides=(), start=None):
+    """A run in `folder`: each attempt is whether it resumes, and the moments that are armed."""
+    own = folder / name.replace(" ", "_")
+    arguments = ["train", "recipes/lab.yaml", *SMALL, *overrides, "--out", str(own)]
+    made = [
+        ([*arguments, "--resume"] if resume else arguments, [_with_folder(m, own) for m in moments])
+        for resume, *moments in attempts
+    ]
+    begun = {"start": str(_copy(folder / start, name))} if start else {}
+    return {"name": name, "folder": str(own), "attempts": made, **begun}
+
+
+def _copy(folder, name):
+    """The copy of a whole run's folder at a moment."""
+    return folder.with_name(f"{folder.name}-{name.replace(' ', '_')}")
+
+
+def _copying(name, moment):
+    acts = {call: COPYING[act] for call, act in moment["acts"].items()}
+    return {**moment, "acts": acts, "copy": name.replace(" ", "_")}
 
 
 def _with_folder(moment, folder):
@@ -146,22 +173,27 @@ def _with_folder(moment, folder):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """How the attempts at a run ended: exit code, output and folder, by the run's name."""
+    """How the attempts at a run ended: exit code, output and folder, by the run's name.
+
+    A copy of a whole run counts as an attempt that was killed.
+    """
     folder = tmp_path_factory.mktemp("runs")
-    plan = list(jobs(folder))
+    plan = {"whole": list(whole_jobs(folder)), "others": list(other_jobs(folder))}
     (folder / "plan.json").write_text(json.dumps(plan))
     script = Path(__file__).with_name("crash_runs.py")
     subprocess.run([sys.executable, script, folder / "plan.json"], check=True, timeout=3600)
 
     def attempts(job):
         own = Path(job["folder"])
+        if "start" in job:
+            yield SimpleNamespace(code=-signal.SIGKILL, output="", run=RunFolder(job["start"]))
         for number in range(len(job["attempts"])):
             left = own.with_name(f"{own.name}.{number}")
             code = int(left.with_name(f"{left.name}.code").read_text())
             output = left.with_name(f"{left.name}.txt").read_text(encoding="utf-8")
             yield SimpleNamespace(code=code, output=output, run=RunFolder(left))
 
-    return {job["name"]: list(attempts(job)) for job in plan}
+    return {job["name"]: list(attempts(job)) for part in plan.values() for job in part}
 
 
 def lines(run):

@@ -72,9 +72,9 @@ def runs(real_model, rows, tmp_path_factory):
     }))  # fmt: skip
     command = ["train", str(recipe), "--out", str(folder / "run")]
     resumed = [*command[:-1], str(folder / "run-killed"), "--resume"]
-    attempts = [(command, KILLED), (resumed, None)]
-    plan = [{"name": "run", "folder": str(folder / "run"), "attempts": attempts}]
-    (folder / "plan.json").write_text(json.dumps(plan))
+    attempts = [(command, [KILLED]), (resumed, [])]
+    job = {"name": "run", "folder": str(folder / "run"), "attempts": attempts}
+    (folder / "plan.json").write_text(json.dumps({"whole": [job], "others": []}))
     script = Path(__file__).parents[1] / "e2e" / "crash_runs.py"
     subprocess.run([sys.executable, script, folder / "plan.json"], check=True, timeout=3600)
     codes = [int((folder / f"run.{i}.code").read_text()) for i in range(2)]
