@@ -53,9 +53,12 @@ class Difficulty:
             )  # fmt: skip
         kept = tuple(p for p in known if s.low <= (p.success or 0.0) <= s.high)
         below = sum((p.success or 0.0) < s.low for p in known)
+        # A newcomer samples with the steps of the training, and loses all other problems.
+        why = " (gft-lite groups samples what the steps visit: give it more train.steps)"
         dropped = (
             f"dropped {below} below, {len(known) - len(kept) - below} above, "
             f"{len(found) - len(known)} without sampled answers"
+            + (why if len(known) < len(found) else "")
         )
         if not kept:
             raise RecipeError(

@@ -61,7 +61,8 @@ def test_problems_in_the_range_are_kept_and_the_others_counted(groups, tmp_path)
     assert kept == {"once": 0.25, "half": 0.5, "often": 0.75}
     assert line == (
         "data.difficulty: 3 of 6 problems kept, with a success share from 0.1 to 0.9; "
-        "dropped 1 below, 1 above, 1 without sampled answers"
+        "dropped 1 below, 1 above, 1 without sampled answers (gft-lite groups samples what the "
+        "steps visit: give it more train.steps)"
     )
     assert list(select(groups, tmp_path / "other", low=0.5, high=1.0)[0]) == ["half", "often",
                                                                               "always"]  # fmt: skip
@@ -105,7 +106,8 @@ def test_answers_of_an_evaluation(tmp_path):
         ([response(True)], [Problem("n", "x", "5")], {}, "from: must have answers to the training"),
         ([response(True)], [Problem("n", "once", "6")], {}, "from: must have answers to the train"),
         ([response(True)], PROBLEMS, {}, ": must keep problems with a success share from 0.1 to 0.9"
-         ", got none: dropped 0 below, 1 above, 5 without sampled answers. Lower"),
+         ", got none: dropped 0 below, 1 above, 5 without sampled answers (gft-lite groups samples "
+         "what the steps visit: give it more train.steps). Lower"),
     ],
 )  # fmt: skip
 def test_folders_that_can_t_be_used(tmp_path, content, problems, settings, error):
