@@ -24,7 +24,7 @@ EXAMPLES = dict(re.findall(r'^```\w+ title="([^"]+)"\n(.*?)^```', TEXT, re.MULTI
 SMALL = [
     "train.steps=2", "train.problems_per_step=2", "data.problems=40", "data.holdout=4",
     "monitor.every=0", "eval.samples=1", "eval.k=[1]", "eval.sets.test.problems=2",
-    "eval.sets.retention.problems=2",
+    "eval.sets.retention.problems=2", "policy.quantization=none",
 ]  # fmt: skip
 
 

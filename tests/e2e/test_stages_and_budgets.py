@@ -24,7 +24,7 @@ SMALL = [
     "train.steps=2", "train.problems_per_step=3", "data.problems=40", "data.holdout=4",
     "monitor.problems=2", "eval.samples=2", "eval.k=[1]", "eval.sets.test.problems=4",
     "eval.sets.retention.problems=2", "checkpoint.every=1", "eval.every=2", "eval.problems=2",
-    "guard.window=1",
+    "guard.window=1", "policy.quantization=none",
 ]  # fmt: skip
 STAGES = "stages=[{method: sft, overrides: {optim: {lr: 1e-2}}}, gft, {method: grpo, " \
          "reference: start, overrides: {train: {steps: 3}}}]"  # fmt: skip

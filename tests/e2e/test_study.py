@@ -14,7 +14,8 @@ from gft_lite.experiments.study_page import write_page
 from gft_lite.recipe.schema import Recipe
 from gft_lite.utils.errors import RecipeError
 
-SMALL = ["train.steps=1", "train.problems_per_step=2", "data.problems=40"]
+SMALL = ["train.steps=1", "train.problems_per_step=2", "data.problems=40",
+         "policy.quantization=none"]  # fmt: skip
 DESIGN = Design(
     methods=("gft", "sft"),
     rates=(1e-3,),

@@ -26,7 +26,7 @@ from gft_lite.utils.errors import RecipeError, UserError
 SMALL = [
     "train.steps=2", "train.problems_per_step=3", "data.problems=40", "data.holdout=4",
     "monitor.every=1", "monitor.problems=2", "eval.samples=2", "eval.k=[1]",
-    "eval.sets.test.problems=4", "eval.sets.retention.problems=2",
+    "eval.sets.test.problems=4", "eval.sets.retention.problems=2", "policy.quantization=none",
 ]  # fmt: skip
 QUIET = Console(quiet=True)
 # A user's reward functions: one raises, one kills the process of the trial, one works.
@@ -218,7 +218,7 @@ def is_locked(run):
         return True
 
 
-STEPS = 30  # Many more than can pass between the third step and a signal.
+STEPS = 45  # Many more than can pass between the third step and a signal.
 
 
 def test_a_killed_and_an_interrupted_sweep_continue(tmp_path):

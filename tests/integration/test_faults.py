@@ -35,6 +35,7 @@ SMALL = [
     "train.steps=2", "train.problems_per_step=2", "data.problems=20", "data.holdout=2",
     "monitor.every=1", "monitor.problems=1", "eval.samples=1", "eval.k=[1]",
     "eval.sets.test.problems=1", "eval.sets.retention.problems=1", "checkpoint.every=1",
+    "policy.quantization=none",
 ]  # fmt: skip
 QUIET = Console(quiet=True)
 
