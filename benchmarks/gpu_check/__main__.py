@@ -15,6 +15,7 @@ from benchmarks.gpu_check.parts import PRELOAD, Figures, Part, run
 from benchmarks.gpu_check.scale import Setup
 from benchmarks.gpu_check.table import finish_part, print_summary
 from benchmarks.record import _cpu
+from gft_lite.utils.library_output import hide_library_messages
 
 PACKAGES = (
     "torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "numpy",
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="also those that are done")
     parser.add_argument("--out", type=Path, default=Path("gpu_check.json"))
     options = parser.parse_args()
+    hide_library_messages()
     # No request to a hub.
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     head: Figures = {
