@@ -73,8 +73,11 @@ bench: env-test
 	$(BIN)/python -m benchmarks.head
 	$(BIN)/python -m benchmarks.sync
 	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.scaling --model smollm2
+	$(BIN)/python -m benchmarks.against_trl --model smollm2
 	$(BIN)/python -m benchmarks.against_trl
 	$(BIN)/python -m benchmarks.shared_base
+	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.gpu_check.results
 
 clean:

@@ -177,6 +177,7 @@ def main() -> None:
     """Measure, print and record."""
     from benchmarks.real_model import find_real_model
     from benchmarks.record import RESULTS, record
+    from gft_lite.utils.errors import UserError
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, help="the folder of a model (default: SmolLM2-135M)")
@@ -184,7 +185,11 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    folder = options.model or find_real_model()
+    try:
+        folder = options.model or find_real_model()
+    except UserError as error:
+        print(f"skipped: {error}")
+        return
     found = measure(str(folder), options.engine, options.overrides)
     table = Table(
         "part", *(f"{which} start, {kind} s" for which in found for kind in ("CPU", "wall"))
