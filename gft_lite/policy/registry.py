@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from gft_lite.policy.base import Policy
 from gft_lite.utils.errors import RecipeError
 from gft_lite.utils.imports import uncompiled_functions
-from gft_lite.utils.library_output import hide_library_messages
+from gft_lite.utils.library_output import hide_library_messages, is_verbose
 from gft_lite.utils.paths import PACKAGE
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ def load_policy(
     if entry.needs is None:
         with uncompiled_functions():
             importlib.import_module("bitsandbytes")
+    if not is_verbose():  # Our phases say what is loaded or written.
+        importlib.import_module("transformers.utils.logging").disable_progress_bar()
     return importlib.import_module(entry.module).load(settings, seed, rollout, kept)
 
 

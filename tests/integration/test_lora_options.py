@@ -246,6 +246,13 @@ def test_the_plan_counts_the_parameters_that_are_trained(name, model):
     assert planned == weights(policy).numel()
 
 
+def test_loading_a_policy_switches_progress_bars_of_transformers_off(model):
+    bars = transformers.utils.logging
+    bars.enable_progress_bar()
+    load(model)
+    assert not bars.is_progress_bar_enabled()
+
+
 def test_b_has_the_rate_of_lora_plus(model):
     policy = load(model)
     optimizer = make_optimizer(policy, OptimSettings(lora_plus_ratio=8))
