@@ -31,12 +31,15 @@ def run(_: argparse.Namespace) -> int:
         import torch  # noqa: F401
     from rich.console import Console
 
-    from gft_lite.tools.doctor import all_required_pass, checks_table, run_checks
+    from gft_lite.tools.doctor import CHECKS, all_required_pass, checks_table, run_checks
     from gft_lite.utils.progress import show_phase, stderr_console
 
     console = Console()
     with show_phase(stderr_console(), "doctor") as phase:
-        checks = run_checks(lambda name: setattr(phase, "text", f"doctor: {name}"))
+        numbers = {name: f"{n} of {len(CHECKS)}" for n, name in enumerate(CHECKS, start=1)}
+        checks = run_checks(
+            lambda name: setattr(phase, "text", f"doctor: check {numbers[name]}, {name}")
+        )
     console.print(checks_table(checks))
     passed = all_required_pass(checks)
     verdict = "everything that training needs works" if passed else "see what failed above"

@@ -281,7 +281,8 @@ class _Display:
                 text = f"[{ended}/{self._span.total}] {job.trial.name} {how}{log}"
                 self._progress.print(text + self._progress.time_left(ended))
         if self._progress.is_live:
-            self._progress.update(ended, panel=_state_table(self._work))
+            room = max(1, self.console.height - 6)  # The table's frame and the bar.
+            self._progress.update(ended, panel=_state_table(self._work, room))
 
     def _ended(self) -> int:
         return self._span.before + sum(job.state in _ENDED for job in self._work)
@@ -291,13 +292,16 @@ _ENDED: tuple[State, ...] = ("failed", "stopped", "done")
 _ORDER: tuple[State, ...] = ("running", "interrupted", *_ENDED, "waiting")
 
 
-def _state_table(work: Sequence[_Job]) -> RichTable:
-    """Trials with their state, last step, its rewards, and the trained policy's first figure."""
+def _state_table(work: Sequence[_Job], rows: int) -> RichTable:
+    """Trials with their state, last step, its rewards, and the trained policy's first figure.
+
+    The running ones come first, and at most `rows` are shown.
+    """
     states = Counter(job.state for job in work)
     table = RichTable(title=", ".join(f"{states[s]} {s}" for s in _ORDER if states[s]))
     for name in ("trial", "state", "step", "reward", "result"):
-        table.add_column(name)
-    for job in sorted(work, key=lambda job: _ORDER.index(job.state)):
+        table.add_column(name, no_wrap=True, overflow="ellipsis")
+    for job in sorted(work, key=lambda job: _ORDER.index(job.state))[:rows]:
         table.add_row(job.trial.name, job.state, *_progress_cells(job))
     return table
 

@@ -176,7 +176,8 @@ def _merge_layers(model: Any) -> float:
     from peft.tuners.lora import LoraLayer  # After load_policy, which silences bitsandbytes.
 
     dot, squares = 0.0, [0.0, 0.0]
-    for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in track(layers, "matrices"):
         weight: Any = layer.get_base_layer().weight
         dtype, before = weight.dtype, weight.float()
         weight.data = before.clone()

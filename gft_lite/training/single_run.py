@@ -53,7 +53,10 @@ def train_single(
         with show_phase(console, "loading the adapter into the engine", announce=False):
             run.engine.sync(first)
         compares = find_method(recipe.method).group_advantages
-        with TrainingConsole(console, recipe.steps, first, compares=compares) as screen:
+        past = folder.metrics() if first else []
+        with TrainingConsole(
+            console, recipe.steps, first, compares=compares, history=past
+        ) as screen:
             last = train_steps(run, first, screen)
         final = run.load_final(last)
         with timer("eval"), show_phase(console, "evaluating the trained policy"):

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TypeVar
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 T = TypeVar("T")
@@ -21,6 +30,8 @@ _LOG_SECONDS = 15.0  # Between two lines of a phase where the output is not a te
 _SLOW_SECONDS = 60.0  # Between two lines for units that take longer, such as steps.
 _FIRST_SHARE = 0.1  # Of a phase, before the time that is left is estimated.
 _LONG_SECONDS = 2.0  # A phase that took longer prints its duration.
+_SPEED_SECONDS = 3600.0  # The speed of units is estimated from those of so long.
+_BARS, _ASCII_BARS = "▁▂▃▄▅▆▇█", "_.-=+*%#"
 _LINES = 20  # Lines for a whole run where the output is not a terminal.
 _UNKNOWN_TOTAL = 200  # Units after which _LINES lines are printed if the total is not known.
 
@@ -35,8 +46,9 @@ class ProgressDisplay:
         self.console = console
         self._unit, self._total = unit, total
         self._progress = Progress(
-            TextColumn(unit), BarColumn(), MofNCompleteColumn(),
-            TextColumn("left"), TimeRemainingColumn(), console=console,
+            TextColumn(unit), BarColumn(bar_width=None), MofNCompleteColumn(),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            console=console, expand=True, speed_estimate_period=_SPEED_SECONDS,
         )  # fmt: skip
         self._task = self._progress.add_task(unit, total=total, completed=completed)
         self._live = Live(self._progress, console=console, transient=True)
@@ -126,6 +138,24 @@ def format_duration(seconds: float) -> str:
         return f"{whole} s"
     minutes, rest = divmod(whole, 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def sparkline(values: Sequence[float | None], width: int, *, ascii_only: bool = False) -> str:
+    """Values as at most `width` bars, each the mean of its share; a blank where none is finite."""
+    count = min(width, len(values))
+    bounds = [len(values) * i // count for i in range(count + 1)] if count else []
+    shares = [
+        [v for v in values[low:high] if v is not None and math.isfinite(v)]
+        for low, high in pairwise(bounds)
+    ]
+    means = [sum(share) / len(share) if share else None for share in shares]
+    known = [mean for mean in means if mean is not None]
+    low, span = min(known, default=0.0), max(known, default=0.0) - min(known, default=0.0)
+    bars = _ASCII_BARS if ascii_only else _BARS
+    return "".join(
+        " " if mean is None else bars[round((mean - low) / span * 7) if span else 3]
+        for mean in means
+    )
 
 
 _phases: list[Phase] = []  # Those that are shown, the innermost one last.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from gft_lite.runs.console import TrainingConsole, evaluation_line
@@ -27,6 +29,57 @@ def test_the_metrics_of_a_loss_are_shown_by_name():
         "step 1/1  reward: expert 1.00 self 0.25  flat groups: 50%  rectified tokens: 50%  "
         "my own metric: 0.0625  loss: 0.1250  truncated: 0%  rollout tokens/s: 25\n"
     )
+
+
+def panel(monkeypatch, width: int, height: int, steps: list[dict[str, Any]], **options: Any) -> str:
+    """The last panel of a terminal of this size, after these steps."""
+    monkeypatch.setenv("TERM", "xterm")
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, height=height)
+    with TrainingConsole(console, 60, 0, **options) as shown:
+        for metrics in steps:
+            shown.step(metrics)
+        screen = Console(file=io.StringIO(), width=width, height=height, color_system=None)
+        screen.print(shown._display._live.renderable)
+    return screen.file.getvalue()  # type: ignore[attr-defined]
+
+
+def many(last: int) -> list[dict[str, Any]]:
+    """Steps with rising rewards and KL, evaluations, a NaN and long names."""
+    figures = {"a_test_set_with_a_very_long_name": {"pass@1": 0.5, "pass@1_interval": [0.25, 0.75]}}
+    metrics = []
+    for step in range(1, last + 1):
+        own = math.nan if step == 2 else step / 10
+        metrics.append(
+            {**STEP, "step": step, "reward": {"expert": 1.0, "self": own}, "entropy": math.nan,
+             "objective": {f"metric_{'x' * 80}_{i}": math.nan for i in range(9)},
+             "kl": {"held_out": {"forward": step / 100}, "on_policy": {}}}
+        )  # fmt: skip
+    metrics[2] |= {"eval": figures, "best_step": 3}
+    return metrics
+
+
+@pytest.mark.parametrize(("width", "height"), [(100, 30), (60, 20), (40, 12)])
+def test_the_live_view_fits_the_terminal_and_has_trends(width, height, monkeypatch):
+    text = panel(monkeypatch, width, height, many(8))
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= width and len(lines) <= height - 2
+    assert lines[0].startswith("reward") and "█ self 0.80" in lines[0]
+    assert "KL held out" in lines[1] and "▁" in lines[1] and "█" in lines[1]
+    assert width < 60 or ("rectified tokens" in text and "tokens/s" in text)
+    assert "best step" in text and "8/60" in lines[-1]
+    assert width < 100 or "0.500 [0.250, 0.750] at step 3" in text
+
+
+def test_a_resumed_run_shows_the_trend_and_the_evaluation_of_earlier_steps(monkeypatch):
+    *past, last = many(8)
+    whole, resumed = panel(monkeypatch, 100, 30, [*past, last]), panel(
+        monkeypatch, 100, 30, [last], history=past
+    )  # fmt: skip
+    assert resumed.splitlines()[:6] == whole.splitlines()[:6]
+
+
+def test_before_the_first_step_there_is_only_the_bar(monkeypatch):
+    assert panel(monkeypatch, 60, 20, []).split()[0] == "step"
 
 
 def test_a_method_without_group_advantages_has_no_flat_groups():

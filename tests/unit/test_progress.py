@@ -13,6 +13,7 @@ from gft_lite.utils.progress import (
     report_progress,
     show_phase,
     show_sampling,
+    sparkline,
     track,
 )
 
@@ -116,6 +117,21 @@ def test_a_phase_on_a_terminal_leaves_no_line_and_shows_its_state():
 def test_progress_without_a_phase_is_not_an_error():
     report_progress(1, 2, "weights")
     assert list(track("ab", "weights")) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("values", "bars"),
+    [([], ""), ([1.0], "▄"), ([2.0, 2.0], "▄▄"), ([0.0, 7.0], "▁█"), (list(range(8)), "▁▂▃▄▅▆▇█"),
+     ([0.0, None, float("nan"), 1.0], "▁  █"), ([float("inf"), None], "  "),
+     ([0.0, 0.0, 0.0, 0.0, 2.0, 4.0, 6.0, 8.0, 8.0, 6.0] + [7.0] * 6, "▁▁▄█████")],
+)  # fmt: skip
+def test_bars_of_values(values: list, bars: str):
+    """Of 16 values in 8 bars: the means 0, 0, 3, 7, 7, 7, 7, 7."""
+    assert sparkline(values, 8) == bars
+
+
+def test_bars_without_unicode():
+    assert sparkline([0.0, 7.0, None], 8, ascii_only=True) == "_# "
 
 
 @pytest.mark.parametrize(
