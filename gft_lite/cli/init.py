@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -64,14 +64,15 @@ def run(options: argparse.Namespace) -> int:
     return DONE
 
 
-def draft_for_training(data: str, model: str | None, overrides: Sequence[str]) -> Draft:
-    """The draft of `gft-lite train --data`, printed to stderr. Raises: UserError."""
+def draft_for_training(options: argparse.Namespace) -> Draft:
+    """The draft of `gft-lite train --data`, printed to stderr by one process. Raises: UserError."""
     from gft_lite.tools.new_recipe import draft_recipe
 
-    if model is None:
+    if options.model is None:
         raise UserError(["--model: must be given with --data, got none. Give a folder or hub id."])
-    draft = draft_recipe(data, model, None, overrides)
-    print_draft(draft, sys.stderr)
+    draft = draft_recipe(options.data, options.model, None, options.overrides)
+    if not options.quiet and os.environ.get("RANK", "0") == "0":
+        print_draft(draft, sys.stderr)
     return draft
 
 

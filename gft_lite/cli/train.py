@@ -128,4 +128,4 @@ def _recipe(options: argparse.Namespace) -> Recipe:
             rule = "must be given with --data only, got a recipe"
             raise UserError([f"--model: {rule}. Write policy.model={options.model}."])
         return Recipe.load(options.recipe, options.overrides)
-    return draft_for_training(options.data, options.model, options.overrides).recipe
+    return draft_for_training(options).recipe

@@ -237,6 +237,8 @@ def test_train_takes_the_same_guesses(capsys):
     printed = capsys.readouterr()
     assert "method: sft" in printed.out and "steps: 2" in printed.out
     assert "train.steps=2  # as given" in printed.err
+    assert main([*words, "--dry-run", "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
     for wrong, error in (
         (words[:3], "--model: must be given with --data"),
         (["train"], "RECIPE: must be given, or --data, got neither"),
