@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 LIBRARIES = (
+    "torch._dynamo",
     "gft_lite.evaluation.sets",
     "gft_lite.policy.qlora",
     "gft_lite.rollout.transformers_engine",

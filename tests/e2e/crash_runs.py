@@ -21,10 +21,12 @@ from gft_lite.cli import main
 from gft_lite.utils.files import lock_folder
 
 PRELOADED = (
+    "torch._dynamo",
     "gft_lite.evaluation.sets",
     "gft_lite.policy.qlora",
     "gft_lite.rollout.transformers_engine",
     "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen2.modeling_qwen2",
 )
 VLLM = ("vllm.entrypoints.llm", "vllm.v1.engine.llm_engine")
 PARALLEL_JOBS = 2

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import ForkServer
 from rich.console import Console
 
 from gft_lite.data.prompts import PromptFormat
@@ -43,12 +43,15 @@ def base(tmp_path_factory) -> Path:
     return folder
 
 
-def run_example(card: Path, adapter: Path, folder: Path) -> tuple[list[int], list[int], str]:
+def run_example(
+    server: ForkServer, card: Path, adapter: Path, folder: Path
+) -> tuple[list[int], list[int], str]:
     """Prompt ids, response ids and printed text of the card's Python code."""
     [code] = re.findall(r"```python\n(.*?)```", card.read_text(encoding="utf-8"), re.DOTALL)
     code = code.replace("What is 12 * 7?", PROBLEM).replace('"ADAPTER"', repr(str(adapter)))
     code += "import json; print(json.dumps([inputs.input_ids[0].tolist(), response.tolist()]))\n"
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    with contextlib.chdir(folder):
+        done = server.run(code=code)
     assert done.returncode == 0, done.stderr
     text, _, ids = done.stdout.rstrip("\n").rpartition("\n")
     prompt, response = json.loads(ids)
@@ -56,7 +59,7 @@ def run_example(card: Path, adapter: Path, folder: Path) -> tuple[list[int], lis
 
 
 @pytest.mark.parametrize("style", ["chat", "plain"])
-def test_the_code_of_a_card(style: str, base: Path, tmp_path: Path):
+def test_the_code_of_a_card(style: str, base: Path, tmp_path: Path, fork_server: ForkServer):
     overrides = [*SMALL, f"policy.model={base}", f"data.prompt.style={style}"]
     overrides.append({"plain": "data.prompt.template='{problem}'",
                       "chat": "data.prompt.chat_template_kwargs.twice=true"}[style])  # fmt: skip
@@ -68,7 +71,7 @@ def test_the_code_of_a_card(style: str, base: Path, tmp_path: Path):
     ends = {"chat": {user: "<|user|>", eos: "<eos>"}, "plain": {eos: "<eos>"}}[style]
     assert read_end_tokens(run.adapter) == ends
     card = run.adapter / "README.md"
-    prompt, response, text = run_example(card, run.adapter, base.parent)
+    prompt, response, text = run_example(fork_server, card, run.adapter, base.parent)
     assert tuple(prompt) == format.prompt_ids(PROBLEM)
     assert prompt.count(user) == (2 if style == "chat" else 0)
     assert response[-1] == (user if style == "chat" else eos)
