@@ -16,7 +16,7 @@ from gft_lite.planning.kv_cache import cpu_kv_cache, kv_bytes_per_token, smalles
 from gft_lite.planning.model_shape import ModelShape
 from gft_lite.recipe.schema import Recipe
 from gft_lite.utils.cpu import has_bf16_instructions
-from gft_lite.utils.memory import GIB, LOGIT_CHUNK_BYTES
+from gft_lite.utils.memory import GIB, HEAD_TILE_WORDS, LOGIT_CHUNK_BYTES, head_tile_bytes
 
 CUDA_CONTEXT_BYTES = int(0.6 * GIB)  # Estimate: CUDA context and workspaces of its libraries.
 # Estimate: memory that torch's CUDA allocator holds beyond the memory in use, as a share of it.
@@ -233,11 +233,11 @@ class MemoryModel:
 
     def head(self, batch: Batch) -> int:
         """Bytes of the logits of a chunk of tokens, and of what is computed from them in fp32."""
-        row, targets = 4 * self.shape.vocabulary, batch.targets
-        chunk = max(1, LOGIT_CHUNK_BYTES // row)
-        if self._exact_kl or not self.recipe.policy.fused_head:
-            return (6 if self._exact_kl else 5) * row * min(targets, chunk)
-        return 3 * row * min(targets, chunk)
+        words = self.shape.vocabulary
+        copies = 6 if self._exact_kl else 3 if self.recipe.policy.fused_head else 5
+        if copies == 3 and words > HEAD_TILE_WORDS and not self.recipe.objective.entropy:
+            return head_tile_bytes(self.device, self.element, batch.targets, self.shape.hidden)
+        return copies * 4 * words * min(batch.targets, max(1, LOGIT_CHUNK_BYTES // (4 * words)))
 
     def training(self, choice: Choice, batch: Batch | None = None) -> Components:
         """Bytes by component at the peak of training, with what vLLM keeps on the card."""

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gft_lite.policy.base import Divergence, TokenScores
-from gft_lite.utils.memory import LOGIT_CHUNK_BYTES
+from gft_lite.policy.tiled_head import tiled_head
+from gft_lite.utils.memory import HEAD_TILE_TOKENS, HEAD_TILE_WORDS, LOGIT_CHUNK_BYTES
 
 Loss = Callable[[TokenScores, slice], Tensor]
 
@@ -70,6 +71,8 @@ class OutputHead:
         derivative of the loss in the token's own log-prob: two matrix products, no logits kept.
         That of the entropy H is d H / d logits = -softmax (log softmax + H).
         """
+        if len(self.module.weight) > HEAD_TILE_WORDS and not entropy_gradient:
+            return self._tiled_loss_gradient(hidden, targets, loss)
         value, gradient, scores = 0.0, torch.empty_like(hidden), []
         rows = self._chunk_rows
         for span in (slice(i, i + rows) for i in range(0, len(targets), rows)):
@@ -96,6 +99,23 @@ class OutputHead:
             value += share.item()
             scores.append((logprobs.detach(), entropy.detach()))
             del logits, probs, by_logits  # Freed before those of the next slice are allocated.
+        return value, gradient, TokenScores(*(torch.cat(c) for c in zip(*scores, strict=True)))
+
+    def _tiled_loss_gradient(
+        self, hidden: Tensor, targets: Tensor, loss: Loss
+    ) -> tuple[float, Tensor, TokenScores]:
+        """`loss_gradient` for a large vocabulary, with a tile of logits at a time."""
+        value, gradient, scores = 0.0, torch.empty_like(hidden), []
+        rows = HEAD_TILE_TOKENS[hidden.device.type]
+        for span in (slice(i, i + rows) for i in range(0, len(targets), rows)):
+            found = tiled_head(hidden[span], self.module.weight, targets[span], self._dtype)
+            with torch.enable_grad():
+                logprobs = found.logprobs.requires_grad_()
+                share = loss(TokenScores(logprobs, found.entropy), span)
+                [slope] = torch.autograd.grad(share, logprobs)
+            gradient[span] = found.slope.mul_(slope[:, None])
+            value += share.item()
+            scores.append((logprobs.detach(), found.entropy))
         return value, gradient, TokenScores(*(torch.cat(c) for c in zip(*scores, strict=True)))
 
     @property
