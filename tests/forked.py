@@ -26,6 +26,7 @@ LIBRARIES = (
     "transformers.models.qwen2.modeling_qwen2",
 )
 VLLM = ("vllm.entrypoints.llm", "vllm.v1.engine.llm_engine")
+STARTED_WITH = set(os.environ)
 
 
 class ForkedProcess:
@@ -110,7 +111,8 @@ def _fork(
     if number := os.fork():
         return number
     os.chdir(cwd)
-    os.environ.clear()
+    for name in STARTED_WITH - set(env):  # Others were set by an import.
+        os.environ.pop(name, None)
     os.environ.update(env)
     sys.path[0] = cwd  # As of `python -m`.
     os.close(0)

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import LIBRARIES, VLLM, ForkedProcess, ForkServer
 from safetensors.torch import load_file
 
 from gft_lite.cli import main
+from gft_lite.rollout.vllm_launcher import free_port
 from gft_lite.runs.folder import RunFolder
 from gft_lite.training import stages
 from gft_lite.utils.tables import flatten
@@ -34,28 +36,43 @@ LAUNCH = [
     "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
     "--main_process_port", "0",
 ]  # fmt: skip
+# accelerate's own way to several processes without GPUs wants MPI; torchrun, its way to several
+# GPUs, starts them just as well.
+CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
-def run(command: list[str], out: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    # accelerate's own way to several processes without GPUs wants MPI; torchrun, its way to
-    # several GPUs, starts them just as well.
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    arguments = ["-m", "gft_lite", "train", "recipes/lab.yaml", *FIELDS, *more, "--out", str(out)]
-    root = Path(__file__).parents[2]
-    return subprocess.run(command + arguments, cwd=root, env=environment, timeout=1200,
-                          capture_output=True, text=True)  # fmt: skip
+def arguments(out: Path, *more: str) -> list[str]:
+    return ["train", "recipes/lab.yaml", *FIELDS, *more, "--out", str(out)]
+
+
+def run_two(server: ForkServer, out: Path, *more: str) -> list[ForkedProcess]:
+    """Run two processes with the environment that torchrun gives them."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2",
+              "LOCAL_WORLD_SIZE": "2"}  # fmt: skip
+    started = [
+        server.start(*arguments(out, *more), env={**os.environ, **CPU, **shared,
+                                                  "RANK": rank, "LOCAL_RANK": rank})
+        for rank in ("0", "1")
+    ]  # fmt: skip
+    for process in started:
+        process.wait()
+    return started
 
 
 @pytest.fixture(scope="module", params=METHODS)
-def runs(request, tmp_path_factory):
-    """(one process's run, two processes' run, what the two printed)."""
+def runs(request, tmp_path_factory, fork_server):
+    """(one process's run, two processes' run, the two processes)."""
     folder = tmp_path_factory.mktemp(request.param)
     more = [*METHODS[request.param], "train.steps=2", "checkpoint.every=2"]
-    alone = run([sys.executable], folder / "alone", *more)
+    uses_vllm = "rollout.engine=vllm" in more
+    server = ForkServer(folder, (*LIBRARIES, *VLLM)) if uses_vllm else fork_server
+    alone = server.run(*arguments(folder / "alone", *more), env={**os.environ, **CPU})
     assert alone.returncode == 0, alone.stderr
-    two = run(LAUNCH, folder / "two", *more)
-    assert two.returncode == 0, two.stderr
-    return RunFolder(folder / "alone"), RunFolder(folder / "two"), two
+    two = run_two(server, folder / "two", *more)
+    assert [process.returncode for process in two] == [0, 0], two[0].stderr + two[1].stderr
+    yield RunFolder(folder / "alone"), RunFolder(folder / "two"), two
+    if uses_vllm:
+        server.close()
 
 
 def test_metrics_are_those_of_one_process(runs):
@@ -97,7 +114,8 @@ def test_the_adapter_is_that_of_one_process(runs):
 
 def test_one_process_writes_and_talks(runs):
     alone, two, done = runs
-    assert done.stdout.count("run: ") == done.stderr.count("run folder: ") == 1
+    assert "".join(process.stdout for process in done).count("run: ") == 1
+    assert "".join(process.stderr for process in done).count("run folder: ") == 1
     files = [{str(p.relative_to(r.path)) for p in r.path.rglob("*")} for r in (alone, two)]
     assert files[0] == files[1]
 
@@ -114,7 +132,9 @@ def test_two_processes_resume_and_run_stages(tmp_path, monkeypatch):
         patch.setattr(stages, "copy_base_files", interrupt)
         out = ["--out", str(folder.path)]
         assert main(["train", "recipes/lab.yaml", *FIELDS, *more, *out]) == 130
-    again = run(LAUNCH, folder.path, *more, "--resume")
+    command = [*LAUNCH, "-m", "gft_lite", *arguments(folder.path, *more, "--resume")]
+    again = subprocess.run(command, cwd=Path(__file__).parents[2], env=os.environ | CPU,
+                           timeout=1200, capture_output=True, text=True)  # fmt: skip
     assert again.returncode == 0, again.stderr
     assert [m["stage"] for m in folder.metrics()] == [1, 2]
     assert folder.summary()["method"] == "sft > gft"
@@ -126,7 +146,7 @@ def test_only_training_takes_several_processes():
     assert done.returncode == 2 and "only train" in done.stderr
 
 
-def test_a_wrong_recipe_ends_both(tmp_path):
-    done = run(LAUNCH, tmp_path / "run", "data.source=nowhere.jsonl")
-    assert done.returncode != 0
-    assert "data.source" in done.stderr
+def test_a_wrong_recipe_ends_both(tmp_path, fork_server):
+    done = run_two(fork_server, tmp_path / "run", "data.source=nowhere.jsonl")
+    assert all(process.returncode for process in done)
+    assert "data.source" in done[0].stderr
