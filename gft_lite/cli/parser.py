@@ -19,8 +19,8 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *args: Any, group: Group | None = None, **options: Any) -> None:
-        options = {"formatter_class": _Formatter, "allow_abbrev": False} | options
-        super().__init__(*args, **options)
+        defaults: dict[str, Any] = {"formatter_class": _Formatter, "allow_abbrev": False}
+        super().__init__(*args, **defaults | options)
         self.group = group
 
     def error(self, message: str) -> NoReturn:
