@@ -143,9 +143,9 @@ def recipe_page() -> str:
     """Every field of a recipe with its type, its default and what it affects."""
     page = [
         "# Recipe fields\n\nWritten from the schema. *affects* lists the results that change with "
-        "the field; a run is [resumed](../guides/resume.md) only with the same values of fields that "
-        "affect training. `gft-lite train RECIPE --dry-run` prints a recipe with every default. "
-        "[Recipes](../guides/recipes.md) has an example.\n"
+        "the field; a run is [resumed](../guides/resume.md) only with the same values of fields "
+        "that affect training. `gft-lite train RECIPE --dry-run` prints a recipe with every "
+        "default. [Recipes](../guides/recipes.md) has an example.\n"
     ]
     inherited: dict[str, Affects] = {}
     for at, schema in sections():
