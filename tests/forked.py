@@ -23,6 +23,7 @@ LIBRARIES = (
     "gft_lite.evaluation.sets",
     "gft_lite.policy.qlora",
     "gft_lite.rollout.transformers_engine",
+    "gft_lite.training.run",
     "transformers.models.qwen2.modeling_qwen2",
 )
 VLLM = ("vllm.entrypoints.llm", "vllm.v1.engine.llm_engine")

@@ -25,6 +25,7 @@ PRELOADED = (
     "gft_lite.evaluation.sets",
     "gft_lite.policy.qlora",
     "gft_lite.rollout.transformers_engine",
+    "gft_lite.training.run",
     "transformers.models.llama.modeling_llama",
     "transformers.models.qwen2.modeling_qwen2",
 )

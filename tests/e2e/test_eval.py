@@ -8,8 +8,7 @@ import io
 import json
 import shutil
 import signal
-import subprocess
-import sys
+from functools import partial
 
 import pytest
 from rich.console import Console
@@ -50,9 +49,10 @@ def evaluate(targets, out, *overrides, suite="lab", **options):
     return evaluate_targets(suite, list(map(str, targets)), out, **options)
 
 
-def cli(*arguments):
-    command = [sys.executable, "-m", "gft_lite", "eval", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=1200)
+@pytest.fixture
+def cli(fork_server):
+    """Runs the command in a process."""
+    return partial(fork_server.run, "eval")
 
 
 def stored(out):
@@ -68,7 +68,7 @@ def lines(out):
     return sum(len(f.read_bytes().splitlines()) for f in out.glob("responses/*/*.jsonl"))
 
 
-def test_base_adapter_and_checkpoints_in_one_call(run, tmp_path):
+def test_base_adapter_and_checkpoints_in_one_call(run, tmp_path, cli):
     out = tmp_path / "out"
     done = cli("lab", run, f"{run}@all", "--suite", "lab", "--limit", 5, "--samples", 4,
                "--k", "1,3", "--out", out, "drift=3")  # fmt: skip
@@ -312,7 +312,7 @@ class TestTargets:
         assert targets[str(run / "adapter")]["drift"]["forward"] > 0
         assert targets[str(small)]["identity"] != targets["lab"]["identity"]
 
-    def test_what_is_not_a_target(self, run, tmp_path):
+    def test_what_is_not_a_target(self, run, tmp_path, cli):
         (tmp_path / "empty").mkdir()
         done = cli("nowhere", tmp_path / "empty", f"{run}@step-7", "--suite", "lab")
         assert done.returncode == 2
@@ -329,7 +329,7 @@ class TestTargets:
         assert len(caught.value.problems) == len(names)
         assert all(text.startswith("TARGET: must ") for text in caught.value.problems)
 
-    def test_a_wrong_suite_setting_is_an_error_before_anything_is_loaded(self):
+    def test_a_wrong_suite_setting_is_an_error_before_anything_is_loaded(self, cli):
         done = cli("lab", "--suite", "lab", "--samples", "0", "rollout.temprature=1")
         assert done.returncode == 2
         assert "samples: " in done.stderr

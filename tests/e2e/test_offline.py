@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from io import StringIO
 
@@ -164,15 +164,13 @@ def test_a_resumed_run_ends_as_if_nothing_was(here, filled, offline):
     assert (again / weights).read_bytes() == (run.path / weights).read_bytes()
 
 
-def test_killed_and_continued_samples_nothing_twice(here, filled, monkeypatch, capsys):
+def test_killed_and_continued_samples_nothing_twice(here, filled, monkeypatch, capsys, fork_server):
     out, log = here / "killed", here / "killed_seeds"
     monkeypatch.setenv("ENGINE_LOG", str(log))
     arguments = ["groups", LAB, *SMALL, "--out", str(out)]
-    killed = subprocess.run(
-        [sys.executable, "-m", "gft_lite", *arguments],
-        env=os.environ | {"ENGINE": "killed", "PYTHONPATH": str(here)}, capture_output=True,
-    )  # fmt: skip
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    with contextlib.chdir(here):
+        killed = fork_server.run(*arguments, env=os.environ | {"ENGINE": "killed"})
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     begun = len(lines(out))
     assert 0 < begun < 8
     with pytest.raises(RecipeError, match=f"8 problems .* without {8 - begun} of them"):

@@ -492,7 +492,7 @@ def test_the_key_of_an_openai_account_is_sent_to_openai_only(here, monkeypatch):
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_distillation_can_be_continued(here, how):
+def test_a_stopped_distillation_can_be_continued(here, how, fork_server):
     """A kill loses the requests in flight, Ctrl-C loses nothing."""
     (here / "slow.py").write_text(
         "import time\ndef reward(completions, **_):\n"
@@ -506,15 +506,16 @@ def test_a_stopped_distillation_can_be_continued(here, how):
 
     kept = here / "a.distill/responses.jsonl"
     with ScriptedServer(reply) as scripted:
-        command = [sys.executable, "-m", "gft_lite", "distill", "r.yaml", "--teacher", scripted.url,
-                   "--out", "a.jsonl", "--samples", "20", "--concurrency", "4",
-                   "reward.functions=[slow:reward]"]  # fmt: skip
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        process = fork_server.start(
+            "distill", "r.yaml", "--teacher", scripted.url, "--out", "a.jsonl", "--samples", 20,
+            "--concurrency", 4, "reward.functions=[slow:reward]",
+        )  # fmt: skip
         while len(scripted.answered) < 8:
-            assert process.poll() is None, process.communicate()[1]
+            assert process.poll() is None, process.stderr
             time.sleep(0.01)
         process.send_signal(how)
-        errors = process.communicate(timeout=600)[1]
+        process.wait()
+        errors = process.stderr
         pause[0] = 0
         assert not (here / "a.jsonl").exists()
         before = len(scripted.bodies)
