@@ -95,8 +95,9 @@ def run(
     found: Figures = document["figures"]
     for name in parts:
         entry = found.setdefault(name, {"status": "not reached", "seconds": 0, "cases": {}})
-        entry["cases"] = {k: case for k, case in entry["cases"].items() if is_answered(case)}
-        if again and entry["status"] == "done":
+        if entry["status"] != "done":
+            entry["cases"] = {k: case for k, case in entry["cases"].items() if is_answered(case)}
+        elif again:
             entry["cases"] = {}
     end = time.monotonic() + minutes * 60
     context = get_context("forkserver")

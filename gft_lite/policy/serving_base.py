@@ -107,7 +107,7 @@ def _digest(weights: Mapping[str, Weight], dtype: torch.dtype, descriptions: Pat
     for name, tensor in _tensors(weights):
         digest.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
         flat = tensor.detach().cpu().contiguous().flatten()
-        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
