@@ -210,6 +210,8 @@ def test_what_is_no_alarm(steps):
 
 def test_limits_are_alarms_and_a_low_entropy_is_that_of_the_last_window():
     assert find_alarms(history(kl=[1.0]), GuardSettings()) == {"kl": "1 nats per token"}
+    risen = history(entropy=[0.1] * 5 + [0.25] * 5)
+    assert find_alarms(risen, GuardSettings()) == {"entropy": "0.25 nats per token, from 0.1"}
     low, settings = [0.004] * 5, GuardSettings(entropy=None)
     assert find_alarms(history(entropy=[*low, *[0.4] * 5]), settings) == {}
     assert list(find_alarms(history(entropy=[*[0.4] * 5, *low]), settings)) == ["entropy_low"]

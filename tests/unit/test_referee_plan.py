@@ -365,6 +365,9 @@ class TestPrinted:
         plan = plan_of(overrides=["eval.sets.test.problems=100"])
         text = power(plan)
         assert text.startswith("with 5 seeds, differences of about 10.2 points are found 4 times")
+        # Of three methods, each of two comparisons is tested at .025.
+        three = plan_of("gft,sft,grpo", ["eval.sets.test.problems=100"])
+        assert "about 11.9 points" in power(three)
         of_bases = power(plan_of(bases=("lab", "lab:1"), overrides=["eval.sets.test.problems=100"]))
         assert of_bases.startswith("with 2 bases (a base counts once, however many seeds it has), ")
         assert "with one run of each method, other seeds are not covered" in power(plan_of(seeds=1))
