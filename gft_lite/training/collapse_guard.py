@@ -2,8 +2,8 @@
 
 The defaults were chosen on runs of the lab: GRPO at 8e-3 collapsed with two of three seeds, GFT at
 4e-3 with one of three. Each of these had an alarm, and two healthy runs of each method had none.
-Nine further runs neither collapsed nor had an alarm: GFT at 2e-3 and 4e-3 and GRPO at 4e-3 and 8e-3,
-with two seeds each, and SFT at 1e-3.
+Nine further runs neither collapsed nor had an alarm: GFT at 2e-3 and 4e-3 and GRPO at 4e-3 and
+8e-3, with two seeds each, and SFT at 1e-3.
 """
 
 from __future__ import annotations
