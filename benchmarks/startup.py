@@ -130,6 +130,10 @@ def start(started: float, out: Path, command: Sequence[str]) -> None:
     """Run `gft-lite` with `command` in this process, and write its parts to `out`."""
     clock = Clock(started)
     with clock(IMPORTS):
+        from gft_lite.utils.imports import uncompiled_functions
+
+        with uncompiled_functions():  # As `load_policy` imports it.
+            importlib.import_module("bitsandbytes")
         for module in MODULES:
             importlib.import_module(module)
         from gft_lite.cli.entry_point import main as run

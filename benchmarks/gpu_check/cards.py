@@ -44,7 +44,9 @@ def fits(setup: Setup, model: str, card: str) -> Figures:
     policy = random_policy(setup, policy_settings)
     recipe = plan.model.recipe
     train = recipe.train.model_copy(update={"micro_batch_tokens": budget})
-    learner = Learner(policy, recipe.model_copy(update={"train": train}))
+    # No engine runs here, and the card's may not be installed.
+    rollout = recipe.rollout.model_copy(update={"engine": "transformers"})
+    learner = Learner(policy, recipe.model_copy(update={"train": train, "rollout": rollout}))
     free()
     with capped(setup, limit - beside), Peak(setup.device, held(policy)) as peak:
         try:
