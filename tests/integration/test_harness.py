@@ -97,6 +97,15 @@ def test_the_figures_are_those_of_the_policys_own_logprobs(
     assert "own_choice" in capsys.readouterr().out
     add_to_results(tmp_path / "out", results["harness"])  # A table replaces that of before.
     assert (tmp_path / "out" / "results.md").read_text() == table
+    # What is known is not computed again.
+    file = tmp_path / "out" / "harness.json"
+    known = json.loads(file.read_text())
+    for figures in known.values():
+        figures["own_choice"]["acc"] = [0.125, None]
+    file.write_text(json.dumps(known))
+    assert main(command) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["harness"]
+    assert [tasks["own_choice"]["acc"][0] for tasks in results.values()] == [0.125, 0.125]
 
 
 def test_an_unknown_task_is_one_line_with_a_suggestion(harness, tasks):
