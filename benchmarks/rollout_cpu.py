@@ -136,20 +136,21 @@ def compare(model: str, rounds: int, max_tokens: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def limit(model: str) -> dict[str, float]:
-    """The most tokens per CPU-second that the machine allows in bf16, from two small kernels."""
+def limit(model: str, rows: int = ROWS, dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
+    """The most tokens per CPU-second that one thread can decode, from two small kernels."""
     from gft_lite.planning.model_shape import find_shape
 
     shape = find_shape(model)
     # The matrices of the layers and of the output head, without the adapter and attention.
     parameters = shape.linear_parameters + shape.embedding_parameters
-    a, b = (torch.randn(2048, 2048, dtype=torch.bfloat16) for _ in range(2))
+    torch.set_num_threads(1)
+    a, b = (torch.randn(2048, 2048, dtype=dtype) for _ in range(2))
     flops = 2 * 2048**3 / fastest(lambda: a @ b)
     large = torch.ones(1 << 26)
     bandwidth = large.nbytes / fastest(large.sum)
-    seconds = max(2 * parameters * ROWS / flops, 2 * parameters / bandwidth)
+    seconds = max(2 * parameters * rows / flops, dtype.itemsize * parameters / bandwidth)
     return {"gflops": flops / 1e9, "gb_per_second": bandwidth / 1e9,
-            "tokens_per_cpu_second": ROWS / seconds}  # fmt: skip
+            "tokens_per_cpu_second": rows / seconds}  # fmt: skip
 
 
 def fastest(function: Any, turns: int = 5) -> float:

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import against_trl, head, rollout_cpu, scaling, sync
+from benchmarks import against_trl, head, recorded, rollout_cpu, scaling, sync, whole_step
 from benchmarks.recorded import Shape
-from gft_lite.policy.registry import load_policy
+from gft_lite.planning.model_shape import find_shape
+from gft_lite.policy.registry import load_policy, model_location
 from gft_lite.recipe.sections import PolicySettings
+from gft_lite.utils.errors import UserError
 
 TOY = Shape(hidden=64, layers=1, ffn=128, vocab=300, mean=12, p95=30)
 PROMPT = 20
@@ -54,14 +57,33 @@ def test_ours_forwards_each_prompt_once_and_no_flat_group(cases):
     assert full["forwarded_per_trained"] == (5 * PROMPT + tokens) / tokens
     assert 0.5 < flat["forwarded_per_trained"] / full["forwarded_per_trained"] < 0.7
     assert full["old_logprobs_per_trained"] == 0
+    small = cases[0]["sides"]["gft_lite_small_batches"]
+    # Some groups fall into several micro-batches of two rows, and compute their prompt again.
+    assert full["forwarded_per_trained"] < small["forwarded_per_trained"]
+    assert cases[0]["flat_token_share"] == 0
+    assert cases[40]["flat_token_share"] == pytest.approx(0.4, abs=0.02)
 
 
 @pytest.mark.parametrize("percent", [0, 40])
-@pytest.mark.parametrize("side", ["trl", "trl_tuned", "gft_lite", "gft_lite_no_checkpointing"])
+@pytest.mark.parametrize(
+    "side",
+    ["trl", "trl_tuned", "gft_lite", "gft_lite_no_checkpointing", "gft_lite_small_batches"],
+)
 def test_gradients_are_the_reference_s(cases, percent, side):
     found = cases[percent]["sides"][side]["gradient"]
     assert found["cosine"] > 1 - 1e-6
     assert found["relative_gap"] < 1e-4
+
+
+def test_a_real_models_folder_takes_the_place_of_the_random_one(tmp_path):
+    shape = against_trl.real_shape(model_location("lab"), "reasoning")
+    recorded.make_model(tmp_path, shape)
+    assert (tmp_path / "config.json").resolve().parent == Path(model_location("lab")).resolve()
+    assert recorded.plain_model(tmp_path).peft_config["default"].r == recorded.RANK
+    assert len(shape.lengths()) == 16
+    assert sum(shape.lengths()) / 16 == pytest.approx(300, rel=0.05)
+    with pytest.raises(UserError, match=r"--model: must be smollm2 or the folder of a model"):
+        against_trl.real_shape(str(tmp_path / "none"), "gsm8k")
 
 
 def test_law_is_the_ratio_of_passes(cases):
@@ -94,6 +116,28 @@ def test_counted_bytes_of_a_real_model():
     found = sync.counted("Qwen/Qwen2.5-Math-1.5B")
     assert found["merge_and_push_bytes"] == 2 * 1_543_714_304
     assert found["hot_load_bytes"] == 2 * 18_464_768
+
+
+def test_a_whole_step_samples_and_trains_every_token_on_both_sides(pool):
+    size = whole_step.Size(problems=1, members=8, tokens=6)
+    found = whole_step.compare("lab", size, ["gft_lite, transformers", "trl"], 1, pool)
+    for side in found["sides"].values():
+        seconds = dict(side["cpu_seconds"])
+        assert seconds.pop("whole") == pytest.approx(sum(seconds.values()))
+        assert min(seconds["rollout"], seconds["train"]) > 0
+        assert side["trained_tokens_per_cpu_second"] == pytest.approx(
+            48 / side["cpu_seconds"]["whole"]
+        )
+    ratio = found["sides"]["gft_lite, transformers"]["speed_ratio"]["whole"]
+    whole = [side["cpu_seconds"]["whole"] for side in found["sides"].values()]
+    assert ratio == pytest.approx(whole[1] / whole[0])
+
+
+def test_the_limit_of_training_counts_each_prompt_once():
+    size = whole_step.Size(problems=2, members=3, tokens=5)
+    shape, prompts = find_shape("lab"), whole_step.prompt_tokens("lab", size)
+    products = shape.linear_parameters * (prompts + 30) + shape.embedding_parameters * 30
+    assert whole_step.training_limit("lab", size, 8e-9) == pytest.approx(products / 2)
 
 
 def test_scaling_counts_and_plots(tmp_path):
