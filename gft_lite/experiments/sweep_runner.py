@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from gft_lite.experiments.launchers import LAUNCHERS, LOG, Launcher
 from gft_lite.experiments.search import Search
@@ -282,7 +284,7 @@ class _Display:
                 self._progress.print(text + self._progress.time_left(ended))
         if self._progress.is_live:
             room = max(1, self.console.height - 6)  # The table's frame and the bar.
-            self._progress.update(ended, panel=_state_table(self._work, room))
+            self._progress.update(ended, panel=_state_table(self._work, self.console.width, room))
 
     def _ended(self) -> int:
         return self._span.before + sum(job.state in _ENDED for job in self._work)
@@ -292,27 +294,35 @@ _ENDED: tuple[State, ...] = ("failed", "stopped", "done")
 _ORDER: tuple[State, ...] = ("running", "interrupted", *_ENDED, "waiting")
 
 
-def _state_table(work: Sequence[_Job], rows: int) -> RichTable:
+def _state_table(work: Sequence[_Job], width: int, rows: int) -> RichTable:
     """Trials with their state, last step, its rewards, and the trained policy's first figure.
 
     The running ones come first, and at most `rows` are shown.
     """
     states = Counter(job.state for job in work)
-    table = RichTable(title=", ".join(f"{states[s]} {s}" for s in _ORDER if states[s]))
-    for name in ("trial", "state", "step", "reward", "result"):
-        table.add_column(name, no_wrap=True, overflow="ellipsis")
-    for job in sorted(work, key=lambda job: _ORDER.index(job.state))[:rows]:
-        table.add_row(job.trial.name, job.state, *_progress_cells(job))
+    title = ", ".join(f"{states[s]} {s}" for s in _ORDER if states[s])
+    table = RichTable(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title)
+    shown = sorted(work, key=lambda job: _ORDER.index(job.state))[:rows]
+    cells = [(job.trial.name, job.state, *_progress_cells(job, width >= 90)) for job in shown]
+    names = ("trial", "state", "step", "reward", "result")
+    widths = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
+    # A long name of a trial is cut; everything else is whole.
+    widths[0] = min(widths[0], max(9, width - sum(widths[1:]) - 2 * len(names) - 2))
+    for name, column in zip(names, widths, strict=True):
+        table.add_column(name, no_wrap=True, overflow="ellipsis", width=column)
+    for row in cells:
+        table.add_row(*map(Text, row))
     return table
 
 
-def _progress_cells(job: _Job) -> tuple[str, str, str]:
+def _progress_cells(job: _Job, all_sources: bool) -> tuple[str, str, str]:
     """Step, rewards and first result of a trial; empty if its files are damaged."""
     try:
         last = (job.run.metrics() or [{}])[-1]
         trained = job.run.summary()["trained"] if job.state == "done" else {}
     except UserError:
         return "", "", ""
-    rewards = " ".join(f"{source} {r:.2f}" for source, r in last.get("reward", {}).items())
+    by_source = sorted(last.get("reward", {}).items(), key=lambda item: item[0] != "self")
+    rewards = " ".join(f"{source} {r:.2f}" for source, r in by_source[: None if all_sources else 1])
     score = " ".join(f"{name} {value:.3f}" for name, value in list(trained.items())[:1])
     return f"{last.get('step', 0)}/{job.trial.recipe.steps or '?'}", rewards, score
