@@ -29,7 +29,7 @@ class CpuLoraWorker(CPUWorker):
         """Replace the functions where vLLM looks them up, and initialise the device."""
         for function in REPLACEMENTS:
             setattr(punica_cpu, function.__name__, function)
-        punica_cpu.PunicaWrapperCPU.add_lora_linear = add_lora_linear
+        setattr(punica_cpu.PunicaWrapperCPU, add_lora_linear.__name__, add_lora_linear)
         super().init_device()
 
 
