@@ -11,15 +11,21 @@ run the same step.
   and two rows a micro-batch in place of 8.
 - `trl_by_group`: tuned, and one prompt a rollout, so that it pads to the longest of a group; its
   loss then averages over groups, and vLLM would sample one prompt at a time.
-- `gft_lite`, and without the gradient checkpointing that TRL's defaults have on.
+- `gft_lite`, and without the gradient checkpointing that TRL's defaults have on; and in
+  micro-batches of as many tokens as `trl_tuned` has, to compare memory.
 
 TRL's work does not depend on the rewards: its runs with flat groups are used for both cases.
 The law next to a ratio is its value if time were proportional to forwarded positions.
+
+With `--model FOLDER`, or `--model smollm2` (`real_model.py`), the weights are those of a real one,
+and the lengths those of answers to GSM8K (mean 80, p95 200 tokens, prompt of 90) or, with
+`--lengths reasoning`, of long reasoning (300, 900), two groups of 8.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import tempfile
 import time
@@ -34,6 +40,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import trl_peer
+from benchmarks.real_model import find_model
 from benchmarks.record import PeakMemory, fresh_processes, record
 from benchmarks.recorded import (
     RANK,
@@ -53,9 +60,14 @@ from gft_lite.policy.batching import Row
 from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.schema import Recipe
 from gft_lite.training.learner import Learner
+from gft_lite.utils.errors import UserError
 
 PROMPTS = (150, 1024)
+REAL_PROMPT = 90
+# Of two groups of 8, by the name of `--lengths`: mean and 95% quantile in tokens.
+LENGTHS = {"gsm8k": (80.0, 200.0), "reasoning": (300.0, 900.0)}
 MICRO_BATCH_TOKENS = 4096
+SMALL = "rows of trl_tuned"  # In place of so many tokens.
 Figures = dict[str, Any]
 
 
@@ -63,14 +75,19 @@ def replay(folder: Path, prompt: int, flat: str, options: Figures, steps: int) -
     """Run `steps` of our optimiser steps on the recorded batch and measure each."""
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
+    groups, limit = read_groups(folder, prompt, flat), MICRO_BATCH_TOKENS
+    if options.get("micro_batch") == SMALL:
+        longest = max(len(response) for group in groups for response in group["responses"])
+        limit = trl_peer.TUNED["per_device_train_batch_size"] * (prompt + longest)
+    settings = {name: value for name, value in options.items() if name != "micro_batch"}
     recipe = Recipe.from_tree(
         {
             "method": "grpo",
             "objective": {"reduction": "token_mean"},  # TRL's default
             "policy": {"model": str(folder), "adapter": str(folder / "adapter"),
-                       "quantization": "none", "lora": {"rank": RANK}, **options},
+                       "quantization": "none", "lora": {"rank": RANK}, **settings},
             "optim": {"lr": 1e-30, "schedule": "constant", "warmup": 0, "clip_norm": 1e9},
-            "train": {"micro_batch_tokens": MICRO_BATCH_TOKENS},
+            "train": {"micro_batch_tokens": limit},
         }
     )  # fmt: skip
     policy = load_policy(recipe.policy)
@@ -78,7 +95,7 @@ def replay(folder: Path, prompt: int, flat: str, options: Figures, steps: int) -
     learner, forwarded = Learner(policy, recipe), Forwarded(policy.model)
     gradients: list[torch.Tensor] = []
     learner.optimizer.register_step_pre_hook(lambda *_: gradients.append(gradient(policy.model)))
-    groups, seconds, peak = read_groups(folder, prompt, flat), [], PeakMemory()
+    seconds, peak = [], PeakMemory()
     for some in [warm_up(groups), *[groups] * steps]:
         forwarded.reset()
         start = time.process_time()
@@ -122,6 +139,7 @@ SIDES = {
     "trl_by_group": Side(trl_peer.replay, trl_peer.BY_GROUP, ("40",), 3),
     "gft_lite": Side(replay, {"gradient_checkpointing": True}, ("0", "40"), 3),
     "gft_lite_no_checkpointing": Side(replay, {"gradient_checkpointing": False}, ("0", "40"), 2),
+    "gft_lite_small_batches": Side(replay, {"micro_batch": SMALL}, ("0", "40"), 3),
 }
 
 
@@ -144,12 +162,22 @@ def compare(shape: Shape, prompts: Sequence[int], rounds: int, pool: Executor) -
         runs: dict[tuple[int, str, str], list[Figures]] = {}
         for key, job in jobs:
             runs.setdefault(key, []).append(job.result())
+        shares = {(prompt, flat): _flat_share(folder, prompt, flat)
+                  for prompt in prompts for flat in ("0", "40")}  # fmt: skip
     tokens = sum(shape.lengths())
     return [
-        {"prompt": prompt, "flat_percent": int(flat), "sides": _case(runs, prompt, flat, tokens)}
-        for prompt in prompts
-        for flat in ("0", "40")
-    ]
+        {"prompt": prompt, "flat_percent": int(flat), "flat_token_share": share,
+         "sides": _case(runs, prompt, flat, tokens)}
+        for (prompt, flat), share in shares.items()
+    ]  # fmt: skip
+
+
+def _flat_share(folder: Path, prompt: int, flat: str) -> float:
+    """The share of the response tokens that belong to groups of equal rewards."""
+    groups = read_groups(folder, prompt, flat)
+    sizes = [sum(map(len, group["responses"])) for group in groups]
+    equal = [len(set(group["rewards"])) == 1 for group in groups]
+    return sum(size for size, is_flat in zip(sizes, equal, strict=True) if is_flat) / sum(sizes)
 
 
 def _case(runs: dict[Any, list[Figures]], prompt: int, flat: str, tokens: int) -> Figures:
@@ -186,7 +214,7 @@ def show(cases: list[Figures]) -> None:
             old = side["old_logprobs_per_trained"]
             table.add_row(
                 str(case["prompt"]),
-                f"{case['flat_percent']}%",
+                f"{case['flat_token_share']:.0%}",
                 label,
                 f"{side['forwarded_per_trained']:.2f}" + (f" + {old:.2f}" if old else ""),
                 f"{side['trained_tokens_per_cpu_second']:.0f}",
@@ -200,23 +228,40 @@ def show(cases: list[Figures]) -> None:
     Console(width=120).print(table)
 
 
+def real_shape(model: str, lengths: str) -> Shape:
+    """Two groups of 8 for a real model. Raises: UserError."""
+    folder = find_model(model)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    mean, p95 = LENGTHS[lengths]
+    return Shape(vocab=config["vocab_size"], groups=2, mean=mean, p95=p95, model=str(folder))
+
+
 def main() -> None:
     """Measure, print and record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=1)
-    rounds = parser.parse_args().rounds
-    shape = Shape()
+    parser.add_argument("--model", default="random", help="random, smollm2 or a folder")
+    parser.add_argument("--lengths", choices=LENGTHS, default="gsm8k", help="of a real model")
+    asked = parser.parse_args()
+    shape, prompts, name = Shape(), PROMPTS, "against_trl"
+    if asked.model != "random":
+        try:
+            shape = real_shape(asked.model, asked.lengths)
+        except UserError as error:
+            print(f"skipped: {error}")
+            return
+        prompts, name = (REAL_PROMPT,), f"{name}_{Path(shape.model).name}_{asked.lengths}"
     with fresh_processes() as pool:
-        cases = compare(shape, PROMPTS, rounds, pool)
+        cases = compare(shape, prompts, asked.rounds, pool)
     show(cases)
     figures = {
-        "shape": asdict(shape),
+        "shape": asdict(shape) | {"model": Path(shape.model).name},
         "lengths": shape.lengths(),
         "micro_batch_tokens": MICRO_BATCH_TOKENS,
-        "rounds": rounds,
+        "rounds": asked.rounds,
         "cases": cases,
     }
-    print(f"written: {record('against_trl', figures)}")
+    print(f"written: {record(name, figures)}")
 
 
 if __name__ == "__main__":

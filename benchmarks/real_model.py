@@ -49,6 +49,15 @@ def find_real_model(cache: Path | None = None) -> Path:
     return folder
 
 
+def find_model(model: str) -> Path:
+    """The folder of `--model`: smollm2, or a folder of a model. Raises: UserError."""
+    if model == "smollm2":
+        return find_real_model()
+    if not Path(model, "config.json").is_file():
+        raise UserError([f"--model: must be smollm2 or the folder of a model, got {model!r}."])
+    return Path(model)
+
+
 def _gguf_file() -> Path:
     spec = importlib.util.find_spec(PACKAGE)  # Not imported: it needs libraries that are not here.
     folders = spec.submodule_search_locations if spec else None

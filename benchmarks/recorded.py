@@ -3,7 +3,8 @@
 The model is random, since only its shape counts here: layers of DeepSeekMath-7B's proportions
 (feed-forward 2.75 times the width) with heads of 64 and grouped keys, and a vocabulary that leaves
 the output head the share of the weights it has in Qwen2.5-1.5B (a sixth); 151,936 words would be
-nine tenths of a model this narrow. `head.py` has the head at full size.
+nine tenths of a model this narrow. `head.py` has the head at full size. Or the model is a real
+one: a folder with weights, with a random adapter as well.
 
 Response lengths are the quantiles of a log-normal distribution, so that no draw is lucky.
 """
@@ -36,7 +37,11 @@ Group = dict[str, Any]  # prompt_ids, and for each member: responses, logprobs, 
 
 @dataclass(frozen=True)
 class Shape:
-    """The model and the batch; the defaults are what `make bench` runs."""
+    """The model and the batch; the defaults are what `make bench` runs.
+
+    `model` is the folder of a real model, which the sizes of the random one then don't apply to;
+    `vocab` is the number of words to draw tokens from.
+    """
 
     hidden: int = 512
     layers: int = 1
@@ -46,6 +51,7 @@ class Shape:
     members: int = 8
     mean: float = 300.0
     p95: float = 900.0
+    model: str = ""
 
     @property
     def heads(self) -> int:
@@ -61,7 +67,15 @@ class Shape:
 
 
 def make_model(folder: Path, shape: Shape) -> None:
-    """Write a random base with the lab's tokenizer, and an adapter that does something."""
+    """Write a random base with the lab's tokenizer, and an adapter that does something.
+
+    With `shape.model` its files stand for the random base.
+    """
+    if shape.model:
+        for file in Path(shape.model).resolve().iterdir():
+            (folder / file.name).symlink_to(file)
+        _add_adapter(transformers.AutoModelForCausalLM.from_pretrained(folder), folder)
+        return
     base_folder = Path(model_location("lab"))
     for file in base_folder.glob("tokenizer*"):
         shutil.copy(file, folder / file.name)
@@ -74,7 +88,12 @@ def make_model(folder: Path, shape: Shape) -> None:
     )  # fmt: skip
     base = transformers.Qwen2ForCausalLM(config)
     base.save_pretrained(folder)
-    model = get_peft_model(base, lora())
+    _add_adapter(base, folder)
+
+
+def _add_adapter(base: Any, folder: Path) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(base.float(), lora())
     with torch.no_grad():
         for parameter in trained(model).values():
             parameter.add_(0.02 * torch.randn_like(parameter))

@@ -2,7 +2,8 @@
 
 One group, gradients of the GFT loss, in the `shared` and the `padded` layout; the other sizes are
 fixed. CPU-seconds of one thread, the lowest of several turns, alternating the layouts. The plot is
-results/scaling.png.
+results/scaling.png. With `--model FOLDER`, or `--model smollm2`, on the weights of a real model, by
+the response length alone; the plot is then results/scaling_MODEL.png.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from typing import Any
 
 import torch
 
+from benchmarks.real_model import find_model
 from benchmarks.record import RESULTS, record
 from benchmarks.recorded import Forwarded, Shape, make_model
 from gft_lite.policy.batching import Row
 from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.schema import Recipe
 from gft_lite.training.learner import Learner
+from gft_lite.utils.errors import UserError
 
 LAYOUTS = ("shared", "padded")
 MICRO_BATCH_TOKENS = 4096
@@ -38,6 +41,7 @@ class Point:
     prompt: int = 256
     vocab: int = 4096
     hidden: int = 256
+    model: str = ""
 
     def rows(self) -> list[Row]:
         """The group as rows of random tokens, none with advantage 0."""
@@ -59,13 +63,15 @@ SWEEPS: dict[str, tuple[int, ...]] = {
     "vocab": (4096, 16384, 65536),
     "hidden": (128, 256, 512),
 }
+REAL_SWEEPS = {"response": (16, 64, 256)}
 
 
 def measure(point: Point, turns: int) -> dict[str, dict[str, float]]:
     """CPU-seconds and forwarded tokens, each per trained token, of both layouts."""
     rows = point.rows()
     tokens = sum(len(row.response_ids) for row in rows)
-    shape = Shape(hidden=point.hidden, layers=2, ffn=11 * point.hidden // 4, vocab=point.vocab)
+    shape = Shape(hidden=point.hidden, layers=2, ffn=11 * point.hidden // 4, vocab=point.vocab,
+                  model=point.model)  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         make_model(Path(name), shape)
         sides = {layout: _side(Path(name), layout) for layout in LAYOUTS}
@@ -115,7 +121,7 @@ def plot(found: dict[str, Any], file: Path) -> None:
     """Both costs against each thing that grows."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3 * len(found), 5.5), layout="constrained")
+    figure = Figure(figsize=(3 * max(len(found), 2), 5.5), layout="constrained")
     kinds = {"cpu_seconds_per_1000": "CPU-s per 1,000 trained tokens",
              "forwarded_per_trained": "forwarded per trained token"}  # fmt: skip
     axes = figure.subplots(len(kinds), len(found), sharey="row", squeeze=False)
@@ -137,12 +143,23 @@ def main() -> None:
     """Measure, print, plot and record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--turns", type=int, default=2)
-    turns = parser.parse_args().turns
+    parser.add_argument("--model", default="", help="smollm2 or the folder of a real model")
+    asked = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    found = sweep(SWEEPS, Point(), turns)
-    written = record("scaling", {"middle": asdict(Point()), "sweeps": found})
-    plot(found, RESULTS / "scaling.png")
+    sweeps, middle, name = SWEEPS, Point(), "scaling"
+    if asked.model:
+        try:
+            folder = find_model(asked.model)
+        except UserError as error:
+            print(f"skipped: {error}")
+            return
+        middle = Point(members=4, prompt=64, model=str(folder))
+        sweeps, name = REAL_SWEEPS, f"scaling_{folder.name}"
+    found = sweep(sweeps, middle, asked.turns)
+    about = asdict(middle) | {"model": Path(middle.model).name}
+    written = record(name, {"middle": about, "sweeps": found})
+    plot(found, RESULTS / f"{name}.png")
     print(f"written: {written}")
 
 
