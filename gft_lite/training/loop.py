@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from gft_lite.objective.methods import find_method
 from gft_lite.rollout.sampling import sample_seed
 from gft_lite.runs.console import TrainingConsole
 from gft_lite.runs.metrics import PhaseTimer, group_metrics
@@ -94,6 +95,8 @@ def train_step(run: TrainingRun, step: int) -> dict[str, Any]:
 
 
 def _warn_without_rewards(run: TrainingRun, step: int, groups: list[ScoredGroup]) -> None:
+    if not find_method(run.recipe.method).group_advantages:
+        return  # It learns from demonstrations, which need no answers.
     responses = [response for scored in groups for response, _ in scored]
     if all(response.verdict == "not_applicable" for response in responses):
         run.print(

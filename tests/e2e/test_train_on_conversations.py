@@ -200,6 +200,7 @@ def test_training_on_data_without_a_recipe_and_without_answers(capsys):
     printed = capsys.readouterr().err
     assert "data.columns.expert=[completion]" in printed
     assert "evaluating the base on nothing" in printed
+    assert "no reward function applied" not in printed
     folder = RunFolder("run")
     recipe = Recipe.load("run/recipe.yaml")
     assert (recipe.method, recipe.data.columns.answer, recipe.data.holdout) == ("sft", None, 2)
