@@ -30,7 +30,6 @@ from gft_lite.training.teacher_model import TeacherModel
 from gft_lite.training.updates import Mean, MicroBatchResult, Update, add_means
 from gft_lite.types import SOURCES, Problem, ScoredGroup
 from gft_lite.utils.distributed import SINGLE_PROCESS, Distributed
-from gft_lite.utils.memory import keep_freed_memory
 from gft_lite.utils.progress import track
 
 # Inputs of a loss that take a pass over the rows before the first update.
@@ -55,8 +54,6 @@ class Learner:
         teacher: TeacherModel | None = None,
     ) -> None:
         self.policy, self.recipe, self.teacher = policy, recipe, teacher
-        if policy.device.type == "cpu":
-            keep_freed_memory()
         self.distributed = distributed
         self.console = console or Console(quiet=True)
         self.optimizer = make_optimizer(policy, recipe.optim)
