@@ -174,6 +174,8 @@ def test_an_engine_in_bf16_is_described_and_checked_beside_a_trainer_in_fp32(tmp
     engine = VllmEngine(RolloutSettings(engine="vllm", batch_size=6), policy, tmp_path / "engine")
     try:
         assert engine.base.endswith(" in bfloat16 (rollout.dtype: auto; the policy is in float32)")
+        [wrapper] = {m.punica_wrapper for m in _modules(engine) if hasattr(m, "punica_wrapper")}
+        assert type(wrapper).add_lora_linear.__module__ == "gft_lite.rollout.vllm_cpu_lora"
         cache = engine._llm.llm_engine.vllm_config.cache_config
         assert cache.num_gpu_blocks == 6 * 4 + 1  # 100 tokens take 4 blocks; vLLM reserves one.
         served = PolicyEngine(engine, policy, tmp_path / "adapters")
@@ -191,6 +193,10 @@ def test_an_engine_in_bf16_is_described_and_checked_beside_a_trainer_in_fp32(tmp
         assert engine.score(row.prompt_ids, row.response_ids) == before
     finally:
         engine.close()
+
+
+def _modules(engine):
+    return engine._llm.llm_engine.model_executor.driver_worker.worker.get_model().modules()
 
 
 def _assert_adapters_are_in_bf16(engine, policy, row, folder):
