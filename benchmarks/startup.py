@@ -209,7 +209,8 @@ def main() -> None:
     before = RESULTS / "startup.json"
     kept = json.loads(before.read_text("utf-8"))["figures"] if before.is_file() else {}
     key = f"{folder.name}, {options.engine}"
-    print(f"written: {record('startup', {**kept, key: found})}")
+    figures = {"overrides": options.overrides, **found}
+    print(f"written: {record('startup', {**kept, key: figures})}")
 
 
 if __name__ == "__main__":
