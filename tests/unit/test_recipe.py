@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -551,6 +552,12 @@ def test_many_errors_fill_one_screen():
     assert len(caught.value.problems) == 100
     lines = str(caught.value).splitlines()
     assert (len(lines), lines[-1]) == (21, "... and 80 more errors.")
+    again = copy.copy(caught.value)  # by the protocol that carries errors between processes
+    assert (type(again), again.problems, str(again)) == (
+        RecipeError,
+        caught.value.problems,
+        str(caught.value),
+    )
 
 
 def test_a_tree_from_python_has_no_places():
