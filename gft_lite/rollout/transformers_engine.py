@@ -49,7 +49,7 @@ class TransformersEngine:
 
     name = "transformers"
     base = "the trainer's own"
-    adapter_dtype = None
+    adapter_dtype: torch.dtype | None = None
 
     def __init__(self, settings: RolloutSettings, policy: Policy, scratch: Path) -> None:
         self._policy = policy
