@@ -18,7 +18,7 @@ class UserError(Exception):
         lines = self.problems[:MAX_SHOWN] + ([f"... and {more} more errors."] if more > 0 else [])
         super().__init__("\n".join(lines))
 
-    def __reduce__(self) -> tuple[type["UserError"], tuple[list[str]]]:
+    def __reduce__(self) -> tuple[type[UserError], tuple[list[str]]]:
         """Between processes an error is made again from `problems`, not from its text."""
         return type(self), (self.problems,)
 
