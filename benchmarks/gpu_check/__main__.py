@@ -82,7 +82,7 @@ def _gpu() -> str | None:
     if not shutil.which("nvidia-smi"):
         return None
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    out = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stdout
+    out = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=30).stdout
     return out.partition("\n")[0].strip() or None
 
 

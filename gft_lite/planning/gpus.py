@@ -101,7 +101,7 @@ def _own_gpu() -> Machine | None:
         return None
     query = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(query, capture_output=True, encoding="utf-8", timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     first = done.stdout.partition("\n")[0]

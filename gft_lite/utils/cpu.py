@@ -49,7 +49,9 @@ def usable_cores(cpus: Iterable[int] | None = None, system: Path = Path("/sys"))
         count = os.cpu_count() or 1
         cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(count)
     files = [system / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list" for cpu in cpus]
-    cores = len({file.read_text() if file.exists() else str(file) for file in files})
+    cores = len(
+        {file.read_text(encoding="utf-8") if file.exists() else str(file) for file in files}
+    )
     quota = _quota(system / "fs/cgroup")
     return max(1, min(cores, int(quota)) if quota else cores)
 
@@ -58,10 +60,11 @@ def _quota(cgroup: Path) -> float | None:
     """The CPUs that a container may use on average, None without a limit."""
     try:
         if (cgroup / "cpu.max").exists():
-            limit, period = (cgroup / "cpu.max").read_text().split()
+            limit, period = (cgroup / "cpu.max").read_text(encoding="utf-8").split()
         else:
             limit, period = (
-                (cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")
+                (cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text(encoding="utf-8")
+                for name in ("quota", "period")
             )
         return float(limit) / float(period) if float(limit) > 0 else None
     except (OSError, ValueError):  # "max", or no cgroup.
