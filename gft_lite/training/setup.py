@@ -16,6 +16,7 @@ from gft_lite.data.prompts import PromptFormat
 from gft_lite.evaluation.sets import SetEvaluator, open_scorer
 from gft_lite.objective.methods import find_method
 from gft_lite.planning.planner import Plan, resolve
+from gft_lite.planning.tables import assumptions
 from gft_lite.policy.attention import describe_layout
 from gft_lite.policy.base import Policy
 from gft_lite.policy.batching import Row
@@ -324,6 +325,8 @@ def _plan(recipe: Recipe, place: Place) -> tuple[Recipe, Plan | None]:
     free, card = place.shared.free_memory(measure) if place.shared else measure()
     settled, plan = resolve(recipe, free, "cuda" if on_gpu else "cpu", card)
     if plan:
+        if estimate := assumptions(plan.model):
+            console.print(f"memory plan: {estimate}", soft_wrap=True)
         for name in sorted(plan.chosen):
             console.print(f"memory plan: {name}={plan.settings[name]}")
         for problem in plan.problems:
