@@ -64,11 +64,12 @@ def keep_freed_memory() -> None:
     """Keep freed memory for the next allocation where the C library returns it (glibc).
 
     Otherwise the system clears the pages of every activation again, a sixth of a training step's
-    CPU time. Blocks above 32 MiB, the limit of glibc's heap, are still returned. A threshold in
-    glibc's variable MALLOC_TRIM_THRESHOLD_ stays as it is.
+    CPU time. Blocks above 32 MiB, the limit of glibc's heap, are still returned. Thresholds in
+    glibc's variables MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ stay as they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
+    given = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"}.intersection(os.environ)
+    if mallopt is not None and not given:
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)
         mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
