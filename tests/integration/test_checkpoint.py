@@ -69,7 +69,7 @@ def test_safetensors_and_json_only(pair, tmp_path):
     one_step(policy, optimizer, 1)
     saved = checkpoint.save(tmp_path, 1, policy, optimizer, keep=1)
     suffixes = {p.suffix for p in saved.rglob("*") if p.is_file()}
-    assert suffixes == {".safetensors", ".json", ".md"}
+    assert suffixes == {".safetensors", ".json"}
 
 
 def test_a_truncated_file_is_not_loaded(pair, tmp_path):

