@@ -25,6 +25,7 @@ INCLUDED = (
     "examples/real/report.html",
     "examples/real/README.md",
     *(str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("examples/lab_study/*.svg"))),
+    *(str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("benchmarks/results/*.png"))),
 )
 
 
