@@ -18,6 +18,14 @@ from gft_lite.report.curves import (
     sweep_units,
 )
 from gft_lite.report.group_browser import page_groups, score_tokens, select_steps
+from gft_lite.report.headline import (
+    best_of_sweep,
+    best_scores,
+    best_step_of,
+    changed_settings,
+    tokens_of,
+    total_seconds,
+)
 from gft_lite.report.ledger import gradients_by_source
 from gft_lite.report.loading import Run, Sweep, all_series, read_folders
 from gft_lite.report.rendering import render_page
@@ -74,16 +82,21 @@ def write_report(
     def drawn(plot: Plot) -> tuple[Plot, str]:
         return plot, Markup(inline_svg(plot))
 
+    described = [_run(run) for run in runs]
     page = render_page(
         "page.html.j2",
-        ("series.js", "page.js"),
+        [*filter(None, of_sweeps), *curves],
+        "page.js",
         title=", ".join([*(run.label for run in runs), *(sweep.label for sweep in sweeps)]),
-        runs=[_run(run) for run in runs],
-        longest=max((sum(seconds_of(run).values()) for run in runs), default=0.0),
+        runs=described,
+        best=best_scores(run["scores"] for run in described),
+        longest=max(map(total_seconds, runs), default=0.0),
         settings=differing_settings(runs),
         sweeps=[_sweep(s, drawn(p) if p else None) for s, p in zip(sweeps, of_sweeps, strict=True)],
         series=[(one.label, PALETTE[i % len(PALETTE)]) for i, one in enumerate(series)],
         curves=[drawn(plot) for plot in curves],
+        series_runs=[[run.label for run in one.runs] for one in series],
+        palette=PALETTE,
         groups=page_groups(shown),
         gradients=gradients_by_source(_runs_with_groups(runs, sweeps)),
         unscored=unscored,
@@ -113,6 +126,10 @@ def _run(run: Run) -> dict[str, Any]:
         "kl": kl_of(run),
         "cost": cost_of(run),
         "seconds": seconds_of(run),
+        "time": total_seconds(run),
+        "tokens": tokens_of(run),
+        "best_step": best_step_of(run),
+        "changed": changed_settings(run),
         "recipe": run.recipe.to_yaml(),
     }
 
@@ -126,4 +143,5 @@ def _sweep(sweep: Sweep, plot: tuple[Plot, str] | None) -> dict[str, Any]:
         "points": sweep.points,
         "units": sweep_units(sweep),
         "base": sweep.base,
+        "best": best_of_sweep(sweep),
     }
