@@ -145,6 +145,7 @@ function optionsOf(chart, width) {
     cursor: {
       drag: { x: true, y: true, uni: 40, dist: 5 },
       points: { size: 7 },
+      y: false,
       ...(steps ? { sync: { key: "steps", setSeries: false, scales: ["x", null] } } : {}),
     },
     hooks: {
@@ -205,6 +206,7 @@ function runsAt(u, chart) {
 
 function listen(u, chart) {
   let from = null;
+  let waiting; // A double click shows the whole range, and is not two single ones.
   u.over.addEventListener("pointerenter", () => { hovered = u; });
   u.over.addEventListener("pointerdown", (event) => { hovered = u; from = [event.clientX, event.clientY]; });
   u.over.addEventListener("pointerleave", () => { values.hidden = true; });
@@ -213,9 +215,11 @@ function listen(u, chart) {
   u.over.addEventListener("click", (event) => {
     const moved = from && Math.hypot(event.clientX - from[0], event.clientY - from[1]) > 4;
     if (moved || u.cursor.idx === null) return;
-    openGroups(u.data[0][u.cursor.idx], runsAt(u, chart));
-    values.hidden = true;
+    const [step, runs] = [u.data[0][u.cursor.idx], runsAt(u, chart)];
+    clearTimeout(waiting);
+    waiting = setTimeout(() => openGroups(step, runs), 250);
   });
+  u.over.addEventListener("dblclick", () => clearTimeout(waiting));
 }
 
 function legend(u, chart) {

@@ -208,6 +208,7 @@ function turn(to) {
 }
 
 function filter() {
+  document.getElementById("notice").textContent = "";
   const run = filters.elements.run.value;
   fill(filters.elements.step, groups.filter((g) => !run || g.run === run).map((g) => g.step));
   found = groups.filter(passes);
@@ -226,6 +227,8 @@ function openGroups(step, runs) {
   fill(filters.elements.step, groups.filter((g) => !own.length || g.run === near.run).map((g) => g.step));
   filters.elements.step.value = String(near.step);
   filter();
+  const notice = document.getElementById("notice");
+  notice.textContent = near.step === step ? "" : `No groups of step ${step} are on this page; step ${near.step} is the nearest.`;
   document.getElementById("groups").scrollIntoView();
 }
 

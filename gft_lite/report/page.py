@@ -17,7 +17,13 @@ from gft_lite.report.curves import (
     sweep_plot,
     sweep_units,
 )
-from gft_lite.report.group_browser import page_groups, score_tokens, select_steps
+from gft_lite.report.group_browser import (
+    StepGroups,
+    other_steps,
+    page_groups,
+    score_tokens,
+    select_steps,
+)
 from gft_lite.report.headline import (
     best_of_sweep,
     best_scores,
@@ -74,7 +80,8 @@ def write_report(
         check_output_path(plots, "--plots")
     runs, sweeps = read_folders(folders)
     series = all_series(runs, sweeps)
-    shown = [s for run in _runs_with_groups(runs, sweeps) for s in select_steps(run, groups)]
+    with_groups = _runs_with_groups(runs, sweeps)
+    shown = [step for run in with_groups for step in select_steps(run, groups)]
     unscored = score_tokens(shown, console or stderr_console()) if tokens else ["--no-tokens"]
     curves = [*evaluation_plots(series), *pass_at_k_plots(series), *step_plots(series)]
     of_sweeps = [sweep_plot(sweep) for sweep in sweeps]
@@ -97,8 +104,8 @@ def write_report(
         curves=[drawn(plot) for plot in curves],
         series_runs=[[run.label for run in one.runs] for one in series],
         palette=PALETTE,
-        groups=page_groups(shown),
-        gradients=gradients_by_source(_runs_with_groups(runs, sweeps)),
+        groups=page_groups(_all_steps(shown, with_groups, groups)),
+        gradients=gradients_by_source(with_groups),
         unscored=unscored,
     )
     write_text_atomic(Path(out), page)
@@ -116,6 +123,15 @@ def _runs_with_groups(runs: Iterable[Run], sweeps: Iterable[Sweep]) -> list[Run]
         for point in sweep.points
     ]
     return [*runs, *(run for run in firsts if run)]
+
+
+def _all_steps(shown: Sequence[StepGroups], runs: Sequence[Run], groups: int) -> list[StepGroups]:
+    """The steps with p of their tokens and the others, in order."""
+    steps: list[StepGroups] = []
+    for run in runs:
+        own = [step for step in shown if step.run is run]
+        steps += sorted([*own, *other_steps(run, own, groups, len(runs))], key=lambda s: s.step)
+    return steps
 
 
 def _run(run: Run) -> dict[str, Any]:
