@@ -68,7 +68,7 @@ function seriesOf(chart) {
     stroke: () => (part === "y" ? colorOf(curve) : part === "raw" ? `${colorOf(curve)}55` : "transparent"),
     width: part === "raw" ? 1 : part === "y" ? 1.8 : 0,
     dash: part === "y" ? dashOf(curve) : [],
-    points: part !== "y" ? { show: false } : chart.points ? { show: true, size: 7, fill: () => colorOf(curve) } : {},
+    points: part !== "y" ? { show: false } : chart.points ? { show: true, size: 7, fill: () => colorOf(curve) } : { fill: () => css("--paper") },
   })));
 }
 
@@ -77,6 +77,9 @@ function drawMarks(u, chart) {
   const { ctx } = u;
   const pixels = devicePixelRatio;
   ctx.save();
+  ctx.beginPath();
+  ctx.rect(u.bbox.left, u.bbox.top, u.bbox.width, u.bbox.height); // Intervals can exceed a share's range.
+  ctx.clip();
   curvesOf(chart).forEach((curve, k) => {
     if (!u.series[PARTS.length * (k + 1)].show) return;
     const scale = curve === chart.second ? "second" : "y";
