@@ -33,7 +33,7 @@ from gft_lite.report.headline import (
     total_seconds,
 )
 from gft_lite.report.ledger import gradients_by_source
-from gft_lite.report.loading import Run, Sweep, all_series, read_folders
+from gft_lite.report.loading import Run, Series, Sweep, all_series, read_folders
 from gft_lite.report.rendering import render_page
 from gft_lite.report.summary import (
     cost_of,
@@ -72,12 +72,7 @@ def write_report(
     except ModuleNotFoundError as error:
         rule = f"report: matplotlib must be installed, got {error}"
         raise UserError([f"{rule}. pip install 'gft-lite[report]'."]) from error
-    if groups < 1:
-        rule = f"--groups: must be at least 1, got {groups}"
-        raise UserError([f"{rule}. Use --no-tokens to load no model."])
-    check_output_path(out, kind="file")
-    if plots is not None:
-        check_output_path(plots, "--plots")
+    _check_arguments(out, plots, groups)
     runs, sweeps = read_folders(folders)
     series = all_series(runs, sweeps)
     with_groups = _runs_with_groups(runs, sweeps)
@@ -100,10 +95,8 @@ def write_report(
         longest=max(map(total_seconds, runs), default=0.0),
         settings=differing_settings(runs),
         sweeps=[_sweep(s, drawn(p) if p else None) for s, p in zip(sweeps, of_sweeps, strict=True)],
-        series=[(one.label, PALETTE[i % len(PALETTE)]) for i, one in enumerate(series)],
+        **_series(series, PALETTE),
         curves=[drawn(plot) for plot in curves],
-        series_runs=[[run.label for run in one.runs] for one in series],
-        palette=PALETTE,
         groups=page_groups(_all_steps(shown, with_groups, groups)),
         gradients=gradients_by_source(with_groups),
         unscored=unscored,
@@ -113,6 +106,15 @@ def write_report(
         for plot in (*curves, *filter(None, of_sweeps)):
             write_files(plot, Path(plots))
     return Path(out)
+
+
+def _check_arguments(out: str | Path, plots: str | Path | None, groups: int) -> None:
+    if groups < 1:
+        rule = f"--groups: must be at least 1, got {groups}"
+        raise UserError([f"{rule}. Use --no-tokens to load no model."])
+    check_output_path(out, kind="file")
+    if plots is not None:
+        check_output_path(plots, "--plots")
 
 
 def _runs_with_groups(runs: Iterable[Run], sweeps: Iterable[Sweep]) -> list[Run]:
@@ -132,6 +134,14 @@ def _all_steps(shown: Sequence[StepGroups], runs: Sequence[Run], groups: int) ->
         own = [step for step in shown if step.run is run]
         steps += sorted([*own, *other_steps(run, own, groups, len(runs))], key=lambda s: s.step)
     return steps
+
+
+def _series(series: Sequence[Series], palette: Sequence[str]) -> dict[str, Any]:
+    return {
+        "palette": palette,
+        "series": [(one.label, palette[i % len(palette)]) for i, one in enumerate(series)],
+        "series_runs": [[run.label for run in one.runs] for one in series],
+    }
 
 
 def _run(run: Run) -> dict[str, Any]:
