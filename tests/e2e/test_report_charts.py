@@ -185,10 +185,12 @@ def test_it_fits_a_phone(opened, page, pair, scheme):
         assert shown.js("document.documentElement.scrollWidth") == 420
         widths = shown.each(".chart canvas", "e.clientWidth")
         assert widths and max(widths) <= 420 and min(widths) > 300
-    shown.click("[data-name=entropy] figcaption")
-    pointer(shown).move_to_element(chart(shown, "entropy")).perform()
-    box = shown.each("#values", "e.getBoundingClientRect().toJSON()")[0]
-    assert box["left"] >= 0 and box["right"] <= 420 and box["width"] > 50
+    area = chart(shown, "entropy")
+    edge = area.size["width"] // 2 - 10
+    for across in (-edge, edge):
+        pointer(shown).move_to_element_with_offset(area, across, 0).perform()
+        [box] = shown.each("#values", "e.getBoundingClientRect().toJSON()")
+        assert box["left"] >= 0 and box["right"] <= 420 and box["width"] > 50
 
 
 def test_changed_values_of_the_recipe_come_first(opened, pair):
