@@ -48,24 +48,27 @@ def referee_page(
     """
     drawn: list[list[tuple[Plot, str]]] = [[], []]
     colors = dict.fromkeys(comparison.methods, "")
+    palette: Sequence[str] = ()
     no_plots = "Plots need matplotlib: pip install 'gft-lite[report]'."
     if importlib.util.find_spec("matplotlib") is not None:
-        from gft_lite.report.plots import color_of, inline_svg
+        from gft_lite.report.plots import PALETTE, color_of, inline_svg
 
-        no_plots = ""
+        no_plots, palette = "", PALETTE
         colors = {method: color_of(i) for i, method in enumerate(comparison.methods)}
         plots = quality_plots(comparison), tuning_plots(comparison)
         drawn = [[(plot, Markup(inline_svg(plot))) for plot in some] for some in plots]
     sets = (comparison.headline, *comparison.retention)
     by_method = summaries(comparison)
     return render_page(
-        "referee.html.j2", ("series.js", "tables.js"),
+        "referee.html.j2", [plot for some in drawn for plot, _ in some],
         title=comparison.name,
         against=comparison.against,
         headline=comparison.headline,
         margin=f"{100 * comparison.margin:g}",
         answer=headline_sentences(comparison, found[comparison.headline]) or [comparison.name],
         edges=edges(comparison),
+        palette=palette,
+        series_runs=[],
         colors={method: color for method, color in colors.items() if color},
         measures=[_measure(name, rows, comparison) for name, rows in found.items() if rows],
         columns=["method", *(f"{name}, %" for name in sets), "KL", "trained tokens",

@@ -1,7 +1,8 @@
 """The report: one self-contained HTML page about runs and sweeps.
 
 `loading` reads folders, `curves` and `summary` compute what is shown, `group_browser` adds p of
-each token, `plots` draws, `page` renders. Reading and rendering import no torch.
+each token, `plots` draws, `charts` has the data of interactive charts (uPlot, in `vendor`), `page`
+renders. Reading and rendering import no torch.
 
 May import `evaluation` and everything below it.
 

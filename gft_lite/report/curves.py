@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from gft_lite.evaluation.metrics import MEAN_REWARD, main_figure
@@ -21,13 +21,15 @@ from gft_lite.utils.statistics import mean_pass_at_k
 Values = dict[str, float | None]
 SHARE, NUMBER = "share", "number"
 BASE = -1  # The color of the base.
+_STYLES = ("solid", "dashed", "dotted", "dash-dotted")
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
     """A line with a range around it; None is a gap. `color` is an index of the palette.
 
-    `rings` are the places of the values with a ring around them.
+    `rings` are the places of the values with a ring around them; `dash` is an index of the line
+    styles.
     """
 
     label: str
@@ -37,6 +39,7 @@ class Curve:
     low: Sequence[float | None] | None = None
     high: Sequence[float | None] | None = None
     rings: Sequence[int] = ()
+    dash: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,8 @@ class Plot:
 def step_plots(series: Sequence[Series]) -> list[Plot]:
     """Plots of the metrics over steps.
 
-    For a single series, the parts of a metric share a plot; otherwise the series share plots.
+    For a single series, the parts of a metric share a plot; otherwise the series share plots, in
+    which the sources of a reward have different lines.
     """
     single = len(series) == 1
     runs = [run for one in series for run in one.runs]
@@ -174,8 +178,19 @@ def _by_part(metric: _Metric, series: Series) -> Iterable[Plot]:
 
 
 def _by_series(metric: _Metric, series: Sequence[Series]) -> Iterable[Plot]:
-    """A plot for each part, a curve for each series."""
-    for part in _parts(metric, series):
+    """A plot for each part, a curve for each series; the sources of the reward share a plot."""
+    parts = _parts(metric, series)
+    if metric.name == "reward" and len(parts) > 1:
+        named = ", ".join(f"{part} {style}" for part, style in zip(parts, _STYLES, strict=False))
+        curves = tuple(
+            replace(_over_steps(metric, part, one, color, f"{one.label}, {part}"), dash=dash)
+            for dash, part in enumerate(parts)
+            for color, one in enumerate(series)
+        )
+        title = f"{metric.title} ({named})"
+        yield Plot(metric.name, title, "step", metric.y_label, curves, metric.unit, by_series=True)
+        return
+    for part in parts:
         curves = tuple(
             _over_steps(metric, part, one, color, one.label) for color, one in enumerate(series)
         )

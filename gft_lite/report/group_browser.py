@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 
 _TOKEN_BUDGET = 8192
+_TEXT_BUDGET = 4_000_000  # Characters of groups without p on a page, all runs together.
 Tokens = dict[str, Any]
 
 
@@ -73,12 +75,31 @@ def select_steps(run: Run, groups: int) -> list[StepGroups]:
         why = f"step {newest}'s checkpoint: the policy with which step {last} began was not kept"
         adapters[last] = saved[newest], why
     return [
-        StepGroups(
-            run, step, adapter, policy, run.folder.groups(step)[:groups],
-            (run.folder.tokens(step) or {"groups": []})["groups"],
-        )
+        _read_step(run, step, groups, adapter, policy)
         for step, (adapter, policy) in adapters.items()
-    ]  # fmt: skip
+    ]
+
+
+def other_steps(run: Run, shown: Sequence[StepGroups], groups: int, runs: int) -> list[StepGroups]:
+    """The steps that kept groups but not their policy: all, or evenly spread ones of `runs` runs.
+
+    p of their tokens is not computed.
+    """
+    taken = {step.step for step in shown}
+    left = [step for step in run.folder.group_steps() if step not in taken]
+    if not left:
+        return []
+    newest = _read_step(run, left[-1], groups)
+    size = len(json.dumps([newest.groups, newest.ledger]))
+    count = min(len(left), max(_TEXT_BUDGET // runs // size, 1))
+    return [_read_step(run, left[i * len(left) // count], groups) for i in range(count)]
+
+
+def _read_step(
+    run: Run, step: int, groups: int, adapter: Path | None = None, policy: str = ""
+) -> StepGroups:
+    ledger = (run.folder.tokens(step) or {"groups": []})["groups"]
+    return StepGroups(run, step, adapter, policy, run.folder.groups(step)[:groups], ledger)
 
 
 def score_tokens(steps: Sequence[StepGroups], console: Console) -> list[str]:

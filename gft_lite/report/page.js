@@ -208,10 +208,28 @@ function turn(to) {
 }
 
 function filter() {
+  document.getElementById("notice").textContent = "";
   const run = filters.elements.run.value;
   fill(filters.elements.step, groups.filter((g) => !run || g.run === run).map((g) => g.step));
   found = groups.filter(passes);
   turn(0);
+}
+
+// The groups of a step, or of the nearest step that has some, of one of these runs if they have any.
+function openGroups(step, runs) {
+  const own = groups.filter((group) => runs.includes(group.run));
+  const some = own.length ? own : groups;
+  if (!some.length) return;
+  const near = some.reduce((a, b) => (Math.abs(b.step - step) < Math.abs(a.step - step) ? b : a));
+  Object.assign(filters.elements.kind, { value: "" });
+  filters.elements.text.value = "";
+  filters.elements.run.value = own.length ? near.run : "";
+  fill(filters.elements.step, groups.filter((g) => !own.length || g.run === near.run).map((g) => g.step));
+  filters.elements.step.value = String(near.step);
+  filter();
+  const notice = document.getElementById("notice");
+  notice.textContent = near.step === step ? "" : `No groups of step ${step} are on this page; step ${near.step} is the nearest.`;
+  document.getElementById("groups").scrollIntoView();
 }
 
 function hover(event) {

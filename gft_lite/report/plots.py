@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 
+from gft_lite.report.charts import value_range
 from gft_lite.report.curves import BASE, SHARE, Curve, Plot
 
 # Of medium lightness, for contrast with white and with black.
@@ -105,7 +106,8 @@ def _draw(axes: Axes, curve: Curve, points: bool) -> Any:
     low, high = (_gaps(curve.y if side is None else side) for side in (curve.low, curve.high))
     # A value between two gaps is a line without length.
     marked = None if points else _isolated(y)
-    dash = _DASHES[curve.color // len(PALETTE) % len(_DASHES)] if curve.color != BASE else "--"
+    style = curve.dash or curve.color // len(PALETTE)
+    dash = _DASHES[style % len(_DASHES)] if curve.color != BASE else "--"
     [line] = axes.plot(curve.x, y, dash, marker="o", markevery=marked, markersize=4, **look)
     _rings(axes, curve, look)
     if points and curve.low is not None:
@@ -164,9 +166,12 @@ def _scale(axes: Axes, plot: Plot) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(5))
     if plot.unit == SHARE:
         axes.yaxis.set_major_formatter(_percent)
+    if not plot.scatter:
+        axes.set_ylim(*value_range(plot.curves, plot.unit))
+    elif plot.unit == SHARE:
         # Intervals of few seeds can exceed the range of a share.
         low, high = axes.get_ylim()
-        axes.set_ylim(max(low, -0.03) if plot.points or plot.scatter else 0, min(high, 1.03))
+        axes.set_ylim(max(low, -0.03), min(high, 1.03))
 
 
 def _short(value: float, _: object) -> str:
@@ -182,7 +187,7 @@ def _second_axis(axes: Axes, curve: Curve) -> Any:
     [line] = right.plot(curve.x, _gaps(curve.y), ":", marker="s", markersize=3.5,
                         color=color_of(curve.color), gid=f"curve-{curve.color}")  # fmt: skip
     right.set_ylabel(curve.label)
-    right.set_ylim(bottom=0)
+    right.set_ylim(*value_range([curve], SHARE, from_zero=True))
     right.grid(False)
     right.yaxis.set_major_locator(MaxNLocator(5))
     right.yaxis.set_major_formatter(_percent)

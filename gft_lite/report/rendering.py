@@ -11,16 +11,23 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from gft_lite.report.curves import SHARE
+from gft_lite.report.charts import chart_of
+from gft_lite.report.curves import SHARE, Plot
+from gft_lite.utils.progress import format_duration
 from gft_lite.version import __version__
 
 _HERE = Path(__file__).parent
 
 
-def render_page(template: str, scripts: Sequence[str], **values: Any) -> str:
-    """A page of one of the templates beside this file, with the style of all and some scripts.
+_UPLOT = "vendor/uplot"
+_SCRIPTS = ("series.js", f"{_UPLOT}/uPlot.iife.min.js", "charts.js", "tables.js")
 
-    The browser blocks every other script and every request.
+
+def render_page(template: str, drawn: Sequence[Plot], /, *scripts: str, **values: Any) -> str:
+    """A page of one of the templates beside this file, with the style and the scripts of all.
+
+    `drawn` are the plots of the page in its order, for charts in place of the drawings. The browser
+    blocks every other script and every request.
     """
     loader = FileSystemLoader(_HERE)
     environment = Environment(
@@ -32,16 +39,23 @@ def render_page(template: str, scripts: Sequence[str], **values: Any) -> str:
         "difference": _difference,
         "number": _number,
         "cosine": _cosine,
+        "duration": format_duration,
     }
-    script = "".join((_HERE / name).read_text(encoding="utf-8") for name in scripts)
+    script = "\n".join(map(_text, (*_SCRIPTS, *scripts)))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template(template).render(
         **values,
         version=__version__,
-        style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
+        style=Markup(_text(f"{_UPLOT}/uPlot.min.css") + _text("page.css")),
+        licence=Markup(_text(f"{_UPLOT}/LICENSE")),
+        charts=[chart_of(plot) for plot in drawn],
         script=Markup(script),
         policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
     )
+
+
+def _text(name: str) -> str:
+    return (_HERE / name).read_text(encoding="utf-8")
 
 
 def _figure(value: float | None, unit: str) -> str:

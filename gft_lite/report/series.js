@@ -7,5 +7,11 @@ for (const box of document.querySelectorAll("[data-series]")) {
     for (const curve of document.querySelectorAll(`.by-series .curve-${box.dataset.series}`)) {
       curve.style.display = box.checked ? "" : "none";
     }
+    for (const { u, chart } of charts.values()) {
+      chart.curves.forEach((curve, k) => {
+        if (chart.bySeries && String(curve.color) === box.dataset.series) showCurve(u, k, box.checked);
+      });
+    }
   });
 }
+

@@ -19,7 +19,7 @@ for (const button of document.querySelectorAll("table.sortable thead button")) {
     const down = head.getAttribute("aria-sort") === "descending";
     for (const other of head.parentElement.cells) other.removeAttribute("aria-sort");
     head.setAttribute("aria-sort", down ? "ascending" : "descending");
-    const body = head.closest("table").tBodies[0];
+    const body = head.closest("table").lastElementChild;
     body.append(...[...body.rows].sort((a, b) => {
       const [order, fixed] = compare(sortValue(a, head.cellIndex), sortValue(b, head.cellIndex));
       return fixed || down ? order : -order;

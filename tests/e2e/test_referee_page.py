@@ -53,7 +53,8 @@ def test_the_answer_comes_first_and_every_part_is_there(opened, page):
         "accuracy-tokens", "accuracy-seconds", "accuracy-retention-old", "accuracy-kl",
         "tuning-optim-lr",
     ]  # fmt: skip
-    assert min(shown.each("svg", "e.clientHeight")) > 150
+    assert min(shown.each("figure:not(.live) svg, canvas", "e.clientHeight")) > 150
+    assert shown.each("figure.live", "e.dataset.name") == ["tuning-optim-lr"]
     assert {"gft", "sft", "base"} <= set(shown.texts("svg[data-plot=accuracy-kl] text"))
     words = shown.texts("#verdicts table:first-of-type .word")
     assert words[:4] == ["better", "not separable", "not separable", "not compared"]

@@ -108,7 +108,8 @@ def test_a_run_renders(opened, page, run, folder):
     names = shown.each("svg", "e.dataset.plot")
     assert {"reward", "kl", "rectified", "gradient-norm", "entropy", "speed", "memory",
             "flat-groups", "pass-at-k-test"} <= set(names)  # fmt: skip
-    assert min(shown.each("svg", "e.clientHeight")) > 150
+    assert min(shown.each(".chart canvas", "e.clientHeight")) > 150
+    assert len(shown.texts(".chart")) == len(names)
     assert {"expert", "teacher", "self"} <= set(shown.texts("svg[data-plot=reward] text"))
     files = {file.name for file in (folder / "plots").iterdir()}
     assert files == {f"{name}.{kind}" for name in names for kind in ("svg", "png")}

@@ -261,7 +261,7 @@ def test_one_run_has_its_sources_together_and_gaps_where_nothing_was(tmp_path):
     assert "memory" not in plots
 
 
-def test_several_series_have_a_plot_for_each_source_and_the_range_over_seeds(tmp_path):
+def test_several_series_share_plots_and_have_the_range_over_seeds(tmp_path):
     for seed, reward in ((0, 0.2), (1, 0.6)):
         metrics = [step(1, reward={"self": reward}, rectified=None)]
         make_run(tmp_path / str(seed), f"seed={seed}", metrics=metrics)
@@ -269,10 +269,15 @@ def test_several_series_have_a_plot_for_each_source_and_the_range_over_seeds(tmp
     *gft, sft = read(tmp_path / "0", tmp_path / "1", tmp_path / "sft")
     plots = step_plots([Series("gft", tuple(gft)), Series("sft", (sft,))])
     by_name = {plot.name: plot for plot in plots}
-    mean, single = by_name["reward-self"].curves
+    reward = by_name["reward"]
+    assert reward.title == "Reward by source (self solid, expert dashed)" and reward.by_series
+    assert [(c.label, c.color, c.dash) for c in reward.curves] == [
+        ("gft, self", 0, 0), ("sft, self", 1, 0), ("gft, expert", 0, 1), ("sft, expert", 1, 1),
+    ]  # fmt: skip
+    mean, single, of_demonstrations, _ = reward.curves
     assert (mean.y, mean.low, mean.high) == ([pytest.approx(0.4)], [0.2], [0.6])
     assert (single.y, single.low) == ([0.25], None)
-    assert by_name["reward-expert"].curves[0].y == [None]
+    assert of_demonstrations.y == [None]
     # One demonstration alone is no flat group; and nobody rectifies here.
     assert by_name["flat-groups"].curves[1].y == [None]
     assert "rectified" not in by_name
@@ -424,7 +429,7 @@ def test_figures_of_a_sweep_have_their_units(tmp_path):
     assert plot.curves[0].y == [-0.5, 1.5]
     page = write_report([path], tmp_path / "page.html", tokens=False).read_text()
     row = re.search(r"<tr>\s*<th scope=\"row\">0.7</th>(.*?)</tr>", page, re.DOTALL)[1]
-    assert re.findall(r"<td>([^<]*)", row) == ["1", "1.5", "3", "0.5", "25.0%", "0.75"]
+    assert re.findall(r"<td[^>]*>([^<]*)", row) == ["1", "1.5", "3", "0.5", "25.0%", "0.75"]
 
 
 def test_scores_of_a_sweep_have_intervals_over_problems(tmp_path):
@@ -447,7 +452,7 @@ def test_ratios_are_a_table_and_failed_trials_are_shown(tmp_path):
     assert sweep_plot(sweep) is None
     page = write_report([tmp_path / "ratio"], tmp_path / "page.html").read_text()
     assert "demonstrations : self" in page
-    assert '<td>1, <span class="bad">seed 1 failed</span></td>' in page
+    assert '<td data-value="1">1, <span class="bad">seed 1 failed</span></td>' in page
     assert "<li>group=6:2,seed=1: out of &lt;b&gt;memory&lt;/b&gt;</li>" in page
     assert "<b>memory" not in page
 
