@@ -89,9 +89,10 @@ class EvaluationSchedule:
             figures = self.evaluate(self.chosen)
             self._write(step, adapter, figures)
         self.values[step] = self._values(figures)
-        shown = {name: {k: v for k, v in of_set.items() if k not in _BY_PROBLEM}
-                 for name, of_set in figures.items()}  # fmt: skip
-        return {"eval": shown, **({"best_step": self.best_step} if self.keeps_best else {})}
+        return {
+            "eval": of_sets(figures),
+            **({"best_step": self.best_step} if self.keeps_best else {}),
+        }
 
     def finished(self, step: int) -> Evaluation | None:
         """The figures of the policy of `step` on all problems, if they are already known."""
@@ -201,6 +202,12 @@ def choose_problems(sets: Sets, count: int | None) -> dict[str, Sequence[Problem
         return [problems[i] for i in sorted(numbers)]
 
     return {name: chosen(name, problems) for name, problems in sets.items()}
+
+
+def of_sets(figures: Evaluation) -> dict[str, Any]:
+    """The results of each set as metrics, without those of each problem."""
+    return {name: {k: v for k, v in of_set.items() if k not in _BY_PROBLEM}
+            for name, of_set in figures.items()}  # fmt: skip
 
 
 def _fingerprint(policy: Policy) -> str:

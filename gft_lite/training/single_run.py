@@ -21,6 +21,7 @@ from gft_lite.runs.metrics import PHASES, PhaseTimer
 from gft_lite.runs.model_card import write_card
 from gft_lite.training.course import course_summary
 from gft_lite.training.dry_step import dry_step
+from gft_lite.training.evaluation_schedule import of_sets
 from gft_lite.training.loop import train_steps
 from gft_lite.training.setup import Place, TrainingRun, setup_run
 from gft_lite.training.shared_parts import SharedParts
@@ -47,6 +48,9 @@ def train_single(
             base = run.evaluate_base()
         first = run.restore() if resume else 0
         run.schedule.begin(base, first)
+        if not first:
+            start = folder.step_evaluation(0)["sets"] if recipe.eval.every else base
+            run.trackers.log({"eval": of_sets(start)}, 0)
         if recipe.guard.action == "rollback" and not first:
             run.save_checkpoint(0)
         dry_step(run)
@@ -70,7 +74,9 @@ def train_single(
             seconds = {"total": time.perf_counter() - started, "eval": timer.seconds["eval"]}
             summary = _summary(run, base, trained, seconds) | course_summary(run, final)
             folder.write_json("summary.json", summary)
-            run.trackers.log({"summary": summary}, summary["steps"])
+            # With eval.every, the last step was logged with its evaluation.
+            end = {} if recipe.eval.every else {"eval": of_sets(trained)}
+            run.trackers.log({**end, "summary": summary}, summary["steps"])
             if distributed.is_main:
                 write_card(folder)
     # The last adapter that the engine loaded is also in the checkpoint.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,23 @@ def test_it_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
         if before.outputs and not after.outputs
     ]
     assert not silent, "cells with committed outputs that now give none:\n" + "\n---\n".join(silent)
+    kept = [work for work in folder.glob("runs/*") if any(work.iterdir())]
+    assert len(kept) == (path.name != "01_objective.ipynb")  # Which writes no files.
+
+
+@every_notebook
+def test_it_opens_and_installs_itself_on_colab(path):
+    """From the address in pyproject.toml, and with the torch that is there."""
+    project = tomllib.loads((EXAMPLES.parent / "pyproject.toml").read_text("utf-8"))["project"]
+    address = project["urls"]["Repository"]
+    first, install, *_ = read(path).cells
+    opened = address.replace("github.com", "colab.research.google.com/github")
+    assert f"]({opened}/blob/main/examples/{path.name})" in first.source
+    assert install.source.endswith(
+        f'if "google.colab" in sys.modules:\n    %pip install --quiet "git+{address}"'
+    )
+    [torch] = [text for text in project["dependencies"] if re.match(r"torch\b", text)]
+    assert "==" not in torch
 
 
 @every_notebook

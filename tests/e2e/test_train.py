@@ -215,12 +215,26 @@ def test_the_reference_can_be_the_starting_adapter(tmp_path):
     assert same.summary()["trained"]["kl"] > 1e-3
 
 
-def test_trackers_get_the_numbers(tmp_path):
+@pytest.mark.parametrize("schedule", [[], ["eval.every=1", "eval.problems=1"]])
+def test_trackers_get_the_numbers_and_all_evaluations(schedule, tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
-    run = train(small("log.trackers=[tensorboard]"), tmp_path / "run", console=QUIET)
-    events = list(run.path.rglob("events.out.tfevents.*"))
-    assert events
-    assert b"reward/self" in b"".join(e.read_bytes() for e in events)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    more = ["log.trackers=[tensorboard]", "train.steps=2", *schedule]
+    run = train(small(*more), tmp_path / "run", console=QUIET)
+    events = EventAccumulator(str(run.path / "tracker")).Reload()
+
+    def logged(name):
+        return {e.step: e.value for e in events.Scalars(name)}
+
+    rewards = {m["step"]: m["reward"]["self"] for m in run.metrics()}
+    assert logged("reward/self") == pytest.approx(rewards)
+    evaluated = run.step_evaluations() or {0: run.evaluation("base"), 2: run.evaluation("trained")}
+    assert list(evaluated) == ([0, 1, 2] if schedule else [0, 2])
+    for name in ("pass@1", "problems"):
+        expected = {step: sets["test"][name] for step, sets in evaluated.items()}
+        assert logged(f"eval/test/{name}") == pytest.approx(expected)
+    assert not [name for name in events.Tags()["scalars"] if "correct" in name]
 
 
 @pytest.mark.parametrize(
