@@ -53,11 +53,14 @@ class Guess:
 class Detected:
     """What a data set was taken for.
 
-    `reward` is a rule that can grade its answers, None if none can. `problems` and
-    `demonstrations` are texts of the rows that were read, for their lengths.
+    `unusable` of the `looked_at` rows can't be read. `reward` is a rule that can grade its
+    answers, None if none can. `problems` and `demonstrations` are texts of the rows that were
+    read, for their lengths.
     """
 
     rows: int
+    looked_at: int
+    unusable: int
     columns: tuple[str, ...]
     guesses: tuple[Guess, ...]
     reward: str | None
@@ -76,14 +79,17 @@ def detect(settings: DataSettings, given: Mapping[str, Any]) -> Detected:
     """
     parts = open_source(settings)
     total = sum(part.count for part in parts)
-    table = _columns(_sample(parts, total))
+    sample = list(_sample(parts, total))
+    usable = [row for row in sample if row is not None]
+    table = _columns(usable)
     if not table:
         rule = "data.source: must have rows that are objects with columns"
         raise RecipeError([f"{rule}, got {total} rows without in {settings.source!r}."])
-    return _Reading(table, given).detected(total)
+    return _Reading(table, given).detected(total, len(sample), len(sample) - len(usable))
 
 
-def _sample(parts: Sequence[Rows], total: int) -> Iterator[Mapping[str, Any]]:
+def _sample(parts: Sequence[Rows], total: int) -> Iterator[Mapping[str, Any] | None]:
+    """Rows at even distances; None for one that can't be read."""
     step = max(1, total // LOOKED_AT)
     offset = 0
     for part in parts:
@@ -91,13 +97,12 @@ def _sample(parts: Sequence[Rows], total: int) -> Iterator[Mapping[str, Any]]:
             try:
                 row = part.read(i)
             except Unusable:
-                continue
-            if isinstance(row, Mapping):
-                yield row
+                row = None
+            yield row if isinstance(row, Mapping) else None
         offset += part.count
 
 
-def _columns(rows: Iterator[Mapping[str, Any]]) -> dict[str, list[Any]]:
+def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """The cells of each column that aren't null; nested fields as `a.b`."""
     table: dict[str, list[Any]] = {}
     for row in rows:
@@ -119,7 +124,7 @@ class _Reading:
         self.reward: str | None = None
         self.why_reward = "the data have no answers"
 
-    def detected(self, rows: int) -> Detected:
+    def detected(self, rows: int, looked_at: int, unusable: int) -> Detected:
         """All guesses."""
         problem, conversations = self._problem()
         experts, teachers = self._demonstrations(problem)
@@ -131,7 +136,8 @@ class _Reading:
         if self.reward:
             self._template(problem)
         return Detected(
-            rows, tuple(self.table), tuple(self.guesses), self.reward, self.why_reward,
+            rows, looked_at, unusable, tuple(self.table), tuple(self.guesses), self.reward,
+            self.why_reward,
             bool(experts) or self._ends_with_answers(problem, conversations), bool(teachers),
             conversations, self._texts(problem, prompt=True),
             self._texts(experts or (problem if conversations else []), prompt=False),
@@ -206,10 +212,15 @@ class _Reading:
         self, problem: Sequence[str], experts: Sequence[str]
     ) -> tuple[str, AnswerKind] | None:
         """The column of the answers with their kind; sets the reward."""
-        chosen = self._given_answer() if "answer" in self.given else self._find_answer(experts)
+        if "answer" in self.given:
+            chosen = self._given_answer()
+        else:
+            chosen = self._find_answer(problem, experts)
         has_choices = any(g.field == "data.columns.choices" for g in self.guesses)
+        others = ", ".join(self._other_answers(problem, experts))
+        unnamed = f"{others} may be, without a usual name" if others else ""
         if chosen is None:
-            self._guess("columns.answer", None, self.why_reward)
+            self._guess("columns.answer", None, self.why_reward, unnamed)
             return None
         name, kind = chosen
         self.reward = _REWARDS.get(kind.kind)
@@ -217,9 +228,14 @@ class _Reading:
             self.reward = "choice"
         self.why_reward = f"column {name!r}: {kind.reason}"
         if self.reward is None:
-            self._guess("columns.answer", None, f"{self.why_reward}", kind.doubt)
+            self._guess("columns.answer", None, f"{self.why_reward}", kind.doubt or unnamed)
             return chosen
         doubt = kind.doubt or self._missing_options(problem, kind, has_choices)
+        if "answer" not in self.given and name not in (
+            *self._named(_ANSWERS, texts=False),
+            *experts,
+        ):
+            doubt = doubt or "no column has a usual name; the demonstrations end with its values"
         self._guess("columns.answer", name, kind.reason, doubt)
         if kind.kind in ("hash", "boxed"):
             self._guess("columns.answer_from", kind.kind, "where the column states the answer")
@@ -236,10 +252,23 @@ class _Reading:
         name = self.given["answer"]
         return None if name is None else (name, answer_kind(self.table.get(name, [])))
 
-    def _find_answer(self, experts: Sequence[str]) -> tuple[str, AnswerKind] | None:
+    def _other_answers(self, problem: Sequence[str], experts: Sequence[str]) -> list[str]:
+        """Columns without a usual name whose values can be graded."""
+        used = (*problem, *experts, *self._named(_TEACHERS), "id", "idx", "index")
+        return [
+            n for n in self.table if n not in used and answer_kind(self.table[n]).kind == "math"
+        ]
+
+    def _find_answer(
+        self, problem: Sequence[str], experts: Sequence[str]
+    ) -> tuple[str, AnswerKind] | None:
         found = [(n, answer_kind(self.table[n])) for n in self._named(_ANSWERS, texts=False)]
         found = [(n, kind) for n, kind in found if kind.kind != "none"]
         gradable = [pair for pair in found if pair[1].kind in _REWARDS]
+        if not found and experts:
+            others = self._other_answers(problem, experts)
+            gradable = [(n, answer_kind(self.table[n])) for n in others
+                        if self._agreement(experts[0], n) >= MOST]  # fmt: skip
         if not gradable:
             solutions = [(n, answer_kind(self.table.get(n, []))) for n in experts]
             gradable = [(n, kind) for n, kind in solutions if kind.kind in ("hash", "boxed")]
@@ -264,13 +293,19 @@ class _Reading:
             doubt = f"column label is false for {labels.count(False)} of {len(labels)} rows"
             self.guesses.append(Guess(last.field, last.value, last.reason, doubt))
 
+    def _agreement(self, expert: str, answer: str) -> float:
+        """The share of demonstrations that end with the answer beside them; 0 without pairs."""
+        golds, texts = self.table.get(answer, []), self.table.get(expert, [])
+        if len(golds) != len(texts):
+            return 0.0
+        return _share(list(zip(golds, texts, strict=True)), _ends_with)
+
     def _disagreement(self, expert: str, answer: tuple[str, AnswerKind] | None) -> str:
         """A doubt if few demonstrations end with the answer beside them."""
         golds, texts = self.table.get(answer[0] if answer else "", []), self.table.get(expert, [])
         if not answer or answer[0] == expert or not self.reward or len(golds) != len(texts):
             return ""
-        pairs = zip(golds, texts, strict=True)
-        right = sum(str(gold).strip() in str(text)[-200:] for gold, text in pairs)
+        right = sum(map(_ends_with, zip(golds, texts, strict=True)))
         if right >= len(golds) / 2:
             return ""
         return f"only {right} of {len(golds)} end with the answer in column {answer[0]!r}"
@@ -324,6 +359,11 @@ def _text(cell: Any, *, prompt: bool) -> str:
     else:
         found = max(map(str, cell), key=len, default="") if isinstance(cell, list) else str(cell)
     return found.encode("utf-8", "replace").decode()  # Lone surrogates have no tokens.
+
+
+def _ends_with(pair: tuple[Any, Any]) -> bool:
+    gold, text = pair
+    return str(gold).strip() in str(text)[-200:]
 
 
 def _last(name: str) -> str:

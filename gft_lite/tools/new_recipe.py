@@ -179,7 +179,9 @@ class _Facts:
         for field in ("policy.gradient_checkpointing", "policy.offload_checkpoints",
                       "policy.offload_embedding"):  # fmt: skip
             yield Guess(field, "auto", "the memory plan decides")
-        yield Guess("data.source", self.source, "as given")
+        d = self.detected
+        doubt = f"{d.unusable} of {d.looked_at} rows can't be read" if d.unusable else ""
+        yield Guess("data.source", self.source, "as given", doubt)
         yield from self.detected.guesses
         yield self._style()
         yield prompt

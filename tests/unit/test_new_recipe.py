@@ -55,6 +55,9 @@ def columns(found):
          {"problem": "query", "answer": "final_answer", "expert": ["rationale"]}),
         ({"question": "The capital of France?", "answer": "Paris"}, "grpo", "exact",
          {"problem": "question"}),
+        # An answer without a usual name, which the demonstrations end with.
+        ({"Frage (de)": "Wie viele?", "id": 3, "Zahl": "12", "rationale": "3 * 4 = 12."}, "gft",
+         "math", {"problem": "Frage (de)", "answer": "Zahl", "expert": ["rationale"]}),
         # Multiple choice, with the options in a column or in the problem.
         ({"question": "Which?", "choices": ["cat", "dog"], "answer": 1}, "grpo", "choice",
          {"problem": "question", "choices": "choices"}),
@@ -142,6 +145,11 @@ def test_every_format_and_a_folder():
         ([{"left": "What is it?", "right": WHY}], "problem: no column has a usual name"),
         ([{"prompt": "a", "completion": WHY}], "method: sft, dft, asft and psft need no reward"),
         ([{"question": "a", "answer": "1"}], "holdout: only 10 rows"),
+        ([{"question": "a", "answer": "1"}] * 2 + ["a"], "source: 10 of 30 rows can't be read"),
+        ([{"Frage": "Wie viele?", "id": 3, "Zahl": "12", "rationale": "3 * 4 = 12."}],
+         "answer: no column has a usual name; the demonstrations end with its values"),
+        ([{"question": "How many?", "id": 3, "Zahl": "12", "response": WHY}],
+         "answer: Zahl may be, without a usual name"),
     ],
 )  # fmt: skip
 def test_a_doubt_is_said(rows, doubt):
