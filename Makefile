@@ -76,6 +76,9 @@ bench: env-test
 	$(BIN)/python -m benchmarks.scaling --model smollm2
 	$(BIN)/python -m benchmarks.against_trl --model smollm2
 	$(BIN)/python -m benchmarks.against_trl
+	$(BIN)/python -m benchmarks.profile_step
+	$(BIN)/python -m benchmarks.whole_step --rounds 2 --tokens 48
+	$(BIN)/python -m benchmarks.decode_tail
 	$(BIN)/python -m benchmarks.shared_base
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.gpu_check.results

@@ -19,7 +19,8 @@ The law next to a ratio is its value if time were proportional to forwarded posi
 
 With `--model FOLDER`, or `--model smollm2` (`real_model.py`), the weights are those of a real one,
 and the lengths those of answers to GSM8K (mean 80, p95 200 tokens, prompt of 90) or, with
-`--lengths reasoning`, of long reasoning (300, 900), two groups of 8.
+`--lengths reasoning`, of long reasoning (300, 900), two groups of 8
+or as many as `--groups`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ import argparse
 import json
 import logging
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import asdict, dataclass
@@ -44,6 +44,7 @@ from benchmarks.real_model import find_model
 from benchmarks.record import PeakMemory, fresh_processes, record
 from benchmarks.recorded import (
     RANK,
+    Clock,
     Forwarded,
     Shape,
     advantages,
@@ -71,7 +72,9 @@ SMALL = "rows of trl_tuned"  # In place of so many tokens.
 Figures = dict[str, Any]
 
 
-def replay(folder: Path, prompt: int, flat: str, options: Figures, steps: int) -> Figures:
+def replay(
+    folder: Path, prompt: int, flat: str, options: Figures, steps: int, clock: Clock | None = None
+) -> Figures:
     """Run `steps` of our optimiser steps on the recorded batch and measure each."""
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
@@ -95,14 +98,14 @@ def replay(folder: Path, prompt: int, flat: str, options: Figures, steps: int) -
     learner, forwarded = Learner(policy, recipe), Forwarded(policy.model)
     gradients: list[torch.Tensor] = []
     learner.optimizer.register_step_pre_hook(lambda *_: gradients.append(gradient(policy.model)))
-    seconds, peak = [], PeakMemory()
+    clock, peak = clock or Clock(), PeakMemory()
     for some in [warm_up(groups), *[groups] * steps]:
         forwarded.reset()
-        start = time.process_time()
+        clock.start(policy.model)
         learner.update(learner.prepare_rows(rows(recipe, some)), progress=0.5)
-        seconds.append(time.process_time() - start)
+        clock.stop()
     return {
-        "cpu_seconds": min(seconds[1:]),
+        "cpu_seconds": min(clock.seconds[1:]),
         "peak_mib": peak.read(),
         "forwarded": forwarded.counts,
         "gradient": against_reference(gradients[-1], folder, prompt, flat),
@@ -154,22 +157,29 @@ def compare(shape: Shape, prompts: Sequence[int], rounds: int, pool: Executor) -
         jobs: list[tuple[tuple[int, str, str], Future[Figures]]] = []
         for turn in range(rounds):
             for prompt in prompts:
-                for label in list(SIDES)[:: -1 if turn % 2 else 1]:
+                for label, flats in list(flat_cases(shape).items())[:: -1 if turn % 2 else 1]:
                     side = SIDES[label]
-                    for flat in side.flat:
+                    for flat in flats:
                         job = pool.submit(side.replay, folder, prompt, flat, side.options, 1)
                         jobs.append(((prompt, flat, label), job))
         runs: dict[tuple[int, str, str], list[Figures]] = {}
         for key, job in jobs:
             runs.setdefault(key, []).append(job.result())
         shares = {(prompt, flat): _flat_share(folder, prompt, flat)
-                  for prompt in prompts for flat in ("0", "40")}  # fmt: skip
+                  for prompt in prompts for flat in flat_cases(shape)["gft_lite"]}  # fmt: skip
     tokens = sum(shape.lengths())
     return [
         {"prompt": prompt, "flat_percent": int(flat), "flat_token_share": share,
          "sides": _case(runs, prompt, flat, tokens)}
         for (prompt, flat), share in shares.items()
     ]  # fmt: skip
+
+
+def flat_cases(shape: Shape) -> dict[str, tuple[str, ...]]:
+    """The cases that each side runs; a single group is not flat, and pads alone anyway."""
+    if shape.groups > 1:
+        return {label: side.flat for label, side in SIDES.items()}
+    return {label: ("0",) for label in SIDES if label != "trl_by_group"}
 
 
 def _flat_share(folder: Path, prompt: int, flat: str) -> float:
@@ -184,7 +194,10 @@ def _case(runs: dict[Any, list[Figures]], prompt: int, flat: str, tokens: int) -
     """The figures of all sides on one case, with ratios to TRL as shipped."""
     found = {}
     for label, side in SIDES.items():
-        own = runs[prompt, flat if flat in side.flat else side.flat[0], label]
+        # TRL's work is the same whatever is flat.
+        own = runs.get((prompt, flat, label)) or runs.get((prompt, side.flat[0], label))
+        if own is None:
+            continue
         seconds = min(run["cpu_seconds"] for run in own)
         forwarded = own[0]["forwarded"]
         found[label] = {
@@ -228,12 +241,12 @@ def show(cases: list[Figures]) -> None:
     Console(width=120).print(table)
 
 
-def real_shape(model: str, lengths: str) -> Shape:
-    """Two groups of 8 for a real model. Raises: UserError."""
+def real_shape(model: str, lengths: str, groups: int = 2) -> Shape:
+    """Groups of 8 for a real model. Raises: UserError."""
     folder = find_model(model)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     mean, p95 = LENGTHS[lengths]
-    return Shape(vocab=config["vocab_size"], groups=2, mean=mean, p95=p95, model=str(folder))
+    return Shape(vocab=config["vocab_size"], groups=groups, mean=mean, p95=p95, model=str(folder))
 
 
 def main() -> None:
@@ -242,11 +255,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--model", default="random", help="random, smollm2 or a folder")
     parser.add_argument("--lengths", choices=LENGTHS, default="gsm8k", help="of a real model")
+    parser.add_argument("--groups", type=int, default=2, help="of 8, for a real model")
     asked = parser.parse_args()
     shape, prompts, name = Shape(), PROMPTS, "against_trl"
     if asked.model != "random":
         try:
-            shape = real_shape(asked.model, asked.lengths)
+            shape = real_shape(asked.model, asked.lengths, asked.groups)
         except UserError as error:
             print(f"skipped: {error}")
             return

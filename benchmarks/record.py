@@ -27,10 +27,10 @@ def fresh_processes() -> ProcessPoolExecutor:
     """Runs each job in a process of its own with one thread, two at a time where there are cores.
 
     The peak of one job would hide in what another left behind; more at a time would share the
-    memory's bandwidth.
+    memory's bandwidth. Fewer cores can be given with `taskset`.
     """
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    workers = min(2, os.cpu_count() or 1)
+    workers = min(2, len(os.sched_getaffinity(0)))
     return ProcessPoolExecutor(workers, get_context("spawn"), max_tasks_per_child=1)
 
 

@@ -16,6 +16,7 @@ import json
 import math
 import random
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -71,6 +72,7 @@ def make_model(folder: Path, shape: Shape) -> None:
 
     With `shape.model` its files stand for the random base.
     """
+    transformers.utils.logging.disable_progress_bar()
     if shape.model:
         for file in Path(shape.model).resolve().iterdir():
             (folder / file.name).symlink_to(file)
@@ -107,6 +109,7 @@ def lora() -> LoraConfig:
 
 def plain_model(folder: Path) -> PeftModel:
     """The recorded model loaded by transformers and peft alone: fp32, SDPA."""
+    transformers.utils.logging.disable_progress_bar()
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True)
 
@@ -175,6 +178,21 @@ def warm_up(groups: list[Group]) -> list[Group]:
         | {name: [values[:4] for values in group[name]] for name in ("responses", "logprobs")}
         for group in groups
     ]
+
+
+class Clock:
+    """The CPU-seconds of each optimiser step; `profile_step.py` has one that also profiles."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def start(self, model: Any) -> None:
+        """A step of the trained `model` begins."""
+        self._start = time.process_time()
+
+    def stop(self) -> None:
+        """It has ended."""
+        self.seconds.append(time.process_time() - self._start)
 
 
 class Forwarded:

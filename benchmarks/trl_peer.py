@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import time
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from benchmarks.record import PeakMemory
 from benchmarks.recorded import (
+    Clock,
     Forwarded,
     against_reference,
     gradient,
@@ -49,8 +49,9 @@ ROWS = 64  # that the torch kernels take at a time
 
 
 def replay(
-    folder: Path, prompt: int, flat: str, options: dict[str, Any], steps: int
-) -> dict[str, Any]:
+    folder: Path, prompt: int, flat: str, options: dict[str, Any], steps: int,
+    clock: Clock | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Run `steps` optimiser steps on the recorded batch and measure each."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     torch.set_num_threads(1)
@@ -76,22 +77,21 @@ def replay(
         """Measures whole steps; the first one, on shortened rows, is a warm-up."""
 
         def __init__(self) -> None:
-            self.seconds: list[float] = []
             self.rows: Counter[tuple[int, ...]] = Counter()
             self.gradient = torch.empty(0)
 
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             self.rows.clear()
             forwarded.reset()
-            self._start = time.process_time()
+            clock.start(trainer.model)
 
         def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
             self.gradient = gradient(model)
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            self.seconds.append(time.process_time() - self._start)
+            clock.stop()
 
-    watch, model = Watch(), plain_model(folder)
+    clock, watch, model = clock or Clock(), Watch(), plain_model(folder)
     forwarded, peak = Forwarded(model), PeakMemory()
     config = trl.GRPOConfig(
         output_dir=str(folder / "trl"),
@@ -115,7 +115,7 @@ def replay(
     if watch.rows != recorded:
         raise RuntimeError("trl: must train on exactly the recorded responses, but did not.")
     return {
-        "cpu_seconds": min(watch.seconds[1:]),
+        "cpu_seconds": min(clock.seconds[1:]),
         "peak_mib": peak.read(),
         "forwarded": forwarded.counts,
         "gradient": against_reference(watch.gradient, folder, prompt, flat),

@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import against_trl, head, recorded, rollout_cpu, scaling, sync, whole_step
+from benchmarks import (
+    against_trl,
+    head,
+    profile_step,
+    recorded,
+    rollout_cpu,
+    scaling,
+    sync,
+    whole_step,
+)
 from benchmarks.recorded import Shape
 from gft_lite.planning.model_shape import find_shape
 from gft_lite.policy.registry import load_policy, model_location
@@ -91,6 +100,48 @@ def test_law_is_the_ratio_of_passes(cases):
     ours, shipped = sides["gft_lite"], sides["trl"]
     law = 4 * shipped["forwarded_per_trained"] / (3 * ours["forwarded_per_trained"])
     assert ours["speed_ratio_law"] == pytest.approx(law)
+
+
+def test_a_profile_accounts_for_all_seconds_by_pass_and_kind(pool, tmp_path):
+    recorded.make_model(tmp_path, TOY)
+    recorded.make_groups(tmp_path, TOY, PROMPT)
+    pool.submit(recorded.make_reference, tmp_path, PROMPT).result()
+    sides = ("gft_lite", "gft_lite_no_checkpointing")
+    for label in sides:
+        found = pool.submit(profile_step.profiled, label, tmp_path, PROMPT).result()
+        parts = found["parts"]
+        assert sum(sum(kinds.values()) for kinds in parts.values()) == pytest.approx(
+            found["seconds"]
+        )
+        assert bool(parts["recomputation"]) == (label == "gft_lite")
+        assert not parts["old"]
+        kinds = {"products", "lora", "attention", "gathering", "elementwise"}
+        assert kinds <= set(parts["forward"]) and kinds <= set(parts["backward"])
+        assert "head" in parts["forward"]
+        assert found["positions"] == 5 * PROMPT + sum(TOY.lengths())
+
+
+def test_the_law_of_positions_with_the_cost_of_each_pass():
+    def side(positions, **seconds):
+        parts = {name: {"products": seconds.get(name, 0.0)} for name in profile_step.PASSES}
+        return {"positions": positions, "seconds": sum(seconds.values()), "parts": parts}
+
+    laws = profile_step.corrected_law(
+        {
+            "trl": side(100, old=1, forward=1, recomputation=1, backward=2, rest=1),
+            "plain": side(50, forward=0.5, backward=1, rest=1),
+        }
+    )
+    assert laws["trl"] == {"law": 1, "corrected_law": 1, "speed_ratio": 1}
+    assert laws["plain"] == pytest.approx(
+        {"law": 4, "corrected_law": 5 / 1.5, "speed_ratio": 6 / 2.5}
+    )
+
+
+def test_a_single_group_has_no_flat_case():
+    assert against_trl.flat_cases(Shape(groups=1))["gft_lite"] == ("0",)
+    assert "trl_by_group" not in against_trl.flat_cases(Shape(groups=1))
+    assert against_trl.flat_cases(Shape())["trl"] == ("40",)
 
 
 def test_heads_agree(pool):
