@@ -55,6 +55,8 @@ def add(commands: Any) -> None:
     parser.add_argument("--minimize", action="store_true", help="--search minimizes it")
     parser.add_argument("--prune", action="store_true",
                         help="--search stops runs by their curves (needs eval.every)")  # fmt: skip
+    parser.add_argument("--budget-hours", metavar="H",
+                        help="shorten train.steps so that all runs take so long")  # fmt: skip
     parser.add_argument("--jobs", type=whole_number(1, 1024), metavar="N",
                         help="runs at a time (default: 1; with ray what fits)")  # fmt: skip
     parser.add_argument("--launcher", default="local", metavar="NAME", help="local or ray")
@@ -74,11 +76,12 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
+    from gft_lite.experiments.sweep_budget import describe_cost
     from gft_lite.experiments.sweep_config import Sweep, grid_override
 
     overrides = [*(f"overrides.{text}" for text in options.overrides),
                  *map(grid_override, options.grid)]  # fmt: skip
-    for field in ("seeds", "random"):
+    for field in ("seeds", "random", "budget_hours"):
         if getattr(options, field) is not None:
             overrides.append(f"{field}={getattr(options, field)}")
     overrides += _search_overrides(options)
@@ -87,6 +90,8 @@ def run(options: argparse.Namespace) -> int:
         print(plan.to_yaml(), end="")
         for trial in () if plan.search else plan.trials():
             print(f"# {trial.name}")
+        for line in describe_cost(plan):
+            print(f"# {line}")
         return DONE
     if not options.allow_code:
         from gft_lite.cli.trust import check_code_trust, named_code
@@ -102,12 +107,14 @@ def run(options: argparse.Namespace) -> int:
 
     check_launcher(options.jobs, options.launcher)
     check_inputs(*(trial.recipe for trial in plan.trials()))
+    console = Console()
+    for line in describe_cost(plan):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     folder = sweep(
         plan, options.out, jobs=options.jobs, launcher=options.launcher, share=not options.separate
     )
     results = folder.results()
-    console = Console()
     means = results_by_settings(results)
     console.print(means.title, style="bold", highlight=False)
     console.print(means.rich(console.width))

@@ -34,7 +34,7 @@ from gft_lite.utils.errors import RecipeError, nearest, short_repr
 
 MAX_RUNS = 1_000  # Of one sweep.
 MAX_POINTS = 1_000_000  # Of a grid from which `random` points are drawn.
-_ON_COMMAND_LINE = ("overrides", "grid", "random", "random_seed", "seeds", "search")
+_ON_COMMAND_LINE = ("overrides", "grid", "random", "random_seed", "seeds", "search", "budget_hours")
 # Limits of a trial's folder name, in characters.
 _MAX_VALUE, _MAX_NAME = 40, 200
 _DRAWS_PER_POINT = 100  # Before a range is taken to have too few distinct values.
@@ -107,7 +107,8 @@ class Sweep(Settings):
     ratios of demonstrations to self samples, such as `6:2`; values of `recipe` are recipe files.
     `random` points are drawn from the grid with `random_seed`; a larger `random` adds points to
     those of a smaller one; `search` has them proposed by the results of the points before. The
-    `seeds` count up from the seed of the recipe.
+    `seeds` count up from the seed of the recipe. `budget_hours` of all runs, one after another,
+    shorten `train.steps` rather than the grid.
     """
 
     name: str = "sweep"
@@ -118,6 +119,7 @@ class Sweep(Settings):
     random_seed: int = 0
     seeds: PositiveInt = 1
     search: SearchSettings | None = None
+    budget_hours: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Sweep:
@@ -165,6 +167,8 @@ class Sweep(Settings):
             yield f"search.trials: must be at most {self.points:,}, the points of the grid"
         if trials > MAX_RUNS:
             yield f"search.trials: must be at most {MAX_RUNS:,}"
+        if self.budget_hours is not None:
+            yield "budget_hours: must not be given with search, whose --prune shortens runs"
 
     @property
     def points(self) -> int | None:

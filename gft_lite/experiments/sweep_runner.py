@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -16,6 +16,13 @@ from rich.text import Text
 
 from gft_lite.experiments.launchers import LAUNCHERS, LOG, Launcher
 from gft_lite.experiments.search import Search
+from gft_lite.experiments.sweep_budget import (
+    PROBE,
+    describe_probe,
+    earlier_start,
+    probe_trial,
+    within_budget,
+)
 from gft_lite.experiments.sweep_config import Sweep, Trial
 from gft_lite.experiments.sweep_results import (
     SweepFolder,
@@ -111,6 +118,8 @@ def sweep(
     if out is not None:
         check_output_path(out)
     folder = SweepFolder(out if out is not None else Path("runs") / "sweeps" / plan.name)
+    if plan.budget_hours is not None:
+        plan = earlier_start(plan, folder) or _shortened(plan, folder, launcher, console)
     trials = [] if plan.search else plan.trials()
     work = [_Job(trial, folder.run(trial.name)) for trial in trials]
     _check_folders(work)
@@ -147,6 +156,25 @@ def check_launcher(jobs: int | None, launcher: str) -> None:
         problems.append(f"--launcher: must be {' or '.join(LAUNCHERS)}, got {launcher!r}.")
     if problems:
         raise UserError(problems)
+
+
+def _shortened(plan: Sweep, folder: SweepFolder, launcher: str, console: Console) -> Sweep:
+    """The sweep with the steps that its hours allow, by the measured pace of one short run.
+
+    Raises: UserError if that run fails or the hours allow too few steps.
+    """
+    job = _Job(probe_trial(plan), RunFolder(folder.path / PROBE))
+    _check_folders([job])
+    with lock_folder(folder.path), closing(LAUNCHERS[launcher](1, False)) as workers:
+        if not job.finished:
+            console.print(describe_probe(plan), markup=False, highlight=False, soft_wrap=True)
+            _run([job], workers, _Display(console, [job], Span(0, 1)), lambda: None, None)
+    if job.state != "done":
+        rule = f"{PROBE}: must finish before the sweep starts, got {job.reason}"
+        raise UserError([f"{rule}. {job.run.path / LOG} has the whole error."])
+    shortened, text = within_budget(plan, job.run)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    return shortened
 
 
 def _check_folders(work: Sequence[_Job]) -> None:
