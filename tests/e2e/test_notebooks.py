@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 reason = "needs the notebooks extra: pip install 'gft-lite[notebooks]'"
 nbclient = pytest.importorskip("nbclient", reason=reason)
@@ -126,17 +127,20 @@ def test_it_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
 
 @every_notebook
 def test_it_opens_and_installs_itself_on_colab(path):
-    """From the address in pyproject.toml, and with the torch that is there."""
+    """From the address in pyproject.toml; uv keeps a torch in the range of the overrides."""
     project = tomllib.loads((EXAMPLES.parent / "pyproject.toml").read_text("utf-8"))["project"]
     address = project["urls"]["Repository"]
     first, install, *_ = read(path).cells
     opened = address.replace("github.com", "colab.research.google.com/github")
     assert f"]({opened}/blob/main/examples/{path.name})" in first.source
+    [pin] = [text for text in project["dependencies"] if re.match(r"torch\b", text)]
+    written, override = re.search(r'!echo "torch(.*)" > (\S+)', install.source).groups()
+    assert pin.removeprefix("torch==") in SpecifierSet(written)
     assert install.source.endswith(
-        f'if "google.colab" in sys.modules:\n    %pip install --quiet "git+{address}"'
+        'if "google.colab" in sys.modules:\n'
+        f'    !echo "torch{written}" > {override}\n'
+        f'    !uv pip install --system --quiet --overrides {override} "git+{address}"'
     )
-    [torch] = [text for text in project["dependencies"] if re.match(r"torch\b", text)]
-    assert "==" not in torch
 
 
 @every_notebook
