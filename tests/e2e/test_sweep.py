@@ -307,3 +307,20 @@ def test_a_local_ray_with_two_workers(own_rewards, monkeypatch):
     assert_equal(
         folder.run(good["name"]), train(planned.trials()[1].recipe, "alone", console=QUIET)
     )
+
+
+def test_hours_are_measured_before_the_first_run(tmp_path):
+    def within(hours):
+        grid = [grid_override("objective.tau=0,1"), f"budget_hours={hours}"]
+        changes = [f"overrides.{text}" for text in (*SMALL, "train.steps=4")]
+        return sweep(Sweep.load("recipes/lab.yaml", [*changes, *grid]), tmp_path, console=QUIET)
+
+    with pytest.raises(UserError, match="budget_hours: must be at least .* for 4 steps in each of 2"):
+        within(1e-6)
+    assert not (tmp_path / "trials").exists()
+    with started_processes() as started:
+        folder = within(100)
+    assert len(started) == 1  # That of the trials: the steps of the probe were there.
+    trials = folder.results()["trials"]
+    assert [(t["state"], len(folder.run(t["name"]).metrics())) for t in trials] == [("done", 4)] * 2
+    assert within(100).results()["trials"] == trials
