@@ -315,7 +315,7 @@ def test_hours_are_measured_before_the_first_run(tmp_path):
         changes = [f"overrides.{text}" for text in (*SMALL, "train.steps=4")]
         return sweep(Sweep.load("recipes/lab.yaml", [*changes, *grid]), tmp_path, console=QUIET)
 
-    with pytest.raises(UserError, match="budget_hours: must be at least .* for 4 steps in each of 2"):
+    with pytest.raises(UserError, match=r"must be at least .* for 4 steps in each of 2 runs"):
         within(1e-6)
     assert not (tmp_path / "trials").exists()
     with started_processes() as started:
