@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gft_lite.data.answer_kinds import MOST, AnswerKind, answer_kind
 from gft_lite.data.base import Rows, Unusable
-from gft_lite.data.conversations import is_message
+from gft_lite.data.cells import (
+    cell_text,
+    count_answers,
+    is_conversation,
+    is_list_of_texts,
+    share,
+)
 from gft_lite.data.sources import open_source
 from gft_lite.recipe.sections import DataSettings
 from gft_lite.utils.errors import RecipeError
@@ -54,8 +61,9 @@ class Detected:
     """What a data set was taken for.
 
     `unusable` of the `looked_at` rows can't be read. `reward` is a rule that can grade its
-    answers, None if none can. `problems` and `demonstrations` are texts of the rows that were
-    read, for their lengths.
+    answers, None if none can. `teachers` is the number of another model's answers to a problem,
+    the median of the rows. `problems` and `demonstrations` are texts of the rows that were read,
+    for their lengths.
     """
 
     rows: int
@@ -66,7 +74,7 @@ class Detected:
     reward: str | None
     why_reward: str
     experts: bool
-    teachers: bool
+    teachers: int
     conversations: bool
     problems: tuple[str, ...]
     demonstrations: tuple[str, ...]
@@ -132,13 +140,15 @@ class _Reading:
         answer = self._answer(problem, experts)
         if answer and not experts and answer[1].is_solution:
             experts = [answer[0]]
-        self._demonstration_guesses(experts, teachers, answer)
+        usable = looked_at - unusable
+        self._demonstration_guesses(experts, teachers, answer, usable)
         if self.reward:
             self._template(problem)
         return Detected(
             rows, looked_at, unusable, tuple(self.table), tuple(self.guesses), self.reward,
             self.why_reward,
-            bool(experts) or self._ends_with_answers(problem, conversations), bool(teachers),
+            bool(experts) or self._ends_with_answers(problem, conversations),
+            self._answers_a_row(teachers, usable),
             conversations, self._texts(problem, prompt=True),
             self._texts(experts or (problem if conversations else []), prompt=False),
         )  # fmt: skip
@@ -201,7 +211,7 @@ class _Reading:
     def _choices(self) -> None:
         if "choices" in self.given:
             return
-        lists = [n for n in self.table if _share(self.table[n], _is_list_of_texts) >= MOST]
+        lists = [n for n in self.table if share(self.table[n], is_list_of_texts) >= MOST]
         for name in lists:
             head, _, inner = name.rpartition(".")
             if (head or name).lower() in _CHOICES and inner != "label":
@@ -245,7 +255,7 @@ class _Reading:
         """A doubt about answers that are letters of options which no prompt shows."""
         if kind.kind != "letter" or has_choices:
             return ""
-        shown = _share(self._texts(problem, prompt=True), lambda t: bool(_OPTION_B.search(t)))
+        shown = share(self._texts(problem, prompt=True), lambda t: bool(_OPTION_B.search(t)))
         return "" if shown >= MOST else "the problems show no options (A), (B) to choose from"
 
     def _given_answer(self) -> tuple[str, AnswerKind] | None:
@@ -276,15 +286,22 @@ class _Reading:
         return gradable[0] if gradable else found[0] if found else None
 
     def _demonstration_guesses(
-        self, experts: list[str], teachers: list[str], answer: tuple[str, AnswerKind] | None
+        self,
+        experts: list[str],
+        teachers: list[str],
+        answer: tuple[str, AnswerKind] | None,
+        rows: int,
     ) -> None:
         if experts and "expert" not in self.given:
             doubt = f"not used: {', '.join(experts[1:])}" if experts[1:] else ""
+            doubt = self._missing(experts[0], rows) or doubt
             doubt = self._disagreement(experts[0], answer) or doubt
             self._guess("columns.expert", [experts[0]], "worked answers to learn from", doubt)
         del experts[1:]
         if teachers and "teacher" not in self.given:
-            self._guess("columns.teacher", [teachers[0]], "answers of another model")
+            doubt = self._missing(teachers[0], rows)
+            self._guess("columns.teacher", [teachers[0]], "answers of another model", doubt)
+            del teachers[1:]
         if answer and answer[1].kind == "hash" and answer[0] in experts:
             self._guess("columns.clean", "gsm8k", "demonstrations end with \\boxed{}, not ####")
         labels = self.table.get("label", [])
@@ -293,12 +310,25 @@ class _Reading:
             doubt = f"column label is false for {labels.count(False)} of {len(labels)} rows"
             self.guesses.append(Guess(last.field, last.value, last.reason, doubt))
 
+    def _missing(self, name: str, rows: int) -> str:
+        """A doubt about demonstrations that at most half of the rows have."""
+        have = sum(count_answers(cell) > 0 for cell in self.table.get(name, []))
+        return "" if have > rows / 2 else f"only {have} of {rows} rows have one"
+
+    def _answers_a_row(self, names: Sequence[str], rows: int) -> int:
+        """The medians of the answers in each column, added up; at least 1 if there is a column."""
+        counts = []
+        for name in names:
+            found = [count_answers(cell) for cell in self.table.get(name, [])]
+            counts.append(statistics.median_low([*found, *[0] * (rows - len(found))]))
+        return max(1, sum(counts)) if counts else 0
+
     def _agreement(self, expert: str, answer: str) -> float:
         """The share of demonstrations that end with the answer beside them; 0 without pairs."""
         golds, texts = self.table.get(answer, []), self.table.get(expert, [])
         if len(golds) != len(texts):
             return 0.0
-        return _share(list(zip(golds, texts, strict=True)), _ends_with)
+        return share(list(zip(golds, texts, strict=True)), _ends_with)
 
     def _disagreement(self, expert: str, answer: tuple[str, AnswerKind] | None) -> str:
         """A doubt if few demonstrations end with the answer beside them."""
@@ -326,39 +356,30 @@ class _Reading:
     def _named(self, usual: Sequence[str], *, texts: bool = True) -> list[str]:
         """The columns with a usual name, the most usual first."""
         ok = [n for n in self.table if not texts or self._is_text(n) or self._is_messages(n)
-              or _share(self.table[n], _is_list_of_texts) >= MOST]  # fmt: skip
+              or share(self.table[n], is_list_of_texts) >= MOST]  # fmt: skip
         return [name for word in usual for name in ok if _last(name) == word]
 
     def _is_text(self, name: str) -> bool:
-        return _share(self.table.get(name, []), lambda v: isinstance(v, str)) >= MOST
+        return share(self.table.get(name, []), lambda v: isinstance(v, str)) >= MOST
 
     def _is_messages(self, name: str) -> bool:
-        return _share(self.table.get(name, []), _is_conversation) >= MOST
+        return share(self.table.get(name, []), is_conversation) >= MOST
 
     def _ends_with_answers(self, problem: Sequence[str], conversations: bool) -> bool:
         """True for whole conversations of which most end with the assistant's turn."""
         if not conversations or "data.columns.problem" in {g.field for g in self.guesses}:
             return False
         last = [v[-1].get("role", v[-1].get("from")) for v in self.table[problem[0]]]
-        return _share(last, lambda role: role in ("assistant", "gpt")) >= 0.5
+        return share(last, lambda role: role in ("assistant", "gpt")) >= 0.5
 
     def _texts(self, names: Sequence[str], *, prompt: bool) -> tuple[str, ...]:
         """The texts of columns, row by row; of conversations all turns, or the last one."""
         cells = [self.table.get(name, []) for name in names]
-        return tuple("\n".join(_text(c, prompt=prompt) for c in row) for row in _zip(cells))
+        return tuple("\n".join(cell_text(c, prompt=prompt) for c in row) for row in _zip(cells))
 
 
 def _zip(cells: Sequence[Sequence[Any]]) -> Iterator[tuple[Any, ...]]:
     return zip(*cells, strict=False) if cells else iter(())
-
-
-def _text(cell: Any, *, prompt: bool) -> str:
-    if _is_conversation(cell):
-        texts = [str(m.get("content", m.get("value"))) for m in cell]
-        found = "\n".join(texts[:-1] or texts) if prompt else texts[-1]
-    else:
-        found = max(map(str, cell), key=len, default="") if isinstance(cell, list) else str(cell)
-    return found.encode("utf-8", "replace").decode()  # Lone surrogates have no tokens.
 
 
 def _ends_with(pair: tuple[Any, Any]) -> bool:
@@ -368,15 +389,3 @@ def _ends_with(pair: tuple[Any, Any]) -> bool:
 
 def _last(name: str) -> str:
     return name.rpartition(".")[2].lower()
-
-
-def _share(values: Sequence[Any], test: Any) -> float:
-    return sum(map(bool, map(test, values))) / len(values) if values else 0.0
-
-
-def _is_conversation(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(is_message, value))
-
-
-def _is_list_of_texts(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)

@@ -35,6 +35,7 @@ NO_REWARD = (
     "your own (reward.functions=my_module:score) or a judge"
 )
 _COLUMNS = "data.columns."
+GROUP_SIZE, MAX_TEACHERS = 8, 3  # Of the paper's groups, which hold 1 expert's and 4 self.
 TEMPLATE_TOKENS = 48  # Of a chat template with its system message, and of the prompt's template.
 CPU_SHARE = 0.2  # Of the free RAM, for weights that are not quantised.
 CHARS_PER_TOKEN = 3  # Where the model's tokenizer is not on this machine.
@@ -280,17 +281,18 @@ class _Facts:
         return Guess("data.holdout", held, "rows to measure on, not to train on", doubt)
 
     def _group(self, method: str) -> Iterator[Guess]:
-        d, known = self.detected, METHODS.get(method)
-        if "method" in self.given or known is None:
+        if method != "gft":
             return
-        teachers = 3 if d.teachers else 0
-        if method == "gft":
-            yield Guess("group.expert", int(d.experts), "a worked answer for each problem"
-                        if d.experts else "no column has worked answers")  # fmt: skip
-            yield Guess("group.teacher", teachers, "answers of another model"
-                        if teachers else "no column has answers of another model")  # fmt: skip
-            own = 8 - int(d.experts) - teachers
-            yield Guess("group.self", own, "samples of the model, K = 8 in all")
+        d, teachers = self.detected, min(MAX_TEACHERS, self.detected.teachers)
+        yield Guess("group.expert", int(d.experts), "a worked answer for each problem"
+                    if d.experts else "no column has worked answers")  # fmt: skip
+        yield Guess("group.teacher", teachers, f"a row has {d.teachers}, the median of the rows"
+                    if teachers else "no column has answers of another model")  # fmt: skip
+        others = (self.given.get("group.expert", int(d.experts)),
+                  self.given.get("group.teacher", teachers))  # fmt: skip
+        counts = [n for n in others if isinstance(n, int)]  # Others are reported as errors.
+        own = max(0, GROUP_SIZE - sum(counts))
+        yield Guess("group.self", own, f"samples of the model, K = {GROUP_SIZE} in all")
 
     def _reward(self) -> Iterator[Guess]:
         d = self.detected

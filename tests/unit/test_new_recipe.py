@@ -102,7 +102,23 @@ def test_a_group_has_the_demonstrations_that_there_are():
     group = draft(row).recipe.group
     assert (group.expert, group.teacher, group.self) == (1, 0, 7)
     group = draft(row | {"teacher": ["2.", "Two: 2"]}).recipe.group
-    assert (group.expert, group.teacher, group.self) == (1, 3, 4)
+    assert (group.expert, group.teacher, group.self) == (1, 2, 5)
+    for counts, teachers in (((1, 1, 5), 1), ((1, 5, 5), 3)):
+        group = draft(*(row | {"teacher": list("12345")[:n]} for n in counts)).recipe.group
+        assert (group.expert, group.teacher, group.self) == (1, teachers, 7 - teachers)
+    one = [row | {"teacher": "Two: 2"}]
+    assert draft(*one).recipe.group.teacher == 1
+    group = draft(*one, given=["method=gft", "group.teacher=2"]).recipe.group
+    assert (group.expert, group.teacher, group.self) == (1, 2, 5)
+
+
+def test_few_demonstrations_are_used_with_a_doubt():
+    row = {"problem": "1+1?", "answer": "2"}
+    found = draft(row, row, row | {"solution": "It is 2.", "teacher": ["2."]})
+    group = found.recipe.group
+    assert (group.expert, group.teacher, group.self) == (1, 1, 6)
+    for field in ("expert", "teacher"):
+        assert f"data.columns.{field}: only 10 of 30 rows have one" in found.doubts
 
 
 def test_without_a_gpu_the_recipe_is_for_a_cpu(monkeypatch, tmp_path):
