@@ -3,7 +3,8 @@
 The step of `against_trl.py` on a real model (`--model`), with every operator timed, on one
 thread. A pass is TRL's forward of the old policy, the forward, the recomputation of gradient
 checkpointing, the backward, or the rest, such as the optimiser. Seconds are the
-process's CPU time; that of Python includes what the timing itself takes.
+process's CPU time; that of Python includes what the timing itself takes. The second step of full
+size counts: the first one also takes the memory from the system that later ones use again.
 
 What `against_trl.py` calls the law of positions counts every pass as one. `corrected_law` counts a
 pass as what it takes here at TRL per forwarded position, in place of it.
@@ -65,7 +66,11 @@ class Timer(TorchDispatchMode):
 
 
 class ProfilingClock(Clock):
-    """Times the operators of every step after the first; `found` is of the last one."""
+    """Times the operators of every step; those after the warm-up count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[Figures] = []
 
     def start(self, model: Any) -> None:
         """Label the layers of the model, and start the timer unless it is the warm-up."""
@@ -85,12 +90,13 @@ class ProfilingClock(Clock):
         self._timer.__exit__(None, None, None)
         parts = {name: dict(kinds) for name, kinds in self._timer.found.items()}
         parts["rest"]["python"] = seconds - sum(sum(kinds.values()) for kinds in parts.values())
-        self.found = {
+        found = {
             "seconds": seconds,
             "system_cpu_seconds": used.ru_stime - self._usage.ru_stime,
             "page_faults": used.ru_minflt - self._usage.ru_minflt,
             "parts": parts,
         }
+        self.steps.append(found)
 
 
 def labelled(label: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -147,8 +153,12 @@ def profiled(label: str, folder: Path, prompt: int) -> Figures:
             return (labelled(OLD, plain) if old else plain)(*args, **kwargs)
 
         setattr(trl.GRPOTrainer, name, marked)
-    figures = side.replay(folder, prompt, "0", side.options, 1, clock)
-    return clock.found | {"positions": figures["forwarded"]["with_gradient"]}
+    figures = side.replay(folder, prompt, "0", side.options, 2, clock)
+    _, first, second = clock.steps
+    return second | {
+        "positions": figures["forwarded"]["with_gradient"],
+        "first": {name: first[name] for name in first if name != "parts"},
+    }
 
 
 def corrected_law(found: dict[str, Figures]) -> dict[str, dict[str, float]]:
@@ -183,8 +193,10 @@ def show(found: dict[str, Figures]) -> None:
         sums = [sum(side["parts"][name].values()) for name in PASSES]
         table.add_row("sum", *(f"{x:.2f}" for x in (*sums, side["seconds"])), "")
         Console(width=110).print(table)
-        print(f"{label}: {side['positions']} positions, {side['system_cpu_seconds']:.2f} s of the "
-              f"kernel, {side['page_faults']} page faults")  # fmt: skip
+        for name, step in (("first", side["first"]), ("second", side)):
+            print(f"{name} step of {side['positions']} positions: {step['seconds']:.2f} s, "
+                  f"{step['system_cpu_seconds']:.2f} of them the kernel's, "
+                  f"{step['page_faults']} page faults")  # fmt: skip
 
 
 def main() -> None:
