@@ -34,9 +34,11 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     add_overrides(parser)
 
 
-def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments key=value."""
-    words = "changes of the recipe, such as optim.lr=1e-5 group.self=6"
+def add_overrides(
+    parser: argparse.ArgumentParser,
+    words: str = "changes of the recipe, such as optim.lr=1e-5 group.self=6",
+) -> None:
+    """Add the arguments key=value, with a help text."""
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=words)
 
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from gft_lite.cli.common import DONE, output_path
+from gft_lite.cli.common import DONE, add_overrides, output_path
 from gft_lite.cli.parser import add_command
 from gft_lite.utils.errors import UserError
 
@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
     words = "a JSONL, JSON, CSV or parquet file, a folder of them, or a hub data set"
     parser.add_argument("data", metavar="DATA", help=words)
     words = "values in place of guesses, such as data.columns.answer=final"
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=words)
+    add_overrides(parser, words)
     parser.add_argument("--model", required=True, help="the folder or hub id of the base model")
     words = "the card to plan for: 12GiB, 4090 (default: this machine's GPU, or else its RAM)"
     parser.add_argument("--gpu", metavar="SIZE|NAME", help=words)

@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from gft_lite.cli.common import DONE, FAILED, MAX_SEEDS, add_verbosity, output_path, whole_number
+from gft_lite.cli.common import (
+    DONE,
+    FAILED,
+    MAX_SEEDS,
+    add_overrides,
+    add_verbosity,
+    output_path,
+    whole_number,
+)
 from gft_lite.cli.parser import add_command
 
 
@@ -36,8 +44,7 @@ def _add_compare(commands: Any) -> None:
             "gft-lite lab compare --methods gft,dft --seeds 3",
         ],
     )  # fmt: skip
-    compare.add_argument("overrides", nargs="*", default=[], metavar="key=value",
-                         help="changes of every run")  # fmt: skip
+    add_overrides(compare, "changes of every run")
     compare.add_argument("--methods", default="gft,sft,grpo", metavar="A,B",
                          help="default: gft,sft,grpo")  # fmt: skip
     compare.add_argument(
@@ -69,8 +76,7 @@ def _add_study(commands: Any) -> None:
             "gft-lite lab study --seeds 5 --jobs 4 --report study.md",
         ],
     )  # fmt: skip
-    study.add_argument("overrides", nargs="*", default=[], metavar="key=value",
-                        help="changes of every run")  # fmt: skip
+    add_overrides(study, "changes of every run")
     study.add_argument("--seeds", type=whole_number(1, MAX_SEEDS), default=2, metavar="N",
                        help="runs of each setting on each of three bases (default: 2)")  # fmt: skip
     study.add_argument("--jobs", type=whole_number(1, 1024), default=2, metavar="N",
