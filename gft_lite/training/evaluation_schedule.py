@@ -25,6 +25,7 @@ from gft_lite.utils.statistics import paired_interval
 
 Sets = Mapping[str, Sequence[Problem]]
 _BY_PROBLEM = {"correct", "rewards"}  # In the evaluation's file, but too long for metrics.jsonl.
+_ROUNDING = 1e-12  # An interval that ends at the limit can end a little above it.
 
 
 @dataclass
@@ -152,7 +153,8 @@ class EvaluationSchedule:
                 continue
             pair = [now[i] for i in shared], [before[i] for i in shared]
             low, high = paired_interval(*pair)
-            if high < -least if best and best.mode == "min" else low > least:
+            better = -high if best and best.mode == "min" else low
+            if better > least + _ROUNDING:
                 reference = step
                 yield step
 

@@ -130,6 +130,20 @@ def test_the_best_is_the_earliest_of_the_highest_and_never_the_base(mode, values
     assert schedule(tmp_path, values).best_step is None
 
 
+@pytest.mark.parametrize(("mode", "sign"), [("max", 1), ("min", -1)])
+def test_an_interval_that_ends_at_the_limit_is_no_improvement(mode, sign, tmp_path):
+    # Its lower end is 0, and 2.8e-17 as the resampled means are rounded.
+    before, now = [0.3, 0.1, 0.3, 0.3, 0.1, 0.3], [0.4, 0.8, 0.4, 0.1, 0.8, 0.7]
+    found = schedule(tmp_path, [0.0], f"checkpoint.best={{metric: test/pass@1, mode: {mode}}}")
+    found.values = {
+        step: {str(i): sign * value for i, value in enumerate(values)}
+        for step, values in enumerate([before, now])
+    }
+    assert list(found._improvements()) == [0]
+    found.values[1] = {str(i): sign * (value + 0.01) for i, value in enumerate(now)}
+    assert list(found._improvements()) == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("values", "settings", "reason"),
     [
