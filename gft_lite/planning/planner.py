@@ -303,8 +303,8 @@ def resolve(recipe: Recipe, free: int, device: Device, card: int = 0) -> tuple[R
     plan = choose(MemoryModel(shape, recipe, device, card), limit)
     if plan.problems and undecided and not shape.assumptions:  # An estimate rules nothing out.
         raise RecipeError(
-            [f"{', '.join(sorted(undecided))}: must leave a way to fit in {limit / GIB:.1f} GiB, "
-             f"got a recipe whose {' and '.join(plan.problems)}. What would fit: "
+            [f"{', '.join(sorted(undecided))}: must leave a way to fit in the "
+             f"{limit / GIB:.1f} GiB that are free now, got a recipe whose {' and '.join(plan.problems)}. What would fit: "
              f"{what_would_fit(plan.model, limit)}."]
         )  # fmt: skip
     if device == "cpu" and recipe.rollout.kv_cache_mib == "auto":
