@@ -304,8 +304,8 @@ def resolve(recipe: Recipe, free: int, device: Device, card: int = 0) -> tuple[R
     if plan.problems and undecided and not shape.assumptions:  # An estimate rules nothing out.
         raise RecipeError(
             [f"{', '.join(sorted(undecided))}: must leave a way to fit in the "
-             f"{limit / GIB:.1f} GiB that are free now, got a recipe whose {' and '.join(plan.problems)}. What would fit: "
-             f"{what_would_fit(plan.model, limit)}."]
+             f"{limit / GIB:.1f} GiB that are free now, got a recipe whose "
+             f"{' and '.join(plan.problems)}. What would fit: {what_would_fit(plan.model, limit)}."]
         )  # fmt: skip
     if device == "cpu" and recipe.rollout.kv_cache_mib == "auto":
         cache = plan.rollout.get("kv_cache", 0)  # vLLM takes what the plan counts.
