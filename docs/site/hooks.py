@@ -22,6 +22,8 @@ INCLUDED = (
     "examples/lab_study.md",
     "examples/referee_lab.md",
     "examples/referee_lab/referee.html",
+    "examples/referee_real.md",
+    "examples/referee_real/referee.html",
     "examples/real/report.html",
     "examples/real/README.md",
     *(str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("examples/lab_study/*.svg"))),
