@@ -19,8 +19,7 @@ The law next to a ratio is its value if time were proportional to forwarded posi
 
 With `--model FOLDER`, or `--model smollm2` (`real_model.py`), the weights are those of a real one,
 and the lengths those of answers to GSM8K (mean 80, p95 200 tokens, prompt of 90) or, with
-`--lengths reasoning`, of long reasoning (300, 900), two groups of 8
-or as many as `--groups`.
+`--lengths reasoning`, of long reasoning (300, 900), two groups of 8 or as many as `--groups`.
 """
 
 from __future__ import annotations

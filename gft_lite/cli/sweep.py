@@ -10,6 +10,7 @@ from gft_lite.cli.common import (
     FAILED,
     MAX_SEEDS,
     add_allow_code,
+    add_overrides,
     add_verbosity,
     output_path,
     whole_number,
@@ -32,8 +33,7 @@ def add(commands: Any) -> None:
         ],
     )  # fmt: skip
     parser.add_argument("recipe", help="a sweep file such as recipes/sweeps/tau.yaml, or a recipe")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value",
-                        help="changes of every run")  # fmt: skip
+    add_overrides(parser, "changes of every run")
     parser.add_argument(
         "--grid", action="append", default=[], metavar="FIELD=V1,V2",
         help="objective.tau=0,0.5,1; group=6:2,4:4 is demonstrations:self; "

@@ -51,7 +51,8 @@ class Pace:
 
 def describe_cost(plan: Sweep) -> list[str]:
     """What is known before anything is run, a line each: the memory, and what decides the time."""
-    trial = _largest(plan.trials())
+    trials = plan.trials()
+    trial = _largest(trials)
     lines = []
     try:
         found = plan_for(trial.recipe, None)
@@ -61,15 +62,10 @@ def describe_cost(plan: Sweep) -> list[str]:
     except RecipeError:
         lines.append("memory: not known for this model")
     if plan.budget_hours is not None:
-        _own_steps(plan.trials())
-        lines.append(f"time: {plan.budget_hours:g} h in all; {describe_probe(plan)}")
+        _own_steps(trials)
+        probe = f"{PROBE_STEPS} steps of {trial.name} measure how long a step takes"
+        lines.append(f"time: {plan.budget_hours:g} h in all; {probe}")
     return lines
-
-
-def describe_probe(plan: Sweep) -> str:
-    """What is run before the sweep."""
-    name = _largest(plan.trials()).name
-    return f"{PROBE_STEPS} steps of {name} measure how long a step takes"
 
 
 def probe_trial(plan: Sweep) -> Trial:

@@ -16,13 +16,7 @@ from rich.text import Text
 
 from gft_lite.experiments.launchers import LAUNCHERS, LOG, Launcher
 from gft_lite.experiments.search import Search
-from gft_lite.experiments.sweep_budget import (
-    PROBE,
-    describe_probe,
-    earlier_start,
-    probe_trial,
-    within_budget,
-)
+from gft_lite.experiments.sweep_budget import PROBE, earlier_start, probe_trial, within_budget
 from gft_lite.experiments.sweep_config import Sweep, Trial
 from gft_lite.experiments.sweep_results import (
     SweepFolder,
@@ -167,7 +161,6 @@ def _shortened(plan: Sweep, folder: SweepFolder, launcher: str, console: Console
     _check_folders([job])
     with lock_folder(folder.path), closing(LAUNCHERS[launcher](1, False)) as workers:
         if not job.finished:
-            console.print(describe_probe(plan), markup=False, highlight=False, soft_wrap=True)
             _run([job], workers, _Display(console, [job], Span(0, 1)), lambda: None, None)
     if job.state != "done":
         rule = f"{PROBE}: must finish before the sweep starts, got {job.reason}"

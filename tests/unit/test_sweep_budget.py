@@ -40,7 +40,7 @@ def probe(tmp_path):
     return make
 
 
-def test_the_first_step_is_a_part_of_the_start(probe):
+def test_the_first_step_is_left_out_of_the_pace(probe):
     assert Pace.measured(probe(plan())) == Pace(start=40.0, step=5.0, evaluation=10.0)
 
 
@@ -81,9 +81,8 @@ def test_the_probe_is_the_trial_with_the_most_own_samples_cut_to_three_steps():
     assert (trial.settings, trial.recipe.train.steps) == ({"group": "2:6"}, 3)
     lines = describe_cost(wanted)
     assert lines[0].startswith("memory: ") and "GiB" in lines[0]
-    assert (
-        lines[-1] == "time: 1 h in all; 3 steps of group=2-6,seed=0 measure how long a step takes"
-    )
+    probe = "3 steps of group=2-6,seed=0 measure how long a step takes"
+    assert lines[-1] == f"time: 1 h in all; {probe}"
 
 
 def test_the_same_command_keeps_the_steps_of_its_first_start(probe, tmp_path):
