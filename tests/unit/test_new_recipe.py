@@ -114,7 +114,7 @@ def test_a_group_has_the_demonstrations_that_there_are():
 
 def test_few_demonstrations_are_used_with_a_doubt():
     row = {"problem": "1+1?", "answer": "2"}
-    found = draft(row, row, row | {"solution": "It is 2.", "teacher": ["2."]})
+    found = draft(row, row, row | {"solution": "It is 2.", "teacher": ["2.", "Two: 2", "2"]})
     group = found.recipe.group
     assert (group.expert, group.teacher, group.self) == (1, 1, 6)
     for field in ("expert", "teacher"):
