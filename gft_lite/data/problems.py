@@ -18,6 +18,7 @@ from gft_lite.data.chat_rendering import END_THINK, THINK
 from gft_lite.data.prompts import PromptFormat
 from gft_lite.data.rows import RowReader, check_columns, resolve_columns
 from gft_lite.data.sources import open_source
+from gft_lite.recipe.objective_sections import RewardSettings
 from gft_lite.recipe.sections import ColumnsSettings, DataSettings
 from gft_lite.types import Problem
 from gft_lite.utils.errors import RecipeError, short_repr
@@ -118,6 +119,16 @@ def load_problems(
     loaded = replace(loaded, columns=columns, notes=_notes(settings, columns, format, field))
     if max_response_tokens is None:
         return loaded
+    return with_usable_demonstrations(loaded, format, max_response_tokens, field)
+
+
+def with_usable_demonstrations(
+    loaded: Loaded, format: PromptFormat, max_response_tokens: int, field: str
+) -> Loaded:
+    """Without the demonstrations that are longer or can't follow the prompt.
+
+    Raises: RecipeError if all are left out.
+    """
     unusable: Counter[str] = Counter()
     problems = tuple(
         _with_usable(p, format, max_response_tokens, unusable) for p in loaded.problems
@@ -132,6 +143,23 @@ def load_problems(
     return replace(
         loaded, problems=problems, unusable_demonstrations=counts, notes=notes, read=loaded.problems
     )
+
+
+def is_ungraded(problems: Sequence[Problem], reward: RewardSettings) -> bool:
+    """True if a reward function compares with answers, and no problem has one."""
+    no_answers = ColumnsSettings(answer=None)
+    return bool(reward.answer_rule(no_answers)) and all(p.answer is None for p in problems)
+
+
+def answer_errors(
+    field: str, columns: ColumnsSettings, problems: Sequence[Problem], reward: RewardSettings
+) -> list[str]:
+    """The rule that an evaluation set breaks by having neither answers nor demonstrations."""
+    rule = reward.answer_rule(columns)
+    if rule is None or any(problem.experts or problem.teachers for problem in problems):
+        return []
+    advice = f"Demonstrations ({field}.columns.expert) are evaluated by their likelihood"
+    return [f"{field}.columns.answer: {rule}, got null. {advice}."]
 
 
 def _after(loaded: Loaded, count: int, field: str) -> Loaded:

@@ -1,4 +1,4 @@
-"""`evaluate`: accuracy and pass@k of models on the benchmarks of a suite."""
+"""`evaluate`: accuracy, pass@k or likelihood of models on the benchmarks of a suite."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from typing import Any
 
 from rich.console import Console
 
-from gft_lite.data.problems import Loaded, distinct_notes
+from gft_lite.data.problems import Loaded, distinct_notes, is_ungraded
 from gft_lite.data.prompts import PromptFormat
 from gft_lite.evaluation.evaluation_folder import EvaluationFolder, Keys
 from gft_lite.evaluation.examples import Examples
-from gft_lite.evaluation.metrics import distinct, measure
+from gft_lite.evaluation.likelihood import measure_likelihood
+from gft_lite.evaluation.metrics import NLL, distinct, measure
 from gft_lite.evaluation.response_cache import BenchmarkDraw, CachedSampler
 from gft_lite.evaluation.results import make_results
 from gft_lite.evaluation.sets import open_scorer
@@ -191,6 +192,11 @@ def _load_benchmarks(
             continue
         work.data[name] = found[name].describe()
         work.console.print(f"{name}: {work.data[name]}", markup=False)
+    ungraded = [name for name, loaded in found.items()
+                if is_ungraded(loaded.problems, work.suite.reward)]  # fmt: skip
+    if ungraded and len(ungraded) < len(found):
+        rule = "benchmarks: must all have answers, or none, as figures are averaged"
+        errors.append(f"{rule}, got {', '.join(ungraded)} without. Evaluate them apart.")
     if errors:
         raise RecipeError(errors)
     for note in distinct_notes(found.values()):
@@ -240,11 +246,15 @@ class _ServedBase:
         benchmarks = {}
         for name in self._problems:
             with show_phase(self._work.console, f"{target.label} on {name}"):
-                groups, keys = self._respond(model, name, None, suite.samples)
-                found = self._work.grade(target.label, model, name, groups, keys)
+                if is_ungraded(self._problems[name], suite.reward):
+                    benchmarks[name] = self._score(target, name)
+                    groups, _ = self._respond(model, name, suite.drift, 1)
+                else:
+                    groups, keys = self._respond(model, name, None, suite.samples)
+                    graded = self._work.grade(target.label, model, name, groups, keys)
+                    benchmarks[name] = graded
             few = groups[: suite.drift]
             rows += kl.group_rows(Group(g.problem, g.responses[:1]) for g in few)
-            benchmarks[name] = found
         self.sampler.engine.sleep()
         drift = self._drift(target, base_rows, rows)
         self.sampler.engine.wake()
@@ -259,6 +269,15 @@ class _ServedBase:
             "benchmarks": benchmarks,
             "drift": drift,
         }
+
+    def _score(self, target: Target, name: str) -> dict[str, Any]:
+        """The likelihood of a benchmark's demonstrations, with the engine's memory."""
+        policy, budget = self._policy, self._work.suite.micro_batch_tokens
+        self.sampler.engine.sleep()
+        with policy.base() if target.adapter is None else nullcontext():
+            found = measure_likelihood(policy, self._formats[name], self._problems[name], budget)
+        self.sampler.engine.wake()
+        return found
 
     def _respond(
         self, model: str, name: str, first: int | None, samples: int
@@ -325,8 +344,11 @@ def _regrade(work: _Evaluation, targets: Sequence[Target]) -> None:
         work.data, work.sampling = entry["data"], entry["sampling"]
         model, benchmarks = entry["identity"], {}
         for name in work.suite.names:
-            if name in entry["benchmarks"]:
-                expected = entry["benchmarks"][name]["problems"]
+            known = entry["benchmarks"].get(name, {})
+            if NLL in known:  # Nothing was graded.
+                benchmarks[name] = known
+            elif known:
+                expected = known["problems"]
                 groups, keys = work.folder.read_groups(model, name, expected)
                 benchmarks[name] = work.grade(target.label, model, name, groups, keys)
         work.reused += sum(f["samples"] for f in benchmarks.values())

@@ -1,12 +1,14 @@
-"""Figures of graded responses: pass@k or mean reward, lengths, diversity, and differences.
+"""Figures of evaluated sets: pass@k, mean reward or likelihood, lengths, and differences.
 
 Where a reward function decides correctness, the figures of a set are pass@k and `correct`, the
 number of correct responses by problem; otherwise they are `mean_reward` and `rewards`, the mean
-reward by problem.
+reward by problem. Of a set without answers they are `nll`, the mean negative log-likelihood per
+demonstration token, with the `nats` and `tokens` of the demonstrations by problem.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -24,7 +26,8 @@ from gft_lite.utils.statistics import (
     pass_at_k,
 )
 
-MEAN_REWARD = "mean_reward"
+MEAN_REWARD, NLL = "mean_reward", "nll"
+_LARGEST_EXPONENT = 700.0  # Whose exponential is a float.
 _AVERAGED = ("truncated", "no_answer", "length", "distinct")
 
 
@@ -79,11 +82,23 @@ def _mean_of_rewards(rewards: Mapping[str, float], responses: int) -> dict[str, 
     }
 
 
+def likelihood(nats: Mapping[str, float], tokens: Mapping[str, int]) -> dict[str, Any]:
+    """The figures of a set whose demonstrations have these NLLs and lengths, by problem."""
+    nll = sum(nats.values()) / sum(tokens.values())
+    figures = {NLL: nll, "perplexity": math.exp(min(nll, _LARGEST_EXPONENT)), "nats": dict(nats)}
+    figures |= {"tokens": dict(tokens)}
+    return {**figures, f"{NLL}_interval": bootstrap_interval([*by_problem(figures).values()])}
+
+
 def restrict(figures: Mapping[str, Any], ids: Sequence[str], ks: Sequence[int]) -> dict[str, Any]:
     """The figures of some of a set's problems, by the same samples: those known by problem.
 
     Raises: RewardError if the problems have no reward.
     """
+    if NLL in figures:
+        parts = ({name: figures[part][name] for name in ids if name in figures[part]}
+                 for part in ("nats", "tokens"))  # fmt: skip
+        return {**likelihood(*parts), "problems": len(ids), "samples": 0}
     each = round(figures["samples"] / figures["problems"])
     sizes = {"problems": len(ids), "samples": each * len(ids)}
     if MEAN_REWARD in figures:
@@ -94,20 +109,25 @@ def restrict(figures: Mapping[str, Any], ids: Sequence[str], ks: Sequence[int]) 
 
 
 def main_figure(figures: Mapping[str, Any]) -> str:
-    """The name of the first figure of a set: "pass@1", or "mean_reward" without correctness."""
-    return MEAN_REWARD if MEAN_REWARD in figures else "pass@1"
+    """The name of the first figure of a set: the one of `nll`, `mean_reward`, `pass@1` it has."""
+    return next((name for name in (NLL, MEAN_REWARD) if name in figures), "pass@1")
 
 
 def by_problem(figures: Mapping[str, Any], name: str | None = None) -> dict[str, float]:
-    """A figure of each problem by its id: `pass@k` or `mean_reward`, by default the main one.
+    """A figure of each problem by its id, by default the main one.
 
-    Empty if the set has no such figure.
+    Empty if the set has no such figure. A problem's `nll` is linearised at the set's, so that the
+    mean over problems is the mean over tokens, and its interval that of a ratio.
     """
     name = name or main_figure(figures)
     if name not in figures:
         return {}
     if name == MEAN_REWARD:
         return dict(figures["rewards"])
+    if name == NLL:
+        nll, tokens = figures[NLL], figures["tokens"]
+        mean = fmean(tokens.values())
+        return {i: nll + (nats - nll * tokens[i]) / mean for i, nats in figures["nats"].items()}
     samples, k = round(figures["samples"] / figures["problems"]), int(name.removeprefix("pass@"))
     return {i: pass_at_k(samples, correct, k) for i, correct in figures["correct"].items()}
 
@@ -115,12 +135,13 @@ def by_problem(figures: Mapping[str, Any], name: str | None = None) -> dict[str,
 def headline(results: Mapping[str, Mapping[str, Any]], ks: Sequence[int]) -> dict[str, float]:
     """The figures of summary.json: pass@k of the first set, pass@1 of each further one by name.
 
-    Without correctness, `mean_reward` of the first set and the mean reward of each further one.
+    Without correctness, `mean_reward` or `nll` of the first set and that of each further one.
     """
     if not results:
         return {}
     (_, first), *others = results.items()
-    names = [MEAN_REWARD] if MEAN_REWARD in first else [f"pass@{k}" for k in ks]
+    main = main_figure(first)
+    names = [f"pass@{k}" for k in ks] if main == "pass@1" else [main]
     return {n: first[n] for n in names} | {n: f[main_figure(f)] for n, f in others}
 
 
@@ -148,7 +169,11 @@ def average(benchmarks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     names.pop(f"{main}_interval", None)
     values = [list(by_problem(figures).values()) for figures in all_figures]
     return {
-        **{n: fmean(figures[n] for figures in all_figures) for n in [*names, *_AVERAGED]},
+        **{
+            n: fmean(figures[n] for figures in all_figures)
+            for n in [*names, *_AVERAGED]
+            if n in all_figures[0]
+        },
         f"{main}_interval": average_interval(values),
     }
 
@@ -156,7 +181,7 @@ def average(benchmarks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def compare(
     a: Mapping[str, Mapping[str, Any]], b: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """The accuracy (or mean reward) of b minus that of a on their common problems.
+    """The accuracy (or mean reward, or `nll`) of b minus that of a on their common problems.
 
     By benchmark, and "average" with equal weights; the intervals are paired bootstraps over
     problems.

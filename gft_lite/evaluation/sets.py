@@ -1,15 +1,19 @@
-"""The evaluation sets of a recipe or a suite, sampled and graded."""
+"""The evaluation sets of a recipe or a suite: sampled and graded, or scored by likelihood."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from gft_lite.data.problems import is_ungraded
 from gft_lite.data.prompts import PromptFormat
+from gft_lite.evaluation.likelihood import measure_likelihood
 from gft_lite.evaluation.metrics import measure
+from gft_lite.policy.base import Policy
 from gft_lite.recipe.objective_sections import RewardSettings
-from gft_lite.recipe.training_sections import EvalSettings
+from gft_lite.recipe.schema import Recipe
 from gft_lite.rewards.base import RewardError, RewardFunction
 from gft_lite.rewards.scorer import Scorer
 from gft_lite.rollout.base import RolloutEngine, Sampling
@@ -45,24 +49,47 @@ def open_scorer(
 
 @dataclass(frozen=True)
 class SetEvaluator:
-    """Samples and grades named sets of problems, with equal seeds for every model: results pair."""
+    """Evaluates named sets of problems, with equal seeds for every model: results pair.
 
+    The engine samples responses, which are graded; where that needs answers and a set has none,
+    the policy scores its demonstrations instead.
+    """
+
+    recipe: Recipe
     format: PromptFormat
     grade: Grade
-    settings: EvalSettings
     sampling: Sampling
-    seed: int
+    policy: Policy
 
     def evaluate(
-        self, engine: RolloutEngine, sets: Mapping[str, Sequence[Problem]]
+        self, engine: RolloutEngine, sets: Mapping[str, Sequence[Problem]], *, base: bool = False
     ) -> dict[str, dict[str, Any]]:
-        """The figures of each set for what the engine serves."""
+        """The figures of each set for what the engine serves: the policy, or with `base` its base.
+
+        Raises: RewardError for responses without a reward.
+        """
+        settings = self.recipe.eval
+        ungraded = {n: p for n, p in sets.items() if is_ungraded(p, self.recipe.reward)}
+        scored = self._scored(engine, ungraded, base=base) if ungraded else {}
         return {
-            name: measure(self._graded(engine, name, problems), self.settings.k)
+            name: scored.get(name) or measure(self._graded(engine, name, problems), settings.k)
             for name, problems in sets.items()
         }
 
+    def _scored(
+        self, engine: RolloutEngine, sets: Mapping[str, Sequence[Problem]], *, base: bool
+    ) -> dict[str, dict[str, Any]]:
+        """The likelihood of each set's demonstrations, with the engine's memory."""
+        limit = int(self.recipe.train.micro_batch_tokens)
+        engine.sleep()
+        with self.policy.base() if base else nullcontext():
+            found = {name: measure_likelihood(self.policy, self.format, problems, limit)
+                     for name, problems in sets.items()}  # fmt: skip
+        engine.wake()
+        return found
+
     def _graded(self, engine: RolloutEngine, name: str, problems: Sequence[Problem]) -> list[Group]:
-        draws = [Draw(p, self.settings.samples, (self.seed, "eval", name)) for p in problems]
+        seed = (self.recipe.seed, "eval", name)
+        draws = [Draw(p, self.recipe.eval.samples, seed) for p in problems]
         responses = sample(engine, self.format, draws, self.sampling)
         return self.grade([Group(p, r) for p, r in zip(problems, responses, strict=True)])

@@ -11,7 +11,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from gft_lite.data.problems import Loaded, load_problems
+from gft_lite.data.problems import (
+    Loaded,
+    answer_errors,
+    load_problems,
+    with_usable_demonstrations,
+)
 from gft_lite.data.prompts import PromptFormat
 from gft_lite.data.sources import FORMATS
 from gft_lite.recipe.base import Settings, Temperature, read_settings
@@ -153,7 +158,9 @@ def load_benchmark(
     """A benchmark's problems, from its file in `data_dir` if there is one.
 
     At most half of the model's context is reserved for the response; longer prompts are left out
-    and counted. Each problem has its `answer_type`. Raises: RecipeError without any row.
+    and counted. Each problem has its `answer_type`. Without answers, demonstrations that are longer
+    than a response are left out.
+    Raises: RecipeError without any row, or with neither answers nor demonstrations.
     """
     benchmark = suite.definitions[name]
     field = f"definitions.{name}"
@@ -171,6 +178,10 @@ def load_benchmark(
     except RecipeError as error:
         hints = [] if file is not None else [_hint(benchmark, name)]
         raise RecipeError([*error.problems, *filter(None, hints)]) from None
+    if errors := answer_errors(field, loaded.columns, loaded.problems, suite.reward):
+        raise RecipeError(errors)
+    if suite.reward.answer_rule(loaded.columns):
+        loaded = with_usable_demonstrations(loaded, format, reserve - 1, field)
     kind = {"answer_type": benchmark.answer_type}
     problems = (replace(p, columns={**kind, **p.columns}) for p in loaded.problems)
     return replace(loaded, problems=tuple(problems))

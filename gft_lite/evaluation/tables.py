@@ -8,9 +8,15 @@ from typing import Any
 from gft_lite.evaluation.metrics import main_figure
 from gft_lite.utils.tables import Table, csv_text
 
+_TITLES = {
+    "pass@1": "Accuracy (%), the mean over {} samples a problem",
+    "mean_reward": "Mean reward, the mean over {} samples a problem",
+    "nll": "Negative log-likelihood of the demonstrations (nll; nats per token, lower is better)",
+}
+
 
 def tables(results: Mapping[str, Any]) -> list[Table]:
-    """Accuracy or mean reward, pass@k for k above 1, differences of pairs, drift and lengths."""
+    """The main figure, pass@k for k above 1, differences of pairs, drift and lengths."""
     found = [_main_table(results)]
     found += [_pass_at_k(results)] if len(results["protocol"]["k"]) > 1 else []
     found += [_pairs(results)] if results["pairs"] else []
@@ -26,9 +32,8 @@ def _main_table(results: Mapping[str, Any]) -> Table:
          form(target["average"][main]))
         for label, target in results["targets"].items()
     ]  # fmt: skip
-    n = results["protocol"]["samples"]
-    title = "Accuracy (%)" if main == "pass@1" else "Mean reward"
-    return Table(f"{title}, the mean over {n} samples a problem",
+    title = _TITLES[main].format(results["protocol"]["samples"])
+    return Table(title,
                  ("model", *titles.values(), "average"), tuple(rows))  # fmt: skip
 
 
@@ -55,7 +60,7 @@ def _pairs(results: Mapping[str, Any]) -> Table:
         (f"{pair['b']} - {pair['a']}", *(form(pair["differences"].get(name)) for name in titles))
         for pair in results["pairs"]
     ]
-    what, unit = ("accuracy", "points, ") if main == "pass@1" else ("mean reward", "")
+    what, unit = ("accuracy", "points, ") if main == "pass@1" else (main.replace("_", " "), "")
     title = f"Differences in {what} on the same problems, first model minus second"
     return Table(f"{title} ({unit}95% interval)", ("pair", *titles.values()), tuple(rows))
 
@@ -66,9 +71,9 @@ def _drift_and_lengths(results: Mapping[str, Any]) -> Table:
     shares = {"truncated": "truncated", "no answer": "no_answer"}
     rows = [
         (label, *(_number(target["drift"].get(key), 4) for key in drift.values()),
-         _number(target["average"]["length"], 0),
-         *(_percent(target["average"][key]) for key in shares.values()),
-         _number(target["average"]["distinct"], 2))
+         _number(target["average"].get("length"), 0),
+         *(_percent(target["average"].get(key)) for key in shares.values()),
+         _number(target["average"].get("distinct"), 2))
         for label, target in results["targets"].items()
     ]  # fmt: skip
     header = ("model", *drift, "tokens", *(f"{name} (%)" for name in shares), "distinct answers")

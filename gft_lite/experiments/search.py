@@ -16,6 +16,7 @@ from typing import Any
 from gft_lite.evaluation.metrics import main_figure
 from gft_lite.experiments.sweep_config import Range, Sweep, Trial, rounded
 from gft_lite.experiments.sweep_results import SweepFolder
+from gft_lite.recipe.training_sections import lower_is_better
 from gft_lite.runs.folder import RunFolder, stage_folder
 from gft_lite.runs.folder_forms import Evaluation
 from gft_lite.utils.errors import RecipeError, UserError
@@ -202,4 +203,6 @@ class Search:
         if figure not in sets[name]:
             rule = f"search.metric: must be a figure of {name}, which has {main_figure(sets[name])}"
             raise UserError([f"{rule}, got {metric!r}."])
+        if lower_is_better(metric) and self.settings.metric is None and self.settings.mode == "max":
+            raise UserError([f"search.metric: must be given for nll, got none. Write {metric}."])
         return sets[name][figure]

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, PositiveInt, ValidationError, model_validator
@@ -29,6 +29,7 @@ from gft_lite.recipe.loader import (
 )
 from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import GroupSettings
+from gft_lite.recipe.training_sections import FigureSettings
 from gft_lite.recipe.validation_errors import Places, explain
 from gft_lite.utils.errors import RecipeError, nearest, short_repr
 
@@ -68,7 +69,7 @@ class Range(Settings):
         return self.log or self.uniform or (0, 0)
 
 
-class SearchSettings(Settings):
+class SearchSettings(FigureSettings):
     """`trials` points that Optuna's TPE sampler proposes, seeded by `random_seed`.
 
     `metric` is a figure of the final evaluation such as `test/pass@1`, by default the headline. By
@@ -78,8 +79,6 @@ class SearchSettings(Settings):
     """
 
     trials: PositiveInt
-    metric: str | None = None
-    mode: Literal["max", "min"] = "max"
     prune: bool = False
 
 
@@ -271,7 +270,7 @@ class Sweep(Settings):
     def _wrong_recipe(self, recipe: Recipe) -> list[str]:
         """What a recipe lacks for the search."""
         assert self.search is not None
-        rules, metric, figures = [], self.search.metric, recipe.eval.figures
+        rules, metric, figures = [], self.search.metric, recipe.eval.figures_of(recipe.eval.sets)
         if not figures:
             rules.append("eval.sets: must have a set, whose figure is searched for, got none.")
         elif metric is not None and metric not in figures:

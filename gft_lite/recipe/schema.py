@@ -208,7 +208,9 @@ class Recipe(Settings):
     def _rewards_have_answers(self) -> Recipe:
         method = METHODS.get(self.method)
         trained = {} if method and not method.group_advantages else {"data": self.data}
-        sets = trained | {f"eval.sets.{name}": data for name, data in self.eval.sets.items()}
+        # A set with demonstrations is evaluated by their likelihood.
+        sets = trained | {f"eval.sets.{name}": data for name, data in self.eval.sets.items()
+                          if not data.columns.may_demonstrate}  # fmt: skip
         rules = [f"{field}.columns.answer: {rule}" for field, data in sets.items()
                  if (rule := self.reward.answer_rule(data.columns))]  # fmt: skip
         if rules:
@@ -218,7 +220,7 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _course_fits(self) -> Recipe:
         course = self.eval, self.checkpoint, self.early_stop, self.guard
-        if rules := course_rules(*course, self.steps):
+        if rules := course_rules(*course, self.steps, self.eval_names):
             raise ValueError("\n".join(rules))
         return self
 
@@ -283,6 +285,14 @@ class Recipe(Settings):
             return self
         rollout = self.rollout.model_copy(update={"engine": "transformers"})
         return self.model_copy(update={"rollout": rollout})
+
+    @property
+    def eval_names(self) -> list[str]:
+        """The names of the evaluation sets: those of the recipe, or that of the held-out problems.
+
+        Held-out problems without answers and demonstrations are not evaluated.
+        """
+        return [*self.eval.sets] or ["held_out"] * bool(self.data.holdout)
 
     @property
     def steps(self) -> int | None:

@@ -168,6 +168,11 @@ class ColumnsSettings(Settings):
             self.choices or self.expert or self.teacher or self.problem != "problem"
         )
 
+    @property
+    def may_demonstrate(self) -> bool:
+        """True if rows may have demonstrations: in named columns, or in conversations."""
+        return bool(self.expert or self.teacher or self.messages or self.found_by_name)
+
 
 # Arguments of transformers' apply_chat_template, and what it passes to the template itself.
 _TEMPLATE_ARGUMENTS = {

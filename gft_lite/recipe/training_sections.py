@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -159,8 +160,11 @@ class MonitorSettings(Settings):
 class EvalSettings(Settings):
     """The evaluation of base and trained policy on named sets; the first is the headline.
 
-    `every`: also after every N training steps and after the last one (0: never), on at most
-    `problems` of each set, which are the same in every run. The base's figures are those of step 0.
+    Without `sets`, it is of the held-out problems, as the set `held_out`. Responses are sampled and
+    graded; a set without answers, where the reward compares with them, is evaluated by the
+    likelihood of its demonstrations. `every`: also after every N training steps and after the last
+    one (0: never), on at most `problems` of each set, which are the same in every run. The base's
+    figures are those of step 0.
     """
 
     sets: Annotated[dict[str, DataSettings], EVALUATION] = {}
@@ -176,22 +180,41 @@ class EvalSettings(Settings):
     def _enough_samples(self) -> EvalSettings:
         if self.k and max(self.k) > self.samples:
             raise ValueError(f"k: must be at most eval.samples, which is {self.samples}")
-        if self.every and not self.sets:
-            raise ValueError("every: must be 0 without eval.sets")
         return self
 
-    @property
-    def figures(self) -> list[str]:
-        """The figures that an evaluation can have, as `SET/pass@k` and `SET/mean_reward`."""
-        names = [*(f"pass@{k}" for k in sorted({1, *self.k})), "mean_reward"]
-        return [f"{name}/{figure}" for name in self.sets for figure in names]
+    def figures_of(self, sets: Iterable[str]) -> list[str]:
+        """The figures that an evaluation of sets can have, such as `SET/pass@1`."""
+        names = [*(f"pass@{k}" for k in sorted({1, *self.k})), "mean_reward", "nll"]
+        return [f"{name}/{figure}" for name in sets for figure in names]
 
 
-class BestSettings(Settings):
-    """The figure by which the evaluations of `eval.every` are compared, such as `test/pass@1`."""
+def lower_is_better(metric: object) -> bool:
+    """True for a figure, or a set's figure, that falls as a policy improves."""
+    return isinstance(metric, str) and metric.rpartition("/")[2] == "nll"
+
+
+class FigureSettings(Settings):
+    """A figure to compare by, and whether the highest or the lowest is the best."""
+
+    metric: str | None = None
+    mode: Literal["max", "min"] = "max"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_figure(cls, tree: Any) -> Any:
+        """Add the figure's own `mode` where none is given."""
+        if isinstance(tree, Mapping) and lower_is_better(tree.get("metric")):
+            return {"mode": "min", **tree}
+        return tree
+
+
+class BestSettings(FigureSettings):
+    """The figure by which the evaluations of `eval.every` are compared, such as `test/pass@1`.
+
+    `mode` is by default `min` for `nll` and `max` for all others.
+    """
 
     metric: str
-    mode: Literal["max", "min"] = "max"
 
 
 class CheckpointSettings(Settings):
@@ -258,19 +281,22 @@ class GuardSettings(Settings):
 
 def course_rules(
     evaluation: EvalSettings, checkpoint: CheckpointSettings, early_stop: EarlyStopSettings,
-    guard: GuardSettings, steps: int | None,
+    guard: GuardSettings, steps: int | None, sets: Sequence[str],
 ) -> list[str]:  # fmt: skip
     """The rules between evaluations, checkpoints and guard that a recipe of `steps` breaks."""
     rules = []
     every, best = evaluation.every, checkpoint.best
+    if every and not sets:
+        rules.append("eval.every: must be 0 without eval.sets and data.holdout")
     uses = {"checkpoint.best": best, "early_stop.patience": early_stop.patience}
     for field in (name for name, value in uses.items() if value is not None):
         if not every:
             rules.append(f"{field}: must be null without eval.every")
         elif steps is not None and every > steps:
             rules.append(f"eval.every: must be at most the number of steps, {steps}, with {field}")
-    if best and best.metric not in evaluation.figures:
-        names = ", ".join(evaluation.figures) or "of a set of eval.sets"
+    figures = evaluation.figures_of(sets)
+    if best and best.metric not in figures:
+        names = ", ".join(figures) or "of a set of eval.sets"
         rules.append(f"checkpoint.best.metric: must be one of {names}")
     if guard.action == "rollback" and steps is not None and checkpoint.every > steps:
         rule = f"must be at most the number of steps, {steps}, with guard.action rollback"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from gft_lite.evaluation.metrics import MEAN_REWARD, main_figure
+from gft_lite.evaluation.metrics import MEAN_REWARD, NLL, main_figure
 from gft_lite.objective.methods import METHODS
 from gft_lite.report.loading import (
     Metrics,
@@ -294,7 +294,7 @@ def evaluation_plots(series: Sequence[Series]) -> list[Plot]:
         title, label = f"Evaluation while training on {name}", figure.replace("_", " ")
         plots.append(
             Plot(f"evaluation-{slug(name)}", title, "step", label, tuple(filter(None, curves)),
-                 NUMBER if figure == MEAN_REWARD else SHARE, by_series=len(series) > 1)
+                 SHARE if figure.startswith("pass@") else NUMBER, by_series=len(series) > 1)
         )  # fmt: skip
     return plots
 
@@ -322,11 +322,11 @@ def _evaluations(series: Series, name: str, figure: str, color: int) -> Curve | 
 
 
 def sweep_plot(sweep: Sweep) -> Plot | None:
-    """Accuracy, or mean reward, over the one numeric field of a sweep, with the rectified share.
+    """The headline figure over the one numeric field of a sweep, with the rectified share.
 
     None for a sweep of several fields, of one without numbers, or of fewer than two points.
     """
-    figure = next((n for n in ("pass@1", MEAN_REWARD) if n in _figures(sweep)), "pass@1")
+    figure = next((n for n in ("pass@1", MEAN_REWARD, NLL) if n in _figures(sweep)), "pass@1")
     points = [point for point in sweep.points if figure in point.figures]
     if len(points) < 2 or len(sweep.fields) != 1:
         return None
@@ -338,10 +338,10 @@ def sweep_plot(sweep: Sweep) -> Plot | None:
     mean, low, high = ([p.figures[figure][part] for p in points] for part in _PARTS)
     shares = [point.figures.get("rectified", {}).get("mean") for point in points]
     accuracy = figure == "pass@1"
-    label = "pass@1" if accuracy else "mean reward"
+    label = figure.replace("_", " ")
     return Plot(
         name=f"sweep-{slug(sweep.label)}",
-        title=f"{'Accuracy' if accuracy else 'Mean reward'} by {field.rpartition('.')[2]}",
+        title=f"{'Accuracy' if accuracy else label.capitalize()} by {field.rpartition('.')[2]}",
         x_label=field,
         y_label=label,
         curves=(Curve(label, 0, x, mean, low, high),),
@@ -356,8 +356,8 @@ def sweep_units(sweep: Sweep) -> dict[str, str]:
     """The unit of each figure of a sweep's points."""
     figures = _figures(sweep)
     reported = set(objective_names(sweep.runs)) | {"rectified"}
-    # Without a rule that decides correctness, the figures of all sets are mean rewards.
-    of_set = NUMBER if MEAN_REWARD in figures else SHARE
+    # Without a rule that decides correctness, no figure of a set is a share.
+    of_set = NUMBER if {MEAN_REWARD, NLL} & set(figures) else SHARE
     return {
         name: NUMBER if name == "kl" else unit_of(name) if name in reported else of_set
         for name in figures

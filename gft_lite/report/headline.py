@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gft_lite.evaluation.metrics import MEAN_REWARD, main_figure
+from gft_lite.evaluation.metrics import NLL, main_figure
+from gft_lite.recipe.training_sections import lower_is_better
 from gft_lite.report.curves import NUMBER, SHARE
 from gft_lite.report.loading import Run, Sweep, objective_names
 from gft_lite.report.summary import Score, seconds_of
@@ -14,7 +15,7 @@ from gft_lite.report.summary import Score, seconds_of
 
 @dataclass(frozen=True, slots=True)
 class BestStep:
-    """The evaluated step with the highest figure of the first set; 0 is the base."""
+    """The evaluated step with the best figure of the first set; 0 is the base."""
 
     step: int
     name: str
@@ -31,8 +32,8 @@ def best_step_of(run: Run) -> BestStep | None:
     figure = next(main_figure(sets[name]) for sets in evaluations.values() if name in sets)
     found = {step: sets[name][figure] for step, sets in evaluations.items()
              if figure in sets.get(name, {})}  # fmt: skip
-    step = min(found, key=lambda step: (-found[step], step))
-    unit = NUMBER if figure == MEAN_REWARD else SHARE
+    step = (min if lower_is_better(figure) else max)(sorted(found), key=lambda step: found[step])
+    unit = SHARE if figure.startswith("pass@") else NUMBER
     return BestStep(step, f"{name}, {figure.replace('_', ' ')}", found[step], unit)
 
 
@@ -50,16 +51,19 @@ def tokens_of(run: Run) -> dict[str, int]:
 
 
 def best_scores(scores: Iterable[Mapping[str, Score]]) -> dict[str, float]:
-    """The highest value of the trained policies for each score that two or more of them have."""
+    """The best value of the trained policies for each score that two or more of them have."""
     values: dict[str, list[float]] = {}
     for of_run in scores:
         for name, score in of_run.items():
             values.setdefault(name, []).extend([score.trained.value] if score.trained else [])
-    return {name: max(found) for name, found in values.items() if len(found) > 1}
+    return {name: (min if name.endswith(", nll") else max)(found)
+            for name, found in values.items() if len(found) > 1}  # fmt: skip
 
 
 def best_of_sweep(sweep: Sweep) -> dict[str, float]:
-    """The highest mean of each evaluated set's figure over the points of a sweep."""
+    """The best mean of each evaluated set's figure over the points of a sweep."""
+    sets = [pair for run in sweep.runs for of in run.evals.values() for pair in of.items()]
+    falling = {NLL, *(name for name, figures in sets if NLL in figures)}
     reported = {*objective_names(sweep.runs), "rectified", "kl"}
     means: dict[str, list[float]] = {}
     for point in sweep.points:
@@ -67,7 +71,8 @@ def best_of_sweep(sweep: Sweep) -> dict[str, float]:
             mean = figure.get("mean")
             if name not in reported and mean is not None:
                 means.setdefault(name, []).append(mean)
-    return {name: max(found) for name, found in means.items() if len(found) > 1}
+    return {name: (min if name in falling else max)(found)
+            for name, found in means.items() if len(found) > 1}  # fmt: skip
 
 
 def changed_settings(run: Run) -> dict[str, dict[str, str]]:

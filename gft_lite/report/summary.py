@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from gft_lite.evaluation.metrics import MEAN_REWARD
+from gft_lite.evaluation.metrics import MEAN_REWARD, NLL, by_problem
 from gft_lite.objective.methods import METHODS
 from gft_lite.recipe.schema import Recipe
 from gft_lite.report.curves import NUMBER, SHARE, sample_count
@@ -38,7 +38,8 @@ class Score:
 def scores_of(run: Run) -> dict[str, Score]:
     """pass@k of every evaluated set by `SET, pass@k`; 95% bootstrap intervals over problems.
 
-    Sets without a rule that decides correctness have their mean reward, by `SET, mean reward`.
+    Sets without a rule that decides correctness have their mean reward, by `SET, mean reward`, and
+    those without answers the likelihood of their demonstrations, by `SET, nll`.
     """
     base, trained = run.evals.get("base", {}), run.evals.get("trained", {})
     found = {}
@@ -48,9 +49,10 @@ def scores_of(run: Run) -> dict[str, Score]:
             before, after = (_accuracies(figures, k) for figures in sets)
             if before or after:
                 found[f"{name}, pass@{k}"] = _score(SHARE, before, after)
-        before, after = (_rewards(figures) for figures in sets)
-        if before or after:
-            found[f"{name}, mean reward"] = _score(NUMBER, before, after)
+        for figure in (MEAN_REWARD, NLL):
+            before, after = (by_problem(figures, figure) if figures else {} for figures in sets)
+            if before or after:
+                found[f"{name}, {figure.replace('_', ' ')}"] = _score(NUMBER, before, after)
     return found
 
 
@@ -59,11 +61,6 @@ def _accuracies(figures: Metrics | None, k: int) -> Mapping[str, float]:
     if figures is None or "correct" not in figures or (samples := sample_count(figures)) < k:
         return {}
     return {name: pass_at_k(samples, right, k) for name, right in figures["correct"].items()}
-
-
-def _rewards(figures: Metrics | None) -> Mapping[str, float]:
-    """The mean reward of each problem; empty if correctness is known."""
-    return figures["rewards"] if figures and MEAN_REWARD in figures else {}
 
 
 def _score(unit: str, before: Mapping[str, float], after: Mapping[str, float]) -> Score:

@@ -60,12 +60,13 @@ def read_base_evaluation(
             raise ValueError("results of other sets")
         for name, problems in sets.items():
             results, ids = found[name], {p.id for p in problems}
-            graded = "rewards" in results
-            for figure in ["mean_reward"] if graded else [f"pass@{k}" for k in ks]:
+            own = next((n for n in ("nll", "mean_reward") if n in results), None)
+            for figure in [own] if own else [f"pass@{k}" for k in ks]:
                 if not math.isfinite(results[figure]):
                     raise ValueError(f"{figure} of {name} is not finite")
-            # `rewards` leaves out problems to whose responses no reward function applies.
-            same = graded or results["correct"].keys() == ids
+            # `rewards` leaves out problems to whose responses no reward function applies, and
+            # `nats` those without demonstrations.
+            same = own or results["correct"].keys() == ids
             if not same or results["problems"] != len(problems):
                 raise ValueError(f"results of other problems of {name}")
         return found

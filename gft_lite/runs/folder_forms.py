@@ -91,10 +91,10 @@ def parse_fingerprints(value: Any) -> dict[str, str]:
 def parse_evaluation(value: Any) -> Evaluation:
     """The results of an evaluation by set. Raises: one of `INVALID` for another value."""
     for results in value.values():
-        by_problem = results["rewards"] if "rewards" in results else results["correct"]
+        by_problem = results[next((n for n in ("nats", "rewards") if n in results), "correct")]
         counts = results["problems"], results["samples"]
         if not (all(isinstance(n, int) for n in counts) and isinstance(by_problem, dict)):
-            raise TypeError("problems, samples, correct or rewards")
+            raise TypeError("problems, samples, correct, rewards or nats")
     return value
 
 

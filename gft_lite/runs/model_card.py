@@ -159,7 +159,7 @@ def _results(recipe: Recipe, summary: Mapping[str, Any], sets: Mapping[str, Eval
     """A table with the results of the base and of the trained policy."""
     lines = ["| | base | trained |", "|---|---|---|"]
     for name, figures in sets["trained"].items():
-        for figure in (key for key in figures if re.fullmatch(r"pass@\d+|mean_reward", key)):
+        for figure in (key for key in figures if re.fullmatch(r"pass@\d+|mean_reward|nll", key)):
             cells = (_cell(sets[model].get(name, {}), figure) for model in ("base", "trained"))
             lines.append(f"| {name}, {figure.replace('_', ' ')} | {' | '.join(cells)} |")
     kl = summary["trained"]["kl"]

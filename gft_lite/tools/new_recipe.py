@@ -324,6 +324,9 @@ class _Facts:
             for field, value in (("samples", 1), ("k", [1]), ("temperature", 0)):
                 why = {"samples": "one greedy answer to each held-out problem"}.get(field, "")
                 yield Guess(f"eval.{field}", value, why)
+        elif self.given.get("data.holdout", rows // 5) and "reward.functions" not in self.given:
+            why = "how likely the held-out demonstrations are (nll, lower is better)"
+            yield Guess("eval.every", max(1, steps // 5), why)
 
 
 def _slug(name: str) -> str:

@@ -14,7 +14,7 @@ import torch
 from gft_lite.evaluation.metrics import by_problem, main_figure, restrict
 from gft_lite.policy.base import Policy
 from gft_lite.recipe.schema import Recipe
-from gft_lite.recipe.training_sections import EvalSettings
+from gft_lite.recipe.training_sections import EvalSettings, lower_is_better
 from gft_lite.rollout.sampling import sample_seed
 from gft_lite.runs.folder import RunFolder
 from gft_lite.runs.folder_forms import Evaluation
@@ -24,7 +24,8 @@ from gft_lite.utils.errors import RecipeError
 from gft_lite.utils.statistics import paired_interval
 
 Sets = Mapping[str, Sequence[Problem]]
-_BY_PROBLEM = {"correct", "rewards"}  # In the evaluation's file, but too long for metrics.jsonl.
+# In the evaluation's file, but too long for metrics.jsonl.
+_BY_PROBLEM = {"correct", "rewards", "nats", "tokens"}
 _ROUNDING = 1e-12  # An interval that ends at the limit can end a little above it.
 
 
@@ -58,13 +59,16 @@ class EvaluationSchedule:
 
         Raises: RecipeError if the evaluation does not have the figure `checkpoint.best.metric`.
         """
-        if not self.recipe.eval.every:
-            return
         best = self.recipe.checkpoint.best
+        if not base and (best or self.recipe.early_stop.patience):
+            rule = "must be problems that can be evaluated, for checkpoint.best and early_stop"
+            raise RecipeError([f"data.holdout: {rule}, got none. Give eval.sets or more data."])
+        if not (base and self.recipe.eval.every):
+            return
         first = next(iter(base))
         self.metric = best.metric if best else f"{first}/{main_figure(base[first])}"
         if not self._values(base):
-            found = [n for n in self.recipe.eval.figures if self._values(base, n)]
+            found = [n for n in self.recipe.eval.figures_of(base) if self._values(base, n)]
             rule = f"must be a figure of the evaluation, {', '.join(found)}"
             raise RecipeError([f"checkpoint.best.metric: {rule}, got {self.metric!r}."])
         ids = {name: [p.id for p in problems] for name, problems in self.chosen.items()}
@@ -77,7 +81,7 @@ class EvaluationSchedule:
     def is_due(self, step: int, *, last: bool) -> bool:
         """True if there is an evaluation after a step: every N steps, and after the last one."""
         every = self.recipe.eval.every
-        return bool(every) and (step % every == 0 or last)
+        return bool(every and self.sets) and (step % every == 0 or last)
 
     def run(self, step: int) -> dict[str, Any]:
         """Evaluate what the engine serves, the policy after `step`; returns metrics of the step.
@@ -117,7 +121,13 @@ class EvaluationSchedule:
         means = {step: fmean(v.values()) for step, v in self.values.items() if step and v}
         if best is None or not means:
             return None
-        return (max if best.mode == "max" else min)(means, key=lambda step: means[step])
+        return (min if self._falls else max)(means, key=lambda step: means[step])
+
+    @property
+    def _falls(self) -> bool:
+        """True if a lower figure is better."""
+        best = self.recipe.checkpoint.best
+        return best.mode == "min" if best else lower_is_better(self.metric)
 
     def is_new_best(self, step: int) -> bool:
         """True if the evaluation of `step` needs a checkpoint, as it is the best."""
@@ -143,8 +153,7 @@ class EvaluationSchedule:
 
     def _improvements(self) -> Iterator[int]:
         """Step 0, and the steps whose paired interval with the improvement before is better."""
-        best, least = self.recipe.checkpoint.best, self.recipe.early_stop.min_delta
-        reference = 0
+        least, reference = self.recipe.early_stop.min_delta, 0
         yield reference
         for step in sorted(self.values)[1:]:
             before, now = self.values[reference], self.values[step]
@@ -153,7 +162,7 @@ class EvaluationSchedule:
                 continue
             pair = [now[i] for i in shared], [before[i] for i in shared]
             low, high = paired_interval(*pair)
-            better = -high if best and best.mode == "min" else low
+            better = -high if self._falls else low
             if better > least + _ROUNDING:
                 reference = step
                 yield step

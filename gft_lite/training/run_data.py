@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from rich.console import Console
 
-from gft_lite.data.problems import Loaded, distinct_notes, load_problems, split_holdout
+from gft_lite.data.problems import (
+    Loaded,
+    answer_errors,
+    distinct_notes,
+    load_problems,
+    split_holdout,
+    with_usable_demonstrations,
+)
 from gft_lite.data.prompts import PromptFormat
 from gft_lite.objective.methods import find_method
 from gft_lite.policy.base import Policy
@@ -40,23 +48,23 @@ def load_run_data(
 
     Raises: RecipeError for a data set that can't be used.
     """
-    limit = recipe.rollout.max_tokens
     used = recipe.group.expert + recipe.group.teacher > 0
     used |= find_method(recipe.method).uses_demonstrations
-    loaded = {"data": _load("data", recipe.data, policy, console, limit, demonstrations=used)}
+    load = partial(_load, recipe, policy, console)
+    loaded = {"data": load("data", recipe.data, demonstrations=used)}
     for name, settings in recipe.eval.sets.items():
-        field = f"eval.sets.{name}"
-        loaded[field] = _load(field, settings, policy, console, limit)
+        loaded[f"eval.sets.{name}"] = load(f"eval.sets.{name}", settings)
     for note in distinct_notes(loaded.values()):
         console.print(note, markup=False, soft_wrap=True)
-    graded = _check_answers(recipe, loaded)
+    _check_answers(recipe, loaded)
     problems, held_out = split_holdout(loaded["data"].problems, recipe.data.holdout)
     if copies := len(loaded["data"].problems) - len(problems) - len(held_out):
         console.print(f"data: {copies} copies of held-out problems left out of training")
     if difficulty:
         problems = difficulty.select(problems, console)
     eval_sets = {name: loaded[f"eval.sets.{name}"].problems for name in recipe.eval.sets}
-    eval_sets = eval_sets or ({"held_out": held_out} if held_out and graded else {})
+    known = not answer_errors("data", loaded["data"].columns, held_out, recipe.reward)
+    eval_sets = eval_sets or ({"held_out": held_out} if held_out and known else {})
     for note in size_notes(recipe.eval, eval_sets):
         console.print(note, markup=False, soft_wrap=True)
     return RunData(
@@ -67,27 +75,28 @@ def load_run_data(
     )
 
 
-def _check_answers(recipe: Recipe, loaded: Mapping[str, Loaded]) -> bool:
-    """Whether the training data have answers if a reward function compares with them.
+def _check_answers(recipe: Recipe, loaded: Mapping[str, Loaded]) -> None:
+    """Check that data have the answers that a reward function compares with, if they need them.
 
-    Raises: RecipeError for data whose rewards are needed and that have none.
+    Raises: RecipeError for training data whose rewards are needed and that have none, and for an
+        evaluation set with neither answers nor demonstrations.
     """
-    rules = {f: rule for f, data in loaded.items()
-             if (rule := recipe.reward.answer_rule(data.columns))}  # fmt: skip
-    has_answers = "data" not in rules
-    if not find_method(recipe.method).group_advantages:
-        rules.pop("data", None)
-    if rules:
-        raise RecipeError(
-            [f"{field}.columns.answer: {rule}, got null." for field, rule in rules.items()]
-        )
-    return has_answers
+    rule = recipe.reward.answer_rule(loaded["data"].columns)
+    graded = find_method(recipe.method).group_advantages
+    errors = [f"data.columns.answer: {rule}, got null."] if rule and graded else []
+    for field, data in loaded.items():
+        if field != "data":
+            errors += answer_errors(field, data.columns, data.problems, recipe.reward)
+    if errors:
+        raise RecipeError(errors)
 
 
 def _load(
-    field: str, settings: DataSettings, policy: Policy, console: Console, max_tokens: int,
+    recipe: Recipe, policy: Policy, console: Console, field: str, settings: DataSettings,
     *, demonstrations: bool = False,
 ) -> Loaded:  # fmt: skip
+    """A data set; without the demonstrations that training or evaluation would have to cut."""
+    max_tokens = recipe.rollout.max_tokens
     # One token more: an engine must generate one token to score a completion.
     reserve = max_tokens + 1
     if reserve >= policy.context:
@@ -95,15 +104,11 @@ def _load(
             [f"rollout.max_tokens: must leave room for a prompt in the model's context of "
              f"{policy.context} tokens, got {max_tokens}."]
         )  # fmt: skip
-    loaded = load_problems(
-        settings,
-        PromptFormat(policy.tokenizer, settings.prompt, f"{field}.prompt"),
-        context=policy.context,
-        reserve=reserve,
-        # Demonstrations that training would have to cut are left out.
-        max_response_tokens=max_tokens if demonstrations else None,
-        field=field,
-    )
+    format = PromptFormat(policy.tokenizer, settings.prompt, f"{field}.prompt")
+    loaded = load_problems(settings, format, context=policy.context, reserve=reserve, field=field)
+    ungraded = recipe.reward.answer_rule(loaded.columns) is not None
+    if demonstrations or ungraded:
+        loaded = with_usable_demonstrations(loaded, format, max_tokens, field)
     console.print(f"{field}: {loaded.describe()}")
     for example in loaded.examples:
         console.print(f"  {example}", markup=False)

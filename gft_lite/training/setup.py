@@ -57,7 +57,8 @@ from gft_lite.utils.progress import show_phase
 class TrainingRun:
     """The parts of a run; each owns its state, the loop only composes them.
 
-    `evaluate` gives the figures of what the engine serves on every evaluation set.
+    `evaluate` gives the figures of what the engine serves on every evaluation set; `base=True`
+    says that it is the base.
     """
 
     recipe: Recipe
@@ -71,7 +72,7 @@ class TrainingRun:
     learner: Learner
     monitor: KlMonitor
     trackers: Trackers
-    evaluate: Callable[[], dict[str, Any]]
+    evaluate: Callable[..., dict[str, Any]]
     eval_sets: Mapping[str, Sequence[Problem]]
     schedule: EvaluationSchedule
     guard: CollapseGuard
@@ -81,7 +82,7 @@ class TrainingRun:
         """The figures of the base, computed once in a run's folder."""
         return self.distributed.cached_json(
             self.folder.path / BASE_EVALUATION,
-            self.evaluate,
+            partial(self.evaluate, base=True),
             lambda file: read_base_evaluation(file, self.eval_sets, self.recipe.eval.k),
         )
 
@@ -214,7 +215,7 @@ def setup_run(recipe: Recipe, place: Place) -> TrainingRun:
     trackers = Trackers(names, recipe, folder.path)
     stack.callback(trackers.close)
     sampler = engine.sampler
-    evaluator = SetEvaluator(format, grade, recipe.eval, _eval_sampling(recipe), recipe.seed)
+    evaluator = SetEvaluator(recipe, format, grade, _eval_sampling(recipe), policy)
     evaluate = partial(evaluator.evaluate, sampler)
     return TrainingRun(
         recipe=recipe,

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gft_lite.cli import main
+from gft_lite.data.problems import load_problems, split_holdout
 from gft_lite.data.prompts import PromptFormat
 from gft_lite.lab import BASE, rows
 from gft_lite.recipe.schema import Recipe
@@ -91,8 +97,6 @@ def test_sft_on_conversations_without_answers(capsys):
     problems = [Problem.from_json(group["problem"]) for group in groups]
     assert len(problems) == 8 and {p.history for p in problems} == {(("011+012=", "@023#023"),)}
     assert {r["reward"] for g in groups for r in g["responses"]} == {None}
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained("model")
     format = PromptFormat(tokenizer, recipe.data.prompt)
     prompt = tokenizer.decode(format.problem_ids(problems[0]))
@@ -104,6 +108,35 @@ def test_sft_on_conversations_without_answers(capsys):
     assert "loading model" in printed
     assert train(*own, "data.prompt.chat_template_kwargs.hint=false", resume=True) == 2
     assert "data.prompt.chat_template_kwargs.hint (true, now false)" in capsys.readouterr().err
+
+
+def check_likelihoods(folder: RunFolder, recipe: Recipe) -> None:
+    """Compare the held-out demonstrations' likelihood with transformers and PEFT on their own."""
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    format = PromptFormat(tokenizer, recipe.data.prompt)
+    _, held_out = split_holdout(load_problems(recipe.data, format).problems, recipe.data.holdout)
+
+    def nll() -> float:
+        values = []
+        for problem in held_out:
+            prompt, [answer] = format.render(problem.text), problem.experts
+            ids = tokenizer(prompt + answer, add_special_tokens=False).input_ids
+            ids.append(tokenizer.eos_token_id)
+            logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            start = len(problem.prompt_ids)
+            values += [-logprobs[i - 1, ids[i]].item() for i in range(start, len(ids))]
+        return fmean(values)
+
+    evaluations = folder.step_evaluations()
+    assert folder.evaluation("base")["held_out"]["nll"] == pytest.approx(nll(), abs=1e-4)
+    model = PeftModel.from_pretrained(model, folder.adapter)
+    trained = folder.evaluation("trained")["held_out"]
+    assert trained["nll"] == pytest.approx(nll(), abs=1e-4)
+    assert trained == evaluations[1]["held_out"]
+    assert trained["nll"] < evaluations[0]["held_out"]["nll"] - 1e-3  # One step has been learned.
+    assert folder.summary()["trained"]["nll"] == trained["nll"]
+    assert folder.metrics()[0]["eval"]["held_out"]["perplexity"] == math.exp(trained["nll"])
 
 
 def test_groups_of_conversations_are_those_of_the_whole_conversation(capsys):
@@ -194,16 +227,26 @@ def test_training_on_data_without_a_recipe_and_without_answers(capsys):
     pairs = [{"prompt": row["problem"], "completion": f"It is {row['expert'][0]}, which is all."}
              for row in rows("train", 12)]  # fmt: skip
     Path("pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    small = ["train.steps=1", "train.problems_per_step=4", "monitor.problems=1", "policy.threads=1"]
+    small = [
+        "train.steps=1",
+        "train.problems_per_step=4",
+        "monitor.problems=1",
+        "policy.threads=1",
+        "policy.dtype=float32",
+        "eval.every=1",
+        "checkpoint.best.metric=held_out/nll",
+    ]
     words = ["train", "--data", "pairs.jsonl", "--model", "lab", *small, "--out", "run"]
     assert main(words) == 0
     printed = capsys.readouterr().err
     assert "data.columns.expert=[completion]" in printed
-    assert "evaluating the base on nothing" in printed
+    assert "evaluating the base on held_out" in printed and "held_out/nll: " in printed
     assert "no reward function applied" not in printed
     folder = RunFolder("run")
     recipe = Recipe.load("run/recipe.yaml")
     assert (recipe.method, recipe.data.columns.answer, recipe.data.holdout) == ("sft", None, 2)
-    assert [step["trajectories"] for step in folder.metrics()] == [4]
+    [step] = folder.metrics()
+    assert (step["trajectories"], step["best_step"]) == (4, 1)
+    check_likelihoods(folder, recipe)
     assert (folder.path / "adapter" / "adapter_model.safetensors").is_file()
     assert main([*words, "--resume"]) == 0  # The same guesses.

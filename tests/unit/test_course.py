@@ -7,7 +7,7 @@ from statistics import fmean
 
 import pytest
 
-from gft_lite.evaluation.metrics import by_problem, measure, restrict
+from gft_lite.evaluation.metrics import by_problem, likelihood, measure, restrict
 from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.training_sections import EvalSettings, GuardSettings
 from gft_lite.runs.folder import RunFolder
@@ -101,13 +101,43 @@ def test_a_resumed_schedule_has_the_evaluations_so_far_of_the_same_adapter(tmp_p
     assert found._known(4, "adapter 4") is None
 
 
+def test_a_lower_likelihood_figure_is_the_better_one(tmp_path):
+    recipe = Recipe.from_tree({"eval": {"every": 1}, "early_stop": {"patience": 2}})
+    sets = {"held_out": [Problem("a", "q", None), Problem("b", "q", None)]}
+    found = EvaluationSchedule(recipe, RunFolder(tmp_path), SINGLE_PROCESS, None, sets, None)
+    tokens = {"a": 1, "b": 3}
+    steps = [likelihood({"a": nats, "b": 3 * nats}, tokens) for nats in (4.0, 2.0, 3.0, 5.0)]
+    steps = [{**figures, "problems": 2, "samples": 0} for figures in steps]
+    found.begin({"held_out": steps[0]}, 0)
+    assert found.metric == "held_out/nll"
+    for step in (1, 2):
+        found.values[step] = found._values({"held_out": steps[step]})
+        assert found.stop_reason() is None
+    found.values[3] = found._values({"held_out": steps[3]})
+    assert "without an improvement of held_out/nll on step 1" in found.stop_reason()
+    best = {"checkpoint": {"best": {"metric": "held_out/nll"}}}
+    found.recipe = Recipe.from_tree({**recipe.model_dump(), **best})
+    assert (found.recipe.checkpoint.best.mode, found.best_step) == ("min", 1)
+    again = Recipe.load("recipes/lab.yaml", ["eval.every=1", BEST.replace(", mode: MODE", "")])
+    assert again.checkpoint.best.mode == "max"
+
+
+def test_a_best_step_needs_problems_that_are_evaluated(tmp_path):
+    recipe = Recipe.from_tree({"eval": {"every": 1}, "early_stop": {"patience": 2}})
+    found = EvaluationSchedule(recipe, RunFolder(tmp_path), SINGLE_PROCESS, None, {}, None)
+    with pytest.raises(RecipeError, match=r"data\.holdout: must be problems that can be evaluated"):
+        found.begin({}, 0)
+
+
 # --- the best, and the early stop ------------------------------------------------------------
 
 
 def schedule(tmp_path, values, *overrides):
     """A schedule after evaluations of 40 problems; `values` are the shares of right answers."""
     recipe = Recipe.load("recipes/lab.yaml", ["eval.every=1", *overrides])
-    found = EvaluationSchedule(recipe, RunFolder(tmp_path), SINGLE_PROCESS, None, {}, None)
+    found = EvaluationSchedule(
+        recipe, RunFolder(tmp_path), SINGLE_PROCESS, None, {"test": []}, None
+    )
     found.metric = "test/pass@1"
     for step, share in enumerate(values):
         found.values[step] = {str(i): float(i < 40 * share) for i in range(40)}
@@ -298,8 +328,8 @@ def test_all_groups_of_a_method_without_group_advantages_are_flat():
 
 # --- recipes ---------------------------------------------------------------------------------
 
-LAB = ["test/pass@1", "test/pass@8", "test/mean_reward",
-       "retention/pass@1", "retention/pass@8", "retention/mean_reward"]  # fmt: skip
+LAB = [f"{name}/{figure}" for name in ("test", "retention")
+       for figure in ("pass@1", "pass@8", "mean_reward", "nll")]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -330,5 +360,6 @@ def test_the_text_of_a_wrong_setting(overrides, error):
 
 def test_evaluations_need_sets():
     with pytest.raises(RecipeError) as caught:
-        Recipe.from_tree({"eval": {"every": 5}})
-    assert caught.value.problems == ["eval.every: must be 0 without eval.sets, got 5."]
+        Recipe.from_tree({"eval": {"every": 5}, "data": {"holdout": 0}})
+    rule = "must be 0 without eval.sets and data.holdout, got 5."
+    assert caught.value.problems == [f"eval.every: {rule}"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 
 import pytest
 
@@ -14,8 +15,10 @@ from gft_lite.evaluation.metrics import (
     compare,
     distinct,
     headline,
+    likelihood,
     main_figure,
     measure,
+    restrict,
 )
 from gft_lite.evaluation.tables import tables, to_csv
 from gft_lite.rewards.base import RewardError
@@ -74,6 +77,25 @@ def test_without_a_rule_of_correctness_the_figure_is_the_mean_reward():
     averaged = average({"x": {**found, "distinct": 1.0}, "y": {**other, "distinct": 1.0}})
     assert averaged["mean_reward"] == pytest.approx((0.7 + 0.9) / 2)
     assert averaged["mean_reward_interval"] == pytest.approx((0.75, 0.85))
+
+
+def test_the_likelihood_of_demonstrations_is_a_mean_over_tokens():
+    sizes = {"problems": 3, "samples": 0}
+    found = {**likelihood({"a": 6.0, "b": 1.0, "c": 1.0}, {"a": 2, "b": 1, "c": 1}), **sizes}
+    assert (found["nll"], found["perplexity"]) == (2.0, pytest.approx(math.e**2))
+    assert main_figure(found) == "nll"
+    assert headline({"test": found, "more": found}, [1, 8]) == {"nll": 2.0, "more": 2.0}
+    # 2 + (nats - 2 tokens) / (4 tokens / 3 problems), so that the mean is 2.
+    assert by_problem(found) == pytest.approx({"a": 3.5, "b": 1.25, "c": 1.25})
+    low, high = found["nll_interval"]
+    assert 1.25 <= low < 2 < high <= 3.5
+    part = restrict(found, ["a", "b"], [1])
+    assert (part["nll"], part["problems"], part["samples"]) == (pytest.approx(7 / 3), 2, 0)
+    # Half of a nat less for every token is a difference without any spread.
+    better = {**likelihood({"a": 5.0, "b": 0.5, "c": 0.5}, {"a": 2, "b": 1, "c": 1}), **sizes}
+    difference = compare({"x": found}, {"x": better})["x"]
+    assert difference["interval"] == pytest.approx((-0.5, -0.5))
+    assert average({"x": found, "y": better})["nll"] == 1.75
 
 
 def test_with_a_rule_of_correctness_the_figures_are_pass_at_k():

@@ -93,6 +93,8 @@ def test_the_usual_forms_of_data(row, method, reward, expected):
     assert found.recipe.method == method
     assert found.detected.reward == reward
     assert columns(found) == expected
+    # Where nothing can be graded, the likelihood of the held-out demonstrations is measured.
+    assert bool(found.recipe.eval.every) == (reward is None)
     if reward:
         assert [f.name for f in found.recipe.reward.functions] == [reward]
 

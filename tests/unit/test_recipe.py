@@ -785,8 +785,12 @@ def test_methods_without_rewards_need_no_answers():
     assert recipe.reward.answer_rule(recipe.data.columns) == (
         "must name a column, as reward math compares with it"
     )
+    columns["columns"]["problem"] = "question"
+    tree = {"method": "sft", "data": columns, "eval": {"sets": {"a": columns}}}
     with pytest.raises(RecipeError, match=r"eval\.sets\.a\.columns\.answer: must name a column"):
-        Recipe.from_tree({"method": "sft", "data": columns, "eval": {"sets": {"a": columns}}})
+        Recipe.from_tree(tree)
+    columns["columns"]["expert"] = ["solution"]  # Its likelihood can be measured.
+    assert Recipe.from_tree(tree).eval_names == ["a"]
 
 
 def test_the_variables_of_a_template_are_kept_as_they_are(tmp_path: Path):

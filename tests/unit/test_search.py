@@ -148,8 +148,8 @@ def test_a_folder_of_another_search_is_an_error(tmp_path):
     ("flags", "error"),
     [
         ("--search 3 --metric tets/pass@1", "search.metric: must be test/pass@1, test/pass@8, test/"
-         "mean_reward, retention/pass@1, retention/pass@8, retention/mean_reward, got "
-         "'tets/pass@1'. Did you mean test/pass@1?"),
+         "mean_reward, test/nll, retention/pass@1, retention/pass@8, retention/mean_reward, "
+         "retention/nll, got 'tets/pass@1'. Did you mean test/pass@1?"),
         ("--search 3 --prune", "search.prune: must have evaluations while training, got eval."),
         ("--search 7", "search.trials: must be at most 3, the points of the grid"),
         ("--search 3 --seeds 2", "seeds: must be 1 with search"),

@@ -1,0 +1,36 @@
+"""The likelihood of demonstrations, by which sets without answers are evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from gft_lite.data.prompts import PromptFormat
+from gft_lite.evaluation.metrics import likelihood
+from gft_lite.policy.base import Policy, evaluating
+from gft_lite.policy.batching import Row
+from gft_lite.types import Problem
+from gft_lite.utils.progress import track
+
+
+def measure_likelihood(
+    policy: Policy, format: PromptFormat, problems: Sequence[Problem], token_budget: int
+) -> dict[str, Any]:
+    """The figures of a set by the log-probs of its demonstrations, end tokens included.
+
+    They are those of the policy as it is: of the base inside of `policy.base()`.
+    """
+    owners = [(p, text) for p in problems for text in (*p.experts, *p.teachers)]
+    rows = [Row(p.prompt_ids, format.response_ids(text)[0]) for p, text in owners]
+    nats: dict[str, float] = {}
+    tokens: dict[str, int] = {}
+    with torch.no_grad(), evaluating(policy):
+        for batch in track(policy.batches(rows, token_budget), "micro-batches"):
+            logprobs = policy.token_scores(batch).logprobs.double().cpu()
+            for i, values in batch.by_row(logprobs).items():
+                name = owners[i][0].id
+                nats[name] = nats.get(name, 0.0) - values.sum().item()
+                tokens[name] = tokens.get(name, 0) + len(values)
+    return {**likelihood(nats, tokens), "problems": len(problems), "samples": 0}
