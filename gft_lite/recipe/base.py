@@ -50,7 +50,10 @@ def matching(pattern: str, rule: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+# As huggingface_hub checks an id: parts of at most 96 characters that begin and end with \w.
+_HUB_ID = re.compile(
+    r"(?!.*(?:--|\.\.|\.git$))\w(?:[\w.-]{0,94}\w)?/\w(?:[\w.-]{0,94}\w)?", re.ASCII
+)
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 

@@ -8,9 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from gft_lite.cli import main
 from gft_lite.policy.model_files import check_model_files
+from gft_lite.recipe.base import is_hub_id
 from gft_lite.recipe.sections import PolicySettings
 from gft_lite.utils.errors import RecipeError
 from gft_lite.utils.paths import PACKAGE
@@ -133,3 +136,19 @@ def test_what_is_no_error(tmp_path):
     check_model_files(PolicySettings(model=str(folder)), needs_weights=False)
     with pytest.raises(RecipeError, match="safetensors, got none"):
         check_model_files(PolicySettings(model=str(folder)))
+
+
+@pytest.mark.parametrize(
+    "name", ["ü/ö", f"a/{'b' * 97}", f"{'a' * 97}/b", "a/b-", "a/.b", "-a/b", "a/b--c", "a/b..c",
+             "a/b.git"],
+)  # fmt: skip
+def test_what_the_hub_rejects_is_no_hub_id(name):
+    with pytest.raises(HFValidationError):
+        validate_repo_id(name)
+    assert not is_hub_id(name)
+
+
+@pytest.mark.parametrize("name", ["a/b", "Qwen/Qwen2.5-0.5B", "_a/b_", f"{'a' * 96}/{'b' * 96}"])
+def test_what_the_hub_accepts_is_a_hub_id(name):
+    validate_repo_id(name)
+    assert is_hub_id(name)
