@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gft_lite.data.base import Unusable
 from gft_lite.data.conversations import is_message
+from gft_lite.data.rows import messages_from_text
+
+
+def cells_by_column(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The cells of each column that aren't null; nested fields as `a.b`."""
+    table: dict[str, list[Any]] = {}
+    for row in rows:
+        for name, value in row.items():
+            cells = {f"{name}.{k}": v for k, v in value.items()} if isinstance(
+                value, Mapping) else {name: value}  # fmt: skip
+            for key, cell in cells.items():
+                if key is not None and cell is not None:
+                    table.setdefault(str(key), []).append(_messages(cell, str(key)))
+    return table
+
+
+def _messages(cell: Any, name: str) -> Any:
+    """The conversation that a text of a CSV file is; else the cell itself."""
+    try:
+        return messages_from_text(cell, name)
+    except Unusable:
+        return cell
 
 
 def cell_text(cell: Any, *, prompt: bool) -> str:

@@ -12,11 +12,13 @@ from gft_lite.data.answer_kinds import MOST, AnswerKind, answer_kind
 from gft_lite.data.base import Rows, Unusable
 from gft_lite.data.cells import (
     cell_text,
+    cells_by_column,
     count_answers,
     is_conversation,
     is_list_of_texts,
     share,
 )
+from gft_lite.data.rows import check_columns
 from gft_lite.data.sources import open_source
 from gft_lite.recipe.sections import DataSettings
 from gft_lite.utils.errors import RecipeError
@@ -83,44 +85,36 @@ class Detected:
 def detect(settings: DataSettings, given: Mapping[str, Any]) -> Detected:
     """Look at the rows of a source; `given` are columns that the user names.
 
-    Raises: RecipeError for a source that can't be read, and where no column can be a prompt.
+    Raises: RecipeError for a source that can't be read, for a column of the user's that no row has,
+    and where no column can be a prompt.
     """
     parts = open_source(settings)
+    not_given = {name: None for name in type(settings.columns).model_fields if name not in given}
+    check_columns(parts, settings.columns.model_copy(update=not_given), "data")
     total = sum(part.count for part in parts)
     sample = list(_sample(parts, total))
-    usable = [row for row in sample if row is not None]
-    table = _columns(usable)
+    usable = [row for row in sample if not isinstance(row, str)]
+    table = cells_by_column(usable)
     if not table:
         rule = "data.source: must have rows that are objects with columns"
-        raise RecipeError([f"{rule}, got {total} rows without in {settings.source!r}."])
+        why = next((f" ({row})" for row in sample if isinstance(row, str)), "")
+        raise RecipeError([f"{rule}, got {total} rows without in {settings.source!r}{why}."])
     return _Reading(table, given).detected(total, len(sample), len(sample) - len(usable))
 
 
-def _sample(parts: Sequence[Rows], total: int) -> Iterator[Mapping[str, Any] | None]:
-    """Rows at even distances; None for one that can't be read."""
+def _sample(parts: Sequence[Rows], total: int) -> Iterator[Mapping[str, Any] | str]:
+    """Rows at even distances; the reason in place of one that can't be read."""
     step = max(1, total // LOOKED_AT)
     offset = 0
     for part in parts:
         for i in range(-offset % step, part.count, step):
             try:
                 row = part.read(i)
-            except Unusable:
-                row = None
-            yield row if isinstance(row, Mapping) else None
+            except Unusable as error:
+                yield str(error)
+                continue
+            yield row if isinstance(row, Mapping) else "not an object with columns"
         offset += part.count
-
-
-def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """The cells of each column that aren't null; nested fields as `a.b`."""
-    table: dict[str, list[Any]] = {}
-    for row in rows:
-        for name, value in row.items():
-            cells = {f"{name}.{k}": v for k, v in value.items()} if isinstance(
-                value, Mapping) else {name: value}  # fmt: skip
-            for key, cell in cells.items():
-                if key is not None and cell is not None:
-                    table.setdefault(str(key), []).append(cell)
-    return table
 
 
 class _Reading:
@@ -158,7 +152,11 @@ class _Reading:
     def _problem(self) -> tuple[list[str], bool]:
         """The columns of the prompt, and whether they are conversations."""
         if "messages" in self.given:
-            return [self.given["messages"]], True
+            name = self.given["messages"]
+            if not self._is_messages(name):
+                rule = "data.columns.messages: must name a column of conversations"
+                raise RecipeError([f"{rule}, got {name!r}. Use data.columns.problem for text."])
+            return [name], True
         if "problem" in self.given:
             names = self.given["problem"]
             names = [names] if isinstance(names, str) else list(names)

@@ -101,8 +101,7 @@ class RowReader:
             name, value = columns.messages, _need(row, columns.messages)
         elif isinstance(columns.problem, str):
             name, value = columns.problem, _need(row, columns.problem)
-            written = isinstance(value, str) and _MESSAGES_AS_TEXT.match(value)
-            if not _is_messages(_text_as_list(value, name) if written else value):
+            if not _is_messages(messages_from_text(value, name)):
                 return None
         else:
             return None
@@ -349,6 +348,15 @@ def _text_as_list(value: Any, name: str) -> Any:
     if repr(found) != text:
         raise Unusable(f"a list as text in column {name!r}")
     return found
+
+
+def messages_from_text(value: Any, name: str) -> Any:
+    """The messages that a text is in the notation of JSON or Python; else the value itself.
+
+    Raises: Unusable for a list in another notation.
+    """
+    written = isinstance(value, str) and _MESSAGES_AS_TEXT.match(value)
+    return _text_as_list(value, name) if written else value
 
 
 def _demonstrations(value: Any, name: str, clean: str | None, lists: int = 2) -> list[str]:

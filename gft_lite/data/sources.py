@@ -196,6 +196,8 @@ def _parse_line(line: bytes) -> Any:
         raise Unusable("blank line")
     try:
         return json.loads(line)
+    except UnicodeDecodeError:
+        raise Unusable("not UTF-8") from None
     except (ValueError, RecursionError):
         raise Unusable("not valid JSON") from None
 

@@ -221,7 +221,7 @@ GOOD = {"problem": "1+1=", "answer": "2", "expert": "so 2"}
     ("row", "reason"),
     [
         ('{"problem": "1+1=", "answer": \n', "not valid JSON"),
-        ('{"problem": "\udcff", "answer": 1}\n', "not valid JSON"),
+        ('{"problem": "\udcff", "answer": 1}\n', "not UTF-8"),
         ("[" * 100_000 + "\n", "not valid JSON"),
         ("\n", "blank line"),
         ("[1, 2]\n", "not an object with columns"),

@@ -181,12 +181,39 @@ def test_a_doubt_is_said(rows, doubt):
     [
         ({"prompt": "1+1?"}, "DATA: must have answers or demonstrations to learn from"),
         ({"text": WHY}, "data.columns.problem: must name the column of the prompts"),
-        ("text", "data.source: must have rows that are objects with columns"),
+        ("text", r"objects with columns, got 10 rows without .* \(not an object with columns\)"),
     ],
 )
 def test_what_can_not_be_learned_from_is_an_error(row, error):
     with pytest.raises(UserError, match=error):
         draft(row)
+
+
+def test_a_file_in_another_encoding_says_so():
+    Path("latin.jsonl").write_bytes('{"question": "Wie gro\u00df?"}\n'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"got 1 rows without in 'latin.jsonl' \(not UTF-8\)"):
+        draft_recipe("latin.jsonl", "lab", "12GiB", [])
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        ("answer=anwser", r"columns\.answer: no row has a column 'anwser'; .* Did you mean answer"),
+        ("problem=[question, hint]", r"columns\.problem: no row has a column 'hint'"),
+        ("expert=[solution]", r"columns\.expert: no row has a column 'solution'"),
+        ("messages=talk", r"columns\.messages: no row has a column 'talk'"),
+        ("messages=question", r"columns\.messages: must name a column of conversations, got 'que"),
+    ],
+)
+def test_columns_that_the_user_names_are_there(given, error):
+    with pytest.raises(UserError, match=error):
+        draft({"question": "1+1?", "answer": "2"}, given=[f"data.columns.{given}"])
+
+
+def test_conversations_may_be_written_as_text_as_in_csv_files():
+    for given in ([], ["data.columns.messages=talk"]):
+        found = draft({"talk": json.dumps([*ASK, *REPLY]), "id": 3}, given=given)
+        assert (found.recipe.method, found.recipe.data.columns.messages) == ("sft", "talk")
 
 
 def test_prompts_alone_are_enough_with_a_reward():
