@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import inspect
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -39,7 +41,8 @@ def _cell(text: str) -> str:
 
 
 def _code(text: str) -> str:
-    return f"`{text}`".replace("|", "\\|")
+    # A backslash before a bar would be shown in a code span of a table.
+    return f"<code>{escape(text).replace('|', '&#124;')}</code>" if "|" in text else f"`{text}`"
 
 
 # --- commands --------------------------------------------------------------------------------
@@ -84,14 +87,24 @@ def commands_page() -> str:
     for name, parser in parsers.items():
         page.append(f"## gft-lite {name} {{ #{_anchor(name)} }}\n")
         page.append((parser.description or lines.get(name, "")) + "\n")
-        usage = re.sub(r"\s+", " ", parser.format_usage().removeprefix("usage: ")).strip()
-        page.append(f"```\n{usage}\n```\n")
+        page.append(f"```\n{_usage(parser)}\n```\n")
         shown = [a for a in parser._actions if a.help != argparse.SUPPRESS]
         page.append(_table(["argument", "meaning"], [_argument(a) for a in shown]))
         if parser.epilog:
             examples = inspect.cleandoc(parser.epilog).removeprefix("examples:\n")
             page.append(f"Examples:\n\n```\n{inspect.cleandoc(examples)}\n```\n")
     return "\n".join(page)
+
+
+def _usage(parser: argparse.ArgumentParser) -> str:
+    """The usage in lines of at most 78 characters, which do not divide an option and its value."""
+    usage = " ".join(parser.format_usage().removeprefix("usage: ").split())
+    parts = re.findall(r"(?:\[(?:[^\[\]]|\[[^\]]*\])*\]|\S)+", usage)
+    text = " ".join(part.replace(" ", "\0") for part in parts)
+    lines = textwrap.wrap(
+        text, 78, subsequent_indent=" " * 9, break_on_hyphens=False, break_long_words=False
+    )
+    return "\n".join(lines).replace("\0", " ")
 
 
 def _anchor(name: str) -> str:
@@ -290,9 +303,10 @@ def methods_page() -> str:
         )
         paper = re.sub(r"arXiv ([\d.]+)", r"[arXiv \1](https://arxiv.org/abs/\1)", method.citation)
         dial = f"`{method.dial.parameter}`" if method.dial else ""
+        rate = f"{recipe.optim.rate:.0e}".replace("e-0", "e-")
         rows.append([
             f"`{name}`", group, _code(method.formula), recipe.objective.reduction.replace("_", " "),
-            f"{recipe.optim.rate:.0e}", dial, paper,
+            f'<span class="nowrap">{rate}</span>', dial, paper,
         ])  # fmt: skip
     head = ["method", "expert + teacher + self", "loss of a token", "mean", "lr", "tuned", "source"]
     return (
