@@ -9,6 +9,8 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import nn
 
 from gft_lite import lab
 from gft_lite.objective.losses import LossInputs
@@ -18,6 +20,7 @@ from gft_lite.policy import scoring
 from gft_lite.policy.batching import Row, cut
 from gft_lite.policy.lora import LoraPolicy
 from gft_lite.policy.registry import load_policy
+from gft_lite.policy.scoring import OutputHead
 from gft_lite.recipe.sections import PolicySettings
 from gft_lite.utils.errors import RecipeError
 
@@ -236,6 +239,27 @@ def test_a_loss_gets_detached_entropy_for_its_slice(lab_policy, fused, reference
     assert value == pytest.approx(-(expected * scores.logprobs).sum().item(), rel=1e-4)
 
 
+def test_a_head_with_a_bias_takes_the_path_of_full_logits(lab_policy, monkeypatch):
+    move(lab_policy)
+    plain = lab_policy.head.module
+    head = nn.Linear(plain.in_features, plain.out_features)
+    head.weight = plain.weight
+    with torch.no_grad():
+        head.bias.copy_(torch.linspace(-2, 2, plain.out_features))
+    biased = OutputHead(head, plain.out_features, lab_policy.device, lab_policy.dtype)
+    monkeypatch.setattr(lab_policy, "head", biased)
+    [batch] = cut(rows(lab_policy), 10**6)
+
+    def gradient_of(backward):
+        lab_policy.model.zero_grad()
+        backward()
+        return torch.cat([p.grad.flatten() for p in lab_policy.parameters().values()])
+
+    full = gradient_of(lambda: lab_policy.token_scores(batch).logprobs.sum().backward())
+    own = gradient_of(lambda: lab_policy.backward(batch, lambda scores, _: scores.logprobs.sum()))
+    assert torch.equal(own, full) and full.norm() > 0
+
+
 def test_dropout_applies_to_the_policy_and_not_to_the_reference(tmp_path):
     dropping = PolicySettings(lora={"dropout": 0.5}, gradient_checkpointing=False)
     first = load_policy(dropping)
@@ -273,13 +297,15 @@ def test_served_base_has_the_trainers_own_weights(quantization):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_low_precision_compute_keeps_fp32_masters(dtype):
+def test_low_precision_compute_keeps_fp32_masters(dtype, tmp_path):
     policy = load_policy(PolicySettings(dtype=dtype, gradient_checkpointing=False))
     exact = load_policy(PolicySettings(gradient_checkpointing=False))
     for p in (policy, exact):
         p.model.train()
         move(p)
     assert {p.dtype for p in policy.parameters().values()} == {torch.float32}
+    saved = load_file(policy.save_adapter(tmp_path / "adapter") / "adapter_model.safetensors")
+    assert {weight.dtype for weight in saved.values()} == {torch.float32}
     data = rows(policy)
     # Without rectification, whose step at tau a rounded probability may fall off.
     low, high = (gradient(p, cut(data, 10**6), "gft_no_dcr") for p in (policy, exact))

@@ -76,6 +76,17 @@ def test_tiles_and_whole_rows_agree_and_the_latter_serve_small_vocabularies(case
     assert tiles[0] == pytest.approx(rows[0], rel=1e-4)
 
 
+def test_tiles_are_not_used_for_the_gradient_of_the_entropy(case, monkeypatch):
+    module, hidden, targets, weights = case
+    use_tiles(monkeypatch, 128)
+    head = OutputHead(module, VOCABULARY, hidden.device, torch.float32)
+    exact = hidden.clone().requires_grad_()
+    scores = head.scores(exact, targets, entropy_gradient=True)
+    loss_of(weights)(scores, slice(None)).backward()
+    found = head.loss_gradient(hidden, targets, loss_of(weights), entropy_gradient=True)
+    assert (found[1] - exact.grad).norm() < 5e-5 * exact.grad.norm()
+
+
 def test_a_certain_token_keeps_the_digits_of_its_small_gradient(case, monkeypatch):
     """Where p_t is near 1, W_t minus the mean of W would cancel to rounding errors."""
     module, hidden, _, _ = case
