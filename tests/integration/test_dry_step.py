@@ -81,7 +81,7 @@ def test_a_step_for_which_memory_ran_out_is_repeated(run, printed):
     assert printed().startswith("dry step: skipped")
 
 
-def test_it_depends_on_what_it_is_computed_from_and_on_nothing_else(run):
+def test_it_depends_on_what_it_is_computed_from_and_on_nothing_else(run, monkeypatch):
     def record(**sections):
         tree = run.recipe.model_dump()
         for name, own in sections.items():
@@ -99,7 +99,23 @@ def test_it_depends_on_what_it_is_computed_from_and_on_nothing_else(run):
     run.learner.micro_batch_tokens += 1
     others.append(record())
     run.learner.micro_batch_tokens -= 1
+    two = replace(run.distributed, world_size=2)
+    others.append(module._record(replace(run, distributed=two)))
+    longest = max(run.builder.problems, key=lambda problem: len(problem.prompt_ids))
+    longer = replace(longest, prompt_ids=(*longest.prompt_ids, 1))
+    for changed, name, value in (
+        (run.builder, "problems", [*run.builder.problems, longer]),
+        (run.policy.config, "max_position_embeddings", 7),
+        (module, "__version__", "0.0.0"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(changed, name, value)
+            others.append(record())
+    assert record() == same
     assert len({same, *others}) == 1 + len(others)
     # The code of others may change between two runs.
     assert record(policy={"trust_remote_code": True}) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(run.learner, "teacher", run.policy)
+        assert record() is None
     assert os.path.dirname(same).endswith("dry_steps")

@@ -87,9 +87,17 @@ def test_other_numbers_are_another_base(tmp_path):
     ]  # fmt: skip
     folders = {each.serving_base(KIND).location for each in policies}
     assert len(folders) == len(policies)
-    # The tokenizer is served with the weights and is part of the hash.
-    policy.tokenizer.add_tokens("new")
-    assert policy.serving_base(KIND).location not in folders
+    # What else is served with the weights is part of the hash, and of the key in the index.
+    base = policy.model.get_base_model()
+    for change in (
+        lambda: policy.tokenizer.add_tokens("new"),
+        lambda: setattr(policy.tokenizer, "chat_template", "{{ messages }}"),
+        lambda: setattr(base.generation_config, "repetition_penalty", 1.5),
+    ):
+        change()
+        assert (other := policy.serving_base(KIND).location) not in folders
+        folders.add(other)
+    assert policy.serving_base(KIND, torch.bfloat16).location not in folders
 
 
 # --- the index ---------------------------------------------------------------------------------
