@@ -95,7 +95,8 @@ def test_other_numbers_are_another_base(tmp_path):
         lambda: setattr(base.generation_config, "repetition_penalty", 1.5),
     ):
         change()
-        assert (other := policy.serving_base(KIND).location) not in folders
+        other = policy.serving_base(KIND).location
+        assert other not in folders
         folders.add(other)
     assert policy.serving_base(KIND, torch.bfloat16).location not in folders
 
