@@ -115,11 +115,22 @@ function axesOf(chart) {
   const x = { ...axis("number"), grid: { show: false }, size: 26, space: 44, label: chart.x,
     labelSize: 18, labelGap: 0, labelFont: "11px system-ui, sans-serif" };
   const own = [...new Set(curvesOf(chart).flatMap((curve) => curve.x))];
-  if (chart.points) Object.assign(x, { splits: () => own, filter: (u, splits) => splits, space: 20 });
+  if (chart.points) Object.assign(x, { splits: () => own, filter: apart, space: 20 });
   else x.incrs = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5];
   const y = { ...axis(chart.unit), scale: "y", size: 50 };
   const second = { ...axis("share"), scale: "second", side: 1, size: 46, grid: { show: false } };
   return chart.second ? [x, y, second] : [x, y];
+}
+
+// The ticks whose labels do not touch the one before, the others null.
+function apart(u, ticks) {
+  let end = -Infinity;
+  return ticks.map((tick) => {
+    const [at, half] = [u.valToPos(tick, "x"), 3.3 * figureText(tick, "number").length];
+    if (at - half < end + 6) return null;
+    end = at + half;
+    return tick;
+  });
 }
 
 function xRange(chart) {
@@ -129,6 +140,11 @@ function xRange(chart) {
     const space = chart.points ? 0.04 * (high - low) : 0;
     return low === high ? [low - 1, high + 1] : [low - space, high + space];
   };
+}
+
+// The dot at the pointer: of a curve, but not of its range.
+function dotColor(chart) {
+  return (u, i) => (i % PARTS.length ? "transparent" : colorOf(curvesOf(chart)[i / PARTS.length - 1]));
 }
 
 function optionsOf(chart, width) {
@@ -147,7 +163,7 @@ function optionsOf(chart, width) {
     bands,
     cursor: {
       drag: { x: true, y: true, uni: 40, dist: 5 },
-      points: { size: 7 },
+      points: { size: 8, width: 0, fill: dotColor(chart) },
       y: false,
       ...(steps ? { sync: { key: "steps", setSeries: false, scales: ["x", null] } } : {}),
     },
@@ -163,6 +179,7 @@ function optionsOf(chart, width) {
 const values = document.body.appendChild(document.createElement("div"));
 values.id = "values";
 values.hidden = true;
+values.setAttribute("aria-live", "polite");
 
 function showValues(u, chart) {
   const { idx, left, top } = u.cursor;
@@ -207,22 +224,55 @@ function runsAt(u, chart) {
   return page.runs[color] ?? [];
 }
 
+function opensGroups(chart) {
+  return chart.x === "step" && typeof openGroups === "function";
+}
+
 function listen(u, chart) {
   let from = null;
+  let tapped = null; // Where a finger shows values: a second tap opens the groups.
   let waiting; // A double click shows the whole range, and is not two single ones.
   u.over.addEventListener("pointerenter", () => { hovered = u; });
-  u.over.addEventListener("pointerdown", (event) => { hovered = u; from = [event.clientX, event.clientY]; });
+  u.over.addEventListener("pointerdown", (event) => {
+    hovered = u;
+    from = [event.clientX, event.clientY];
+    if (event.pointerType !== "touch") tapped = null;
+    else tapped ??= -1;
+  });
   u.over.addEventListener("pointerleave", () => { values.hidden = true; });
-  if (chart.x !== "step" || typeof openGroups !== "function") return;
+  if (!opensGroups(chart)) return;
   u.over.style.cursor = "pointer";
   u.over.addEventListener("click", (event) => {
     const moved = from && Math.hypot(event.clientX - from[0], event.clientY - from[1]) > 4;
-    if (moved || u.cursor.idx === null) return;
-    const [step, runs] = [u.data[0][u.cursor.idx], runsAt(u, chart)];
+    const { idx } = u.cursor;
+    if (moved || idx === null) return;
+    const again = tapped === null || tapped === idx;
+    if (tapped !== null) tapped = idx;
+    if (!again) return;
+    const [step, runs] = [u.data[0][idx], runsAt(u, chart)];
     clearTimeout(waiting);
     waiting = setTimeout(() => openGroups(step, runs), 250);
   });
-  u.over.addEventListener("dblclick", () => clearTimeout(waiting));
+  u.over.addEventListener("dblclick", () => { if (tapped === null) clearTimeout(waiting); });
+}
+
+// Left and right show the values of a step, Enter opens its groups.
+function listenToKeys(u, chart, place) {
+  place.addEventListener("keydown", (event) => {
+    const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (step) {
+      const { min, max } = u.scales.x;
+      const seen = [...u.data[0].keys()].filter((i) => u.data[0][i] >= min && u.data[0][i] <= max);
+      const at = hovered === u ? seen.indexOf(u.cursor.idx) : -1;
+      const to = at < 0 ? (step > 0 ? 0 : seen.length - 1) : Math.max(0, Math.min(at + step, seen.length - 1));
+      hovered = u;
+      u.setCursor({ left: u.valToPos(u.data[0][seen[to]], "x"), top: u.over.clientHeight / 2 });
+    } else if (event.key === "Enter" && opensGroups(chart) && hovered === u && u.cursor.idx !== null) {
+      openGroups(u.data[0][u.cursor.idx], runsAt(u, chart));
+    } else return;
+    event.preventDefault();
+  });
+  place.addEventListener("blur", () => { values.hidden = true; });
 }
 
 function legend(u, chart) {
@@ -251,10 +301,14 @@ function showCurve(u, k, on) {
 function makeChart(figure, chart) {
   const place = figure.appendChild(document.createElement("div"));
   place.className = "chart";
+  place.tabIndex = 0;
+  place.setAttribute("role", "group");
+  place.setAttribute("aria-label", `${figure.querySelector("figcaption")?.textContent.trim()}: left and right show values`);
   figure.classList.add("live");
   const u = new uPlot(optionsOf(chart, place.clientWidth || 360), aligned(chart), place);
   charts.set(figure.dataset.name, { u, chart });
   listen(u, chart);
+  listenToKeys(u, chart, place);
   if (!chart.bySeries && curvesOf(chart).length > 1) figure.append(legend(u, chart));
   new ResizeObserver(() => {
     if (place.clientWidth) u.setSize({ width: place.clientWidth, height: 230 });

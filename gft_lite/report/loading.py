@@ -161,12 +161,21 @@ def objective_names(runs: Iterable[Run]) -> list[str]:
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
-    """The folders' names, with as many parent folders as make them unique."""
+    """The folders' names, with as many parent folders as make them unique.
+
+    Of trials such as `tau=0,seed=1`, without the settings that all of them share.
+    """
     for depth in range(1, max((len(path.parts) for path in paths), default=1) + 1):
         labels = ["/".join(path.parts[-depth:]) for path in paths]
         if len(set(labels)) == len(labels):
             break
-    return labels
+    settings = [label.split(",") for label in labels]
+    if not all("=" in part for found in settings for part in found):
+        return labels
+    short = [
+        ",".join(p for p in of if any(p not in other for other in settings)) for of in settings
+    ]
+    return short if all(short) else labels
 
 
 def _runs(path: Path, label: str) -> list[Run]:

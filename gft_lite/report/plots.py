@@ -159,7 +159,7 @@ def _scale(axes: Axes, plot: Plot) -> None:
         axes.xaxis.set_major_formatter(_short)
     elif plot.points:
         ticks = list(dict.fromkeys(x for curve in plot.curves for x in curve.x))
-        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        axes.set_xticks(ticks, _labels_apart(ticks, log=plot.log_x))
         axes.xaxis.set_minor_locator(NullLocator())
     else:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
@@ -172,6 +172,18 @@ def _scale(axes: Axes, plot: Plot) -> None:
         # Intervals of few seeds can exceed the range of a share.
         low, high = axes.get_ylim()
         axes.set_ylim(max(low, -0.03), min(high, 1.03))
+
+
+def _labels_apart(ticks: Sequence[float], *, log: bool) -> list[str]:
+    """The ticks' labels; one that would touch the one to its left is empty."""
+    at = [math.log(x) if log else x for x in ticks]
+    span = max(at) - min(at) or 1.0
+    labels, end = dict.fromkeys(ticks, ""), -math.inf
+    for place, x in sorted(zip(at, ticks, strict=True)):
+        half = 0.009 * len(f"{x:g}")  # As a share of the axis; so is the space between labels.
+        if (place - min(at)) / span - half >= end + 0.015:
+            labels[x], end = f"{x:g}", (place - min(at)) / span + half
+    return list(labels.values())
 
 
 def _short(value: float, _: object) -> str:

@@ -150,6 +150,44 @@ def test_a_click_on_a_step_opens_its_groups(opened, page, pair, folder):
     assert both.texts("#notice") == ["No groups of step 3 are on this page; step 2 is the nearest."]
 
 
+def test_keys_show_the_values_of_steps_and_open_their_groups(opened, page):
+    from selenium.webdriver import Keys
+
+    shown = opened(page)
+    assert "left and right" in shown.each("[data-name=reward] .chart", "e.ariaLabel")[0]
+    shown.js("document.querySelector('[data-name=reward] .chart').focus()")
+    pointer(shown).send_keys(Keys.ARROW_RIGHT).perform()
+    assert lines(shown)[0] == "step 1"
+    pointer(shown).send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT).perform()
+    pointer(shown).send_keys(Keys.ARROW_LEFT).perform()
+    assert lines(shown) == ["step 3", "expert: 1", "teacher: 0.75", "self: 0"]
+    pointer(shown).send_keys(Keys.ENTER).perform()
+    assert "group 1 of 1: a, step 3, problem a-3" in shown.place
+
+
+def test_a_tap_shows_the_values_and_a_second_one_opens_the_groups(opened, page):
+    shown = opened(page, width=390)
+    area = chart(shown, "reward")
+    shown.browser.execute_script("arguments[0].scrollIntoView()", area)
+    shown.browser.execute_async_script("requestAnimationFrame(arguments[0])")  # It has scrolled.
+    box = area.rect
+    top = box["y"] - shown.js("scrollY")
+
+    def tap():
+        at = {"x": box["x"] + box["width"] / 2, "y": top + box["height"] / 2}
+        for kind, points in (("touchStart", [at]), ("touchEnd", [])):
+            event = {"type": kind, "touchPoints": points}
+            shown.browser.execute_cdp_cmd("Input.dispatchTouchEvent", event)
+        # Fires after the timer by which the page tells two clicks from a double click.
+        shown.browser.execute_async_script("setTimeout(arguments[0], 300)")
+
+    tap()
+    assert lines(shown) == ["step 3", "expert: 1", "teacher: 0.75", "self: 0"]
+    assert "step 1" in shown.place
+    tap()
+    assert "step 3" in shown.place
+
+
 def test_several_runs_share_a_plot_of_the_sources(opened, pair):
     shown = opened(pair)
     titles = [text for text in shown.texts("figcaption") if text.startswith("Reward")]

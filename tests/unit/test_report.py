@@ -97,6 +97,16 @@ def test_labels_are_as_long_as_it_takes_to_tell_folders_apart(tmp_path):
         make_run(path)
     assert [run.label for run in read(*paths)] == ["a/gft", "b/gft", "b/sft"]
     assert [run.label for run in read(paths[0], paths[2], paths[2] / ".")] == ["gft", "sft"]
+    trials = [tmp_path / f"tau={tau},seed=0" for tau in (0, 0.5)]
+    for path in trials:
+        make_run(path)
+    assert [run.label for run in read(*trials)] == ["tau=0", "tau=0.5"]
+    assert [run.label for run in read(trials[0])] == ["tau=0,seed=0"]
+    assert [run.label for run in read(*trials, paths[0])] == [
+        "tau=0,seed=0",
+        "tau=0.5,seed=0",
+        "gft",
+    ]
 
 
 def test_the_stages_of_a_staged_run_are_shown_one_by_one(tmp_path):
