@@ -71,16 +71,19 @@ def check_source(settings: DataSettings, field: str) -> None:
 
     if is_local(settings, field):
         return
-    from huggingface_hub import constants
+    from gft_lite.utils.hub import BY_CHOICE, HubUnreachableError, get_from_hub, why_offline
 
-    from gft_lite.utils.hub import HubUnreachableError, get_from_hub
+    offline = why_offline()  # Before the import, which reads HF_HUB_OFFLINE.
+    from huggingface_hub import constants
 
     source = settings.source
     cached = Path(constants.HF_HOME) / "datasets" / source.replace("/", "___")
     cache = Path(os.environ.get("HF_DATASETS_CACHE", "")) / source.replace("/", "___")
-    if constants.HF_HUB_OFFLINE or cached.is_dir() or cache.is_dir():
+    if offline == BY_CHOICE or cached.is_dir() or cache.is_dir():
         return
     try:
+        if offline:
+            raise HubUnreachableError(offline)
         get_from_hub(f"{constants.ENDPOINT}/api/datasets/{source}")
     except HubUnreachableError as error:
         rule = "must be a file, a folder or a data set of the hub"

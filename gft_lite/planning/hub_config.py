@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gft_lite.utils.errors import RecipeError
-from gft_lite.utils.hub import HubUnreachableError, get_from_hub
+from gft_lite.utils.hub import HubUnreachableError, get_from_hub, why_offline
 
 _MAX_BYTES = 1 << 20
 
@@ -15,6 +15,7 @@ def read_hub_file(model: str, name: str, revision: str | None = None) -> bytes |
 
     Raises: RecipeError if the hub can't be reached, doesn't have the model or asks for access.
     """
+    offline = why_offline()
     # Imported here because they take longer than everything else in a plan.
     from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -28,7 +29,7 @@ def read_hub_file(model: str, name: str, revision: str | None = None) -> bytes |
     if cached is not None and constants.HF_HUB_OFFLINE:  # The cache knows that there is none.
         return None
     if constants.HF_HUB_OFFLINE:
-        raise _unknown(model, f"whose {name} is not in the hub's cache, with HF_HUB_OFFLINE set")
+        raise _unknown(model, f"whose {name} has not been downloaded, and {offline}")
     return _request(model, name, revision)
 
 

@@ -12,6 +12,7 @@ from gft_lite.policy.adapter_config import CONFIG as ADAPTER_CONFIG
 from gft_lite.policy.registry import model_location
 from gft_lite.recipe.base import is_hub_id
 from gft_lite.utils.errors import RecipeError
+from gft_lite.utils.hub import why_offline
 
 if TYPE_CHECKING:
     from gft_lite.recipe.sections import PolicySettings
@@ -33,7 +34,9 @@ def check_model_files(settings: PolicySettings, *, needs_weights: bool = True) -
     model = settings.model
     folder = Path(model_location(model))
     if not folder.is_dir():
-        return _check_name(folder, model)
+        _check_name(folder, model)
+        why_offline()  # Before a library requests its files.
+        return
     rule = "policy.model: must be the folder of a base model, or a hub id, got"
     if (folder / ADAPTER_CONFIG).is_file():
         raise RecipeError(

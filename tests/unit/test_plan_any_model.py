@@ -20,6 +20,7 @@ from gft_lite.planning.planner import choose, plan_for, resolve
 from gft_lite.planning.solve import find_quantity, solve
 from gft_lite.recipe.schema import Recipe
 from gft_lite.utils.errors import RecipeError, UserError
+from gft_lite.utils.hub import why_offline
 from gft_lite.utils.memory import GIB
 from tests.http_handler import JsonHandler
 
@@ -131,11 +132,30 @@ class TestHub:
             read_hub_file("slow/model", "config.json")
         assert len(hub) == 1
 
+    def test_without_a_reply_libraries_work_offline(self, hub, monkeypatch):
+        from huggingface_hub import constants, is_offline_mode
+
+        monkeypatch.delenv("HF_HUB_OFFLINE")
+        monkeypatch.setenv("HF_ENDPOINT", constants.ENDPOINT)
+        why_offline.cache_clear()
+        try:
+            assert (why_offline(), is_offline_mode()) == (None, False)
+            why_offline.cache_clear()
+            monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+            with pytest.raises(
+                RecipeError, match=r"not been downloaded, and http://127.0.0.1:1 can"
+            ):
+                find_shape("someone/model")
+            assert is_offline_mode() and os.environ["HF_HUB_OFFLINE"] == "1"
+            assert not hub  # No file was requested.
+        finally:
+            why_offline.cache_clear()
+
     def test_offline_only_the_cache_is_read(self, monkeypatch, tmp_path):
         from huggingface_hub import constants
 
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-        with pytest.raises(RecipeError, match="not in the hub's cache, with HF_HUB_OFFLINE set"):
+        with pytest.raises(RecipeError, match="has not been downloaded, and HF_HUB_OFFLINE is set"):
             find_shape("someone/cached")
         repo = tmp_path / "models--someone--cached"
         (repo / "snapshots" / "abc").mkdir(parents=True)
