@@ -169,6 +169,27 @@ def test_a_graded_reward_is_no_accuracy(run, tmp_path, monkeypatch):
         assert all(float(row["low"]) <= float(row["high"]) for row in csv.DictReader(file))
 
 
+def test_without_answers_demonstrations_are_scored(run, tmp_path):
+    columns = "columns={answer: null, expert: [expert], id: id}"
+    without = [f"definitions.test.{columns}", "benchmarks=[test]", "drift=1", "limit=3"]
+    results = evaluate(["lab", run], tmp_path, *without)
+    figures = {label: target["benchmarks"] for label, target in results["targets"].items()}
+    base, trained = figures["lab"]["test"], figures[str(run)]["test"]
+    assert base["tokens"] == trained["tokens"] and base["problems"] == 3
+    assert base["nll"] == sum(base["nats"].values()) / sum(base["tokens"].values())
+    assert 0 < base["nll"] != trained["nll"]
+    [pair] = results["pairs"]
+    difference = pair["differences"]["test"]["difference"]
+    assert difference == pytest.approx(trained["nll"] - base["nll"])
+    page = (tmp_path / "results.md").read_text()
+    assert "Negative log-likelihood of the demonstrations" in page and "Differences in nll" in page
+    assert results["sampled"] == 2  # For the drift alone.
+    again = evaluate(["lab"], tmp_path, *without, regrade=True)
+    assert again["targets"]["lab"]["benchmarks"]["test"]["nats"] == base["nats"]
+    with pytest.raises(RecipeError, match=r"benchmarks: must all have answers.* got test without"):
+        evaluate(["lab"], tmp_path / "mixed", without[0])
+
+
 def test_default_folders(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TERM", "xterm")
