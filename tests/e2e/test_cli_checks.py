@@ -24,6 +24,7 @@ WRONG = {
     f"train {LAB} data.source=foo/bar": "data.source",
     f"train {LAB} eval.sets.test.source=none.csv": "eval.sets.test.source",
     f"train {LAB} group.offline=none": "group.offline",
+    f'train {LAB} stages=[{{"method":"sft","overrides":{{"data":{{"source":"none.csv"}}}}}}]': "data.source",
     f"train {LAB} --resume --out none": "--resume",
     f"train {LAB} --out unfinished": "--out",
     f"train {LAB} --lr-range --resume": "--lr-range",

@@ -190,11 +190,16 @@ def _edit(folder):
     (folder / "config.json").write_text(json.dumps(config | {"rope_theta": 3.0}))
 
 
+def _overwrite(folder):
+    config = folder / "config.json"
+    config.write_bytes(b" " * config.stat().st_size)
+
+
 @pytest.mark.parametrize(
     "damage",
-    [_cut, _less, _edit, lambda folder: (folder / "tokenizer.json").unlink(),
+    [_cut, _less, _edit, _overwrite, lambda folder: (folder / "tokenizer.json").unlink(),
      lambda folder: (folder / "model.safetensors").unlink()],
-    ids=["cut", "a tensor less", "edited", "no tokenizer", "no weights"],
+    ids=["cut", "a tensor less", "edited", "of equal size", "no tokenizer", "no weights"],
 )  # fmt: skip
 def test_a_damaged_base_is_written_again(damage):
     policy = policy_of()

@@ -240,6 +240,11 @@ def test_lengths_are_those_of_the_rows():
     assert recipe.data.max_prompt_tokens == 192  # 148, in steps of 64
     assert recipe.rollout.max_tokens == 256  # 200
     assert recipe.policy.context == 512  # 449
+    # Prompts get half of the context of 2048, what follows the rest; few rows are held out.
+    found = draft({"prompt": "x" * 3000, "completion": "y" * 2000}, {**row, "prompt": "x" * 3000})
+    assert (found.recipe.data.max_prompt_tokens, found.recipe.rollout.max_tokens) == (1024, 1022)
+    assert "rollout.max_tokens: 10 of 20 demonstrations are longer and left out" in found.doubts
+    assert found.recipe.data.holdout == 4
 
 
 def test_the_style_follows_from_the_chat_template(tmp_path):
@@ -249,6 +254,8 @@ def test_the_style_follows_from_the_chat_template(tmp_path):
         (folder / name).write_bytes((BASE / name).read_bytes())
     row = {"question": "1+1?", "answer": "2"}
     assert chat_template("lab") is True
+    assert chat_template(str(folder)) is False
+    (folder / "tokenizer_config.json").write_text("{}")
     assert chat_template(str(folder)) is False
     assert draft(row, model=str(folder)).recipe.data.prompt.style == "plain"
     with pytest.raises(UserError, match="must have a chat template for a data set of conv"):
@@ -290,6 +297,9 @@ def test_train_takes_the_same_guesses(capsys):
     printed = capsys.readouterr()
     assert "method: sft" in printed.out and "steps: 2" in printed.out
     assert "train.steps=2  # as given" in printed.err
+    # RECIPE takes the first override, and the last of equal ones counts.
+    assert main([*words, "train.steps=2", "train.steps=3", "--dry-run"]) == 0
+    assert "steps: 3" in capsys.readouterr().out
     assert main([*words, "--dry-run", "--quiet"]) == 0
     assert capsys.readouterr().err == ""
     for wrong, error in (

@@ -120,6 +120,9 @@ class TestHub:
     def test_one_small_file_is_fetched(self, hub):
         assert find_shape("someone/model") == ModelShape.from_config(LLAMA)
         assert hub == ["/someone/model/resolve/main/config.json"]
+        with pytest.raises(RecipeError, match="which the hub does not have"):
+            find_shape("someone/model", "another")
+        assert hub[1:] == ["/someone/model/resolve/another/config.json"]
 
     def test_an_unknown_model_is_one_line(self, hub):
         with pytest.raises(RecipeError, match=r"^policy\.model: .* got 'no/one', which the hub"):
@@ -207,20 +210,20 @@ class TestSolving:
         assert found.value > 1
         section, _, name = field.partition(".")
 
-        def fits(value):
+        def problems(value):
             tree = model.recipe.model_dump()
             at = tree[section]["lora"] if "." in name else tree[section]
             at[name.rpartition(".")[2]] = value
             changed = replace(model, recipe=Recipe.from_tree(tree))
-            return not choose(changed, limit).problems
+            return choose(changed, limit).problems
 
-        assert fits(found.value)
-        assert not fits(found.value + 1)
-        assert f"with {found.value + 1:,}, " in found.why
+        assert not problems(found.value)
+        assert found.why == f"with {found.value + 1:,}, {' and '.join(problems(found.value + 1))}"
 
     def test_limits_other_than_memory(self):
         model, room = self.model(), 80 * GIB
         assert solve(model, room, "rollout.max_tokens").value == 4096 - 1024 - 1
+        assert solve(model, room, "data.max_prompt_tokens").value == 4096 - 2048 - 1
         assert solve(model, room, "policy.lora.rank").value == 512
         assert "not memory" in solve(model, room, "group.size").why
         assert solve(model, GIB, "group.size").value == 0
