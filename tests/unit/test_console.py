@@ -44,13 +44,13 @@ def panel(monkeypatch, width: int, height: int, steps: list[dict[str, Any]], **o
 
 
 def many(last: int) -> list[dict[str, Any]]:
-    """Steps with rising rewards and KL, evaluations, a NaN and long names."""
+    """Steps with rising own rewards and KL, evaluations, a NaN and long names."""
     figures = {"a_test_set_with_a_very_long_name": {"pass@1": 0.5, "pass@1_interval": [0.25, 0.75]}}
     metrics = []
     for step in range(1, last + 1):
         own = math.nan if step == 2 else step / 10
         metrics.append(
-            {**STEP, "step": step, "reward": {"expert": 1.0, "self": own}, "entropy": math.nan,
+            {**STEP, "step": step, "reward": {"expert": -step, "self": own}, "entropy": math.nan,
              "objective": {f"metric_{'x' * 80}_{i}": math.nan for i in range(9)},
              "kl": {"held_out": {"forward": step / 100}, "on_policy": {}}}
         )  # fmt: skip

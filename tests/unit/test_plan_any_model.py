@@ -45,6 +45,7 @@ class TestEstimates:
         assert (shape.hidden, shape.layers, shape.heads, shape.kv_heads) == (64, 2, 4, 4)
         assert (shape.mlp, shape.context, shape.tied) == (256, 1024, True)
         assert "an MLP four times as wide as the model, 256" in shape.assumptions
+        assert ModelShape.from_config(gpt2 | {"multi_query": True}).kv_heads == 1
 
     def test_experts_that_a_token_does_not_use_are_plain_parameters(self):
         moe = LLAMA | {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2,
@@ -54,11 +55,17 @@ class TestEstimates:
         llama = ModelShape.from_config(LLAMA | {"intermediate_size": 64})
         assert shape.plain_parameters - llama.plain_parameters == 2 * 3 * 64 * 32 * 6
         assert any("2 of 8 experts compute a token" in text for text in shape.assumptions)
+        for shared in ({"shared_expert_intermediate_size": 48}, {"n_shared_experts": 2}):
+            width = shared.get("shared_expert_intermediate_size", 2 * 32)
+            assert ModelShape.from_config(moe | shared).mlp == 2 * 32 + width
 
     def test_of_a_multimodal_model_the_text_decoder_is_planned(self):
         shape = ModelShape.from_config({"model_type": "llava", "text_config": LLAMA})
         assert (shape.hidden, shape.mlp) == (64, 128)
         assert any("only text_config is counted" in text for text in shape.assumptions)
+        assert not shape.tied
+        outer = {"model_type": "llava", "text_config": LLAMA, "tie_word_embeddings": True}
+        assert ModelShape.from_config(outer).tied
 
     def test_a_list_of_sizes_counts_as_its_largest(self):
         shape = ModelShape.from_config(

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from gft_lite.utils.progress import (
+    Phase,
     ProgressDisplay,
     format_duration,
     report_progress,
@@ -112,6 +113,16 @@ def test_a_phase_on_a_terminal_leaves_no_line_and_shows_its_state():
         report_progress(3, 4, "weights")
         out.wait_for("reading: 3 of 4 weights")
     assert out.getvalue().endswith("\x1b[2K")  # The line is erased.
+
+
+def test_the_time_left_follows_from_the_units_of_this_process():
+    display = ProgressDisplay(Console(file=io.StringIO()), "step", 20, 10)
+    display._started -= 1200  # For 5 of 10 steps, after a resumption at step 10.
+    assert display.time_left(15).startswith("  about 20 min ")
+    phase = Phase("loading", done=1, total=4, unit="weights")
+    phase.started -= 600
+    assert phase.describe().startswith("loading: 1 of 4 weights, 10 min ")
+    assert ", about 30 min " in phase.describe()
 
 
 def test_progress_without_a_phase_is_not_an_error():
