@@ -114,6 +114,12 @@ def test_a_group_has_the_demonstrations_that_there_are():
     assert (group.expert, group.teacher, group.self) == (1, 2, 5)
 
 
+def test_the_rows_that_are_looked_at_are_spread_over_the_file():
+    row = {"question": "1+1?", "answer": "2"}
+    found = draft(*[row] * 30, *[row | {"answer": "two"}] * 120)
+    assert (found.detected.looked_at, found.detected.reward) == (300, "exact")
+
+
 def test_few_demonstrations_are_used_with_a_doubt():
     row = {"problem": "1+1?", "answer": "2"}
     found = draft(row, row, row | {"solution": "It is 2.", "teacher": ["2.", "Two: 2", "2"]})
@@ -168,6 +174,9 @@ def test_every_format_and_a_folder():
          "answer: no column has a usual name; the demonstrations end with its values"),
         ([{"question": "How many?", "id": 3, "Zahl": "12", "response": WHY}],
          "answer: Zahl may be, without a usual name"),
+        ([{"question": "How many?", "Zahl": "12", "response": "3 * 4 = 12."},
+          *[{"question": "How many?", "Zahl": "12", "response": WHY}] * 4],
+         "answer: Zahl may be, without a usual name"),
     ],
 )  # fmt: skip
 def test_a_doubt_is_said(rows, doubt):
@@ -180,6 +189,7 @@ def test_a_doubt_is_said(rows, doubt):
     ("row", "error"),
     [
         ({"prompt": "1+1?"}, "DATA: must have answers or demonstrations to learn from"),
+        ({"messages": ASK}, "DATA: must have answers or demonstrations to learn from"),
         ({"text": WHY}, "data.columns.problem: must name the column of the prompts"),
         ("text", r"objects with columns, got 10 rows without .* \(not an object with columns\)"),
     ],
@@ -317,6 +327,7 @@ def test_train_takes_the_same_guesses(capsys):
     [
         (["1", "-2.5", "$3,000", "50%"], "math"), ([1, 2.5], "math"), (["x = 2", "2\\pi"], "math"),
         (["A", "(B)", "C."], "letter"), (["Paris", "the red one"], "text"), ([WHY], "free"),
+        (["A", "B", "C", "Paris", "Rome"], "text"),
         ([True, False], "none"), ([], "none"), ([["a"]], "none"), (["a\n#### 1"], "hash"),
     ],
 )  # fmt: skip

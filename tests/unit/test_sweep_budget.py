@@ -65,6 +65,12 @@ def test_as_many_steps_as_fit(seconds, steps, probe):
     assert f"{steps} of 60 steps in each of 2 runs" in text
 
 
+def test_a_sweep_of_fewer_steps_than_the_least_keeps_them(probe):
+    wanted = plan("budget_hours=1", "overrides.train.steps=3")
+    shortened, _ = within_budget(wanted, probe(wanted))
+    assert {trial.recipe.train.steps for trial in shortened.trials()} == {3}
+
+
 def test_too_few_hours_say_how_many_are_needed(probe):
     wanted = plan("budget_hours=0.04")
     with pytest.raises(UserError) as error:
