@@ -79,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
         code = _run(options)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # As Python sets it where the descriptor is closed.
+            sys.stdout.flush()
         return code
     # A RewardError comes from the user's reward function while it runs.
     except (UserError, RewardError) as error:

@@ -84,6 +84,12 @@ def test_version_and_help_of_the_program(capsys):
         assert capsys.readouterr().out.startswith(start)
 
 
+def test_a_closed_output_is_no_error(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["methods"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("line", "told"),
     [
