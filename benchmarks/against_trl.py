@@ -264,6 +264,8 @@ def main() -> None:
             print(f"skipped: {error}")
             return
         prompts, name = (REAL_PROMPT,), f"{name}_{Path(shape.model).name}_{asked.lengths}"
+        if asked.groups != parser.get_default("groups"):
+            name += f"_{asked.groups}_groups"
     with fresh_processes() as pool:
         cases = compare(shape, prompts, asked.rounds, pool)
     show(cases)
