@@ -28,6 +28,7 @@ from gft_lite.report.group_browser import (
     page_groups,
     select_steps,
 )
+from gft_lite.report.headline import best_of_sweep
 from gft_lite.report.loading import Series, all_series, read_folders
 from gft_lite.report.page import write_report
 from gft_lite.report.plots import inline_svg
@@ -434,6 +435,8 @@ def test_figures_of_a_sweep_have_their_units(tmp_path):
         "mean_reward": "number", "hard": "number", "kl": "number", "rectified": "share",
         "sharpness": "number",
     }  # fmt: skip
+    # Neither a KL nor what a loss reports is better where it is higher.
+    assert best_of_sweep(sweep) == {"mean_reward": 1.5, "hard": 3.0}
     plot = sweep_plot(sweep)
     assert (plot.title, plot.y_label, plot.unit) == ("Mean reward by tau", "mean reward", "number")
     assert plot.curves[0].y == [-0.5, 1.5]
@@ -444,9 +447,10 @@ def test_figures_of_a_sweep_have_their_units(tmp_path):
 
 def test_scores_of_a_sweep_have_intervals_over_problems(tmp_path):
     """One seed: Student's t over problems; 1/4, 1 and 1/2 of four samples were right."""
-    path = make_sweep(tmp_path / "tau", "objective.tau", {0.3: [7 / 12], 0.7: [0.6]})
+    path = make_sweep(tmp_path / "tau", "objective.tau", {0.3: [7 / 12, None], 0.7: [0.6]})
     evaluated = {"test": {**figures(1, 4, 2), "pass@1": 7 / 12}, "hard": figures(1)}
     make_run(path / "trials" / "0.3-0", trained=evaluated)
+    make_run(path / "trials" / "0.3-1", trained={"test": figures(0, 0, 0)})  # It failed later.
     [first, second] = read_folders([path])[1][0].points
     found = first.figures["pass@1"]
     values = [0.25, 1.0, 0.5]
