@@ -80,14 +80,20 @@ def _number(text: str, convert: Callable[[str], N], accepts: Callable[[N], bool]
     return value
 
 
-def output_path(flag: str, kind: Literal["folder", "file"]) -> Callable[[str], str]:
-    """The type of the argument `flag`, a folder or file that the command writes."""
+def add_output(
+    parser: argparse.ArgumentParser, words: str, *, flag: str = "--out",
+    kind: Literal["folder", "file"] = "folder", default: str | None = None, required: bool = False,
+) -> None:  # fmt: skip
+    """Add the argument `flag`, a folder or file that the command writes, with a help text."""
 
-    def convert(text: str) -> str:
+    def path(text: str) -> str:
         check_output_path(text, flag, kind)
         return text
 
-    return convert
+    parser.add_argument(
+        flag, type=path, metavar="DIR" if kind == "folder" else "FILE", help=words,
+        default=default, required=required,
+    )  # fmt: skip
 
 
 def run_folder(text: str) -> str:

@@ -10,10 +10,10 @@ from gft_lite.cli.common import (
     DONE,
     FAILED,
     add_allow_code,
+    add_output,
     add_recipe,
     add_verbosity,
     check_recipe_trust,
-    output_path,
     show_imports,
 )
 from gft_lite.cli.parser import add_command
@@ -41,8 +41,7 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     for flag, words in _SETTINGS_FLAGS.items():
         parser.add_argument(f"--{flag}", metavar=_KINDS.get(flag, "N"), help=words)
-    parser.add_argument("--out", type=output_path("--out", "file"), metavar="FILE",
-                        help=".jsonl or .parquet (default: data/NAME-TEACHER.jsonl)")  # fmt: skip
+    add_output(parser, ".jsonl or .parquet (default: data/NAME-TEACHER.jsonl)", kind="file")
     add_allow_code(parser)
     add_verbosity(parser)
     parser.set_defaults(run=run, again="the same command continues")

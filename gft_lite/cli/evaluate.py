@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from gft_lite.cli.common import (
     DONE,
     add_allow_code,
+    add_output,
     add_verbosity,
     check_model_trust,
-    output_path,
     show_imports,
 )
 from gft_lite.cli.parser import add_command
@@ -53,8 +53,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--harness-chat", action="store_true",
                         help="apply the model's chat template to its tasks")  # fmt: skip
     parser.add_argument("--data-dir", metavar="DIR", help="NAME.jsonl there replaces the hub")
-    parser.add_argument("--out", type=output_path("--out", "folder"), metavar="DIR",
-                        help="default: evals/SUITE, or eval/SUITE in the one run")  # fmt: skip
+    add_output(parser, "default: evals/SUITE, or eval/SUITE in the one run")
     parser.add_argument("--regrade", action="store_true",
                         help="grade the responses in --out again, without a model")  # fmt: skip
     for flag, key in _SUITE_FLAGS.items():

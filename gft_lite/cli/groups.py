@@ -8,10 +8,10 @@ from typing import Any
 from gft_lite.cli.common import (
     DONE,
     add_allow_code,
+    add_output,
     add_recipe,
     add_verbosity,
     check_recipe_trust,
-    output_path,
     show_imports,
     whole_number,
 )
@@ -32,8 +32,7 @@ def add(commands: Any) -> None:
         ],
     )  # fmt: skip
     add_recipe(parser)
-    parser.add_argument("--out", type=output_path("--out", "folder"), metavar="DIR",
-                        help="default: the recipe's group.offline, else groups/NAME")  # fmt: skip
+    add_output(parser, "default: the recipe's group.offline, else groups/NAME")
     parser.add_argument("--visits", type=whole_number(1, 1000), default=1, metavar="N",
                         help="draw at most N groups of each problem (default: 1)")  # fmt: skip
     add_allow_code(parser)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from gft_lite.cli.common import DONE, add_overrides, output_path
+from gft_lite.cli.common import DONE, add_output, add_overrides
 from gft_lite.cli.parser import add_command
 from gft_lite.utils.errors import UserError
 
@@ -38,8 +38,7 @@ def add(commands: Any) -> None:
     words = "the card to plan for: 12GiB, 4090 (default: this machine's GPU, or else its RAM)"
     parser.add_argument("--gpu", metavar="SIZE|NAME", help=words)
     words = "the recipe to write (default: recipe.yaml)"
-    file = output_path("--out", "file")
-    parser.add_argument("--out", type=file, default="recipe.yaml", metavar="FILE", help=words)
+    add_output(parser, words, kind="file", default="recipe.yaml")
     parser.add_argument("--force", action="store_true", help="overwrite an existing recipe")
     parser.set_defaults(run=run)
 

@@ -9,9 +9,9 @@ from gft_lite.cli.common import (
     DONE,
     FAILED,
     MAX_SEEDS,
+    add_output,
     add_overrides,
     add_verbosity,
-    output_path,
     whole_number,
 )
 from gft_lite.cli.parser import add_command
@@ -54,13 +54,7 @@ def _add_compare(commands: Any) -> None:
         metavar="N",
         help="runs per method (default: 1)",
     )
-    compare.add_argument(
-        "--out",
-        type=output_path("--out", "folder"),
-        metavar="DIR",
-        default="runs/compare",
-        help="default: runs/compare",
-    )
+    add_output(compare, "default: runs/compare", default="runs/compare")
     add_verbosity(compare)
     compare.set_defaults(run=_compare)
 
@@ -81,16 +75,9 @@ def _add_study(commands: Any) -> None:
                        help="runs of each setting on each of three bases (default: 2)")  # fmt: skip
     study.add_argument("--jobs", type=whole_number(1, 1024), default=2, metavar="N",
                        help="runs at a time (default: 2)")  # fmt: skip
-    study.add_argument(
-        "--out",
-        type=output_path("--out", "folder"),
-        metavar="DIR",
-        default="runs/study",
-        help="default: runs/study",
-    )
-    study.add_argument("--report", type=output_path("--report", "file"), metavar="FILE",
-                       default="examples/lab_study.md",
-                       help="default: examples/lab_study.md")  # fmt: skip
+    add_output(study, "default: runs/study", default="runs/study")
+    page = "examples/lab_study.md"
+    add_output(study, f"default: {page}", flag="--report", kind="file", default=page)
     add_verbosity(study)
     study.set_defaults(run=_study, again="the same command continues")
 

@@ -9,10 +9,10 @@ from typing import Any
 from gft_lite.cli.common import (
     DONE,
     add_allow_code,
+    add_output,
     add_verbosity,
     check_model_trust,
     non_negative,
-    output_path,
     show_imports,
 )
 from gft_lite.cli.parser import add_command
@@ -32,13 +32,7 @@ def add(commands: Any) -> None:
         ],
     )  # fmt: skip
     parser.add_argument("target", metavar="RUN", help="a run, RUN@step-N, or an adapter's folder")
-    parser.add_argument(
-        "--out",
-        required=True,
-        type=output_path("--out", "folder"),
-        metavar="DIR",
-        help="the merged model's folder",
-    )
+    add_output(parser, "the merged model's folder", required=True)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"],
                         help="default: bfloat16")  # fmt: skip
     parser.add_argument("--limit", type=non_negative, metavar="NATS",

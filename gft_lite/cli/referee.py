@@ -12,9 +12,9 @@ from gft_lite.cli.common import (
     FAILED,
     MAX_SEEDS,
     add_allow_code,
+    add_output,
     add_recipe,
     add_verbosity,
-    output_path,
     show_imports,
     whole_number,
 )
@@ -42,7 +42,7 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     add_recipe(parser)
     _add_comparison(parser.add_argument)
-    _add_execution(parser.add_argument)
+    _add_execution(parser)
     add_allow_code(parser)
     add_verbosity(parser)
     parser.set_defaults(run=run, again="the same command continues")
@@ -98,8 +98,9 @@ def _add_comparison(option: Callable[..., Any]) -> None:
     option("--against", metavar="METHOD", help="default: the first of --methods")
 
 
-def _add_execution(option: Callable[..., Any]) -> None:
+def _add_execution(parser: argparse.ArgumentParser) -> None:
     """Add the options that decide where and how the runs are made."""
+    option = parser.add_argument
     option(
         "--jobs",
         type=whole_number(1, 1024),
@@ -109,8 +110,7 @@ def _add_execution(option: Callable[..., Any]) -> None:
     option("--launcher", default="local", metavar="NAME", help="local or ray")
     words = "load the base and start the engine anew for every run"
     option("--separate", action="store_true", help=words)
-    option("--out", type=output_path("--out", "folder"), metavar="DIR",
-           help="default: runs/referee/NAME")  # fmt: skip
+    add_output(parser, "default: runs/referee/NAME")
     option("--dry-run", action="store_true", help="print the plan and stop")
 
 

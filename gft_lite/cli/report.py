@@ -9,8 +9,8 @@ from typing import Any
 from gft_lite.cli.common import (
     DONE,
     add_allow_code,
+    add_output,
     add_verbosity,
-    output_path,
     run_folder,
     whole_number,
 )
@@ -32,15 +32,8 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "folders", nargs="+", type=run_folder, metavar="RUN_OR_SWEEP", help="their folders"
     )
-    parser.add_argument("--out", type=output_path("--out", "file"), metavar="FILE",
-                        default="report.html",
-                        help="default: report.html")  # fmt: skip
-    parser.add_argument(
-        "--plots",
-        type=output_path("--plots", "folder"),
-        metavar="DIR",
-        help="every plot as SVG and PNG as well",
-    )
+    add_output(parser, "default: report.html", kind="file", default="report.html")
+    add_output(parser, "every plot as SVG and PNG as well", flag="--plots")
     parser.add_argument("--groups", type=whole_number(1, 10**6), default=8, metavar="N",
                         help="groups shown of each step shown (default: 8)")  # fmt: skip
     parser.add_argument("--no-tokens", dest="tokens", action="store_false",

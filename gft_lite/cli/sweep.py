@@ -10,9 +10,9 @@ from gft_lite.cli.common import (
     FAILED,
     MAX_SEEDS,
     add_allow_code,
+    add_output,
     add_overrides,
     add_verbosity,
-    output_path,
     whole_number,
 )
 from gft_lite.cli.parser import add_command
@@ -62,12 +62,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--launcher", default="local", metavar="NAME", help="local or ray")
     parser.add_argument("--separate", action="store_true",
                         help="load the base and start the engine anew for every run")  # fmt: skip
-    parser.add_argument(
-        "--out",
-        type=output_path("--out", "folder"),
-        metavar="DIR",
-        help="default: runs/sweeps/NAME",
-    )
+    add_output(parser, "default: runs/sweeps/NAME")
     parser.add_argument("--dry-run", action="store_true", help="print the sweep's runs and stop")
     add_allow_code(parser)
     add_verbosity(parser)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from gft_lite.cli.common import (
     DONE,
     add_allow_code,
+    add_output,
     add_overrides,
     add_verbosity,
     check_recipe_trust,
-    output_path,
     show_imports,
 )
 from gft_lite.cli.init import draft_for_training
@@ -46,12 +46,7 @@ def add(commands: Any) -> None:
     words = "train on this data without a recipe, by the guesses of gft-lite init"
     parser.add_argument("--data", metavar="DATA", help=words)
     parser.add_argument("--model", help="with --data: the folder or hub id of the base model")
-    parser.add_argument(
-        "--out",
-        type=output_path("--out", "folder"),
-        metavar="DIR",
-        help="the run's folder (default: runs/NAME)",
-    )
+    add_output(parser, "the run's folder (default: runs/NAME)")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
     parser.add_argument(
