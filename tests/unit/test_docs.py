@@ -6,6 +6,7 @@ import ast
 import re
 import shlex
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+import gft_lite
 from gft_lite.cli.entry_point import COMMANDS, make_parser
 from gft_lite.objective.importance import Importance
 from gft_lite.objective.methods import METHODS
@@ -127,6 +129,34 @@ def test_a_wrong_command_would_be_noticed():
     assert _commands("```\ngft-lite train a.yaml \\\n  --out b  # c\n```\n") == [
         ["train", "a.yaml", "--out", "b"]
     ]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_what_the_prose_says_to_type_exists(name):
+    """Flags of commands, make targets, benchmarks, extras, and methods of the Python API."""
+    text = PAGES[name]
+    parsers = generate.commands()
+    for line in re.findall(r"`gft-lite ([a-z][^`]*)`", text):
+        words = line.split()
+        command = " ".join(words[:2]) if words[0] == "lab" else words[0]
+        if command == "count":
+            continue  # The command that CONTRIBUTING.md adds.
+        assert command in parsers, line
+        flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+        known = {option for a in parsers[command]._actions for option in a.option_strings}
+        assert set(flags) - known == set(), line
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    assert {t for line in re.findall(r"`make ([a-z -]+)`", text) for t in line.split()} <= targets
+    for module in re.findall(r"python3? -m (benchmarks[\w.]*)", text):
+        path = ROOT / module.rstrip(".").replace(".", "/")
+        assert path.is_dir() or path.with_suffix(".py").is_file(), module
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    named = re.findall(r"'?\.\[([a-z,-]+)\]'?", text)
+    assert {e for line in named for e in line.split(",")} <= set(extras["optional-dependencies"])
+    for owner, method in re.findall(r"`(\w+)\.(\w+)\([^`]*`", text):
+        api = {"run": "Run", "recipe": "Recipe"}.get(owner, owner)
+        if api in gft_lite.__all__:
+            assert hasattr(getattr(gft_lite, api), method), f"{owner}.{method}"
 
 
 def test_every_command_is_documented():
