@@ -116,7 +116,8 @@ def test_a_group_has_the_demonstrations_that_there_are():
 
 def test_the_rows_that_are_looked_at_are_spread_over_the_file():
     row = {"question": "1+1?", "answer": "2"}
-    found = draft(*[row] * 30, *[row | {"answer": "two"}] * 120)
+    data = write(*[row] * 300, *[row | {"answer": "two"}] * 1200)
+    found = draft_recipe(data, "lab", "12GiB", [])
     assert (found.detected.looked_at, found.detected.reward) == (300, "exact")
 
 
@@ -308,7 +309,7 @@ def test_train_takes_the_same_guesses(capsys):
     assert "method: sft" in printed.out and "steps: 2" in printed.out
     assert "train.steps=2  # as given" in printed.err
     # RECIPE takes the first override, and the last of equal ones counts.
-    assert main([*words, "train.steps=2", "train.steps=3", "--dry-run"]) == 0
+    assert main(["train", "train.steps=2", "train.steps=3", *words[1:], "--dry-run"]) == 0
     assert "steps: 3" in capsys.readouterr().out
     assert main([*words, "--dry-run", "--quiet"]) == 0
     assert capsys.readouterr().err == ""
