@@ -241,6 +241,7 @@ def test_a_loss_gets_detached_entropy_for_its_slice(lab_policy, fused, reference
 
 def test_a_head_with_a_bias_takes_the_path_of_full_logits(lab_policy, monkeypatch):
     move(lab_policy)
+    monkeypatch.setattr(scoring, "HEAD_TILE_WORDS", 16)  # Tiles would leave out the bias.
     plain = lab_policy.head.module
     head = nn.Linear(plain.in_features, plain.out_features)
     head.weight = plain.weight
