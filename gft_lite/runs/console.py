@@ -81,7 +81,7 @@ class TrainingConsole:
         # The policy's own reward, whose trend this is, comes first.
         rewards = sorted(self._reward.items(), key=lambda item: item[0] != "self")
         shown = " ".join(f"{name} {value:.2f}" for name, value in rewards)
-        first = {"reward": f"{self._trend(self._rewards)} {shown}"}
+        first = {"reward": f"{self._trend(self._rewards)} {shown}"} if shown else {}
         first |= {name: texts[name] for name in kls}
         if kls:
             first[kls[0]] = f"{self._trend(self._kls)} {texts[kls[0]]}"
@@ -105,7 +105,8 @@ class TrainingConsole:
 def _texts(metrics: Mapping[str, Any]) -> dict[str, str]:
     """Names and values of a step's most important metrics, and of all that the loss reports."""
     rewards = " ".join(f"{name} {value:.2f}" for name, value in metrics["reward"].items())
-    texts = {"reward": rewards, "flat groups": f"{metrics['flat_groups']:.0%}"}
+    texts = {"reward": rewards} if rewards else {}
+    texts["flat groups"] = f"{metrics['flat_groups']:.0%}"
     if metrics.get("rectified") is not None:
         texts["rectified tokens"] = f"{metrics['rectified']:.0%}"
     for name, value in metrics.get("objective", {}).items():

@@ -34,7 +34,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def results_table(columns: Mapping[str, Mapping[str, float]], title: str = "") -> RichTable:
     """A table with a row per figure and a column per model."""
-    table = RichTable(title=title or None)
+    table = RichTable(title=title or None, min_width=len(title))  # A title wraps at the table.
     table.add_column("")
     for name in columns:
         table.add_column(name, justify="right")

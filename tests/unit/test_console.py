@@ -12,6 +12,7 @@ from rich.console import Console
 from gft_lite.runs.console import TrainingConsole, evaluation_line
 from gft_lite.runs.metrics import group_metrics
 from gft_lite.types import Group, Problem, Response
+from gft_lite.utils.tables import results_table
 
 STEP: dict[str, Any] = {
     "step": 1, "reward": {"expert": 1.0, "self": 0.25}, "flat_groups": 0.5, "truncated": 0.0,
@@ -87,6 +88,24 @@ def test_a_method_without_group_advantages_has_no_flat_groups():
     with TrainingConsole(Console(file=out), 1, 0, compares=False) as console:
         console.step(STEP)
     assert "flat groups" not in out.getvalue() and "reward: expert 1.00" in out.getvalue()
+
+
+def test_a_step_without_rewards_shows_none_but_the_likelihood(monkeypatch):
+    figures = {"nll": 1.25, "perplexity": 3.49, "nll_interval": [1.0, 1.5], "samples": 0}
+    step = {**STEP, "reward": {}, "eval": {"held_out": figures}}
+    out = io.StringIO()
+    with TrainingConsole(Console(file=out, width=200), 1, 0) as console:
+        console.step(step)
+    assert "reward" not in out.getvalue()
+    assert "held_out/nll: 1.250 [1.000, 1.500]" in out.getvalue()
+    assert not panel(monkeypatch, 100, 30, [step]).startswith("reward")
+
+
+def test_a_title_is_wider_than_its_table():
+    table = results_table({"base": {"nll": 1.0}}, "a title that has many words")
+    out = io.StringIO()
+    Console(file=out, width=80).print(table)
+    assert "a title that has many words" in out.getvalue().splitlines()[0]
 
 
 def test_a_terminal_keeps_the_last_kl(monkeypatch):
