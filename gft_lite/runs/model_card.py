@@ -52,7 +52,8 @@ def write_merged_card(
     result of the comparison with the unmerged policy.
     """
     recipe = Recipe.load(run.path / "recipe.yaml") if run else None
-    finished = run is not None and "@" not in adapter
+    # A run that was killed at its very end has its adapter, and no results yet.
+    finished = run is not None and "@" not in adapter and (run.path / "summary.json").exists()
     lines = [
         _front_matter(base, recipe, library_name="transformers", tags=_tags(recipe)),
         f"# {_folder_name(adapter)}, merged",

@@ -17,6 +17,8 @@ from gft_lite.lab import BASE
 from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.schema import Recipe
 from gft_lite.runs.export import read_end_tokens
+from gft_lite.runs.folder import RunFolder
+from gft_lite.runs.model_card import write_merged_card
 from gft_lite.training.run import train
 from gft_lite.utils.errors import UserError
 
@@ -81,6 +83,14 @@ def test_the_code_of_a_card(style: str, base: Path, tmp_path: Path, fork_server:
     needed = f'`"stop_token_ids": {sorted(ends)}{variables}`'
     assert needed in card.read_text(encoding="utf-8")
     assert (run.adapter / "tokenizer_config.json").exists()
+
+
+def test_a_run_that_was_killed_before_its_summary_has_a_card_without_results(tmp_path: Path):
+    run = RunFolder(tmp_path / "run")
+    run.create(Recipe.load("recipes/lab.yaml").to_yaml())
+    write_merged_card(tmp_path, "lab", "run", run, "The figures.")
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "The figures." in text and "## Recipe" in text and "## Results" not in text
 
 
 def test_a_damaged_generation_config_is_named(tmp_path: Path):
