@@ -14,14 +14,14 @@ import pytest
 from gft_lite.cli import main
 from gft_lite.planning.gpus import own_machine, parse_size
 from gft_lite.planning.hub_config import read_hub_file
-from gft_lite.planning.memory import MemoryModel
+from gft_lite.planning.memory import Batch, Choice, MemoryModel
 from gft_lite.planning.model_shape import ModelShape, find_shape
 from gft_lite.planning.planner import choose, plan_for, resolve
 from gft_lite.planning.solve import find_quantity, solve
 from gft_lite.recipe.schema import Recipe
 from gft_lite.utils.errors import RecipeError, UserError
 from gft_lite.utils.hub import why_offline
-from gft_lite.utils.memory import GIB
+from gft_lite.utils.memory import GIB, LOGIT_CHUNK_BYTES
 from tests.http_handler import JsonHandler
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
@@ -258,3 +258,18 @@ class TestSolving:
 def test_a_gpu_that_is_not_named_whole():
     with pytest.raises(UserError, match="Did you mean rtx4050, rtx4060"):
         parse_size("rtx40")
+
+
+def test_the_gradient_of_the_entropy_takes_whole_rows_of_logits():
+    recipe = Recipe.from_tree(PAPER | {"objective": {"entropy": 0.01}})
+    model = MemoryModel(find_shape(recipe.policy.model), recipe, "cuda")
+    words = model.shape.vocabulary
+    logits = 4 * words * (LOGIT_CHUNK_BYTES // (4 * words))
+    assert model.head(Batch(4096, 4096, 4096)) == 3 * logits
+
+
+def test_a_server_of_a_run_on_a_cpu_has_the_libraries_a_second_time():
+    model = MemoryModel(find_shape("lab"), Recipe.load("recipes/lab.yaml"), "cpu", 8 * GIB)
+    own, server = (model.engine(Choice(64, 0, False, False, engine, 4))["engine"]
+                   for engine in ("vllm", "vllm_server"))  # fmt: skip
+    assert server - own > 0.4 * GIB
