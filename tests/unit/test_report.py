@@ -28,7 +28,7 @@ from gft_lite.report.group_browser import (
     page_groups,
     select_steps,
 )
-from gft_lite.report.headline import best_of_sweep
+from gft_lite.report.headline import best_of_sweep, tokens_of
 from gft_lite.report.loading import Series, all_series, read_folders
 from gft_lite.report.page import write_report
 from gft_lite.report.plots import inline_svg
@@ -237,6 +237,7 @@ def test_cost_and_facts(tmp_path):
         "trajectories": "16", "tokens trained on": "600", "rollout tokens/s": "50",
         "train tokens/s": "300", "peak memory": "1.50 GiB",
     }  # fmt: skip
+    assert tokens_of(run) == {"trained": 600, "sampled": 200}
     facts = facts_of(run)
     assert facts["state"] == "unfinished"
     assert facts["steps"] == "2 of 5"
