@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
 from packaging.requirements import Requirement
-from rich.table import Table
+from rich.table import Column, Table
 
 from gft_lite.utils.imports import installed_version
 
@@ -70,7 +70,9 @@ def all_required_pass(checks: Sequence[Check]) -> bool:
 
 def checks_table(checks: Sequence[Check]) -> Table:
     """The checks as a table for the terminal."""
-    table = Table("check", "", "found", "what to do", box=None, padding=(0, 2, 0, 0))
+    # Paths and commands are wrapped, not cut.
+    found, advice = (Column(name, overflow="fold") for name in ("found", "what to do"))
+    table = Table("check", "", found, advice, box=None, padding=(0, 2, 0, 0))
     for check in checks:
         state = f"[{_COLOURS[check.state]}]{check.state}[/]"
         texts = (text.replace("[", r"\[") for text in (check.found, check.advice))
@@ -133,7 +135,7 @@ def gpu() -> Iterator[Check]:
         advice = "See whether nvidia-smi runs; update the driver, or install torch with CUDA."
         yield Check("gpu", "fail", found, advice)
     else:
-        advice = "A CPU trains the lab and other tiny models only."
+        advice = "A CPU trains the lab in a minute, a model of 135M in hours."
         yield Check("gpu", "warn", "none", advice)
 
 

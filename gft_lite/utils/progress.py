@@ -113,18 +113,21 @@ class Phase:
     started: float = field(default_factory=time.perf_counter)
 
     def describe(self) -> str:
-        """The phase on one line: n of N, tokens/s, and the time that has passed and is left."""
+        """The phase on one line: n of N, the time that has passed and is left, tokens/s.
+
+        A narrow terminal cuts the end.
+        """
         seconds = time.perf_counter() - self.started
         parts = []
         if self.total and self.total > 1:
             parts.append(f"{self.done:,} of {self.total:,} {self.unit}")
-        if self.tokens:
-            parts.append(f"{self.tokens:,} tokens, {self.tokens / seconds:,.0f} tokens/s")
         parts.append(format_duration(seconds))
         # Units that run side by side end late: the first ones say little of the rest.
         if self.total and _FIRST_SHARE <= self.done / self.total < 1:
             left = seconds / self.done * (self.total - self.done)
             parts.append(f"about {format_duration(left)} left")
+        if self.tokens:
+            parts.append(f"{self.tokens:,} tokens, {self.tokens / seconds:,.0f} tokens/s")
         return f"{self.text}: {', '.join(parts)}"
 
     def __rich__(self) -> Text:

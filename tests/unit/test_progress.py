@@ -1,6 +1,7 @@
 """Progress as lines where the output is not a terminal, as a live display on one."""
 
 import io
+import re
 import threading
 
 import pytest
@@ -102,8 +103,9 @@ def test_sampling_shows_responses_and_tokens_after_the_outer_phase():
         update(9)
         third = out.wait_for("3 of 30")
     assert early.startswith("evaluating: sampling: 0 of 30 responses, ") and "left" not in early
-    assert "1 of 30 responses, 5 tokens, " in first and "left" not in first
-    assert "3 of 30 responses, 21 tokens, " in third and third.endswith(" left")
+    assert "1 of 30 responses, " in first and ", 5 tokens, " in first and "left" not in first
+    # A narrow terminal cuts the end, and the time that is left is worth more than tokens/s.
+    assert re.search(r"3 of 30 responses, .* left, 21 tokens, .* tokens/s$", third)
 
 
 def test_a_phase_on_a_terminal_leaves_no_line_and_shows_its_state():
