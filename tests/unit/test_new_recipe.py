@@ -310,7 +310,7 @@ def test_train_takes_the_same_guesses(capsys):
     assert "train.steps=2  # as given" in printed.err
     # RECIPE takes the first override, and the last of equal ones counts.
     assert main(["train", "train.steps=2", "train.steps=3", *words[1:], "--dry-run"]) == 0
-    assert "steps: 3" in capsys.readouterr().out
+    assert "\n  steps: 3\n" in capsys.readouterr().out
     assert main([*words, "--dry-run", "--quiet"]) == 0
     assert capsys.readouterr().err == ""
     for wrong, error in (
