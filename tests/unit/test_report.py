@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from gft_lite.data.token_texts import token_texts
-from gft_lite.evaluation.metrics import restrict
+from gft_lite.evaluation.metrics import likelihood, restrict
 from gft_lite.experiments.sweep_results import SweepFolder
 from gft_lite.recipe.schema import Recipe
 from gft_lite.report.curves import (
@@ -28,7 +28,13 @@ from gft_lite.report.group_browser import (
     page_groups,
     select_steps,
 )
-from gft_lite.report.headline import best_of_sweep, tokens_of
+from gft_lite.report.headline import (
+    BestStep,
+    best_of_sweep,
+    best_scores,
+    best_step_of,
+    tokens_of,
+)
 from gft_lite.report.loading import Series, all_series, read_folders
 from gft_lite.report.page import write_report
 from gft_lite.report.plots import inline_svg
@@ -218,6 +224,27 @@ def test_without_a_rule_for_correctness_scores_are_mean_rewards(tmp_path):
     assert '<span class="from">-0.25 &rarr;</span> 0.75' in card
     assert "gain +1 <small>[+0.75, +1.25]</small>" in card
     assert "%" not in card and "points" not in card
+
+
+def test_the_likelihood_of_demonstrations_is_better_where_it_is_lower(tmp_path):
+    sizes = {"problems": 2, "samples": 0}
+    base, first, best, last = (
+        {"held_out": {**likelihood({"a": nll, "b": 3 * nll}, {"a": 1, "b": 3}), **sizes}}
+        for nll in (1.25, 0.75, 0.25, 0.5)
+    )
+    files = {f"step-{n:06}": sets for n, sets in enumerate((base, first, best, last))}
+    run = make_run(tmp_path / "run", metrics=[step(1), step(2), step(3)], base=base, trained=last)
+    for name, sets in files.items():
+        run.write_json(f"eval/{name}.json", {"adapter": "", "sets": sets})
+    make_run(tmp_path / "other", base=base, trained=first)
+    runs = read(tmp_path / "run", tmp_path / "other")
+    scores = [scores_of(one) for one in runs]
+    assert best_scores(scores) == {"held_out, nll": 0.5}
+    assert best_step_of(runs[0]) == BestStep(2, "held_out, nll", 0.25, "number")
+    page = write_report([tmp_path / "run"], tmp_path / "page.html", tokens=False).read_text()
+    card = page[page.index('<div class="card">') :].partition("</div>")[0]
+    assert '<span class="from">1.25 &rarr;</span> 0.5' in card
+    assert "difference -0.75 <small>[-0.75, -0.75]</small>" in card and "gain" not in card
 
 
 def test_seconds_that_no_phase_counted_are_other(tmp_path):
