@@ -206,6 +206,9 @@ def test_tables_are_sorted_and_the_best_value_is_marked(opened, pair):
     assert best[0].startswith("b_long")
     assert '"★' in shown.js("getComputedStyle(document.querySelector('.best'), '::before').content")
 
+    order = "['-', 2, '', 'b', 0.5].sort((a, b) => compare(a, b)[0])"
+    assert shown.js(order) == [0.5, 2, "b", "-", ""]
+
     def first():
         return shown.texts("#headline tbody th")[0].strip()
 
