@@ -14,6 +14,7 @@ from gft_lite.cli.entry_point import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
 LAB = "recipes/lab.yaml"
+STAGES = '[{"method":"sft","overrides":{"data":{"source":"none.csv"}}}]'
 # The command line, and the field that its error begins with.
 WRONG = {
     "train none.yaml": "must be a recipe file",
@@ -24,7 +25,7 @@ WRONG = {
     f"train {LAB} data.source=foo/bar": "data.source",
     f"train {LAB} eval.sets.test.source=none.csv": "eval.sets.test.source",
     f"train {LAB} group.offline=none": "group.offline",
-    f'train {LAB} stages=[{{"method":"sft","overrides":{{"data":{{"source":"none.csv"}}}}}}]': "data.source",
+    f"train {LAB} stages={STAGES}": "data.source",
     f"train {LAB} --resume --out none": "--resume",
     f"train {LAB} --out unfinished": "--out",
     f"train {LAB} --lr-range --resume": "--lr-range",
