@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,8 @@ class Target:
 def find_targets(texts: Sequence[str | Target], policy: PolicySettings) -> list[Target]:
     """The targets in the order given; fields set in `policy` override those of a run's recipe.
 
-    A target that was found before stays as it is.
+    The base of a run is loaded as in that run, so that only the adapter differs. A target that was
+    found before stays as it is.
 
     Raises: RecipeError with every name that is not a target.
     """
@@ -61,6 +62,11 @@ def find_targets(texts: Sequence[str | Target], policy: PolicySettings) -> list[
             problems += error.problems
     if problems:
         raise RecipeError(problems)
+    bases = {t.policy.model: t.base_settings for t in reversed(found.values()) if t.run}
+    for label, target in found.items():
+        policy = bases.get(target.policy.model, target.policy)
+        if target.adapter is None and policy != target.policy:
+            found[label] = replace(target, policy=policy)
     return list(found.values())
 
 

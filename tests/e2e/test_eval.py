@@ -356,6 +356,19 @@ class TestTargets:
         assert "samples: " in done.stderr
         assert "Did you mean rollout.temperature?" in done.stderr
 
+    def test_the_base_of_a_run_is_loaded_as_in_that_run(self, run, tmp_path):
+        other = tmp_path / "other"
+        shutil.copytree(run, other)
+        text = (other / "recipe.yaml").read_text()
+        assert "quantization: nf4" in text
+        (other / "recipe.yaml").write_text(text.replace("quantization: nf4", "quantization: none"))
+        policy = Suite.load("lab").policy
+        base, trained = find_targets(["lab", str(other)], policy)
+        assert base.policy.quantization == trained.policy.quantization == "none"
+        assert len(group_by_base([base, trained])) == 1
+        [alone] = find_targets(["lab"], policy)
+        assert alone.policy.quantization == "nf4"
+
     def test_an_adapters_weights_are_part_of_its_name(self, run):
         first, last = sorted((run / "checkpoints").iterdir())
         weights = "*.safetensors"
