@@ -33,6 +33,7 @@ from gft_lite.runs.folder import RunFolder, stage_folder
 from gft_lite.runs.model_card import known_as, write_merged_card
 from gft_lite.types import Problem
 from gft_lite.utils.cpu import set_threads
+from gft_lite.utils.errors import UserError
 from gft_lite.utils.files import check_new_folder
 from gft_lite.utils.progress import show_phase, stderr_console, track
 
@@ -46,10 +47,6 @@ MIN_COSINE = 0.5
 TOKENS, RESPONSE_TOKENS = 4096, 256
 # Prompts for an adapter without a run.
 QUESTIONS = [f"What is {a} times {b}? Explain it." for a in (7, 12, 25, 38) for b in (6, 13)]
-
-
-class ExportError(RuntimeError):
-    """The merged model is not the trained policy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +89,8 @@ def merge(
 ) -> Comparison:  # fmt: skip
     """Merge the adapter of a run or folder into its unquantized base, in a new folder `out`.
 
-    Raises: UserError for an unusable target or folder; ExportError, with nothing left at `out`,
-    if log-probs changed by more than `limit` nats per token, or are closer to the base's.
+    Raises: UserError for an unusable target or folder, and, with nothing left at `out`, if
+    log-probs changed by more than `limit` nats per token or are closer to the base's.
     """
     console = console or stderr_console()
     check_new_folder(Path(out), "--out")
@@ -117,8 +114,9 @@ def merge(
         description = _describe(comparison, dtype, trained.quantization)
         console.print(description, markup=False, highlight=False, soft_wrap=True)
         if problem := comparison.problem(limit):
-            raise ExportError(f"{problem}. Nothing was written. Use --dtype float32, or serve the "
-                              "adapter as it is.")  # fmt: skip
+            wider = "" if dtype == "float32" else "Use --dtype float32, or serve"
+            raise UserError([f"{problem}. Nothing was written. {wider or 'Serve'} the adapter as "
+                             "it is."])  # fmt: skip
         run = RunFolder(found.run) if found.run else None
         write_merged_card(partial, known_as(settings.model), found.label, run, description)
         partial.rename(out)

@@ -19,7 +19,7 @@ from gft_lite.cli import main
 from gft_lite.lab import BASE
 from gft_lite.runs.folder import RunFolder
 from gft_lite.runs.model_card import write_card
-from gft_lite.tools.merge import ExportError, merge
+from gft_lite.tools.merge import merge
 from gft_lite.training.run import train
 from gft_lite.utils.errors import UserError
 
@@ -192,7 +192,7 @@ def test_a_zero_adapter_leaves_the_base_unchanged(run, tmp_path):
 
 def test_an_update_that_bf16_rounds_away_is_an_error(run, tmp_path):
     adapter = scaled(run, tmp_path / "adapter", 3e-4)
-    with pytest.raises(ExportError, match="rounding would lose the update"):
+    with pytest.raises(UserError, match="rounding would lose the update"):
         merge(str(adapter), tmp_path / "out")
     assert {p.name for p in tmp_path.iterdir()} == {"adapter"}
     found = merge(str(adapter), tmp_path / "out", dtype="float32")
@@ -201,7 +201,7 @@ def test_an_update_that_bf16_rounds_away_is_an_error(run, tmp_path):
 
 def test_over_the_limit_no_file_remains(run, tmp_path, capsys):
     out = tmp_path / "deep" / "out"
-    assert main(["merge", str(run.path), "--out", str(out), "--limit", "1e-9"]) == 1
+    assert main(["merge", str(run.path), "--out", str(out), "--limit", "1e-9"]) == 2
     assert "--limit: must be at least the gap" in capsys.readouterr().err
     assert not out.exists() and not any(tmp_path.glob("deep/*"))
 
