@@ -22,7 +22,7 @@ from gft_lite.policy.serving_base import serving_base
 from gft_lite.policy.weight_checks import read_fitting_weights
 from gft_lite.recipe.sections import PolicySettings
 from gft_lite.utils.errors import RecipeError
-from gft_lite.utils.memory import keep_freed_memory
+from gft_lite.utils.memory import bound_product_caches, keep_freed_memory
 
 TRAINED, REFERENCE = "default", "reference"  # Names of the adapters in the PeftModel.
 
@@ -45,6 +45,7 @@ class LoraPolicy:
         self.device = next(iter(self.parameters().values())).device
         if self.device.type == "cpu":
             keep_freed_memory()
+            bound_product_caches()
         causal_lm: Any = model.get_base_model()
         self._decoder = getattr(causal_lm, causal_lm.base_model_prefix)
         self.config = causal_lm.config

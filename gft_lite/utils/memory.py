@@ -74,6 +74,17 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
+def bound_product_caches() -> None:
+    """Bound what oneDNN and torch's cache above it keep of half-precision products on a CPU.
+
+    Both keep 1,024 by default, and every new number of tokens adds some sixty to each: in 80
+    micro-batches, six layers of SmolLM2 took 1.1 GiB at first and 2.4 GiB in the end. Takes effect
+    before a process's first such product, unless the environment has the variables.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
+
+
 def trim_heap() -> None:
     """Return freed memory to the system where the C library keeps it (glibc).
 
