@@ -91,7 +91,7 @@ def own_machine() -> Machine:
 
 def own_ram() -> Machine:
     """The free RAM of this machine."""
-    return Machine("the CPU, free RAM", "cpu", free_ram())
+    return Machine("the CPU", "cpu", free_ram())
 
 
 def _own_gpu() -> Machine | None:

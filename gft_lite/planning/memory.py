@@ -257,28 +257,25 @@ class MemoryModel:
         if self.shares_device(choice):
             asleep = VLLM_SLEEP_BYTES + (0 if self.recipe.rollout.eager else CUDA_GRAPH_BYTES)
             engine = {"engine": asleep} if self.sleeps else self.engine(choice)
-        return own | engine | self._overhead(own, self._heap_blocks(choice, batch, candidates))
+        return own | engine | self._overhead(own, self._fragmentation(batch))
 
-    def _heap_blocks(self, choice: Choice, batch: Batch, candidates: dict[str, Components]) -> int:
-        """Bytes of a micro-batch's blocks in glibc's heap in the backward pass of a layer.
+    def _fragmentation(self, batch: Batch) -> int:
+        """Bytes that glibc's heap holds beyond the blocks of a micro-batch in use (CPU only).
 
-        The head's slices of logits are larger, and for many tokens the MLP's activations.
+        For many tokens the MLP's activations don't come from the heap, for still more none do.
         """
         limit, token = cpu_process.LARGEST_HEAP_BLOCK, self.element * batch.tokens
-        kept = max(1, self.shape.layers - choice.gradient_checkpointing)
-        mapped = (4 * kept + 2) * token * self.shape.mlp if token * self.shape.mlp > limit else 0
-        blocks = sum(candidates["layer"].values()) - mapped
-        return 0 if token * self.shape.hidden > limit else max(0, blocks)
+        mapped = 4 * token * self.shape.mlp if token * self.shape.mlp > limit else 0
+        blocks = 0 if token * self.shape.hidden > limit else self.saved_activations(batch) - mapped
+        return int(cpu_process.HEAP_FACTOR * self.shape.layers * blocks)
 
-    def _overhead(self, own: Components, heap_blocks: int = 0) -> Components:
+    def _overhead(self, own: Components, fragmentation: int = 0) -> Components:
         """Bytes that libraries and the allocator take beyond `own`."""
         if self.device == "cpu":
-            s, e = self.shape, self.element
-            heap = cpu_process.fragmentation(s, e, heap_blocks, quantized=self.quantized)
             return {
-                "process": cpu_process.process(s),
-                "file": cpu_process.mapped_file(s, e, quantized=self.quantized),
-                "fragmentation": heap if heap_blocks else 0,
+                "process": cpu_process.process(self.shape),
+                "file": cpu_process.mapped_file(self.shape, self.element, quantized=self.quantized),
+                "fragmentation": fragmentation,
             }
         return {
             "context": CUDA_CONTEXT_BYTES,
