@@ -37,7 +37,7 @@ def add(commands: Any) -> None:
     add_recipe(parser)
     add_allow_code(parser)
     add_verbosity(parser)
-    parser.set_defaults(run=run, again="run the command again")
+    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -58,7 +58,7 @@ COMMANDS = (
     audit,
     completion,
 )
-_AGAIN = "continue with --resume"
+_AGAIN = "run the command again"
 # Only the paths that users give can be the cause of these.
 _PATH_ERRORS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EACCES,
                 errno.EROFS)  # fmt: skip

@@ -60,7 +60,7 @@ def add(commands: Any) -> None:
     )
     add_allow_code(parser)
     add_verbosity(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, again="continue with --resume")
 
 
 def run(options: argparse.Namespace) -> int:

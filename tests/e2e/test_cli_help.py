@@ -48,6 +48,20 @@ def test_every_command_has_a_description_and_examples_that_parse(name, tmp_path,
             parse_arguments(words[1:])
 
 
+def test_commands_that_are_to_be_continued_by_a_flag_have_it(monkeypatch, capsys):
+    def stop(_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gft_lite.cli.entry_point._run", stop)
+    for command, named in (("train", True), ("methods", False), ("plan", False)):
+        recipe = [] if command == "methods" else ["recipes/lab.yaml"]
+        assert main([command, *recipe]) == 130
+        assert ("--resume" in capsys.readouterr().err) is named
+    told = {name: parser.get_default("again") or "" for name, parser in ALL.items()}
+    flags = {name for name, text in told.items() if "--resume" in text}
+    assert flags == {name for name in ALL if "--resume" in ALL[name].format_help()}
+
+
 @pytest.mark.parametrize("name", ["gft-lite", *ALL])
 def test_help_fits_80_columns(name, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
