@@ -39,7 +39,7 @@ def dry_step(run: TrainingRun) -> None:
     if all(run.distributed.all_gather([date is not None])):
         run.print(
             f"dry step: skipped, as micro-batches of {learner.micro_batch_tokens:,} tokens fitted "
-            f"on {date}; remove {record} to repeat it"
+            f"on {date}"
         )
         return
     text = "dry step: forward and backward of the largest micro-batch"

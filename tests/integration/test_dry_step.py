@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 from contextlib import ExitStack
 from dataclasses import replace
@@ -52,7 +53,7 @@ def test_a_step_that_fitted_is_not_repeated(run, printed):
     assert printed().startswith("dry step: forward and backward")
     record, text = module._record(run), printed()
     assert text.startswith("dry step: skipped, as micro-batches of ")
-    assert text.endswith(f"; remove {record} to repeat it\n")
+    assert text.endswith(f" tokens fitted on {datetime.date.today().isoformat()}\n")
     for damage in ("", "{}", '{"fitted": 3}', '{"fitted": "yesterday"}', "\0"):
         record.write_text(damage)
         assert printed().startswith("dry step: forward and backward")
