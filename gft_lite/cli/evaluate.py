@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gft_lite.evaluation.harness import HarnessSettings
     from gft_lite.evaluation.suites import Suite
     from gft_lite.evaluation.targets import Target
+    from gft_lite.recipe.schema import Recipe
 
 
 def add(commands: Any) -> None:
@@ -37,6 +38,7 @@ def add(commands: Any) -> None:
             "gft-lite eval runs/lab lab --suite lab",
             "gft-lite eval runs/lab@all --suite lab              # every checkpoint",
             "gft-lite eval runs/gft runs/sft --suite paper --data-dir benchmarks",
+            "gft-lite eval runs/gft Qwen/Qwen2.5-1.5B --data test.jsonl",
             "gft-lite eval runs/gft --harness gsm8k,mmlu_stem",
         ],
     )  # fmt: skip
@@ -47,8 +49,12 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--suite", metavar="NAME|FILE",
                         help="paper, retention, diversity, lab, or your own YAML")  # fmt: skip
+    parser.add_argument(
+        "--data", metavar="DATA", help="in place of a suite: a file or hub data set, by the "
+        "columns, prompt, reward and sampling of the first run",
+    )  # fmt: skip
     parser.add_argument("--harness", metavar="TASK,TASK",
-                        help="tasks of lm-evaluation-harness, with or without --suite")  # fmt: skip
+                        help="tasks of lm-evaluation-harness, alone or beside these")  # fmt: skip
     parser.add_argument("--harness-include", metavar="DIR", help="your own task files")
     parser.add_argument("--harness-chat", action="store_true",
                         help="apply the model's chat template to its tasks")  # fmt: skip
@@ -72,22 +78,29 @@ _SUITE_FLAGS = {
 
 def run(options: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
-    if not options.suite and not options.harness:
-        raise UserError(["--suite: must be given, or --harness. For example --suite lab."])
+    if options.suite and options.data:
+        raise UserError(["--data: must be given without --suite."])
+    if not (options.suite or options.data or options.harness):
+        rule = "must be given, or --data or --harness"
+        raise UserError([f"--suite: {rule}. For example --suite lab."])
     targets = [t for t in options.targets if "=" not in t or os.path.exists(t)]
     overrides = [t for t in options.targets if t not in targets] + options.overrides
     for flag, key in _SUITE_FLAGS.items():
         value = getattr(options, flag.replace("-", "_"))
         if value is not None:
             overrides.append(f"{key}=[{value}]" if flag == "k" else f"{key}={value}")
-    from gft_lite.cli.inputs import check_folder, check_targets
+    from gft_lite.cli.inputs import check_folder, check_source, check_targets
     from gft_lite.evaluation.suites import Suite
     from gft_lite.evaluation.targets import find_targets
 
     check_folder(options.data_dir, "--data-dir")
     check_folder(options.harness_include, "--harness-include")
-    # Without a suite, overrides of `policy.` and --limit apply to the harness.
-    suite = Suite.load(options.suite or "lab", overrides)
+    if options.data:
+        suite = Suite.of_data(options.data, _first_recipe(targets), overrides)
+        for name, benchmark in suite.definitions.items():
+            check_source(benchmark, f"definitions.{name}")
+    else:  # Without a suite, overrides of `policy.` and --limit apply to the harness.
+        suite = Suite.load(options.suite or "lab", overrides)
     found = find_targets(targets, suite.policy)
     if not options.allow_code:
         from gft_lite.cli.trust import check_code_trust, check_task_trust, named_code
@@ -100,10 +113,23 @@ def run(options: argparse.Namespace) -> int:
         check_targets(found)
     harness = _harness_settings(options, suite.limit) if options.harness else None
     tasks = _load_tasks(harness) if harness else None  # Before anything is sampled.
-    folder = _evaluate(options, suite, found) if options.suite else None
+    folder = _evaluate(options, suite, found) if options.suite or options.data else None
     if harness:
         _run_harness(harness, tasks, found, folder or _harness_folder(options, found))
     return DONE
+
+
+def _first_recipe(targets: Sequence[str]) -> Recipe:
+    """The recipe of the first run among the targets. Raises: UserError without one."""
+    from gft_lite.evaluation.targets import find_targets
+    from gft_lite.recipe.schema import Recipe
+    from gft_lite.recipe.sections import PolicySettings
+
+    for target in find_targets(targets, PolicySettings()):
+        if target.run:
+            return Recipe.load(target.run / "recipe.yaml")
+    raise UserError(["--data: must have a run among the targets, whose prompt and reward it takes. "
+                     "Name one, or write a suite for --suite."])  # fmt: skip
 
 
 def _evaluate(options: argparse.Namespace, suite: Suite, targets: Sequence[Target]) -> Path:

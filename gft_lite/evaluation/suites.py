@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from gft_lite.data.problems import (
     Loaded,
@@ -20,8 +20,9 @@ from gft_lite.data.problems import (
 from gft_lite.data.prompts import PromptFormat
 from gft_lite.data.sources import FORMATS
 from gft_lite.recipe.base import Settings, Temperature, read_settings
-from gft_lite.recipe.loader import find_recipe
+from gft_lite.recipe.loader import find_recipe, merge, read_overrides
 from gft_lite.recipe.objective_sections import RewardSettings
+from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import (
     ColumnsSettings,
     DataSettings,
@@ -29,6 +30,7 @@ from gft_lite.recipe.sections import (
     PromptSettings,
     RolloutSettings,
 )
+from gft_lite.recipe.validation_errors import explain
 from gft_lite.utils.errors import RecipeError, nearest
 from gft_lite.utils.paths import PACKAGE
 
@@ -133,6 +135,32 @@ class Suite(Settings):
         """
         return read_settings(cls, _find(name), overrides)[0]
 
+    @classmethod
+    def of_data(cls, data: str, recipe: Recipe, overrides: Sequence[str] = ()) -> Suite:
+        """A file or hub data set, evaluated by a run's own columns, prompt, reward and sampling.
+
+        Raises: RecipeError with every error found.
+        """
+        name = re.sub(r"[^\w.-]+", "-", Path(data).stem).strip("-.") or "data"
+        columns = recipe.data.columns.model_dump()
+        if not recipe.reward.answer_rule(recipe.data.columns):  # Responses are graded.
+            columns |= {"expert": [], "teacher": []}
+        sampling = recipe.eval.model_dump(include={"temperature", "top_p"})
+        sampling["max_tokens"] = recipe.eval.max_tokens or recipe.rollout.max_tokens
+        tree = {
+            "name": name,
+            "definitions": {name: {"source": data, "columns": columns}},
+            "prompt": recipe.data.prompt.model_dump(),
+            "samples": recipe.eval.samples,
+            "k": recipe.eval.k,
+            "rollout": recipe.rollout.model_dump() | sampling,
+            "reward": recipe.reward.model_dump(),
+        }
+        try:
+            return cls.model_validate(merge(tree, read_overrides(overrides)))
+        except ValidationError as error:
+            raise RecipeError(explain(error, cls, {})) from None
+
 
 def shipped() -> dict[str, Path]:
     """The files of the suites in the package, by name."""
@@ -199,7 +227,7 @@ def find_file(data_dir: Path | None, name: str) -> Path | None:
 
 def _hint(benchmark: Benchmark, name: str) -> str:
     """How to replace a benchmark that does not load."""
-    if benchmark.source == "lab":
+    if benchmark.source == "lab" or os.path.exists(benchmark.source):
         return ""
     doubt = f"{benchmark.unverified} could not be checked by us; " if benchmark.unverified else ""
     return f"definitions.{name}: {doubt}{name}.jsonl in --data-dir DIR takes the hub's place."

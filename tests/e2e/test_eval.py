@@ -97,6 +97,26 @@ def test_base_adapter_and_checkpoints_in_one_call(run, tmp_path, cli):
     assert not (out / "engine").exists()
 
 
+def test_rows_of_ones_own(run, tmp_path, cli):
+    file, out = tmp_path / "my rows.jsonl", tmp_path / "out"
+    file.write_text('{"problem": "403+201+302-410=", "answer": "041"}\n')
+    done = cli("lab", run, "--data", file, "--out", out, "--samples", 8, "drift=0")
+    assert done.returncode == 0, done.stderr
+    targets = json.loads((out / "results.json").read_text())["targets"]
+    texts = [response["text"] for response in stored(out).values()]
+    # As the run's recipe says, an answer is what is after `#`.
+    right = sum(text.rpartition("#")[2] == "041" for text in texts)
+    assert len(texts) == 2 * 8 and 0 < right < 16
+    assert sum(t["benchmarks"]["my-rows"]["pass@1"] for t in targets.values()) == right / 8
+    for arguments, text in (
+        (["lab", "--data", file], "--data: must have a run among the targets"),
+        ([run, "--data", file, "--suite", "lab"], "--data: must be given without --suite."),
+        ([run, "--data", tmp_path / "absent.jsonl"], "absent.source: no such file or folder"),
+    ):
+        done = cli(*arguments)
+        assert done.returncode == 2 and text in done.stderr
+
+
 def test_figures_are_those_of_the_stored_grades(run, tmp_path):
     results = evaluate([run], tmp_path, "samples=4")
     entry = results["targets"][str(run)]

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from gft_lite.evaluation.suites import Suite, find_file, load_benchmark, shipped
+from gft_lite.recipe.schema import Recipe
 from gft_lite.utils.errors import RecipeError
 
 PAPER = ["AMC23", "College Math", "Gaokao 2023 EN", "MATH-500", "Minerva", "TabMWP",
@@ -115,6 +116,36 @@ def test_a_wrong_suite_name_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_data_are_evaluated_by_the_rules_of_a_run():
+    overrides = [
+        "data.columns.problem=q", "data.columns.expert=[worked]", "rollout.stop=[x]",
+        "data.prompt.template='Q {problem}'", "eval.samples=4", "eval.k=[2]",
+        "eval.temperature=0.7", "eval.top_p=0.9",
+    ]  # fmt: skip
+    recipe = Recipe.load("recipes/lab.yaml", overrides)
+    suite = Suite.of_data("some folder/my rows.v2.jsonl", recipe, ["samples=3", "limit=5"])
+    assert (suite.name, suite.names, suite.limit) == ("my-rows.v2", ["my-rows.v2"], 5)
+    benchmark = suite.definitions[suite.name]
+    assert benchmark.source == "some folder/my rows.v2.jsonl"
+    assert (
+        suite.prompt_of(suite.name) == recipe.data.prompt != suite.definitions["my-rows.v2"].prompt
+    )
+    assert suite.reward == recipe.reward
+    assert (suite.samples, suite.ks) == (3, [1, 2])
+    rollout = suite.rollout
+    assert (rollout.temperature, rollout.top_p, rollout.stop) == (0.7, 0.9, ["x"])
+    assert rollout.max_tokens == recipe.rollout.max_tokens != type(rollout)().max_tokens
+    longer = Recipe.load("recipes/lab.yaml", ["eval.max_tokens=9"])
+    assert Suite.of_data("x", longer).rollout.max_tokens == 9
+    # The file need not have demonstrations, unless they are all that there is to evaluate.
+    assert (benchmark.columns.problem, benchmark.columns.expert) == ("q", [])
+    columns = {"answer": None, "expert": ["worked"]}
+    without = Recipe.from_tree({"method": "sft", "data": {"source": "y", "columns": columns}})
+    assert Suite.of_data("x", without).definitions["x"].columns.expert == ["worked"]
+    with pytest.raises(RecipeError, match=r"rollout\.temprature.*Did you mean"):
+        Suite.of_data("x", recipe, ["rollout.temprature=1"])
 
 
 # --- problems --------------------------------------------------------------------------------
