@@ -145,7 +145,7 @@ def test_code_of_tasks_from_elsewhere_needs_allow_code(code, tmp_path, monkeypat
 
 def test_a_suite_or_a_harness_must_be_given(capsys):
     assert main(["eval", "lab"]) == 2
-    assert capsys.readouterr().err.startswith("--suite: must be given, or --harness.")
+    assert capsys.readouterr().err.startswith("--suite: must be given, or --data or --harness.")
 
 
 def test_the_table_has_a_row_for_each_metric():
