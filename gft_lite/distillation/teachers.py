@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +13,12 @@ from pydantic import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     model_validator,
 )
 
 from gft_lite.recipe.base import Settings, Share
 from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import PromptSettings
-from gft_lite.recipe.validation_errors import explain
 from gft_lite.types import Problem
 from gft_lite.utils.chat_model import MAX_TOKEN_COUNT, ChatResponse
 from gft_lite.utils.errors import UserError
@@ -57,14 +55,6 @@ class TeacherSettings(Settings):
         if self.samples > 1 and self.temperature == 0:
             raise ValueError("samples: must be 1 at temperature 0, where all are the same")
         return self
-
-    @classmethod
-    def from_tree(cls, tree: Mapping[str, Any]) -> TeacherSettings:
-        """Validate the user's values. Raises: UserError with every error found."""
-        try:
-            return cls.model_validate(tree)
-        except ValidationError as error:
-            raise UserError(explain(error, cls, {})) from None
 
 
 @dataclass(frozen=True, slots=True)

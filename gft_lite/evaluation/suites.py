@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from gft_lite.data.problems import (
     Loaded,
@@ -30,7 +30,6 @@ from gft_lite.recipe.sections import (
     PromptSettings,
     RolloutSettings,
 )
-from gft_lite.recipe.validation_errors import explain
 from gft_lite.utils.errors import RecipeError, nearest
 from gft_lite.utils.paths import PACKAGE
 
@@ -156,10 +155,7 @@ class Suite(Settings):
             "rollout": recipe.rollout.model_dump() | sampling,
             "reward": recipe.reward.model_dump(),
         }
-        try:
-            return cls.model_validate(merge(tree, read_overrides(overrides)))
-        except ValidationError as error:
-            raise RecipeError(explain(error, cls, {})) from None
+        return cls.from_tree(merge(tree, read_overrides(overrides)))
 
 
 def shipped() -> dict[str, Path]:

@@ -15,7 +15,7 @@ from random import Random
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from gft_lite.recipe.base import Settings
 from gft_lite.recipe.loader import (
@@ -30,7 +30,7 @@ from gft_lite.recipe.loader import (
 from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import GroupSettings
 from gft_lite.recipe.training_sections import FigureSettings
-from gft_lite.recipe.validation_errors import Places, explain
+from gft_lite.recipe.validation_errors import Places
 from gft_lite.utils.errors import RecipeError, nearest, short_repr
 
 MAX_RUNS = 1_000  # Of one sweep.
@@ -210,10 +210,7 @@ class Sweep(Settings):
         Raises: RecipeError with every error found.
         """
         places = places or {}
-        try:
-            plan = cls.model_validate(tree)
-        except ValidationError as error:
-            raise RecipeError(explain(error, cls, places)) from None
+        plan = super().from_tree(tree, places)
         recipe, *others = (str(find_recipe(file, beside).resolve()) for file in plan._files)
         grid = {**plan.grid, "recipe": others} if others else plan.grid
         plan = plan.model_copy(update={"recipe": recipe, "grid": grid})

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -94,6 +94,14 @@ class Settings(BaseModel):
         if isinstance(value, int) and value.bit_length() > MAX_BITS:
             raise ValueError("must be a smaller number")
         return value
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any], places: Places | None = None) -> Self:
+        """Check a nested dict against the schema. Raises: RecipeError with every error found."""
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            raise RecipeError(explain(error, cls, places or {})) from None
 
 
 S = TypeVar("S", bound=Settings)

@@ -55,7 +55,7 @@ from gft_lite.recipe.training_sections import (
     course_rules,
     stage_shorthand,
 )
-from gft_lite.recipe.validation_errors import Places, Problem, explain
+from gft_lite.recipe.validation_errors import Places, Problem
 from gft_lite.utils.errors import RecipeError, short_repr
 
 # Fields of `policy` that no stage may change, as the adapter is that of the stage before.
@@ -304,14 +304,6 @@ class Recipe(Settings):
             per_step *= self.group.size
         amount = budget.problems or budget.trajectories
         return math.ceil(amount / per_step) if amount else self.train.steps
-
-    @classmethod
-    def from_tree(cls, tree: Mapping[str, Any], places: Places | None = None) -> Recipe:
-        """Check a nested dict against the schema. Raises: RecipeError with every error found."""
-        try:
-            return cls.model_validate(tree)
-        except ValidationError as error:
-            raise RecipeError(explain(error, cls, places or {})) from None
 
     def to_yaml(self) -> str:
         """The complete recipe with every default, as YAML that `load` reads back."""
