@@ -17,7 +17,7 @@ from gft_lite.data.problems import Loaded, distinct_notes, is_ungraded
 from gft_lite.data.prompts import PromptFormat
 from gft_lite.evaluation.evaluation_folder import EvaluationFolder, Keys
 from gft_lite.evaluation.examples import Examples
-from gft_lite.evaluation.likelihood import measure_likelihood
+from gft_lite.evaluation.likelihood import measure_likelihood, scoring
 from gft_lite.evaluation.metrics import NLL, distinct, measure
 from gft_lite.evaluation.response_cache import BenchmarkDraw, CachedSampler
 from gft_lite.evaluation.results import make_results
@@ -273,11 +273,8 @@ class _ServedBase:
     def _score(self, target: Target, name: str) -> dict[str, Any]:
         """The likelihood of a benchmark's demonstrations, with the engine's memory."""
         policy, budget = self._policy, self._work.suite.micro_batch_tokens
-        self.sampler.engine.sleep()
-        with policy.base() if target.adapter is None else nullcontext():
-            found = measure_likelihood(policy, self._formats[name], self._problems[name], budget)
-        self.sampler.engine.wake()
-        return found
+        with scoring(policy, self.sampler.engine, base=target.adapter is None):
+            return measure_likelihood(policy, self._formats[name], self._problems[name], budget)
 
     def _respond(
         self, model: str, name: str, first: int | None, samples: int

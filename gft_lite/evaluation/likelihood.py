@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,8 +12,21 @@ from gft_lite.data.prompts import PromptFormat
 from gft_lite.evaluation.metrics import likelihood
 from gft_lite.policy.base import Policy, evaluating
 from gft_lite.policy.batching import Row
+from gft_lite.rollout.base import RolloutEngine
 from gft_lite.types import Problem
 from gft_lite.utils.progress import track
+
+
+@contextmanager
+def scoring(policy: Policy, engine: RolloutEngine, *, base: bool) -> Iterator[None]:
+    """Let the policy, or with `base` its base, score with the engine's memory during a `with`.
+
+    After an exception the engine stays asleep: the evaluation ends.
+    """
+    engine.sleep()
+    with policy.base() if base else nullcontext():
+        yield
+    engine.wake()
 
 
 def measure_likelihood(
@@ -20,7 +34,7 @@ def measure_likelihood(
 ) -> dict[str, Any]:
     """The figures of a set by the log-probs of its demonstrations, end tokens included.
 
-    They are those of the policy as it is: of the base inside of `policy.base()`.
+    They are those of the policy as it is: of the base inside of `scoring(base=True)`.
     """
     owners = [(p, text) for p in problems for text in (*p.experts, *p.teachers)]
     rows = [Row(p.prompt_ids, format.response_ids(text)[0]) for p, text in owners]

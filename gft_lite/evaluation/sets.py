@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from gft_lite.data.problems import is_ungraded
 from gft_lite.data.prompts import PromptFormat
-from gft_lite.evaluation.likelihood import measure_likelihood
+from gft_lite.evaluation.likelihood import measure_likelihood, scoring
 from gft_lite.evaluation.metrics import measure
 from gft_lite.policy.base import Policy
 from gft_lite.recipe.objective_sections import RewardSettings
@@ -81,12 +80,9 @@ class SetEvaluator:
     ) -> dict[str, dict[str, Any]]:
         """The likelihood of each set's demonstrations, with the engine's memory."""
         limit = int(self.recipe.train.micro_batch_tokens)
-        engine.sleep()
-        with self.policy.base() if base else nullcontext():
-            found = {name: measure_likelihood(self.policy, self.format, problems, limit)
-                     for name, problems in sets.items()}  # fmt: skip
-        engine.wake()
-        return found
+        with scoring(self.policy, engine, base=base):
+            return {name: measure_likelihood(self.policy, self.format, problems, limit)
+                    for name, problems in sets.items()}  # fmt: skip
 
     def _graded(self, engine: RolloutEngine, name: str, problems: Sequence[Problem]) -> list[Group]:
         seed = (self.recipe.seed, "eval", name)
