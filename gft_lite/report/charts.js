@@ -206,8 +206,9 @@ function showValues(u, chart) {
   const box = u.over.getBoundingClientRect();
   const right = box.left + left + 16;
   const fits = right + values.offsetWidth < document.documentElement.clientWidth - 4;
+  const under = Math.max(4, Math.min(box.top + top + 12, innerHeight - values.offsetHeight - 4));
   values.style.left = `${fits ? right : Math.max(4, box.left + left - values.offsetWidth - 16)}px`;
-  values.style.top = `${Math.max(4, Math.min(box.top + top + 12, innerHeight - values.offsetHeight - 4))}px`;
+  values.style.top = `${under + scrollY}px`; // Of the page, so that it moves with its chart.
 }
 
 // --- charts in place of drawings ---------------------------------------------------------------
@@ -332,7 +333,6 @@ for (const tools of document.querySelectorAll(".tools")) {
   });
 }
 
-document.addEventListener("scroll", () => { values.hidden = true; }, { passive: true });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
   for (const { u } of charts.values()) u.redraw();
 });

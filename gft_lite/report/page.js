@@ -240,7 +240,8 @@ function hover(event) {
   tip.textContent = text;
   const box = event.target.getBoundingClientRect();
   tip.style.left = `${Math.max(4, Math.min(box.left, innerWidth - tip.offsetWidth - 4))}px`;
-  tip.style.top = `${box.top > 40 ? box.top - tip.offsetHeight - 6 : box.bottom + 6}px`;
+  const above = box.top > 40 ? box.top - tip.offsetHeight - 6 : box.bottom + 6;
+  tip.style.top = `${above + scrollY}px`; // Of the page, so that it moves with its token.
 }
 
 if (filters) {
@@ -262,6 +263,6 @@ if (filters) {
   document.getElementById("previous").addEventListener("click", () => turn(at - 1));
   document.getElementById("next").addEventListener("click", () => turn(at + 1));
   document.getElementById("group").addEventListener("pointerover", hover);
-  document.addEventListener("scroll", () => { document.getElementById("tip").hidden = true; });
+  document.getElementById("group").addEventListener("pointerleave", hover);
   filter();
 }

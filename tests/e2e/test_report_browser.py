@@ -271,6 +271,12 @@ def test_a_token_tells_p_c_and_the_push(opened, page):
     [tip] = shown.texts("#tip")
     assert f"p {p:.4f}" in tip and f"C {c:.4f}" in tip
     assert f"A·C {response['advantage'] * c:+.3f}" in tip
+    gap = "document.getElementById('tip').getBoundingClientRect().bottom"
+    assert shown.each("#tip", "e.hidden") == [False]
+    assert token.rect["y"] - shown.js(f"scrollY + {gap}") == pytest.approx(6, abs=1)
+    ActionChains(shown.browser).move_to_element(
+        shown.browser.find_element("css selector", "h1")).perform()  # fmt: skip
+    assert shown.each("#tip", "e.hidden") == [True]
 
 
 def test_filters_narrow_what_is_shown(opened, page_of_all):

@@ -165,6 +165,24 @@ def test_keys_show_the_values_of_steps_and_open_their_groups(opened, page):
     assert "group 1 of 1: a, step 3, problem a-3" in shown.place
 
 
+def test_values_move_with_their_chart(opened, page):
+    from selenium.webdriver import Keys
+
+    shown = opened(page)
+    shown.js("document.querySelector('[data-name=reward] .chart').focus()")
+    pointer(shown).send_keys(Keys.ARROW_RIGHT).perform()
+
+    def above():
+        [top] = shown.each("#values", "e.getBoundingClientRect().top")
+        return shown.each("[data-name=reward] .u-over", "e.getBoundingClientRect().top")[0] - top
+
+    before, at = above(), shown.js("scrollY")
+    shown.browser.execute_async_script(
+        "scrollBy(0, 70); requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")  # fmt: skip
+    assert shown.js("scrollY") - at == 70
+    assert above() == before and lines(shown)[0] == "step 1"
+
+
 def test_a_tap_shows_the_values_and_a_second_one_opens_the_groups(opened, page):
     shown = opened(page, width=390)
     area = chart(shown, "reward")
