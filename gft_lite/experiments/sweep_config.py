@@ -18,6 +18,7 @@ import yaml
 from pydantic import Field, PositiveInt, model_validator
 
 from gft_lite.recipe.base import Settings
+from gft_lite.recipe.course_sections import FigureSettings
 from gft_lite.recipe.loader import (
     COMMAND_LINE,
     Dumper,
@@ -29,7 +30,6 @@ from gft_lite.recipe.loader import (
 )
 from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import GroupSettings
-from gft_lite.recipe.training_sections import FigureSettings
 from gft_lite.recipe.validation_errors import Places
 from gft_lite.utils.errors import RecipeError, nearest, short_repr
 

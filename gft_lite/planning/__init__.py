@@ -10,7 +10,7 @@ Adding a model type:
    `tests/integration/test_memory_measured.py`.
 
 Adding a setting that the plan chooses:
-1. Allow `auto` in `recipe/sections.py` and name the field in AUTO_FIELDS in `planner.py`.
+1. Allow `auto` in the recipe's section and name the field in AUTO_FIELDS in `planner.py`.
 2. Add it to `Choice` in `memory.py`, with its effect on the formulas.
 3. Give its candidates in `planner.py` and the reason for a choice in `tables.py`.
 """

@@ -73,6 +73,11 @@ def at_most(limit: int) -> Any:
     return Field(le=limit)
 
 
+def as_list(value: Any) -> Any:
+    """A list from one text alone."""
+    return [value] if isinstance(value, str) else value
+
+
 def is_hub_id(name: str) -> bool:
     """True if `name` may be the id of a model, an adapter or a data set, not a path in a file."""
     # os.path, unlike pathlib, finds nothing at a name that is too long.

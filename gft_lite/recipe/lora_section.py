@@ -19,32 +19,36 @@ def _as_list(value: Any) -> Any:
 
 
 class LoraSettings(Settings):
-    """The adapter: W + s B A with s = alpha / rank. Source: LoRA, arXiv 2106.09685.
-
-    `target_modules` are adapted, without `exclude_modules` and what is below them, in all layers
-    or those of `layers_to_transform` (from 0). `use_rslora`: s = alpha / sqrt(rank)
-    (arXiv 2312.03732). `rank_pattern` and `alpha_pattern` map names of modules, as regular
-    expressions of the end of their paths, to another rank or alpha.
-    `init`: A is random and B zero, or both are the base's first singular vectors (`pissa`, arXiv
-    2404.02948) or the first columns of its QR decomposition (`olora`, arXiv 2406.01775). The base
-    stays as it is: the start B0 A0 is subtracted from the adapter instead, which is saved as a
-    plain LoRA of twice the rank. `use_dora` trains the norms of the weights too (arXiv
-    2402.09353); vLLM can't serve it.
-    """
+    """The adapter: W + s B A with s = alpha / rank. Source: LoRA, arXiv 2106.09685."""
 
     rank: _Rank = 16
+    """Rank of the factors A and B; a higher one can learn more and takes more memory."""
     alpha: PositiveInt = 32
+    """Numerator of the scale s, which acts like the learning rate."""
     dropout: Fraction = 0.0
+    """Share of the adapter's inputs that are dropped in training; none where the loss compares
+    log-probs of two passes."""
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    """Linear modules to adapt, by the end of their path such as `q_proj`; `all-linear`: all but the
+    output head."""
     exclude_modules: Annotated[list[_Name], BeforeValidator(_as_list)] = []
+    """Modules not to adapt, with all below them."""
     layers_to_transform: Annotated[
         Annotated[list[NonNegativeInt], Field(min_length=1)] | None, BeforeValidator(_as_list)
     ] = None
+    """Numbers, from 0, of the layers to adapt; null: all."""
     use_rslora: bool = False
+    """Scale by s = alpha / sqrt(rank), so that high ranks keep their effect (arXiv 2312.03732)."""
     rank_pattern: dict[_Name, _Rank] = {}
+    """Other ranks for some modules, by regular expressions of the end of their paths."""
     alpha_pattern: dict[_Name, PositiveInt] = {}
+    """Other alphas for some modules, by the same kind of keys."""
     init: Literal["default", "pissa", "olora"] = "default"
+    """Start: A random and B zero, or both the base's first singular vectors (`pissa`, arXiv
+    2404.02948) or first columns of its QR decomposition (`olora`, arXiv 2406.01775). The base stays
+    as it is: the adapter is saved as a plain LoRA of twice the rank, without the start."""
     use_dora: bool = False
+    """Train the norms of the weights too (DoRA, arXiv 2402.09353); vLLM can't serve it."""
 
     @model_validator(mode="before")
     @classmethod

@@ -23,6 +23,16 @@ from pydantic import (
 
 from gft_lite.objective.methods import METHODS
 from gft_lite.recipe.base import Settings, matching, named_in, read_settings
+from gft_lite.recipe.course_sections import (
+    CheckpointSettings,
+    EarlyStopSettings,
+    EvalSettings,
+    GuardSettings,
+    LogSettings,
+    MonitorSettings,
+    course_rules,
+)
+from gft_lite.recipe.data_sections import PromptSettings, TrainingDataSettings
 from gft_lite.recipe.effects import (
     EVERYTHING,
     NO_RESULT,
@@ -33,26 +43,14 @@ from gft_lite.recipe.effects import (
 from gft_lite.recipe.loader import Dumper, find_recipe, merge, without_fields
 from gft_lite.recipe.objective_schema import check_objective
 from gft_lite.recipe.objective_sections import ObjectiveSettings, RewardSettings
-from gft_lite.recipe.sections import (
-    GroupSettings,
-    PolicySettings,
-    PromptSettings,
-    RolloutSettings,
-    TrainingDataSettings,
-)
+from gft_lite.recipe.policy_section import PolicySettings
+from gft_lite.recipe.rollout_sections import GroupSettings, RolloutSettings
 from gft_lite.recipe.training_sections import (
     BudgetSettings,
-    CheckpointSettings,
-    EarlyStopSettings,
-    EvalSettings,
-    GuardSettings,
-    LogSettings,
-    MonitorSettings,
     OptimSettings,
     StageSettings,
     TeacherSettings,
     TrainSettings,
-    course_rules,
     stage_shorthand,
 )
 from gft_lite.recipe.validation_errors import Places, Problem
@@ -72,29 +70,52 @@ class Recipe(Settings):
         matching(r"\w[\w.-]*", "must be letters, digits, `_`, `-` and `.`, to name a folder"),
         TRAINING,
     ] = "run"
+    """Name of the run: of its folder below `runs/`, and of the project in trackers."""
     seed: Annotated[int, Field(ge=0, lt=2**31), EVERYTHING] = 0
+    """Seed of the adapter's start, the order of problems, sampling and dropout; repeat a run with
+    others to see how much results vary."""
     method: Annotated[str, named_in(METHODS), TRAINING] = "gft"
+    """What is trained on and by which loss: a name of the [table](methods.md), or the dotted path
+    of your own `Method`."""
     policy: PolicySettings = PolicySettings()
+    """The model, its quantisation, device and adapter."""
     data: TrainingDataSettings = TrainingDataSettings()
+    """The problems with their answers and demonstrations, and the prompt."""
     group: GroupSettings = GroupSettings()
+    """How many demonstrations and samples a problem has."""
     objective: Annotated[ObjectiveSettings, Field(validate_default=True), TRAINING] = (
         ObjectiveSettings()
     )
+    """Parameters of the loss."""
     reward: RewardSettings = Field(default_factory=RewardSettings)
+    """How responses are graded."""
     rollout: RolloutSettings = RolloutSettings()
+    """How responses are sampled."""
     optim: Annotated[OptimSettings, TRAINING] = OptimSettings()
+    """The learning rate, its schedule and the optimiser."""
     train: TrainSettings = TrainSettings()
+    """How long the run is, and how large its steps and micro-batches are."""
     budget: Annotated[BudgetSettings, TRAINING] = BudgetSettings()
+    """A limit in problems, responses, tokens or seconds instead of steps."""
     teacher: Annotated[TeacherSettings, TRAINING] = TeacherSettings()
+    """The model that methods `sdft` and `opd` learn from."""
     stages: Annotated[
         list[Annotated[StageSettings, BeforeValidator(stage_shorthand)]], TRAINING
     ] = []
+    """Methods to train with one after the other, each a name or a mapping as in `stages[]`. Empty:
+    one stage with `method`."""
     monitor: MonitorSettings = MonitorSettings()
+    """How often the KL to the reference is measured."""
     eval: EvalSettings = EvalSettings()
+    """What base and trained policy are evaluated on, and when."""
     checkpoint: CheckpointSettings = CheckpointSettings()
+    """How often the state is saved, and which policy is the result."""
     early_stop: Annotated[EarlyStopSettings, TRAINING] = EarlyStopSettings()
+    """When training ends for lack of improvement."""
     guard: Annotated[GuardSettings, TRAINING] = GuardSettings()
+    """Alarms for a policy that collapses, and what follows them."""
     log: Annotated[LogSettings, NO_RESULT] = LogSettings()
+    """What is written besides the metrics."""
 
     @model_validator(mode="before")
     @classmethod

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gft_lite.evaluation.metrics import NLL, main_figure
-from gft_lite.recipe.training_sections import lower_is_better
+from gft_lite.recipe.figures import lower_is_better
 from gft_lite.report.curves import NUMBER, SHARE
 from gft_lite.report.loading import Run, Sweep, objective_names
 from gft_lite.report.summary import Score, seconds_of

@@ -4,7 +4,7 @@ May import `policy`, `data`, `planning`, `recipe` and the foundation.
 
 Adding an engine:
 1. Write `rollout/NAME_engine.py` with a class of the protocol `RolloutEngine` (see `base.py`).
-2. Name it in `ENGINES` (`registry.py`) and in `ENGINE_NAMES` (`recipe/sections.py`).
+2. Name it in `ENGINES` (`registry.py`) and in `ENGINE_NAMES` (`recipe/rollout_sections.py`).
 3. Test it like `tests/integration/test_transformers_engine.py`.
 A user's own engine needs no edit here: `rollout.engine: my_module:MyEngine`.
 """

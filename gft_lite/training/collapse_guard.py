@@ -14,7 +14,7 @@ from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
-from gft_lite.recipe.training_sections import GuardSettings
+from gft_lite.recipe.course_sections import GuardSettings
 
 FIGURES = ("reward", "flat_groups", "entropy", "grad_norm", "engine_gap", "kl", "groups")
 Figures = Mapping[str, float | None]  # Of one step; None where it has no such metric.

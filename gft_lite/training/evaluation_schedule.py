@@ -13,8 +13,9 @@ import torch
 
 from gft_lite.evaluation.metrics import by_problem, main_figure, restrict
 from gft_lite.policy.base import Policy
+from gft_lite.recipe.course_sections import EvalSettings
+from gft_lite.recipe.figures import lower_is_better
 from gft_lite.recipe.schema import Recipe
-from gft_lite.recipe.training_sections import EvalSettings, lower_is_better
 from gft_lite.rollout.sampling import sample_seed
 from gft_lite.runs.folder import RunFolder
 from gft_lite.runs.folder_forms import Evaluation

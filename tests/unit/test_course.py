@@ -8,8 +8,8 @@ from statistics import fmean
 import pytest
 
 from gft_lite.evaluation.metrics import by_problem, likelihood, measure, restrict
+from gft_lite.recipe.course_sections import EvalSettings, GuardSettings
 from gft_lite.recipe.schema import Recipe
-from gft_lite.recipe.training_sections import EvalSettings, GuardSettings
 from gft_lite.runs.folder import RunFolder
 from gft_lite.training.collapse_guard import CollapseGuard, find_alarms
 from gft_lite.training.evaluation_schedule import (
