@@ -47,6 +47,9 @@ def sft_rl_loss(
     Source: the multitask baseline of LUFFY (arXiv 2504.14945, ElliottYan/LUFFY, `mix_actor.py`),
     whose advantages (`grpo_split`) compare self samples only. Reduction: the recipe's for GRPO, a
     token mean of its own for SFT. Differs: standard deviation and clipping are those of GRPO.
+
+    Args:
+        sft_weight: Weight c of SFT beside GRPO.
     """
     rl = clipped_loss(inputs, clip_low=clip_low, clip_high=clip_high)
     return _parts(rl.per_token, -sft_weight * inputs.logprobs, metrics=rl.metrics)
@@ -61,6 +64,10 @@ def luffy_loss(inputs: LossInputs, *, gamma: Positive = 0.1) -> LossOutput:
     the factor gamma p / (p + gamma)^2 of the gradient on log p, at demonstrations. Differs: divided
     by the rows too, where the authors add up micro-batches, so that their entropy bonus (a mean in
     each micro-batch) weighs less.
+
+    Args:
+        gamma: Probability at which f(p) is one half; a lower one gives unlikely tokens of
+            demonstrations more weight.
     """
     probs, demonstration = inputs.logprobs.exp(), _demonstration(inputs)
     advantages = inputs.token_advantages
@@ -85,6 +92,11 @@ def srft_loss(
     recipe's (token mean) for RL, a token mean of its own for SFT. Metric: `sft_factor`,
     0.5 exp(-H), at demonstrations. Differs: H is taken at the start of the step, and RL is no sum
     over the rows of a micro-batch (see `hpt_loss`).
+
+    Args:
+        gamma: Probability at which f(p) is one half, as in LUFFY.
+        sft_weight: Factor of exp(-H) log p at demonstrations.
+        rl_weight: Factor of exp(H) log p at right self samples; wrong ones have 1.
     """
     logprobs, probs, demonstration = inputs.logprobs, inputs.logprobs.exp(), _demonstration(inputs)
     entropy = present(inputs.row_entropy, "row_entropy")
@@ -115,6 +127,14 @@ def chord_loss(
     token mean of its own for demonstrations. Metric: `mu`. Differs: demonstrations are those of the
     step's problems, where the authors draw them from a second data set, a fifth of the rows; GRPO
     without the bound of dual clipping.
+
+    Args:
+        mu: Weight of demonstrations after the warm-up; GRPO has 1 - mu.
+        mu_end: Weight of demonstrations after the decay; equal to mu, it is constant.
+        mu_warmup: Share of the budget in which the weight rises from 0 to mu.
+        mu_decay: Share of the budget in which it then falls to mu_end, by a cosine.
+        phi: Weight tokens of demonstrations by p (1 - p), so that certain and impossible ones
+            count less.
     """
     if inputs.progress is None:
         raise ValueError("progress: must be among the method's needs, got none")
@@ -148,6 +168,9 @@ def hpt_loss(inputs: LossInputs, *, sft_weight: NonNegative = 1.0) -> LossOutput
     token mean of its own for SFT. Differs: the authors add up, over micro-batches of up to 32768
     tokens, a sum of RL over tokens divided by 8192 and a mean of SFT, so that RL weighs up to 4
     times as much there; c is 0.3 in their runs at 1.5B.
+
+    Args:
+        sft_weight: Weight c of SFT on problems that are trained by their demonstrations.
     """
     rl = -inputs.token_advantages * importance_ratio(inputs)
     return _parts(rl, -sft_weight * inputs.logprobs, metrics={})
@@ -161,6 +184,9 @@ def relift_loss(inputs: LossInputs, *, sft_weight: NonNegative = 1.0) -> LossOut
     deviation, no clipping, entropy bonus 0.001. Reduction: the recipe's (token mean) for RL, a
     token mean of its own for SFT. Differs: SFT is a part of the same step, where the authors
     collect 128 demonstrations for a step of its own with a second optimiser.
+
+    Args:
+        sft_weight: Weight c of SFT on the demonstrations of unsolved problems.
     """
     return hpt_loss(inputs, sft_weight=sft_weight)
 
@@ -172,6 +198,9 @@ def rl_plus_loss(inputs: LossInputs, *, exponent: NonNegative = 0.5) -> LossOutp
     `rlplus_core_alg.py` and `exp_scripts/train_RL-PLUS.sh`: one group mean over all sources, no
     standard deviation, no clipping, entropy bonus 0.001. Reduction: `constant`, as `luffy_loss`,
     and with its difference. Metric: `exploration`, sg(1 - p)^0.5 at demonstrations.
+
+    Args:
+        exponent: Power of 1 - p; a higher one moves the weight to unlikely tokens, 0 has none.
     """
     logprobs, demonstration = inputs.logprobs, _demonstration(inputs)
     probs = logprobs.exp()
@@ -191,14 +220,18 @@ def prefix_rft_loss(
     dual_clip: AboveOne = 3.0,
 ) -> LossOutput:
     """Prefix-RFT (arXiv 2507.01679): dual-clip PPO on all tokens, of a demonstration's prefix only
-    on the `prefix_share` of its tokens with the highest entropy.
+    on those with the highest entropy.
 
-    For A < 0 the loss is at most `-dual_clip A`. `cosine_prefix` decides the prefixes. Source:
-    ZeroYuHuang/prefix_rft, `core_algos.py`, `dp_actor.py` and `prefix_rft_trainer.yaml`: no
-    standard deviation, entropy bonus 0.001. Reduction: the recipe's (token mean), the prefix's
-    tokens included. Metrics: those of `clipped_loss`. Differs: entropies are compared within a
-    row and at the start of the step, not within a micro-batch; the continuation has the advantage
-    of its prefix, r - mean(self), where the authors give it r, the advantage of a group of one.
+    `cosine_prefix` decides the prefixes. Source: ZeroYuHuang/prefix_rft, `core_algos.py`,
+    `dp_actor.py` and `prefix_rft_trainer.yaml`: no standard deviation, entropy bonus 0.001.
+    Reduction: the recipe's (token mean), the prefix's tokens included. Metrics: those of
+    `clipped_loss`. Differs: entropies are compared within a row and at the start of the step, not
+    within a micro-batch; the continuation has the advantage of its prefix, r - mean(self), where
+    the authors give it r, the advantage of a group of one.
+
+    Args:
+        prefix_share: Share of a prefix's tokens that are trained, those with the highest entropy.
+        dual_clip: Limit of the loss of a token with negative advantage, in multiples of -A.
     """
     clipped = clipped_loss(inputs, clip_low=clip_low, clip_high=clip_high)
     advantages = inputs.token_advantages
@@ -222,6 +255,9 @@ def uft_loss(
     0.001. Reduction: the recipe's (token mean) for GRPO, a token mean of its own for the hint.
     Differs: a slice of the hint is a fifth of the demonstration's tokens, not of its sentences;
     eight self samples.
+
+    Args:
+        hint_weight: Weight b of `-log p` on the hint.
     """
     rl = clipped_loss(inputs, clip_low=clip_low, clip_high=clip_high)
     return _parts(rl.per_token, -hint_weight * inputs.logprobs, metrics=rl.metrics)

@@ -15,10 +15,13 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 def select_by_gate(scored: ScoredGroup, *, gate: Annotated[int, Field(ge=0)] = 0) -> list[bool]:
-    """HPT: the demonstrations if at most `gate` self samples are right, else the self samples.
+    """HPT: the demonstrations if few self samples are right, else the self samples.
 
     A problem without demonstrations has its self samples. Source: `switch` in `mix_trainer.py` of
     TsinghuaC3I/Unify-Post-Training; gate 0 for Qwen, 2 for Llama.
+
+    Args:
+        gate: Most right self samples of a problem that is trained by its demonstrations.
     """
     responses = scored.group.responses
     right = sum(scored.is_right(r) for r in responses if r.source == "self")
@@ -39,6 +42,10 @@ def cosine_prefix(
 
     b falls from `high` to `low` by a cosine of the progress. Source: `BetaSampler` and
     `CosineDecayController` in `scheduler/global_step.py` of ZeroYuHuang/prefix_rft.
+
+    Args:
+        low: Least share of a demonstration that is given at the end of the run.
+        high: Greatest share of a demonstration that is given, and the least one at the start.
     """
     bound = low + (high - low) * _cosine(progress)
     return [random.uniform(bound, high), *[0.0] * (count - 1)] if count else []
@@ -56,8 +63,14 @@ def binomial_hints(
 ) -> Sequence[float]:
     """UFT: all samples of a group begin with the same hint, Binomial(`slices`, q) of its slices.
 
-    q falls from `high` to `low` by a cosine over the share `hint_share` of the budget; no hints
-    after that. Source: `rl_dataset.py` of liumy2010/UFT, 300 of 500 steps.
+    q falls from `high` to `low` by a cosine. Source: `rl_dataset.py` of liumy2010/UFT, 300 of 500
+    steps.
+
+    Args:
+        slices: Number of equal slices of a demonstration; a hint is the first few of them.
+        low: Probability q of a slice at the end of the hints.
+        high: Probability q of a slice at the start.
+        hint_share: Share of the budget with hints; there are none after it.
     """
     if progress >= hint_share:
         return [0.0] * count
