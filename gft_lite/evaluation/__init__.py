@@ -8,7 +8,7 @@ Adding a benchmark:
 Adding a suite: write `configs/suites/NAME.yaml`; `gft-lite eval --suite NAME` then finds it.
 A user's own suite needs no edit here: `--suite FILE.yaml`.
 
-Adding a figure: compute it in `measure` (`metrics.py`) and show it in `tables.py`.
+Adding a figure of a set: `recipe/figures.py` says how. All packages read its line there.
 """
 
 from gft_lite.evaluation.metrics import average, compare, measure

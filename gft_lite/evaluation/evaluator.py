@@ -18,7 +18,7 @@ from gft_lite.data.prompts import PromptFormat
 from gft_lite.evaluation.evaluation_folder import EvaluationFolder, Keys
 from gft_lite.evaluation.examples import Examples
 from gft_lite.evaluation.likelihood import measure_likelihood, scoring
-from gft_lite.evaluation.metrics import NLL, distinct, measure
+from gft_lite.evaluation.metrics import distinct, measure
 from gft_lite.evaluation.response_cache import BenchmarkDraw, CachedSampler
 from gft_lite.evaluation.results import make_results
 from gft_lite.evaluation.sets import open_scorer
@@ -34,6 +34,7 @@ from gft_lite.policy import kl
 from gft_lite.policy.base import Policy
 from gft_lite.policy.batching import Row
 from gft_lite.policy.registry import load_policy
+from gft_lite.recipe.figures import figure_of, main_figure
 from gft_lite.rewards.judge_client import FILE as JUDGEMENTS
 from gft_lite.rewards.scorer import Scorer
 from gft_lite.rollout.base import RolloutEngine, RolloutError, Sampling
@@ -342,7 +343,7 @@ def _regrade(work: _Evaluation, targets: Sequence[Target]) -> None:
         model, benchmarks = entry["identity"], {}
         for name in work.suite.names:
             known = entry["benchmarks"].get(name, {})
-            if NLL in known:  # Nothing was graded.
+            if known and not figure_of(main_figure(known)).graded:
                 benchmarks[name] = known
             elif known:
                 expected = known["problems"]

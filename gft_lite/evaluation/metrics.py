@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from gft_lite.recipe.figures import FIGURES, MEAN_REWARD, NLL, compared, figure_of, main_figure
 from gft_lite.rewards.base import RewardError
 from gft_lite.rewards.choice_rule import chosen_letter
 from gft_lite.rewards.extract import stated_answer
@@ -26,9 +27,8 @@ from gft_lite.utils.statistics import (
     pass_at_k,
 )
 
-MEAN_REWARD, NLL = "mean_reward", "nll"
 _LARGEST_EXPONENT = 700.0  # Whose exponential is a float.
-_AVERAGED = ("truncated", "no_answer", "length", "distinct")
+_AVERAGED = tuple(figure.name for figure in FIGURES if figure.averaged)
 
 
 def measure(groups: Sequence[Group], ks: Sequence[int]) -> dict[str, Any]:
@@ -108,11 +108,6 @@ def restrict(figures: Mapping[str, Any], ids: Sequence[str], ks: Sequence[int]) 
     return {**_accuracy_of_counts(counts, ks), **sizes}
 
 
-def main_figure(figures: Mapping[str, Any]) -> str:
-    """The name of the first figure of a set: the one of `nll`, `mean_reward`, `pass@1` it has."""
-    return next((name for name in (NLL, MEAN_REWARD) if name in figures), "pass@1")
-
-
 def by_problem(figures: Mapping[str, Any], name: str | None = None) -> dict[str, float]:
     """A figure of each problem by its id, by default the main one.
 
@@ -140,8 +135,7 @@ def headline(results: Mapping[str, Mapping[str, Any]], ks: Sequence[int]) -> dic
     if not results:
         return {}
     (_, first), *others = results.items()
-    main = main_figure(first)
-    names = [f"pass@{k}" for k in ks] if main == "pass@1" else [main]
+    names = figure_of(main_figure(first)).names(ks)
     return {n: first[n] for n in names} | {n: f[main_figure(f)] for n, f in others}
 
 
@@ -165,8 +159,7 @@ def average(benchmarks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The mean of each figure over benchmarks, with equal weights."""
     all_figures = list(benchmarks.values())
     [main] = {main_figure(figures) for figures in all_figures}
-    names = dict.fromkeys(n for f in all_figures for n in f if n == main or n.startswith("pass@"))
-    names.pop(f"{main}_interval", None)
+    names = dict.fromkeys(n for f in all_figures for n in compared(f))
     values = [list(by_problem(figures).values()) for figures in all_figures]
     return {
         **{

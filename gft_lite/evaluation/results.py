@@ -8,6 +8,7 @@ from typing import Any
 
 from gft_lite.evaluation.metrics import average, compare
 from gft_lite.evaluation.suites import Suite
+from gft_lite.recipe.figures import check_names, figure_of, main_figure
 
 
 def make_results(
@@ -23,13 +24,17 @@ def make_results(
         for label in labels
     }
     figures = [f for entry in entries.values() for f in entry["benchmarks"].values()]
+    for found in figures:
+        check_names(found)
+    main = figure_of(main_figure(figures[0]))
+    ks = suite.ks if main.by_k else []
     sampling = [entry["sampling"] for entry in entries.values()]
     return {
         "suite": suite.name,
         "benchmarks": {name: suite.title(name) for name in suite.names},
         "protocol": {
             "samples": min(f["samples"] // f["problems"] for f in figures),
-            "k": [k for k in suite.ks if all(f"pass@{k}" in f for f in figures)],
+            "k": [k for k in ks if all(n in f for f in figures for n in main.names([k]))],
             **sampling[-1],
             "reward": [function.name for function in suite.reward.functions],
         },

@@ -11,6 +11,7 @@ from gft_lite.data.prompts import PromptFormat
 from gft_lite.evaluation.likelihood import measure_likelihood, scoring
 from gft_lite.evaluation.metrics import measure
 from gft_lite.policy.base import Policy
+from gft_lite.recipe.figures import check_names
 from gft_lite.recipe.objective_sections import RewardSettings
 from gft_lite.recipe.schema import Recipe
 from gft_lite.rewards.base import RewardError, RewardFunction
@@ -70,10 +71,13 @@ class SetEvaluator:
         settings = self.recipe.eval
         ungraded = {n: p for n, p in sets.items() if is_ungraded(p, self.recipe.reward)}
         scored = self._scored(engine, ungraded, base=base) if ungraded else {}
-        return {
+        found = {
             name: scored.get(name) or measure(self._graded(engine, name, problems), settings.k)
             for name, problems in sets.items()
         }
+        for figures in found.values():
+            check_names(figures)
+        return found
 
     def _scored(
         self, engine: RolloutEngine, sets: Mapping[str, Sequence[Problem]], *, base: bool

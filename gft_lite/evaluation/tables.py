@@ -5,20 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gft_lite.evaluation.metrics import main_figure
+from gft_lite.recipe.figures import SHARE, figure_of, main_figure
 from gft_lite.utils.tables import Table, csv_text
-
-_TITLES = {
-    "pass@1": "Accuracy (%), the mean over {} samples a problem",
-    "mean_reward": "Mean reward, the mean over {} samples a problem",
-    "nll": "Negative log-likelihood of the demonstrations (nll; nats per token, lower is better)",
-}
 
 
 def tables(results: Mapping[str, Any]) -> list[Table]:
-    """The main figure, pass@k for k above 1, differences of pairs, drift and lengths."""
+    """The main figure, pass@k if there are several k, differences of pairs, drift and lengths."""
     found = [_main_table(results)]
-    found += [_pass_at_k(results)] if len(results["protocol"]["k"]) > 1 else []
+    found += [_by_k(results)] if len(results["protocol"]["k"]) > 1 else []
     found += [_pairs(results)] if results["pairs"] else []
     return [*found, _drift_and_lengths(results)]
 
@@ -26,42 +20,42 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
 def _main_table(results: Mapping[str, Any]) -> Table:
     """A row per model and a column per benchmark, with their average as the last column."""
     titles, main = results["benchmarks"], _main_figure(results)
-    form = _percent if main == "pass@1" else _number
+    form = _percent if figure_of(main).unit == SHARE else _number
     rows = [
         (label, *(form(_figure(target, name, main)) for name in titles),
          form(target["average"][main]))
         for label, target in results["targets"].items()
     ]  # fmt: skip
-    title = _TITLES[main].format(results["protocol"]["samples"])
-    return Table(title,
-                 ("model", *titles.values(), "average"), tuple(rows))  # fmt: skip
+    title = figure_of(main).title.format(results["protocol"]["samples"])
+    return Table(title, ("model", *titles.values(), "average"), tuple(rows))
 
 
 def _main_figure(results: Mapping[str, Any]) -> str:
     return main_figure(next(iter(results["targets"].values()))["average"])
 
 
-def _pass_at_k(results: Mapping[str, Any]) -> Table:
-    ks, titles = results["protocol"]["k"], results["benchmarks"]
+def _by_k(results: Mapping[str, Any]) -> Table:
+    """The main figure for each k, such as pass@k, in percent."""
+    figure = figure_of(_main_figure(results))
+    names = figure.names(results["protocol"]["k"])
     rows = [
-        (title, label, *(_percent(_figure(target, name, f"pass@{k}")) for k in ks))
-        for name, title in titles.items()
+        (title, label, *(_percent(_figure(target, benchmark, name)) for name in names))
+        for benchmark, title in results["benchmarks"].items()
         for label, target in results["targets"].items()
     ]
-    header = ("benchmark", "model", *(f"pass@{k}" for k in ks))
-    return Table("pass@k (%)", header, tuple(rows), labels=2)
+    title = f"{figure.name.replace('*', 'k')} (%)"
+    return Table(title, ("benchmark", "model", *names), tuple(rows), labels=2)
 
 
 def _pairs(results: Mapping[str, Any]) -> Table:
     titles = {**results["benchmarks"], "average": "average"}
-    main = _main_figure(results)
-    form = _points if main == "pass@1" else _difference
+    figure = figure_of(_main_figure(results))
+    form, unit = (_points, "points, ") if figure.unit == SHARE else (_difference, "")
     rows = [
         (f"{pair['b']} - {pair['a']}", *(form(pair["differences"].get(name)) for name in titles))
         for pair in results["pairs"]
     ]
-    what, unit = ("accuracy", "points, ") if main == "pass@1" else (main.replace("_", " "), "")
-    title = f"Differences in {what} on the same problems, first model minus second"
+    title = f"Differences in {figure.quantity} on the same problems, first model minus second"
     return Table(f"{title} ({unit}95% interval)", ("pair", *titles.values()), tuple(rows))
 
 

@@ -13,10 +13,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from gft_lite.evaluation.metrics import main_figure
 from gft_lite.experiments.sweep_config import Range, Sweep, Trial, rounded
 from gft_lite.experiments.sweep_results import SweepFolder
-from gft_lite.recipe.figures import lower_is_better
+from gft_lite.recipe.figures import lower_is_better, main_figure
 from gft_lite.runs.folder import RunFolder, stage_folder
 from gft_lite.runs.folder_forms import Evaluation
 from gft_lite.utils.errors import RecipeError, UserError

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from gft_lite.evaluation.metrics import MEAN_REWARD, NLL, main_figure
 from gft_lite.objective.methods import METHODS
+from gft_lite.recipe.figures import figure_of, label_of, main_figure
 from gft_lite.report.loading import (
     Metrics,
     Run,
@@ -158,6 +158,11 @@ def unit_of(name: str) -> str:
     return _OBJECTIVE[name][2] if name in _OBJECTIVE else NUMBER
 
 
+def unit_of_figure(name: str) -> str:
+    """The unit of a figure of an evaluated set."""
+    return SHARE if figure_of(name).unit == SHARE else NUMBER
+
+
 def _objective_metric(name: str) -> _Metric:
     title, y_label, unit = _OBJECTIVE.get(name, (name, "mean over tokens", NUMBER))
 
@@ -291,10 +296,10 @@ def evaluation_plots(series: Sequence[Series]) -> list[Plot]:
     for name in dict.fromkeys(name for evaluation in found for name in evaluation):
         figure = next(main_figure(evaluation[name]) for evaluation in found if name in evaluation)
         curves = [_evaluations(one, name, figure, color) for color, one in enumerate(series)]
-        title, label = f"Evaluation while training on {name}", figure.replace("_", " ")
+        title, label = f"Evaluation while training on {name}", label_of(figure)
         plots.append(
             Plot(f"evaluation-{slug(name)}", title, "step", label, tuple(filter(None, curves)),
-                 SHARE if figure.startswith("pass@") else NUMBER, by_series=len(series) > 1)
+                 unit_of_figure(figure), by_series=len(series) > 1)
         )  # fmt: skip
     return plots
 
@@ -326,7 +331,7 @@ def sweep_plot(sweep: Sweep) -> Plot | None:
 
     None for a sweep of several fields, of one without numbers, or of fewer than two points.
     """
-    figure = next((n for n in ("pass@1", MEAN_REWARD, NLL) if n in _figures(sweep)), "pass@1")
+    figure = main_figure(_figures(sweep))
     points = [point for point in sweep.points if figure in point.figures]
     if len(points) < 2 or len(sweep.fields) != 1:
         return None
@@ -337,15 +342,13 @@ def sweep_plot(sweep: Sweep) -> Plot | None:
     x = [point.settings[field] for point in points]
     mean, low, high = ([p.figures[figure][part] for p in points] for part in _PARTS)
     shares = [point.figures.get("rectified", {}).get("mean") for point in points]
-    accuracy = figure == "pass@1"
-    label = figure.replace("_", " ")
     return Plot(
         name=f"sweep-{slug(sweep.label)}",
-        title=f"{'Accuracy' if accuracy else label.capitalize()} by {field.rpartition('.')[2]}",
+        title=f"{figure_of(figure).quantity.capitalize()} by {field.rpartition('.')[2]}",
         x_label=field,
-        y_label=label,
-        curves=(Curve(label, 0, x, mean, low, high),),
-        unit=SHARE if accuracy else NUMBER,
+        y_label=label_of(figure),
+        curves=(Curve(label_of(figure), 0, x, mean, low, high),),
+        unit=unit_of_figure(figure),
         points=True,
         log_x=x[0] > 0 and x[-1] / x[0] >= 50,
         second=Curve("rectified tokens", 1, x, shares) if any(shares) else None,
@@ -356,8 +359,7 @@ def sweep_units(sweep: Sweep) -> dict[str, str]:
     """The unit of each figure of a sweep's points."""
     figures = _figures(sweep)
     reported = set(objective_names(sweep.runs)) | {"rectified"}
-    # Without a rule that decides correctness, no figure of a set is a share.
-    of_set = NUMBER if {MEAN_REWARD, NLL} & set(figures) else SHARE
+    of_set = unit_of_figure(main_figure(figures))  # All sets have the same figures.
     return {
         name: NUMBER if name == "kl" else unit_of(name) if name in reported else of_set
         for name in figures

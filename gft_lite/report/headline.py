@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gft_lite.evaluation.metrics import NLL, main_figure
-from gft_lite.recipe.figures import lower_is_better
-from gft_lite.report.curves import NUMBER, SHARE
+from gft_lite.recipe.figures import label_of, lower_is_better, main_figure
+from gft_lite.report.curves import unit_of_figure
 from gft_lite.report.loading import Run, Sweep, objective_names
 from gft_lite.report.summary import Score, seconds_of
 
@@ -33,8 +32,8 @@ def best_step_of(run: Run) -> BestStep | None:
     found = {step: sets[name][figure] for step, sets in evaluations.items()
              if figure in sets.get(name, {})}  # fmt: skip
     step = (min if lower_is_better(figure) else max)(sorted(found), key=lambda step: found[step])
-    unit = SHARE if figure.startswith("pass@") else NUMBER
-    return BestStep(step, f"{name}, {figure.replace('_', ' ')}", found[step], unit)
+    label = f"{name}, {label_of(figure)}"
+    return BestStep(step, label, found[step], unit_of_figure(figure))
 
 
 def total_seconds(run: Run) -> float:
@@ -53,17 +52,18 @@ def tokens_of(run: Run) -> dict[str, int]:
 def best_scores(scores: Iterable[Mapping[str, Score]]) -> dict[str, float]:
     """The best value of the trained policies for each score that two or more of them have."""
     values: dict[str, list[float]] = {}
+    best: dict[str, Callable[[Iterable[float]], float]] = {}
     for of_run in scores:
         for name, score in of_run.items():
             values.setdefault(name, []).extend([score.trained.value] if score.trained else [])
-    return {name: (min if name.endswith(", nll") else max)(found)
-            for name, found in values.items() if len(found) > 1}  # fmt: skip
+            best[name] = min if score.lower_is_better else max
+    return {name: best[name](found) for name, found in values.items() if len(found) > 1}
 
 
 def best_of_sweep(sweep: Sweep) -> dict[str, float]:
     """The best mean of each evaluated set's figure over the points of a sweep."""
     sets = [pair for run in sweep.runs for of in run.evals.values() for pair in of.items()]
-    falling = {NLL, *(name for name, figures in sets if NLL in figures)}
+    falling = {name for name, figures in sets if lower_is_better(main_figure(figures))}
     reported = {*objective_names(sweep.runs), "rectified", "kl"}
     means: dict[str, list[float]] = {}
     for point in sweep.points:
@@ -71,7 +71,7 @@ def best_of_sweep(sweep: Sweep) -> dict[str, float]:
             mean = figure.get("mean")
             if name not in reported and mean is not None:
                 means.setdefault(name, []).append(mean)
-    return {name: (min if name in falling else max)(found)
+    return {name: (min if name in falling or lower_is_better(name) else max)(found)
             for name, found in means.items() if len(found) > 1}  # fmt: skip
 
 

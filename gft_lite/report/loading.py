@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gft_lite.evaluation.metrics import MEAN_REWARD, NLL, by_problem
+from gft_lite.evaluation.metrics import by_problem
+from gft_lite.recipe.figures import compared
 from gft_lite.recipe.schema import Recipe
 from gft_lite.runs.folder import RunFolder
 from gft_lite.utils.errors import UserError
@@ -236,7 +237,7 @@ def _by_problem(name: str, sets: Mapping[str, Metrics]) -> Mapping[str, float]:
     """A headline figure of a run by problem: of the set of that name, or of the first set."""
     if name in sets:
         return by_problem(sets[name])
-    if name in (MEAN_REWARD, NLL) or name.startswith("pass@"):
+    if compared([name]):
         return by_problem(next(iter(sets.values())), name) if sets else {}
     return {}
 

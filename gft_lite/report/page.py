@@ -92,6 +92,7 @@ def write_report(
         title=", ".join([*(run.label for run in runs), *(sweep.label for sweep in sweeps)]),
         runs=described,
         best=best_scores(run["scores"] for run in described),
+        changes={name: s.change for run in described for name, s in run["scores"].items()},
         longest=max(map(total_seconds, runs), default=0.0),
         settings=differing_settings(runs),
         sweeps=[_sweep(s, drawn(p) if p else None) for s, p in zip(sweeps, of_sweeps, strict=True)],

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from gft_lite.evaluation.metrics import MEAN_REWARD, NLL, by_problem
+from gft_lite.evaluation.metrics import by_problem
 from gft_lite.objective.methods import METHODS
+from gft_lite.recipe.figures import COMPARED, label_of, lower_is_better
 from gft_lite.recipe.schema import Recipe
-from gft_lite.report.curves import NUMBER, SHARE, sample_count
-from gft_lite.report.loading import Metrics, Run
-from gft_lite.utils.statistics import bootstrap_interval, paired_interval, pass_at_k
+from gft_lite.report.curves import SHARE, unit_of_figure
+from gft_lite.report.loading import Run
+from gft_lite.utils.statistics import bootstrap_interval, paired_interval
 from gft_lite.utils.tables import flatten
 
 PHASES = ("rollout", "reward", "train", "sync", "eval")
@@ -29,10 +30,17 @@ class Score:
     """A figure of the base and of the trained policy, and the difference on the same problems."""
 
     unit: str
-
     base: Estimate | None
     trained: Estimate | None
     difference: Estimate | None = None
+    lower_is_better: bool = False
+
+    @property
+    def change(self) -> str:
+        """What the difference is called; one of shares is in points."""
+        if self.lower_is_better:
+            return "difference"
+        return "gain, points" if self.unit == SHARE else "gain"
 
 
 def scores_of(run: Run) -> dict[str, Score]:
@@ -45,26 +53,16 @@ def scores_of(run: Run) -> dict[str, Score]:
     found = {}
     for name in dict.fromkeys([*base, *trained]):
         sets = base.get(name), trained.get(name)
-        for k in sorted({1, *run.recipe.eval.k}):
-            before, after = (_accuracies(figures, k) for figures in sets)
-            if before or after:
-                found[f"{name}, pass@{k}"] = _score(SHARE, before, after)
-        for figure in (MEAN_REWARD, NLL):
+        for figure in (n for f in COMPARED for n in f.names(sorted({1, *run.recipe.eval.k}))):
             before, after = (by_problem(figures, figure) if figures else {} for figures in sets)
             if before or after:
-                found[f"{name}, {figure.replace('_', ' ')}"] = _score(NUMBER, before, after)
+                found[f"{name}, {label_of(figure)}"] = _score(figure, before, after)
     return found
 
 
-def _accuracies(figures: Metrics | None, k: int) -> Mapping[str, float]:
-    """pass@k of each problem; empty if correctness is not known or k exceeds the samples."""
-    if figures is None or "correct" not in figures or (samples := sample_count(figures)) < k:
-        return {}
-    return {name: pass_at_k(samples, right, k) for name, right in figures["correct"].items()}
-
-
-def _score(unit: str, before: Mapping[str, float], after: Mapping[str, float]) -> Score:
-    return Score(unit, _estimate(before), _estimate(after), _difference(before, after))
+def _score(figure: str, before: Mapping[str, float], after: Mapping[str, float]) -> Score:
+    return Score(unit_of_figure(figure), _estimate(before), _estimate(after),
+                 _difference(before, after), lower_is_better(figure))  # fmt: skip
 
 
 def _estimate(values: Mapping[str, float]) -> Estimate | None:

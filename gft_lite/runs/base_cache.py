@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gft_lite.recipe.effects import Affects, values_affecting
+from gft_lite.recipe.figures import figure_of, main_figure
 from gft_lite.recipe.schema import Recipe
 from gft_lite.runs.folder import DATA_IDENTITY, RunFolder
 from gft_lite.runs.folder_forms import Evaluation, parse_evaluation
@@ -60,13 +61,13 @@ def read_base_evaluation(
             raise ValueError("results of other sets")
         for name, problems in sets.items():
             results, ids = found[name], {p.id for p in problems}
-            own = next((n for n in ("nll", "mean_reward") if n in results), None)
-            for figure in [own] if own else [f"pass@{k}" for k in ks]:
+            main = figure_of(main_figure(results))
+            for figure in main.names(ks):
                 if not math.isfinite(results[figure]):
                     raise ValueError(f"{figure} of {name} is not finite")
             # `rewards` leaves out problems to whose responses no reward function applies, and
             # `nats` those without demonstrations.
-            same = own or results["correct"].keys() == ids
+            same = not main.by_k or results[main.values[0]].keys() == ids
             if not same or results["problems"] != len(problems):
                 raise ValueError(f"results of other problems of {name}")
         return found

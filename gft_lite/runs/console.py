@@ -10,6 +10,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from gft_lite.recipe.figures import main_figure
 from gft_lite.utils.progress import ProgressDisplay, sparkline
 
 _FORMATS = (
@@ -140,8 +141,8 @@ def evaluation_line(figures: Mapping[str, Mapping[str, Any]]) -> str:
 def _evaluation_texts(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     texts = {}
     for name, of_set in figures.items():
-        interval = next(key for key in of_set if key.endswith("_interval"))
-        main, (low, high) = interval.removesuffix("_interval"), of_set[interval]
+        main = main_figure(of_set)
+        low, high = of_set[f"{main}_interval"]
         texts[f"{name}/{main}"] = f"{of_set[main]:.3f} [{low:.3f}, {high:.3f}]"
     return texts
 

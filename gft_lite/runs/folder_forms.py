@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gft_lite.recipe.figures import figure_of, main_figure
 from gft_lite.types import Response
 from gft_lite.utils.errors import UserError
 
@@ -91,7 +92,7 @@ def parse_fingerprints(value: Any) -> dict[str, str]:
 def parse_evaluation(value: Any) -> Evaluation:
     """The results of an evaluation by set. Raises: one of `INVALID` for another value."""
     for results in value.values():
-        by_problem = results[next((n for n in ("nats", "rewards") if n in results), "correct")]
+        by_problem = results[figure_of(main_figure(results)).values[0]]
         counts = results["problems"], results["samples"]
         if not (all(isinstance(n, int) for n in counts) and isinstance(by_problem, dict)):
             raise TypeError("problems, samples, correct, rewards or nats")

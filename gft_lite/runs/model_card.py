@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from gft_lite.data.sources import FORMATS
 from gft_lite.objective.methods import METHODS
 from gft_lite.policy.adapter_config import lora_settings, read_adapter_config
 from gft_lite.recipe.base import is_hub_id
+from gft_lite.recipe.figures import compared, label_of
 from gft_lite.recipe.loader import Dumper
 from gft_lite.recipe.schema import Recipe
 from gft_lite.runs.export import read_end_tokens
@@ -160,9 +160,9 @@ def _results(recipe: Recipe, summary: Mapping[str, Any], sets: Mapping[str, Eval
     """A table with the results of the base and of the trained policy."""
     lines = ["| | base | trained |", "|---|---|---|"]
     for name, figures in sets["trained"].items():
-        for figure in (key for key in figures if re.fullmatch(r"pass@\d+|mean_reward|nll", key)):
+        for figure in compared(figures):
             cells = (_cell(sets[model].get(name, {}), figure) for model in ("base", "trained"))
-            lines.append(f"| {name}, {figure.replace('_', ' ')} | {' | '.join(cells)} |")
+            lines.append(f"| {name}, {label_of(figure)} | {' | '.join(cells)} |")
     kl = summary["trained"]["kl"]
     last = recipe.stages[-1].reference if recipe.stages else recipe.policy.reference
     reference = "the base" if last == "base" else "the adapter it started from"

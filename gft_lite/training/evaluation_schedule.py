@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from gft_lite.evaluation.metrics import by_problem, main_figure, restrict
+from gft_lite.evaluation.metrics import by_problem, restrict
 from gft_lite.policy.base import Policy
 from gft_lite.recipe.course_sections import EvalSettings
-from gft_lite.recipe.figures import lower_is_better
+from gft_lite.recipe.figures import BY_PROBLEM, lower_is_better, main_figure
 from gft_lite.recipe.schema import Recipe
 from gft_lite.rollout.sampling import sample_seed
 from gft_lite.runs.folder import RunFolder
@@ -25,8 +25,6 @@ from gft_lite.utils.errors import RecipeError
 from gft_lite.utils.statistics import paired_interval
 
 Sets = Mapping[str, Sequence[Problem]]
-# In the evaluation's file, but too long for metrics.jsonl.
-_BY_PROBLEM = {"correct", "rewards", "nats", "tokens"}
 _ROUNDING = 1e-12  # An interval that ends at the limit can end a little above it.
 
 
@@ -217,8 +215,8 @@ def choose_problems(sets: Sets, count: int | None) -> dict[str, Sequence[Problem
 
 
 def of_sets(figures: Evaluation) -> dict[str, Any]:
-    """The results of each set as metrics, without those of each problem."""
-    return {name: {k: v for k, v in of_set.items() if k not in _BY_PROBLEM}
+    """The results of each set as metrics, without those of each problem, which are too long."""
+    return {name: {k: v for k, v in of_set.items() if k not in BY_PROBLEM}
             for name, of_set in figures.items()}  # fmt: skip
 
 

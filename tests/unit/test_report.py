@@ -42,6 +42,7 @@ from gft_lite.report.summary import cost_of, facts_of, scores_of, seconds_of
 from gft_lite.runs.folder import RunFolder
 from gft_lite.types import Group, Problem, Response, ScoredGroup
 from gft_lite.utils.errors import UserError
+from gft_lite.utils.statistics import mean_pass_at_k
 
 
 def step(number, **changed):
@@ -57,7 +58,10 @@ def step(number, **changed):
 def figures(*correct, samples=4):
     """An evaluated set: how many of the samples of each problem were right."""
     named = {f"q{i}": right for i, right in enumerate(correct)}
-    return {"problems": len(correct), "samples": samples * len(correct), "correct": named}
+    counts = [(samples, right) for right in correct]
+    shares = {f"pass@{k}": mean_pass_at_k(counts, k) for k in range(1, samples + 1)}
+    sizes = {"problems": len(correct), "samples": samples * len(correct)}
+    return {**shares, **sizes, "correct": named}
 
 
 def graded(**rewards):
