@@ -20,7 +20,7 @@ class OptimSettings(Settings):
     needs CUDA; `auto`: the paged one on a GPU."""
     lr: Literal["auto"] | PositiveFloat = 1e-4
     """Highest learning rate, by default the method's. `auto`: a rule by the model's width, the
-    adapter's scale and the method. `gft-lite lr` measures a range."""
+    adapter's scale and the method. `gft-lite train --lr-range` measures which rates work."""
     lora_plus_ratio: Annotated[float, Field(ge=1, le=1000)] = 1.0
     """Learning rate of the adapter's B over that of its A, which is `lr` (LoRA+, arXiv 2402.12354).
     """

@@ -22,6 +22,7 @@ from gft_lite.objective.methods import METHODS
 from gft_lite.recipe import find_recipe
 from gft_lite.recipe.effects import leaves
 from gft_lite.recipe.schema import Recipe
+from gft_lite.recipe.sections import ObjectiveSettings
 from gft_lite.rewards.registry import REWARDS
 from gft_lite.runs.metrics import group_metrics
 from gft_lite.training.updates import Mean, Update, aggregate_updates
@@ -32,6 +33,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "docs" / "site"))
 
 import generate  # noqa: E402
+from meanings import field_meanings, parameter_meanings  # noqa: E402
+from page_parts import cell  # noqa: E402
+from recipe_reference import sections  # noqa: E402
 
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
@@ -174,12 +178,30 @@ def test_every_recipe_field_is_in_the_reference():
     page = generate.recipe_page()
     fields = [name for name, _ in leaves(Recipe().model_dump())]
     assert len(fields) > 100
-    assert [name for name in fields if f"| `{name}` |" not in page] == []
+    cells = {line[2:].partition("<br>")[0].partition("{")[0] for line in page.splitlines()}
+    assert [name for name in fields if f"`{name}`" not in cells] == []
+
+
+def test_every_field_and_parameter_has_a_meaning_in_the_reference():
+    page = generate.recipe_page()
+    known = [(at, field_meanings(schema), {*schema.model_fields}) for at, schema in sections()]
+    for name, method in METHODS.items():
+        own = {*method.parameters} - ObjectiveSettings.model_fields.keys()
+        known.append((f"method {name}", parameter_meanings(method), own))
+    missing = [
+        f"{at}.{n}".strip(".") for at, found, names in known for n in names if not found.get(n)
+    ]
+    orphaned = [f"{at}.{n}".strip(".") for at, found, names in known for n in found.keys() - names]
+    assert (missing, orphaned) == ([], [])
+    meanings = {text for _, found, _ in known for text in found.values()}
+    # As cells are written: from a capital letter on.
+    assert [text for text in meanings if cell(text)[1:] not in page] == []
+    assert len(meanings) > 200
 
 
 def _known_fields() -> set[str]:
     """The dotted names of all fields and sections, and of the parameters of methods."""
-    found = {f"{at}.{name}".strip(".") for at, s in generate.sections() for name in s.model_fields}
+    found = {f"{at}.{name}".strip(".") for at, s in sections() for name in s.model_fields}
     return found | {
         f"objective.{name}" for method in METHODS.values() for name in method.parameters
     }
