@@ -1,4 +1,4 @@
-"""Shared fixtures: the lab's policy, real data, processes that get a signal."""
+"""Shared fixtures: the lab's policy, real data, processes that need not import much."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -84,25 +83,6 @@ def fork_server(tmp_path_factory):
     server = ForkServer(tmp_path_factory.mktemp("processes"), LIBRARIES)
     yield server
     server.close()
-
-
-@pytest.fixture(scope="session")
-def signal_when(fork_server):
-    """Run the command line in a process and send it a signal once a condition holds.
-
-    Returns exit code and stderr. Fails, with stderr, if the process ends before.
-    """
-
-    def run(arguments, condition, number):
-        process = fork_server.start(*arguments)
-        while process.poll() is None and not condition():
-            time.sleep(0.01)
-        assert process.poll() is None, f"ended before the signal: {process.stderr}"
-        process.send_signal(number)
-        process.wait()
-        return process.returncode, process.stderr
-
-    return run
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ saves the seconds that the imports take. `forked.py MODULE...` is that process.
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import signal
@@ -82,14 +83,23 @@ class ForkServer:
         return json.loads(self._process.stdout.readline())
 
     def start(
-        self, *arguments: object, code: str | None = None, env: dict[str, str] | None = None
+        self,
+        *arguments: object,
+        code: str | None = None,
+        env: dict[str, str] | None = None,
+        signal_after: tuple[str, int, int] | None = None,
     ) -> ForkedProcess:
-        """Start `python -m gft_lite ARGUMENTS` or `python -c CODE ARGUMENTS` in this folder."""
+        """Start `python -m gft_lite ARGUMENTS` or `python -c CODE ARGUMENTS` in this folder.
+
+        `signal_after`: a function, the number of a call, and the signal that the process sends to
+        itself after that call. A signal from outside comes sooner or later, by the load.
+        """
         self._started += 1
         output = self._folder / f"{self._started}.txt"
         number = self.call(
             arguments=list(map(str, arguments)), code=code, cwd=str(Path.cwd()),
             env=dict(os.environ if env is None else env), output=str(output),
+            signal_after=signal_after,
         )  # fmt: skip
         return ForkedProcess(self, number, output)
 
@@ -106,7 +116,12 @@ class ForkServer:
 
 
 def _fork(
-    arguments: list[str], cwd: str, env: dict[str, str], output: str, code: str | None = None
+    arguments: list[str],
+    cwd: str,
+    env: dict[str, str],
+    output: str,
+    code: str | None,
+    signal_after: tuple[str, int, int] | None,
 ) -> int:
     sys.stdout.flush()
     if number := os.fork():
@@ -126,11 +141,31 @@ def _fork(
     signal.signal(signal.SIGINT, signal.default_int_handler)
     status = 1
     try:
+        if signal_after:
+            _signal_after(*signal_after)
         status = _work(arguments, code)
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
         os._exit(status)
+
+
+def _signal_after(function: str, call: int, number: int) -> None:
+    """Replace a function, as `gft_lite.module:Class.method`, by one that sends the signal."""
+    module, _, path = function.partition(":")
+    *owners, name = path.split(".")
+    owner: Any = importlib.import_module(module)
+    for part in owners:
+        owner = getattr(owner, part)
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def replacement(*arguments: Any, **options: Any) -> Any:
+        result = original(*arguments, **options)
+        if next(calls) == call:
+            os.kill(os.getpid(), number)
+        return result
+
+    setattr(owner, name, replacement)
 
 
 def _work(arguments: list[str], code: str | None) -> int:

@@ -39,10 +39,32 @@ class Page:
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
         browser.get_log("browser")  # Forgets what earlier pages logged.
+        # Where an earlier page left the pointer, it may enter a chart once this one scrolls.
+        self.mouse("mouseMoved", 0, 0)
         browser.get(path.as_uri())
 
     def js(self, expression):
         return self.browser.execute_script(f"return {expression}")
+
+    def mouse(self, kind, x, y, **more):
+        event = {"type": kind, "x": x, "y": y, **more}
+        self.browser.execute_cdp_cmd("Input.dispatchMouseEvent", event)
+
+    def wait(self, expression):
+        """Wait until an expression is true."""
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        WebDriverWait(self.browser, 120, 0.05).until(lambda _: self.js(expression), expression)
+
+    def hold_timers(self):
+        """What the page wants to do later is done by `run_timers` only, however late that is."""
+        self.browser.execute_script(
+            "window.held = []; window.setTimeout = (run) => held.push(run);"
+            "window.clearTimeout = (number) => { delete held[number - 1]; };"
+        )
+
+    def run_timers(self):
+        self.js("held.splice(0).forEach((run) => run())")
 
     def each(self, selector, expression):
         """What the expression says of each element `e`."""

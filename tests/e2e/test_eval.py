@@ -229,13 +229,14 @@ def test_default_folders(run, tmp_path, monkeypatch):
 
 
 class TestNothingIsSampledTwice:
-    def test_a_killed_evaluation_continues(self, run, tmp_path, signal_when):
+    def test_a_killed_evaluation_continues(self, run, tmp_path, fork_server):
         overrides = ["samples=3", "rollout.batch_size=1"]
         whole = evaluate(["lab", run], tmp_path / "whole", *overrides)
         out = tmp_path / "killed"
         command = ["eval", "lab", run, "--suite", "lab", "limit=5", *overrides, "--out", out]
-        code, errors = signal_when(command, lambda: lines(out) >= 8, signal.SIGKILL)
-        assert code == -signal.SIGKILL, errors
+        moment = ("gft_lite.evaluation.response_cache:ResponseCache.add", 8, signal.SIGKILL)
+        killed = fork_server.run(*command, signal_after=moment)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
         found = lines(out)
         assert 8 <= found < 60
         again = evaluate(["lab", run], out, *overrides)

@@ -67,6 +67,21 @@ def drag(shown, area, across, down):
     moves.click_and_hold().move_by_offset(across, down).release().perform()
 
 
+def center(shown, area):
+    """The middle of an element in the window."""
+    box = shown.browser.execute_script("return arguments[0].getBoundingClientRect().toJSON()", area)
+    return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+
+
+def double_click(shown, area):
+    """Two clicks that are a double one however long the second takes to come."""
+    at = center(shown, area)
+    shown.mouse("mouseMoved", *at)
+    for count in (1, 2):
+        for kind in ("mousePressed", "mouseReleased"):
+            shown.mouse(kind, *at, button="left", clickCount=count)
+
+
 def lines(shown):
     return [line for line in shown.texts("#values")[0].split("\n") if line]
 
@@ -96,6 +111,7 @@ def test_the_pointer_shows_the_values_of_a_step(opened, page):
 
 def test_dragging_zooms_all_steps_and_a_double_click_shows_all_again(opened, page):
     shown = opened(page)
+    shown.hold_timers()
     assert span(shown, "reward") == [1, 5] and span(shown, "reward", "y") == [0, 1.05]
     area = chart(shown, "reward")
     drag(shown, area, 100, 6)
@@ -106,11 +122,12 @@ def test_dragging_zooms_all_steps_and_a_double_click_shows_all_again(opened, pag
     drag(shown, area, 100, 80)
     bottom, top = span(shown, "reward", "y")
     assert 0 < bottom < top < 1.05
-    pointer(shown).double_click(area).perform()
+    double_click(shown, area)
     assert span(shown, "reward") == [1, 5] and span(shown, "reward", "y") == [0, 1.05]
     drag(shown, area, 100, 6)
     shown.click(".tools button")
     assert span(shown, "reward") == span(shown, "entropy") == [1, 5]
+    shown.run_timers()
     assert "step 1" in shown.place  # Neither a drag nor a double click is a click on a step.
 
 
@@ -129,10 +146,8 @@ def test_smoothing_is_a_moving_average_without_a_pull_to_zero(opened, page):
 
 
 def test_a_click_on_a_step_opens_its_groups(opened, page, pair, folder):
-    from selenium.webdriver.support.ui import WebDriverWait
-
     def wait_for(shown, text):
-        WebDriverWait(shown.browser, 10).until(lambda _: text in shown.place, shown.place)
+        shown.wait(f"document.getElementById('place').textContent.includes({text!r})")
 
     shown = opened(page)
     pointer(shown).move_to_element(chart(shown, "reward")).click().perform()
@@ -185,20 +200,21 @@ def test_values_move_with_their_chart(opened, page):
 
 
 def test_a_tap_shows_the_values_and_a_second_one_opens_the_groups(opened, page):
+    from selenium.webdriver.common.actions.action_builder import ActionBuilder
+    from selenium.webdriver.common.actions.pointer_input import PointerInput
+
     shown = opened(page, width=390)
+    shown.hold_timers()
     area = chart(shown, "reward")
-    shown.browser.execute_script("arguments[0].scrollIntoView()", area)
-    shown.browser.execute_async_script("requestAnimationFrame(arguments[0])")  # It has scrolled.
-    box = area.rect
-    top = box["y"] - shown.js("scrollY")
+    shown.js("(window.taps = 0, addEventListener('click', () => { taps += 1; }, true))")
 
     def tap():
-        at = {"x": box["x"] + box["width"] / 2, "y": top + box["height"] / 2}
-        for kind, points in (("touchStart", [at]), ("touchEnd", [])):
-            event = {"type": kind, "touchPoints": points}
-            shown.browser.execute_cdp_cmd("Input.dispatchTouchEvent", event)
-        # Fires after the timer by which the page tells two clicks from a double click.
-        shown.browser.execute_async_script("setTimeout(arguments[0], 300)")
+        before, finger = shown.js("taps"), PointerInput("touch", "finger")
+        touch = ActionBuilder(shown.browser, mouse=finger, duration=0)
+        touch.pointer_action.move_to(area).pointer_down().pointer_up()
+        touch.perform()
+        shown.wait(f"taps == {before + 1}")
+        shown.run_timers()  # By which the page tells two clicks from a double click.
 
     tap()
     assert lines(shown) == ["step 3", "expert: 1", "teacher: 0.75", "self: 0"]

@@ -39,12 +39,14 @@ def weights(run):
 
 
 @pytest.fixture
-def kill_after_a_step(signal_when):
-    """Start a run in a process of its own and kill it when `watched` has its first step."""
+def kill_after_a_step(fork_server):
+    """Start a run in a process of its own that is killed after so many steps."""
 
-    def kill(run, watched, *overrides):
+    def kill(run, steps, *overrides):
         arguments = ["train", "recipes/lab.yaml", *SMALL, *overrides, "--out", run.path]
-        signal_when(arguments, watched.metrics, signal.SIGKILL)
+        moment = ("gft_lite.runs.folder:RunFolder.append_metrics", steps, signal.SIGKILL)
+        done = fork_server.run(*arguments, signal_after=moment)
+        assert done.returncode == -signal.SIGKILL, done.stderr
         assert not (run.path / "summary.json").exists()
 
     return kill
@@ -105,7 +107,8 @@ class TestStages:
         self, whole, tmp_path, kill_after_a_step
     ):
         run = RunFolder(tmp_path / "run")
-        kill_after_a_step(run, RunFolder(run.path / "stages" / "2-gft"), STAGES)
+        kill_after_a_step(run, 4, STAGES)  # The second step of the second stage.
+        assert len(RunFolder(run.path / "stages" / "2-gft").metrics()) == 2
         train(small(STAGES), run.path, resume=True, console=QUIET)
         assert all(torch.equal(v, weights(run)[k]) for k, v in weights(whole).items())
         assert [(m["stage"], m["step"], m["loss"]) for m in run.metrics()] == [
@@ -157,7 +160,8 @@ class TestBudget:
         recipe = small("budget={tokens: 1500}")
         whole = train(recipe, tmp_path / "whole", console=QUIET)
         part = RunFolder(tmp_path / "part")
-        kill_after_a_step(part, part, "budget={tokens: 1500}")
+        kill_after_a_step(part, 2, "budget={tokens: 1500}")
+        assert len(whole.metrics()) > len(part.metrics()) == 2
         train(recipe, part.path, resume=True, console=QUIET)
         assert [m["tokens"] for m in part.metrics()] == [m["tokens"] for m in whole.metrics()]
         assert all(torch.equal(v, weights(part)[k]) for k, v in weights(whole).items())

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import os
 import signal
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+import stopping_engine
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
@@ -218,48 +221,37 @@ def is_locked(run):
         return True
 
 
-STEPS = 45  # Many more than can pass between the third step and a signal.
-
-
-def test_a_killed_and_an_interrupted_sweep_continue(tmp_path):
+def test_a_killed_and_an_interrupted_sweep_continue(tmp_path, fork_server):
     """The first trial ends; the second is killed, continues, is interrupted, and can go on."""
-    changes = ["checkpoint.every=2", "monitor.every=0"]
-    grid = f"train.steps=1,{STEPS}"
+    changes = ["checkpoint.every=2", "monitor.every=0", "rollout.engine=stopping_engine:Engine"]
+    grid = "train.steps=1,7"
     planned = plan(grid, changes=changes)
     first, second = planned.trials()
     folder = SweepFolder(tmp_path / "out")
     run = folder.run(second.name)
-    command = [sys.executable, "-m", "gft_lite", "sweep", "recipes/lab.yaml", *SMALL, *changes,
-               "--grid", grid, "--out", str(folder.path)]  # fmt: skip
+    command = ["sweep", "recipes/lab.yaml", *SMALL, *changes, "--grid", grid, "--out", folder.path]
 
-    def stop_at(steps, how):
-        process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-        )
-        while len(run.metrics()) < steps and process.poll() is None:
-            time.sleep(0.01)
-        process.send_signal(how)
-        errors = process.communicate()[1]
-        return process.returncode, errors
+    def stop_after(steps, number):
+        moment = f"{number} {steps} {run.path}/metrics.jsonl"
+        path = {"PYTHONPATH": str(Path(__file__).parent), stopping_engine.VARIABLE: moment}
+        return fork_server.run(*command, env=os.environ | path)
 
-    code, errors = stop_at(3, signal.SIGKILL)
-    assert code == -signal.SIGKILL, errors
+    killed = stop_after(3, signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     while is_locked(run):  # The trial's process ends when it loses the sweep.
         time.sleep(0.01)
-    killed_at = len(run.metrics())
-    assert 3 <= killed_at < STEPS
+    assert len(run.metrics()) == 3
     assert states(folder) == {first.name: "done", second.name: "running"}
     written = (folder.run(first.name).path / "summary.json").stat().st_mtime_ns
 
-    code, errors = stop_at(killed_at + 1, signal.SIGINT)
-    assert code == 130, errors
-    assert "interrupted; the same command continues" in errors
+    interrupted = stop_after(4, signal.SIGINT)
+    assert interrupted.returncode == 130, interrupted.stderr
+    assert "interrupted; the same command continues" in interrupted.stderr
     assert states(folder) == {first.name: "done", second.name: "interrupted"}
     assert (folder.run(first.name).path / "summary.json").stat().st_mtime_ns == written
-    reached = len(run.metrics())
-    assert killed_at < reached < STEPS
+    assert len(run.metrics()) == 5  # The step in which the signal came is the last.
     # It stopped after a step, with a checkpoint; from there it ends as if nothing had been.
-    assert (run.checkpoints / f"step-{reached:06d}").exists()
+    assert (run.checkpoints / "step-000005").exists()
     train(second.recipe, run.path, resume=True, console=QUIET)
     assert_equal(run, train(second.recipe, tmp_path / "alone", console=QUIET))
 

@@ -304,16 +304,18 @@ class TestCommandLine:
         assert "CheckpointError: checkpoint: must be as it was written" in done.stderr
         assert "Traceback" not in done.stderr
 
-    def test_an_interrupted_step_is_finished_and_kept(self, tmp_path, signal_when):
+    def test_an_interrupted_step_is_finished_and_kept(self, tmp_path, fork_server):
         run = RunFolder(tmp_path / "run")
-        arguments = ["train", "recipes/lab.yaml", *SMALL, "train.steps=60",
-                     "checkpoint.every=60", "--out", run.path]  # fmt: skip
-        code, errors = signal_when(arguments, run.metrics, signal.SIGTERM)
-        assert code == 130
-        assert "--resume" in errors
-        steps = [m["step"] for m in run.metrics()]
+        arguments = ["train", "recipes/lab.yaml", *SMALL, "train.steps=4",
+                     "checkpoint.every=4", "--out", run.path]  # fmt: skip
+        # Its micro-batch is the only one of a step.
+        moment = ("gft_lite.policy.lora:LoraPolicy.backward", 2, signal.SIGTERM)
+        done = fork_server.run(*arguments, signal_after=moment)
+        assert done.returncode == 130
+        assert "--resume" in done.stderr
+        assert [m["step"] for m in run.metrics()] == [1, 2]
         [saved] = (run.path / "checkpoints").iterdir()
-        assert saved.name == f"step-{steps[-1]:06d}"
+        assert saved.name == "step-000002"
         assert not list(run.path.rglob("*.tmp"))
 
     def test_methods_prints_the_table(self):
