@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 from meanings import field_meanings, parameter_meanings, prose
 from page_parts import as_yaml, cell, code, table
-from recipe_reference import recipe_page
+from recipe_reference import recipe_page, recipe_schema
 
 from gft_lite.cli.entry_point import make_parser
 from gft_lite.objective.methods import METHODS
@@ -213,6 +213,7 @@ def metrics_page() -> str:
 PAGES: dict[str, Callable[[], str]] = {
     "reference/cli.md": commands_page,
     "reference/recipe.md": recipe_page,
+    "reference/recipe.schema.json": recipe_schema,
     "reference/methods.md": methods_page,
     "reference/rewards.md": rewards_page,
     "reference/metrics.md": metrics_page,

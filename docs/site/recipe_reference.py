@@ -1,8 +1,9 @@
-"""The page of recipe fields: section by section, with what each field means and affects."""
+"""The page of recipe fields, section by section, and their JSON schema."""
 
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args, get_origin
@@ -184,3 +185,18 @@ def _parameters() -> str:
             if own not in ObjectiveSettings.model_fields
         ]  # fmt: skip
     return "Parameters of single methods:\n\n" + _fields_table("method", rows)
+
+
+def recipe_schema() -> str:
+    """The JSON schema of a recipe file with the meaning of each field, for editors."""
+    schema = Recipe.model_json_schema()
+    path = {"type": "string"}
+    schema["properties"]["extends"] = {
+        "anyOf": [path, {"type": "array", "items": path}],
+        "description": "Files that the recipe builds on; later ones and the recipe itself win.",
+    }
+    for _, section in sections():
+        place = schema if section is Recipe else schema["$defs"][section.__name__]
+        for name, meaning in field_meanings(section).items():
+            place["properties"][name]["description"] = meaning
+    return json.dumps(schema, indent=1)

@@ -5,24 +5,39 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     ValidationError,
     ValidationInfo,
     field_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from gft_lite.recipe.annotations import union_members
 from gft_lite.recipe.loader import MAX_BITS, gather
 from gft_lite.recipe.validation_errors import Places, explain
 from gft_lite.utils.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class _NameValidator(AfterValidator):
+    """A validator of names, which editors offer by the JSON schema."""
+
+    known: Collection[str] = ()
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {"anyOf": [{"enum": list(self.known)}, handler(schema)]}
 
 
 def named_in(known: Collection[str], pattern: str = "") -> AfterValidator:
@@ -36,7 +51,7 @@ def named_in(known: Collection[str], pattern: str = "") -> AfterValidator:
         context = {"names": ", ".join(sorted(known)), "known": list(known)}
         raise PydanticCustomError("unknown_name", rule, context)
 
-    return AfterValidator(check)
+    return _NameValidator(check, known)
 
 
 def matching(pattern: str, rule: str) -> AfterValidator:
@@ -73,9 +88,12 @@ def at_most(limit: int) -> Any:
     return Field(le=limit)
 
 
-def as_list(value: Any) -> Any:
-    """A list from one text alone."""
+def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
+
+
+# Of a list of texts, which may be given as one text alone.
+ONE_OR_MORE = BeforeValidator(_as_list, json_schema_input_type=str | list[str])
 
 
 def is_hub_id(name: str) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BeforeValidator,
     Field,
     JsonValue,
     NonNegativeInt,
@@ -14,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from gft_lite.recipe.base import Settings, as_list
+from gft_lite.recipe.base import ONE_OR_MORE, Settings
 from gft_lite.recipe.effects import EVERYTHING, TRAINING
 
 
@@ -41,9 +40,9 @@ class ColumnsSettings(Settings):
     answer_from: Literal["plain", "boxed", "hash"] = "plain"
     """Part of the column that is the answer: all of it, the content of its last box (`boxed`), or
     what follows `####` (`hash`)."""
-    expert: Annotated[list[str], BeforeValidator(as_list)] = []
+    expert: Annotated[list[str], ONE_OR_MORE] = []
     """Expert demonstrations: solutions by humans or of the data set, a text or a list in each."""
-    teacher: Annotated[list[str], BeforeValidator(as_list)] = []
+    teacher: Annotated[list[str], ONE_OR_MORE] = []
     """Teacher demonstrations: solutions by a stronger model, as `gft-lite distill` writes them."""
     id: str | None = None
     """Name of a problem in files and reports; null: the number of its row from 1."""

@@ -31,10 +31,13 @@ class LoraSettings(Settings):
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
     """Linear modules to adapt, by the end of their path such as `q_proj`; `all-linear`: all but the
     output head."""
-    exclude_modules: Annotated[list[_Name], BeforeValidator(_as_list)] = []
+    exclude_modules: Annotated[
+        list[_Name], BeforeValidator(_as_list, json_schema_input_type=str | list[str])
+    ] = []
     """Modules not to adapt, with all below them."""
     layers_to_transform: Annotated[
-        Annotated[list[NonNegativeInt], Field(min_length=1)] | None, BeforeValidator(_as_list)
+        Annotated[list[NonNegativeInt], Field(min_length=1)] | None,
+        BeforeValidator(_as_list, json_schema_input_type=int | list[int] | None),
     ] = None
     """Numbers, from 0, of the layers to adapt; null: all."""
     use_rslora: bool = False

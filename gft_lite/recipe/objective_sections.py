@@ -79,8 +79,8 @@ class RewardFunctionSettings(Settings):
     """One reward function and its weight in the sum."""
 
     name: Annotated[str, named_in(REWARDS, JUDGES)]
-    """A function of the [table](rewards.md), or the dotted path of your own. Several judges have
-    names such as `judge-style` and `judge-facts`."""
+    """A function of this package, such as `math`, `exact` or `judge`, or the dotted path of your
+    own. Several judges have names such as `judge-style` and `judge-facts`."""
     weight: Annotated[float, Field(ge=-1e6, le=1e6)] = 1.0
     """Factor of its score in the sum; 0 only measures, a negative one is a penalty."""
     parameters: dict[str, Any] = {}
@@ -103,6 +103,9 @@ class RewardFunctionSettings(Settings):
         return self
 
 
+_Written = str | RewardFunctionSettings
+
+
 def _reward_shorthand(value: Any) -> Any:
     items = [value] if isinstance(value, (str, dict)) else value
     if not isinstance(items, list):
@@ -115,7 +118,7 @@ class RewardSettings(Settings):
 
     functions: Annotated[
         list[RewardFunctionSettings],
-        BeforeValidator(_reward_shorthand),
+        BeforeValidator(_reward_shorthand, json_schema_input_type=_Written | list[_Written]),
         Field(min_length=1),
         EVERYTHING,
     ] = Field(default_factory=lambda: [RewardFunctionSettings(name="math")])

@@ -14,10 +14,10 @@ from pydantic import (
 )
 
 from gft_lite.recipe.base import (
+    ONE_OR_MORE,
     Settings,
     Share,
     Temperature,
-    as_list,
     at_most,
     matching,
     named_in,
@@ -73,7 +73,7 @@ class RolloutSettings(Settings):
     or a dotted path; `auto`: vLLM on a GPU if it is installed, else transformers."""
     servers: Annotated[
         list[Annotated[str, matching(r"https?://\S+", "must be an http(s) address")]],
-        BeforeValidator(as_list),
+        ONE_OR_MORE,
         NO_RESULT,
     ] = []
     """Addresses of vLLM servers, used in turn, that read adapters under the same path as this
@@ -88,9 +88,7 @@ class RolloutSettings(Settings):
     max_tokens: Annotated[PositiveInt, EVERYTHING] = 1024
     """Most tokens of a response; longer demonstrations are left out. Raise it where many responses
     are truncated."""
-    stop: Annotated[
-        list[Annotated[str, Field(min_length=1)]], BeforeValidator(as_list), EVERYTHING
-    ] = []
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], ONE_OR_MORE, EVERYTHING] = []
     """Texts that end a response, besides the model's end tokens."""
     batch_size: Annotated[
         Literal["auto"] | Annotated[PositiveInt, at_most(1_000_000)], NO_RESULT

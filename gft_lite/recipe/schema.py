@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 import yaml
 from pydantic import (
-    BeforeValidator,
     Field,
     ValidationError,
     ValidationInfo,
@@ -46,12 +45,12 @@ from gft_lite.recipe.objective_sections import ObjectiveSettings, RewardSettings
 from gft_lite.recipe.policy_section import PolicySettings
 from gft_lite.recipe.rollout_sections import GroupSettings, RolloutSettings
 from gft_lite.recipe.training_sections import (
+    STAGE_SHORTHAND,
     BudgetSettings,
     OptimSettings,
     StageSettings,
     TeacherSettings,
     TrainSettings,
-    stage_shorthand,
 )
 from gft_lite.recipe.validation_errors import Places, Problem
 from gft_lite.utils.errors import RecipeError, short_repr
@@ -75,8 +74,8 @@ class Recipe(Settings):
     """Seed of the adapter's start, the order of problems, sampling and dropout; repeat a run with
     others to see how much results vary."""
     method: Annotated[str, named_in(METHODS), TRAINING] = "gft"
-    """What is trained on and by which loss: a name of the [table](methods.md), or the dotted path
-    of your own `Method`."""
+    """What is trained on and by which loss: a name that `gft-lite methods` lists, or the dotted
+    path of your own `Method`."""
     policy: PolicySettings = PolicySettings()
     """The model, its quantisation, device and adapter."""
     data: TrainingDataSettings = TrainingDataSettings()
@@ -99,9 +98,7 @@ class Recipe(Settings):
     """A limit in problems, responses, tokens or seconds instead of steps."""
     teacher: Annotated[TeacherSettings, TRAINING] = TeacherSettings()
     """The model that methods `sdft` and `opd` learn from."""
-    stages: Annotated[
-        list[Annotated[StageSettings, BeforeValidator(stage_shorthand)]], TRAINING
-    ] = []
+    stages: Annotated[list[Annotated[StageSettings, STAGE_SHORTHAND]], TRAINING] = []
     """Methods to train with one after the other, each a name or a mapping as in `stages[]`. Empty:
     one stage with `method`."""
     monitor: MonitorSettings = MonitorSettings()

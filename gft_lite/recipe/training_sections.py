@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from gft_lite.objective.methods import METHODS
 from gft_lite.recipe.base import Fraction, Settings, at_most, matching, named_in
@@ -121,9 +128,12 @@ class StageSettings(Settings):
     """Fields in which the stage differs from the recipe, as a recipe has them."""
 
 
-def stage_shorthand(value: Any) -> Any:
-    """A stage from the name of its method alone."""
+def _stage_shorthand(value: Any) -> Any:
     return {"method": value} if isinstance(value, str) else value
+
+
+# Of a stage, which may be given as the name of its method alone.
+STAGE_SHORTHAND = BeforeValidator(_stage_shorthand, json_schema_input_type=str | StageSettings)
 
 
 class TeacherSettings(Settings):

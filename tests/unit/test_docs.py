@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from jsonschema import Draft202012Validator
 
 import gft_lite
 from gft_lite.cli.entry_point import COMMANDS, make_parser
@@ -21,8 +23,9 @@ from gft_lite.objective.importance import Importance
 from gft_lite.objective.methods import METHODS
 from gft_lite.recipe import find_recipe
 from gft_lite.recipe.effects import leaves
+from gft_lite.recipe.loader import Loader
 from gft_lite.recipe.schema import Recipe
-from gft_lite.recipe.sections import ObjectiveSettings
+from gft_lite.recipe.sections import LoraSettings, ObjectiveSettings
 from gft_lite.rewards.registry import REWARDS
 from gft_lite.runs.metrics import group_metrics
 from gft_lite.training.updates import Mean, Update, aggregate_updates
@@ -197,6 +200,22 @@ def test_every_field_and_parameter_has_a_meaning_in_the_reference():
     # As cells are written: from a capital letter on.
     assert [text for text in meanings if cell(text)[1:] not in page] == []
     assert len(meanings) > 200
+
+
+def test_shipped_recipes_are_valid_by_the_schema_for_editors():
+    schema = json.loads(generate.recipe_schema())
+    validator = Draft202012Validator(schema)
+    files = [f for f in (ROOT / "recipes").rglob("*.yaml") if f.parent.name != "sweeps"]
+    trees = {str(file): yaml.load(file.read_text("utf-8"), Loader) for file in files}
+    assert len(trees) > 50
+    wrong = {name: [e.message for e in validator.iter_errors(tree)] for name, tree in trees.items()}
+    assert {name: errors for name, errors in wrong.items() if errors} == {}
+    [error] = validator.iter_errors({"policy": {"lora": {"rnak": 8}}})
+    assert "'rnak'" in error.message
+    assert not validator.is_valid({"group": {"self": -1}})
+    lora = schema["$defs"]["LoraSettings"]["properties"]
+    assert lora["use_dora"]["description"] == field_meanings(LoraSettings)["use_dora"]
+    assert schema["properties"]["method"]["anyOf"][0]["enum"] == list(METHODS)
 
 
 def _known_fields() -> set[str]:
