@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -30,6 +30,7 @@ from gft_lite.recipe.sections import (
     PromptSettings,
     RolloutSettings,
 )
+from gft_lite.rollout.base import Sampling
 from gft_lite.utils.errors import RecipeError, nearest
 from gft_lite.utils.paths import PACKAGE
 
@@ -138,24 +139,36 @@ class Suite(Settings):
     def of_data(cls, data: str, recipe: Recipe, overrides: Sequence[str] = ()) -> Suite:
         """A file or hub data set, evaluated by a run's own columns, prompt, reward and sampling.
 
+        The source of a run's evaluation sets is evaluated as these sets are in the run.
         Raises: RecipeError with every error found.
         """
         name = re.sub(r"[^\w.-]+", "-", Path(data).stem).strip("-.") or "data"
         columns = recipe.data.columns.model_dump()
         if not recipe.reward.answer_rule(recipe.data.columns):  # Responses are graded.
             columns |= {"expert": [], "teacher": []}
-        sampling = recipe.eval.model_dump(include={"temperature", "top_p"})
-        sampling["max_tokens"] = recipe.eval.max_tokens or recipe.rollout.max_tokens
+        known = {n: own.model_dump() for n, own in recipe.eval.sets.items()
+                 if os.path.abspath(own.source) == os.path.abspath(data)}  # fmt: skip
         tree = {
             "name": name,
-            "definitions": {name: {"source": data, "columns": columns}},
+            "definitions": known or {name: {"source": data, "columns": columns}},
             "prompt": recipe.data.prompt.model_dump(),
             "samples": recipe.eval.samples,
             "k": recipe.eval.k,
-            "rollout": recipe.rollout.model_dump() | sampling,
+            "seed": recipe.seed,
+            "rollout": recipe.rollout.model_dump() | asdict(sampling_of(recipe)),
             "reward": recipe.reward.model_dump(),
         }
         return cls.from_tree(merge(tree, read_overrides(overrides)))
+
+
+def sampling_of(recipe: Recipe) -> Sampling:
+    """How the evaluations of a run are sampled: `rollout.top_k` is of training alone."""
+    return Sampling(
+        recipe.eval.temperature,
+        recipe.eval.top_p,
+        max_tokens=recipe.eval.max_tokens or recipe.rollout.max_tokens,
+        stop=tuple(recipe.rollout.stop),
+    )
 
 
 def shipped() -> dict[str, Path]:

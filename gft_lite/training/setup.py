@@ -14,6 +14,7 @@ from rich.console import Console
 
 from gft_lite.data.prompts import PromptFormat
 from gft_lite.evaluation.sets import SetEvaluator, open_scorer
+from gft_lite.evaluation.suites import sampling_of
 from gft_lite.objective.methods import find_method
 from gft_lite.planning.planner import Plan, resolve
 from gft_lite.planning.tables import assumptions
@@ -215,7 +216,7 @@ def setup_run(recipe: Recipe, place: Place) -> TrainingRun:
     trackers = Trackers(names, recipe, folder.path)
     stack.callback(trackers.close)
     sampler = engine.sampler
-    evaluator = SetEvaluator(recipe, format, grade, _eval_sampling(recipe), policy)
+    evaluator = SetEvaluator(recipe, format, grade, sampling_of(recipe), policy)
     evaluate = partial(evaluator.evaluate, sampler)
     return TrainingRun(
         recipe=recipe,
@@ -274,16 +275,6 @@ def _end_engine(
         shared.keep()
     else:
         engine.close()
-
-
-def _eval_sampling(recipe: Recipe) -> Sampling:
-    settings = recipe.eval
-    return Sampling(
-        settings.temperature,
-        settings.top_p,
-        max_tokens=settings.max_tokens or recipe.rollout.max_tokens,
-        stop=tuple(recipe.rollout.stop),
-    )
 
 
 def _load_policy(recipe: Recipe, place: Place) -> Policy:

@@ -20,6 +20,7 @@ from gft_lite.evaluation.targets import content_hash, find_targets, group_by_bas
 from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.schema import Recipe
 from gft_lite.recipe.sections import LoraSettings, PolicySettings
+from gft_lite.runs.folder import RunFolder
 from gft_lite.training.run import train
 from gft_lite.utils.errors import RecipeError, UserError
 from gft_lite.utils.paths import PACKAGE
@@ -36,8 +37,8 @@ def run(tmp_path_factory):
     """A short training with two checkpoints that moved the policy a lot."""
     small = [
         "train.steps=2", "checkpoint.every=1", "train.problems_per_step=3", "data.problems=40",
-        "monitor.every=0", "monitor.problems=1", "eval.samples=1", "eval.k=[1]", "optim.lr=3e-3",
-        "eval.sets.test.problems=1", "eval.sets.retention.problems=1",
+        "monitor.every=0", "monitor.problems=1", "eval.samples=4", "eval.k=[1]", "optim.lr=3e-3",
+        "eval.sets.test.problems=6", "eval.sets.retention.problems=2", "seed=3", "rollout.top_k=5",
     ]  # fmt: skip
     folder = tmp_path_factory.mktemp("eval") / "run"
     return train(Recipe.load("recipes/lab.yaml", small), folder, console=QUIET).path
@@ -117,6 +118,17 @@ def test_rows_of_ones_own(run, tmp_path, cli):
         assert done.returncode == 2 and text in done.stderr
 
 
+def test_the_rows_of_a_run_have_the_figures_of_the_run(run, tmp_path):
+    """Its recipe has a seed, and a top_k, which is of training alone."""
+    suite = Suite.of_data("lab", Recipe.load(run / "recipe.yaml"), ["drift=1"])
+    evaluate_targets(suite, ["lab", str(run)], tmp_path, console=QUIET)
+    targets = json.loads((tmp_path / "results.json").read_text())["targets"]
+    for label, name in (("lab", "base"), (str(run), "trained")):
+        found = {b: {k: v for k, v in figures.items() if k != "distinct"}
+                 for b, figures in targets[label]["benchmarks"].items()}  # fmt: skip
+        assert found == RunFolder(run).evaluation(name)
+
+
 def test_figures_are_those_of_the_stored_grades(run, tmp_path):
     results = evaluate([run], tmp_path, "samples=4")
     entry = results["targets"][str(run)]
@@ -138,20 +150,17 @@ def test_figures_are_those_of_the_stored_grades(run, tmp_path):
     assert list(results["targets"]) == [str(run)]
 
 
-def test_the_training_run_and_the_evaluation_agree_on_the_base(tmp_path):
+def test_the_training_run_and_the_suite_agree_on_the_base(run, tmp_path):
     # Same seeds, same protocol: training's own figures of the base come out again.
-    small = [
-        "eval.samples=2", "eval.k=[1]", "train.steps=1", "train.problems_per_step=1",
-        "monitor.every=0", "data.problems=20", "eval.sets.test.problems=6",
-        "eval.sets.retention.problems=6",
-    ]  # fmt: skip
-    recipe = Recipe.load("recipes/lab.yaml", small)
-    path = train(recipe, tmp_path / "run", console=QUIET).path
-    trained = json.loads((path / "eval" / "base.json").read_text())
-    mine = evaluate(["lab"], tmp_path / "out", "limit=6")["targets"]["lab"]["benchmarks"]
-    for name in BENCHMARKS:
-        assert mine[name]["correct"] == trained[name]["correct"]
-        assert mine[name]["length"] == trained[name]["length"]
+    of_run = RunFolder(run).evaluation("base")
+    results = evaluate(["lab"], tmp_path, "limit=6", "samples=4", "seed=3", "drift=0")
+    found = results["targets"]["lab"]["benchmarks"]
+    assert {i: found["retention"]["correct"][i] for i in of_run["retention"]["correct"]} == (
+        of_run["retention"]["correct"]
+    )
+    assert (found["test"]["correct"], found["test"]["length"]) == (
+        of_run["test"]["correct"], of_run["test"]["length"]
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("order", [["lab", "RUN"], ["RUN", "lab"]])

@@ -139,6 +139,11 @@ def test_data_are_evaluated_by_the_rules_of_a_run():
     assert rollout.max_tokens == recipe.rollout.max_tokens != type(rollout)().max_tokens
     longer = Recipe.load("recipes/lab.yaml", ["eval.max_tokens=9"])
     assert Suite.of_data("x", longer).rollout.max_tokens == 9
+    filtered = Recipe.load("recipes/lab.yaml", ["rollout.top_k=3", "seed=7"])
+    assert (Suite.of_data("x", filtered).rollout.top_k, Suite.of_data("x", filtered).seed) == (0, 7)
+    of_run = Suite.of_data("lab", recipe)
+    assert of_run.names == ["test", "retention"]
+    assert of_run.definitions["retention"].split == "retention"
     # The file need not have demonstrations, unless they are all that there is to evaluate.
     assert (benchmark.columns.problem, benchmark.columns.expert) == ("q", [])
     columns = {"answer": None, "expert": ["worked"]}
