@@ -5,11 +5,14 @@ fails half-way.
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 from contextlib import chdir
 from pathlib import Path
 
 import pytest
+import stopping_engine
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
@@ -23,7 +26,7 @@ RECIPE = """
 extends: [recipes/lab.yaml]
 policy: {quantization: none}
 data: {problems: 40, holdout: 4}
-rollout: {engine: transformers}
+rollout: {engine: "stopping_engine:Engine"}
 train: {steps: 2, problems_per_step: 2}
 monitor: {every: 0, problems: 2}
 checkpoint: {every: 1}
@@ -63,16 +66,22 @@ def here(tmp_path_factory):
     folder = tmp_path_factory.mktemp("referee")
     (folder / "small.yaml").write_text(RECIPE)
     (folder / "broken.py").write_text(BROKEN)
+    shutil.copy(stopping_engine.__file__, folder)
     with chdir(folder):
         yield folder
 
 
 @pytest.fixture(scope="module")
-def killed(here, signal_when):
+def killed(here, fork_server):
     """A referee of two methods that was killed in its last run; the runs finished before."""
-    line = ["referee", "small.yaml", "--methods", "gft,sft", "--seeds", "1", *OPTIONS]
-    last = "main/trials/recipe=sft*/metrics.jsonl"
-    signal_when(line, lambda: [*(here / "out").glob(last)], signal.SIGKILL)
+    line = ["referee", "small.yaml", "--methods", "sft,gft", "--seeds", "1", *OPTIONS]
+    moment = f"{signal.SIGKILL} 1 {here}/out/main/trials/recipe=gft*/metrics.jsonl"
+    done = fork_server.run(*line, env=os.environ | {stopping_engine.VARIABLE: moment})
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    [last] = (here / "out" / "main" / "trials").glob("recipe=gft*")
+    run = RunFolder(last)
+    stopping_engine.wait_for_end(run)
+    assert len(run.metrics()) == 1
     return here / "out", finished(here / "out")
 
 
@@ -80,12 +89,12 @@ def killed(here, signal_when):
 def done(killed):
     """The same continued, with a further seed and a method that fails; its exit code."""
     out, _ = killed
-    line = ["referee", "small.yaml", "--methods", "gft,sft,broken:METHOD", "--seeds", "2"]
+    line = ["referee", "small.yaml", "--methods", "sft,gft,broken:METHOD", "--seeds", "2"]
     return out, main([*line, *OPTIONS])
 
 
 def test_the_killed_run_is_the_uninterrupted_one(done, tmp_path):
-    [folder] = done[0].glob("main/trials/recipe=sft*seed=1")
+    [folder] = done[0].glob("main/trials/recipe=gft*seed=1")
     run = RunFolder(folder)
     recipe = Recipe.load(run.path / "recipe.yaml")
     whole = train(recipe, tmp_path / "whole", console=Console(quiet=True))
@@ -97,7 +106,7 @@ def test_the_killed_run_is_the_uninterrupted_one(done, tmp_path):
 def test_finished_runs_are_kept_when_a_seed_and_a_method_are_added(killed, done):
     out, before = killed
     after = finished(out)
-    assert len(before) >= 9  # Eight that tune, and one of the main runs.
+    assert len(before) == 9  # Eight that tune, and one of the main runs.
     assert {run: after[run] for run in before} == before
     assert len(after) == 8 + 4
 
@@ -170,7 +179,7 @@ def test_an_outcome_is_what_its_run_says(done):
 
 
 def test_other_options_in_the_folder_are_one_line(done, capsys):
-    line = ["referee", "small.yaml", "--methods", "gft,sft", "--seeds", "2", *OPTIONS]
+    line = ["referee", "small.yaml", "--methods", "sft,gft", "--seeds", "2", *OPTIONS]
     assert main([*line, "--margin", "0.05"]) == 2
     errors = capsys.readouterr().err
     assert errors == (
@@ -182,7 +191,7 @@ def test_other_options_in_the_folder_are_one_line(done, capsys):
 
 def test_the_plan_says_what_is_finished(done, capsys):
     assert Path("out/plan.json").exists()
-    line = ["referee", "small.yaml", "--methods", "gft,sft,broken:METHOD", "--seeds", "2"]
+    line = ["referee", "small.yaml", "--methods", "sft,gft,broken:METHOD", "--seeds", "2"]
     assert main([*line, *OPTIONS, "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "runs: 12 to tune, 6 to compare" in printed

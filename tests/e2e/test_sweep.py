@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -212,15 +211,6 @@ def test_failed_trials_are_reported_and_tried_again(own_rewards, capsys):
         assert "of the run before" not in log
 
 
-def is_locked(run):
-    """True if a process trains in the run's folder."""
-    try:
-        with run.lock():
-            return False
-    except UserError:
-        return True
-
-
 def test_a_killed_and_an_interrupted_sweep_continue(tmp_path, fork_server):
     """The first trial ends; the second is killed, continues, is interrupted, and can go on."""
     changes = ["checkpoint.every=2", "monitor.every=0", "rollout.engine=stopping_engine:Engine"]
@@ -238,8 +228,7 @@ def test_a_killed_and_an_interrupted_sweep_continue(tmp_path, fork_server):
 
     killed = stop_after(3, signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    while is_locked(run):  # The trial's process ends when it loses the sweep.
-        time.sleep(0.01)
+    stopping_engine.wait_for_end(run)
     assert len(run.metrics()) == 3
     assert states(folder) == {first.name: "done", second.name: "running"}
     written = (folder.run(first.name).path / "summary.json").stat().st_mtime_ns
