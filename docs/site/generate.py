@@ -6,11 +6,12 @@ import argparse
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
-from meanings import field_meanings, parameter_meanings, prose
+from meanings import field_meanings, method_meanings, prose, reward_meanings
 from page_parts import as_yaml, cell, code, table
 from recipe_reference import recipe_page, recipe_schema
 
@@ -146,35 +147,44 @@ def _method(name: str) -> str:
     """What the docstrings say of the method's loss, of its selection of rows and its prefixes."""
     method, values = METHODS[name], _recipe(name).objective.model_dump()
     texts = [prose(f) for f in (method.loss, method.select, method.prefixes) if f]
-    meanings = field_meanings(ObjectiveSettings) | parameter_meanings(method)
+    meanings = field_meanings(ObjectiveSettings) | method_meanings(method)
+    shown = _parameters({name: values[name] for name in method.parameters}, meanings)
+    return "\n\n".join([*texts, f"Parameters, under `objective`:{shown}"]) + "\n\n"
+
+
+def _parameters(defaults: Mapping[str, Any], meanings: Mapping[str, str]) -> str:
+    """A list of parameters with their defaults and meanings, or the word none."""
     lines = [
-        f"- {code(f'{key}: {as_yaml(values[key])}')}: {meanings.get(key, '')}"
-        for key in method.parameters
+        f"- {code(f'{name}: {as_yaml(default)}')}: {meanings.get(name, '')}"
+        for name, default in defaults.items()
     ]
-    shown = "\n".join(["Parameters, under `objective`:\n", *lines] if lines else ["No parameters."])
-    return "\n\n".join([*texts, shown]) + "\n\n"
+    return "\n".join(["\n", *lines]) if lines else " none."
 
 
 # --- rewards ---------------------------------------------------------------------------------
 
 
+def reward_defaults(name: str) -> dict[str, Any]:
+    """The parameters of a rule with their defaults."""
+    make = JudgeSettings if name == JUDGE else load_dotted(REWARDS[name].make)
+    return {p.name: p.default for p in inspect.signature(make).parameters.values()}
+
+
 def rewards_page() -> str:
-    """The table REWARDS with the parameters of each rule."""
-    rows = []
+    """The table REWARDS and the parameters of each rule."""
+    rows, parameters = [], []
     for name, entry in REWARDS.items():
-        make = JudgeSettings if name == JUDGE else load_dotted(entry.make)
-        parameters = inspect.signature(make).parameters.values()
-        shown = ", ".join(code(f"{p.name}: {as_yaml(p.default)}") for p in parameters)
         correct = "" if entry.correct_above is None else f"above {entry.correct_above:g}"
         answer = "yes" if entry.needs_answer else "no"
-        rows.append([f"`{name}`", cell(entry.doc), shown, answer, correct])
-    head = ["name", "score", "parameters and defaults", "needs an answer", "correct"]
+        rows.append([f"[`{name}`](#{name})", cell(entry.doc), answer, correct])
+        shown = _parameters(reward_defaults(name), reward_meanings(name))
+        parameters.append(f"## {name}\n\nParameters:{shown}\n\n")
     return (
         "# Rewards\n\nWritten from the table `REWARDS`. *correct* is the score above which an "
         "evaluation counts a response as correct. [Rewards](../guides/rewards.md) describes how to "
         "combine them and how to write your own.\n\n"
-        + table(head, rows)
-        + f"## judge\n\n{inspect.cleandoc(JudgeSettings.__doc__ or '')}\n"
+        + table(["name", "score", "needs an answer", "correct"], rows)
+        + "".join(parameters)
     )
 
 

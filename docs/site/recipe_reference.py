@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
-from meanings import field_meanings, parameter_meanings
+from meanings import field_meanings, method_meanings
 from page_parts import as_yaml, cell, code, table
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -177,7 +177,7 @@ def _parameters() -> str:
     """The parameters that the methods' own losses add to `objective`."""
     rows = []
     for name, method in METHODS.items():
-        fields, meanings = builtin_schema(name).model_fields, parameter_meanings(method)
+        fields, meanings = builtin_schema(name).model_fields, method_meanings(method)
         rows += [
             [*_field(f"objective.{own}", fields[own], meanings.get(own, "")),
              f"[{name}](methods.md#{name})"]

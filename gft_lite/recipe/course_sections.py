@@ -137,23 +137,23 @@ class GuardSettings(Settings):
     checkpoint, or without `checkpoint.best` to the last one from before the window, and lowers the
     learning rate; the steps go on counting."""
     window: PositiveInt = 5
-    """Number of steps, of those that have the metric, that means are over."""
+    """Number of steps that means are over, of those that have the metric."""
     reward: Share | None = 0.25
-    """The mean reward of self samples is lower than its highest mean by this share."""
+    """Alarm if the mean reward of self samples is lower than its highest mean by this share."""
     flat_groups: Share | None = 0.9
-    """At least this share of the groups, of 20 or more, teaches nothing, while the reward is nearer
-    to its lowest than to its highest."""
+    """Alarm if at least this share of the groups, of 20 or more, teaches nothing, while the reward
+    is nearer to its lowest than to its highest."""
     entropy: Annotated[float, Field(gt=1)] | None = 2.5
-    """The mean entropy is at least this many times its lowest mean."""
+    """Alarm if the mean entropy is at least this many times its lowest mean."""
     entropy_low: PositiveFloat | None = 0.005
-    """The mean entropy is at most so many nats."""
+    """Alarm if the mean entropy is at most so many nats per token."""
     grad_norm: Annotated[float, Field(gt=1)] | None = 20.0
-    """The mean gradient norm is at least this many times the median of all steps."""
+    """Alarm if the mean gradient norm is at least this many times the median of all steps."""
     kl: PositiveFloat | None = 1.0
-    """The last KL to the reference is at least so many nats per token."""
+    """Alarm if the last KL to the reference is at least so many nats per token."""
     engine_gap: PositiveFloat | None = 0.1
-    """The last mean difference between the log-probs of engine and trainer is at least so many nats
-    per token."""
+    """Alarm if the last mean difference between the log-probs of engine and trainer is at least so
+    many nats per token."""
     lr_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """What a rollback multiplies the learning rate by."""
     rollbacks: PositiveInt = 2
@@ -192,7 +192,7 @@ class LogSettings(Settings):
     """Write every response with its rewards to `groups/`, which the report's browser shows."""
     tokens: bool = False
     """Record log-probs and the loss's coefficient of each trained token of a step's first 8 groups,
-    and at every `monitor.every`-th step each source's gradient; takes further passes."""
+    and each source's gradient at step 1 and every `monitor.every`-th; takes further passes."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
     """Trackers that receive the numbers of each step."""
     completions: NonNegativeInt = 2

@@ -48,8 +48,8 @@ class LoraSettings(Settings):
     """Other alphas for some modules, by the same kind of keys."""
     init: Literal["default", "pissa", "olora"] = "default"
     """Start: A random and B zero, or both the base's first singular vectors (`pissa`, arXiv
-    2404.02948) or first columns of its QR decomposition (`olora`, arXiv 2406.01775). The base stays
-    as it is: the adapter is saved as a plain LoRA of twice the rank, without the start."""
+    2404.02948) or QR columns (`olora`, arXiv 2406.01775). The start is subtracted from the adapter,
+    which is saved as a plain LoRA of twice the rank."""
     use_dora: bool = False
     """Train the norms of the weights too (DoRA, arXiv 2402.09353); vLLM can't serve it."""
 

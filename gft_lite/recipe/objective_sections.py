@@ -26,9 +26,9 @@ class ImportanceSettings(Settings):
     computes other log-probs than the trainer."""
 
     mode: Literal["auto", "none", "token_truncate", "token_band", "sequence_mask"] = "auto"
-    """Limit of the weights: min(w, cap), 0 outside of [low, high], or a row's product and 0 above
-    cap. `auto`: `token_truncate` where the loss compares with the sampling policy (GRPO and its
-    kin) and the engine is not `transformers`, else `none`."""
+    """Limit: `token_truncate` is min(w, cap), `token_band` 0 outside of [low, high],
+    `sequence_mask` a row's product, and 0 above cap. `auto`: `token_truncate` for GRPO and its kin,
+    unless the engine is `transformers`, which has the trainer's weights; else `none`."""
     cap: PositiveFloat = 2.0
     """Limit of `token_truncate` for a token, and of `sequence_mask` for a row."""
     low: NonNegativeFloat = 0.5

@@ -64,7 +64,7 @@ class PolicySettings(Settings):
     concatenates rows, `padded` stacks them; `auto`: the first that the model supports."""
     fused_head: Annotated[bool, TRAINING] = True
     """Compute log-probs and their gradient together in chunks of the output head, which takes less
-    memory than autograd. Exact KL in the loss does without it."""
+    memory than autograd. Losses with an exact KL (asft) do without it."""
     trust_remote_code: Annotated[bool, EVALUATION] = False
     """Run Python code from the model's repository. Set it only for a repository that you trust."""
     lora: Annotated[LoraSettings, TRAINING] = LoraSettings()

@@ -149,7 +149,8 @@ class TeacherSettings(Settings):
         "{problem}\n\nHere is an example of a good answer:\n\n{demonstration}\n\n"
         "Now write your own answer."
     )
-    """Problem as `sdft` shows it to the teacher, with an expert demonstration."""
+    """Prompt of the teacher with `sdft`; `{problem}` and `{demonstration}` stand for the problem and
+    a solution of an expert."""
 
     @model_validator(mode="after")
     def _template_is_complete(self) -> TeacherSettings:

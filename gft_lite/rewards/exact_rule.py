@@ -8,6 +8,9 @@ from gft_lite.rewards.base import Grade, RewardError, Rule
 def make(marker: str = "####") -> Rule:
     """Build the rule: the stripped text after the last `marker` must equal the gold answer.
 
+    Args:
+        marker: Text before the answer; a response without it has no answer.
+
     Raises: RewardError if the marker is not a non-empty string.
     """
     if not isinstance(marker, str) or not marker:

@@ -11,6 +11,10 @@ from gft_lite.rewards.extract import boxes
 def make(pattern: str | None = None) -> Rule:
     r"""Build the rule: the text matches `pattern` (DOTALL), or has exactly one closed \boxed{}.
 
+    Args:
+        pattern: Regular expression of the whole response, in which `.` is any character; null:
+            exactly one closed `\boxed{}`.
+
     Raises: RewardError if the pattern is not a regular expression.
     """
     if pattern is None:

@@ -24,25 +24,29 @@ MAX_REPLY = 4000  # Characters of an unusable reply that are sent back.
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JudgeSettings:
-    """The parameters of the reward `judge`.
-
-    `mode: score` gives each answer a score from 0 to 1 of its own; `rank` orders the distinct
-    answers of a group in one request: 1 for the best, 0 for the worst, in equal steps between.
-    `model` may be left out if the server has one; `reference` shows the judge the gold answer;
-    `timeout` is in seconds for a request with its retries; prices are in dollars per million
-    tokens.
-    """
+    """The parameters of the reward `judge`."""
 
     url: str = ""
+    """Address of an OpenAI-compatible server. Required."""
     rubric: str = ""
+    """Text by which answers are judged. Required."""
     model: str | None = None
+    """Name of the model on the server; null: the only one that it has."""
     mode: Literal["score", "rank"] = "score"
+    """`score` gives each answer a score from 0 to 1 of its own; `rank` orders the distinct answers
+    of a group in one request: 1 for the best, 0 for the worst, in equal steps between."""
     reference: bool = True
+    """Show the judge the gold answer."""
     temperature: float = 0.0
+    """Sampling temperature of the judge."""
     max_tokens: int = 1024
+    """Most tokens of a reply."""
     timeout: float = 120.0
+    """Seconds for a request with its retries."""
     price_in: float | None = None
+    """Dollars per million tokens of requests; null: the cost is not computed."""
     price_out: float | None = None
+    """The same, of replies."""
 
     def check(self) -> None:
         """Raises: RewardError for a value that is wrong."""

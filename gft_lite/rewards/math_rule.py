@@ -42,7 +42,9 @@ _WORDS = re.compile(r"[A-Za-z][A-Za-z \-'.,/]*")
 def make(last_number: bool = False) -> Rule:
     """Build the rule: the stated final answer must equal the gold answer.
 
-    `last_number`: grade a text without a stated answer by its last number (evaluation only).
+    Args:
+        last_number: Grade a text without a stated answer by its last number. Set it for
+            evaluations only.
     """
 
     def grade(text: str, answer: str | None, answer_type: str | None = None) -> Grade:

@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "docs" / "site"))
 
 import generate  # noqa: E402
-from meanings import field_meanings, parameter_meanings  # noqa: E402
+from meanings import field_meanings, method_meanings, reward_meanings  # noqa: E402
 from page_parts import cell  # noqa: E402
 from recipe_reference import sections  # noqa: E402
 
@@ -186,19 +186,21 @@ def test_every_recipe_field_is_in_the_reference():
 
 
 def test_every_field_and_parameter_has_a_meaning_in_the_reference():
-    page = generate.recipe_page()
+    page = generate.recipe_page() + generate.rewards_page()
     known = [(at, field_meanings(schema), {*schema.model_fields}) for at, schema in sections()]
     for name, method in METHODS.items():
         own = {*method.parameters} - ObjectiveSettings.model_fields.keys()
-        known.append((f"method {name}", parameter_meanings(method), own))
+        known.append((f"method {name}", method_meanings(method), own))
+    for name in REWARDS:
+        known.append((f"reward {name}", reward_meanings(name), {*generate.reward_defaults(name)}))
     missing = [
         f"{at}.{n}".strip(".") for at, found, names in known for n in names if not found.get(n)
     ]
     orphaned = [f"{at}.{n}".strip(".") for at, found, names in known for n in found.keys() - names]
     assert (missing, orphaned) == ([], [])
     meanings = {text for _, found, _ in known for text in found.values()}
-    # As cells are written: from a capital letter on.
-    assert [text for text in meanings if cell(text)[1:] not in page] == []
+    # A cell begins with a capital letter.
+    assert [text for text in meanings if cell(text)[1:] not in page and text not in page] == []
     assert len(meanings) > 200
 
 
@@ -249,9 +251,9 @@ def test_fields_that_the_documents_name_exist():
 
 
 def test_every_method_and_reward_is_in_the_reference():
-    pages = generate.methods_page(), generate.rewards_page()
-    for page, names in zip(pages, (METHODS, REWARDS), strict=True):
-        assert [name for name in names if f"| `{name}` |" not in page] == []
+    methods, rewards = generate.methods_page(), generate.rewards_page()
+    assert [name for name in METHODS if f"| `{name}` |" not in methods] == []
+    assert [name for name in REWARDS if f"| [`{name}`](#{name}) |" not in rewards] == []
 
 
 # --- metrics ---------------------------------------------------------------------------------
