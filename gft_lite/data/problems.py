@@ -77,6 +77,17 @@ def columns_of(settings: DataSettings) -> ColumnsSettings:
     return LAB_COLUMNS if lab and settings.columns == ColumnsSettings() else settings.columns
 
 
+def lacks_answers(settings: DataSettings, reward: RewardSettings) -> bool:
+    """True if a reward function compares with answers, and the data have no column of them.
+
+    Raises: RecipeError for a source that can't be read.
+    """
+    columns = columns_of(settings)
+    if columns.found_by_name:
+        columns = resolve_columns(open_source(settings), columns)
+    return reward.answer_rule(columns) is not None
+
+
 def load_problems(
     settings: DataSettings,
     format: PromptFormat,

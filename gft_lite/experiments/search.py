@@ -13,9 +13,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from gft_lite.experiments.sweep_config import Range, Sweep, Trial, rounded
+from gft_lite.data.problems import lacks_answers
+from gft_lite.experiments.sweep_config import Range, SearchSettings, Sweep, Trial, rounded
 from gft_lite.experiments.sweep_results import SweepFolder
-from gft_lite.recipe.figures import lower_is_better, main_figure
+from gft_lite.recipe.figures import NLL, figure_of, lower_is_better, main_figure
+from gft_lite.recipe.schema import Recipe
 from gft_lite.runs.folder import RunFolder, stage_folder
 from gft_lite.runs.folder_forms import Evaluation
 from gft_lite.utils.errors import RecipeError, UserError
@@ -45,7 +47,7 @@ class Search:
         assert plan.search is not None
         self._optuna: Any = optuna
         self._states = optuna.trial.TrialState
-        self._plan, self.settings = plan, plan.search
+        self._plan, self.settings = plan, _with_figure(plan.search, plan.trials()[0].recipe)
         self._distributions = {field: self._distribution(v) for field, v in plan.grid.items()}
         self.folder = folder
         self._study = self._open(folder.path / STUDY)
@@ -205,3 +207,18 @@ class Search:
         if lower_is_better(metric) and self.settings.metric is None and self.settings.mode == "max":
             raise UserError([f"search.metric: must be given for nll, got none. Write {metric}."])
         return sets[name][figure]
+
+
+def _with_figure(settings: SearchSettings, recipe: Recipe) -> SearchSettings:
+    """The settings with `nll` as the metric if none is given and the first set has no answers.
+
+    Raises: UserError for a metric that needs answers, of a set without them.
+    """
+    name, _, figure = (settings.metric or f"{next(iter(recipe.eval.sets))}/").rpartition("/")
+    if not lacks_answers(recipe.eval.sets[name], recipe.reward):
+        return settings
+    if figure and figure_of(figure).graded:
+        rule = f"search.metric: must be a figure of {name}, which has no answers"
+        raise UserError([f"{rule}, got {settings.metric!r}. Write {name}/{NLL}."])
+    given = settings.model_dump(exclude_unset=True)
+    return SearchSettings(**{**given, "metric": f"{name}/{NLL}"})

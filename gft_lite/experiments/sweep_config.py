@@ -72,10 +72,11 @@ class Range(Settings):
 class SearchSettings(FigureSettings):
     """`trials` points that Optuna's TPE sampler proposes, seeded by `random_seed`.
 
-    `metric` is a figure of the final evaluation such as `test/pass@1`, by default the headline. By
-    `prune`, asynchronous successive halving (arXiv 1810.05934) compares the evaluations of
-    `eval.every`: after the 1st, 3rd, 9th, ... of a run, it goes on if it is among the best third of
-    the runs that came this far, and is otherwise stopped after its current step.
+    `metric` is a figure of the final evaluation such as `test/pass@1`, by default the headline: the
+    lowest `nll` of a set without answers. By `prune`, asynchronous successive halving (arXiv
+    1810.05934) compares the evaluations of `eval.every`: after the 1st, 3rd, 9th, ... of a run, it
+    goes on if it is among the best third of the runs that came this far, and is otherwise stopped
+    after its current step.
     """
 
     trials: PositiveInt

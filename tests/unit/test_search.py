@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,25 @@ def run_search(made: Sweep, folder: Path, times: int = 100) -> list[str]:
         names.append(trial.name)
         finish(search, trial, score(trial))
     return names
+
+
+def test_a_set_without_answers_is_searched_by_its_likelihood(tmp_path):
+    chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
+    file = tmp_path / "chats.jsonl"
+    file.write_text(json.dumps(chat))
+    chats = f"overrides.eval.sets.test.source={file}"
+
+    def settings(*overrides):
+        return Search(plan(*overrides), SweepFolder(tempfile.mkdtemp(dir=tmp_path))).settings
+
+    assert settings().metric is None
+    found = settings(chats)
+    assert (found.metric, found.mode, found.trials) == ("test/nll", "min", 6)
+    assert settings(chats, "search.metric=retention/pass@1").metric == "retention/pass@1"
+    with pytest.raises(
+        UserError, match=r"of test, which has no answers, got 'test/pass@8'\. Write"
+    ):
+        settings(chats, "search.metric=test/pass@8")
 
 
 def test_it_is_the_same_for_a_seed_and_when_it_is_continued(tmp_path):
