@@ -128,8 +128,8 @@ class DataSettings(Settings):
     """How a problem is written to the model. Evaluation sets without a prompt have that of
     `data.prompt`."""
     max_prompt_tokens: Annotated[PositiveInt | None, EVERYTHING] = None
-    """Rows with longer prompts are left out; null: only those that leave no room in the context.
-    """
+    """Rows with longer prompts are left out; null: only those whose prompt leaves no room for a
+    response in the context."""
     problems: Annotated[PositiveInt | None, EVERYTHING] = None
     """Number of usable rows to take, after those of `skip`; null: all."""
     skip: Annotated[NonNegativeInt, EVERYTHING] = 0

@@ -26,8 +26,8 @@ class LoraSettings(Settings):
     alpha: PositiveInt = 32
     """Numerator of the scale s, which acts like the learning rate."""
     dropout: Fraction = 0.0
-    """Share of the adapter's inputs that are dropped in training; none where the loss compares
-    log-probs of two passes."""
+    """Share of the adapter's inputs that are dropped in training; none where several updates share
+    a rollout and compare log-probs with it."""
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
     """Linear modules to adapt, by the end of their path such as `q_proj`; `all-linear`: all but the
     output head."""

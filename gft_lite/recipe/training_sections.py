@@ -119,8 +119,8 @@ class StageSettings(Settings):
     """A stage of a staged run, which continues the adapter of the stage before it."""
 
     method: Annotated[str, named_in(METHODS)]
-    """Method of the stage. Another than the recipe's has its own defaults of `group`, `objective`
-    and the learning rate."""
+    """Method of the stage. Another than the recipe's begins with its own `group`, `objective`,
+    learning rate and updates per rollout."""
     reference: Literal["base", "start"] = "base"
     """What the KL of the stage is measured to: the base, or the policy at the start of the stage.
     """
@@ -149,8 +149,8 @@ class TeacherSettings(Settings):
         "{problem}\n\nHere is an example of a good answer:\n\n{demonstration}\n\n"
         "Now write your own answer."
     )
-    """Prompt of the teacher with `sdft`; `{problem}` and `{demonstration}` stand for the problem and
-    a solution of an expert."""
+    """Prompt of the teacher with `sdft`; `{problem}` and `{demonstration}` stand for the problem
+    and an expert's solution."""
 
     @model_validator(mode="after")
     def _template_is_complete(self) -> TeacherSettings:
