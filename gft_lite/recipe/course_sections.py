@@ -24,11 +24,11 @@ class MonitorSettings(Settings):
     """The measurement of the KL to the reference while training."""
 
     every: Annotated[NonNegativeInt, TRAINING] = 10
-    """Measure it every N steps, on the reference's responses to fixed prompts and on the step's
+    """Measure the KL every N steps, on the reference's responses to fixed prompts and on the step's
     samples; 0: never."""
     problems: Annotated[PositiveInt, EVALUATION] = 16
-    """Number of held-out problems whose prompts are used, of training problems where none are held
-    out."""
+    """Number of held-out problems whose prompts are used for the KL, of training problems where
+    none are held out."""
 
 
 class EvalSettings(Settings):
