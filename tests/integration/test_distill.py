@@ -17,6 +17,7 @@ from importlib.util import find_spec
 
 import pytest
 from rich.console import Console
+from waiting import wait_until
 
 from gft_lite import lab
 from gft_lite.cli import main
@@ -242,7 +243,7 @@ def server(tmp_path_factory):
     url = f"http://127.0.0.1:{port}"
     endpoint = Endpoint(url, timeout=5, retries=0)
     try:
-        for _ in range(1200):
+        while True:
             try:
                 endpoint.get(f"{url}/health")
                 break
@@ -453,6 +454,9 @@ def test_an_endpoint_that_rejects_all_requests_stops_the_command(here):
 
 def test_consecutive_failures_stop_the_command(here):
     def reply(body, number):
+        # Only when four further requests are in flight has the command counted the five answers.
+        if number >= 5:
+            wait_until(lambda: len(scripted.bodies) >= 5 + 4)
         return (200, f"#{number}") if number < 5 else (500, "out of order")
 
     with ScriptedServer(reply) as scripted, pytest.raises(TeacherError, match="out of order"):
@@ -498,22 +502,32 @@ def test_a_stopped_distillation_can_be_continued(here, how, fork_server):
         "import time\ndef reward(completions, **_):\n"
         "    time.sleep(0.2)\n    return [0.0] * len(completions)\n"
     )
-    pause = [0.3]
+    signalled, pause = threading.Event(), [0.3]
 
     def reply(body, number):
-        time.sleep(pause[0])
+        if 8 <= number < 12:
+            signalled.wait()
+        elif number >= 12:  # Sent until the process has received the signal.
+            time.sleep(pause[0])
         return 200, f"#{number}"
 
     kept = here / "a.distill/responses.jsonl"
+
+    def lines():
+        return kept.read_bytes().count(b"\n") if kept.exists() else 0
+
     with ScriptedServer(reply) as scripted:
         process = fork_server.start(
             "distill", "r.yaml", "--teacher", scripted.url, "--out", "a.jsonl", "--samples", 20,
             "--concurrency", 4, "reward.functions=[slow:reward]",
         )  # fmt: skip
-        while len(scripted.answered) < 8:
+        while len(scripted.bodies) < 12 or lines() < 8:  # Eight answers, four requests in flight.
             assert process.poll() is None, process.stderr
             time.sleep(0.01)
         process.send_signal(how)
+        if how == signal.SIGKILL:
+            process.wait()
+        signalled.set()
         process.wait()
         errors = process.stderr
         pause[0] = 0
@@ -525,7 +539,7 @@ def test_a_stopped_distillation_can_be_continued(here, how, fork_server):
             assert "the same command continues" in errors
             assert len(read(kept)) == before
         else:
-            assert before - 4 <= kept.read_bytes().count(b"\n") <= before
+            assert (before, lines()) == (12, 8)
             with kept.open("ab") as file:
                 file.write(b'{"key": "half')
         summary = run_distill(scripted.url, "a.jsonl", samples=20, concurrency=8)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from waiting import wait_until
 
 from gft_lite.cli import main
 from gft_lite.distillation.teachers import TeacherResponse
@@ -142,9 +143,10 @@ def test_a_slow_response_ends_at_the_time_limit(start, piece):
 def test_the_time_limit_includes_retries():
     reply = whole(b"503 busy", b"", b"Retry-After: 50")
     with RawServer(lambda *_: reply) as server:
-        endpoint = Endpoint(server.url, timeout=0.3, retries=5)
-        with pytest.raises(EndpointError, match=r"gave no answer within 0\.3 s"):
+        endpoint = Endpoint(server.url, timeout=1, retries=5)
+        with pytest.raises(EndpointError, match=r"gave no answer within 1 s"):
             endpoint.get("models")
+        wait_until(lambda: server.requests)  # Its thread may not have run yet.
         assert len(server.requests) == 1
 
 

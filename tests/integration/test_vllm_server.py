@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from waiting import wait_until
 
 from gft_lite.cli import main
 from gft_lite.lab import rows
@@ -587,12 +588,11 @@ def test_what_a_killed_trainer_started_ends_with_it():
     parent = subprocess.Popen(starter, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     group = int(parent.stdout.readline())
     try:
-        _wait(
-            lambda: len(_of_group(group)) == 4
-        )  # The supervisor, the shell, and both its children.
+        # The supervisor, the shell, and both its children.
+        wait_until(lambda: len(_of_group(group)) == 4)
         parent.kill()
         parent.wait()
-        _wait(lambda: not _of_group(group))
+        wait_until(lambda: not _of_group(group))
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(group, signal.SIGKILL)
@@ -602,13 +602,6 @@ def test_what_a_killed_trainer_started_ends_with_it():
 def _of_group(group):
     done = subprocess.run(["ps", "-eo", "pgid="], capture_output=True, text=True, check=True)
     return [line for line in done.stdout.split() if int(line) == group]
-
-
-def _wait(condition, limit=300):
-    until = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.1)
 
 
 def test_a_server_that_cannot_start_gives_the_cause_from_its_log(policy, tmp_path, monkeypatch):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import threading
-import time
 from dataclasses import replace
 from http.server import ThreadingHTTPServer
 
 import pytest
+from waiting import wait_until
 
 from gft_lite.cli import main
 from gft_lite.planning.gpus import own_machine, parse_size
@@ -96,6 +96,7 @@ class TestHub:
     def hub(self, monkeypatch, tmp_path):
         """A local hub with one model; the paths that were requested."""
         requests: list[str] = []
+        over = threading.Event()
 
         class Hub(JsonHandler):
             def do_GET(self) -> None:
@@ -103,7 +104,7 @@ class TestHub:
                 if self.path == "/someone/model/resolve/main/config.json":
                     self.answer(200, json.dumps(LLAMA))
                 elif self.path.startswith("/slow"):
-                    time.sleep(3)
+                    over.wait()
                     self.answer(200, "{}")
                 else:
                     self.answer(401, "{}")
@@ -121,6 +122,7 @@ class TestHub:
         )  # fmt: skip
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         yield requests
+        over.set()
         server.shutdown()
         server.server_close()
 
@@ -137,9 +139,10 @@ class TestHub:
         assert len(hub) == 1  # Without tries again.
 
     def test_a_hub_that_does_not_answer_is_given_up(self, hub, monkeypatch):
-        monkeypatch.setattr("gft_lite.utils.hub.TIMEOUT", 0.2)
+        monkeypatch.setattr("gft_lite.utils.hub.TIMEOUT", 0.5)
         with pytest.raises(RecipeError, match=r"can't be reached \(timed out\)"):
             read_hub_file("slow/model", "config.json")
+        wait_until(lambda: hub)  # Its thread may not have run yet.
         assert len(hub) == 1
 
     def test_without_a_reply_libraries_work_offline(self, hub, monkeypatch):
