@@ -144,8 +144,7 @@ class TeacherSettings(Settings):
     an adapter of the same base, rank and alpha; or a model with the same tokenizer, loaded as the
     policy is and not counted by the memory plan."""
     decay: Fraction = 0.95
-    """With `model: average`, the weight of the old average in each update; the adapter has the rest.
-    """
+    """With `model: average`, the weight of the old average in an update, beside the adapter."""
     template: str = (
         "{problem}\n\nHere is an example of a good answer:\n\n{demonstration}\n\n"
         "Now write your own answer."
