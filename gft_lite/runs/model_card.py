@@ -43,13 +43,11 @@ def write_card(run: RunFolder) -> None:
     write_text_atomic(run.adapter / "README.md", "\n\n".join(lines) + "\n")
 
 
-def write_merged_card(
-    folder: Path, base: str, adapter: str, run: RunFolder | None, figures: str
-) -> None:
-    """Write the card of a merged model to its folder.
+def merged_card(base: str, adapter: str, run: RunFolder | None, figures: str) -> str:
+    """The card of a merged model.
 
     `adapter` is the adapter's name, `run` the run that trained it if that is known, `figures` the
-    result of the comparison with the unmerged policy.
+    result of the comparison with the unmerged policy. Raises: UserError for damaged files of a run.
     """
     recipe = Recipe.load(run.path / "recipe.yaml") if run else None
     # A run that was killed at its very end has its adapter, and no results yet.
@@ -65,7 +63,7 @@ def write_merged_card(
         *(_limits(recipe) if recipe else []),
         *(_recipe(recipe) if recipe else []),
     ]
-    write_text_atomic(folder / "README.md", "\n\n".join(lines) + "\n")
+    return "\n\n".join(lines) + "\n"
 
 
 def known_as(model: str) -> str:

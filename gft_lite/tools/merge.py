@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import shlex
 import shutil
@@ -30,11 +31,11 @@ from gft_lite.rollout.base import Request, Sampling
 from gft_lite.rollout.sampling import make_prompt_format, sample_seed
 from gft_lite.rollout.transformers_engine import TransformersEngine
 from gft_lite.runs.folder import RunFolder, stage_folder
-from gft_lite.runs.model_card import known_as, write_merged_card
+from gft_lite.runs.model_card import known_as, merged_card
 from gft_lite.types import Problem
 from gft_lite.utils.cpu import set_threads
 from gft_lite.utils.errors import UserError
-from gft_lite.utils.files import check_new_folder
+from gft_lite.utils.files import check_new_folder, write_text_atomic
 from gft_lite.utils.progress import show_phase, stderr_console, track
 
 # Nats per token. bf16 arithmetic alone causes a gap of 0.002 on the lab's own text, 0.012 for
@@ -98,6 +99,9 @@ def merge(
     partial = out.with_name(f"{out.name}.tmp")
     trained = found.policy.model_copy(update=_portable_settings(device))
     settings = trained.model_copy(update={"quantization": "none", "dtype": dtype})
+    run = RunFolder(found.run) if found.run else None
+    card = functools.partial(merged_card, known_as(settings.model), found.label, run)
+    card("")  # Reads the files of the run before anything large is loaded.
     set_threads(settings.threads)
     shutil.rmtree(partial, ignore_errors=True)
     with ExitStack() as stack:
@@ -117,8 +121,7 @@ def merge(
             wider = "" if dtype == "float32" else "Use --dtype float32, or serve"
             raise UserError([f"{problem}. Nothing was written. {wider or 'Serve'} the adapter as "
                              "it is."])  # fmt: skip
-        run = RunFolder(found.run) if found.run else None
-        write_merged_card(partial, known_as(settings.model), found.label, run, description)
+        write_text_atomic(partial / "README.md", card(description))
         partial.rename(out)
     return comparison
 

@@ -231,6 +231,16 @@ def test_unusable_targets_and_folders(run, tmp_path, capsys):
         assert "--allow-code: must be given" in capsys.readouterr().err
 
 
+def test_damaged_results_are_found_before_the_model_is_loaded(run, tmp_path):
+    folder = Path(shutil.copytree(run.path, tmp_path / "run"))
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(
+        b""
+    )  # An error where it is loaded.
+    (folder / "eval" / "base.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match=r"eval/base\.json:1: must"):
+        merge(str(folder), tmp_path / "out")
+
+
 def test_the_merged_model_has_the_policys_end_tokens(run, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(BASE, base)
