@@ -11,6 +11,7 @@ from typing import Any
 from gft_lite.evaluation.examples import Examples
 from gft_lite.evaluation.response_cache import ResponseCache
 from gft_lite.evaluation.tables import tables, to_csv
+from gft_lite.runs.folder_forms import parse_evaluation
 from gft_lite.types import Group, Problem
 from gft_lite.utils.errors import UserError
 from gft_lite.utils.files import atomic_write, read_json, write_text_atomic
@@ -111,9 +112,10 @@ def _problem_and_keys(line: dict[str, Any]) -> tuple[Problem, list[str]]:
 
 def _targets(value: Any) -> dict[str, dict[str, Any]]:
     for entry in value.values():
-        for key, kind in (("identity", str), ("data", dict), ("sampling", dict)):
+        kinds = {"identity": str, "adapter": str | None, "data": dict, "sampling": dict,
+                 "drift": dict}  # fmt: skip
+        for key, kind in kinds.items():
             if not isinstance(entry[key], kind):
                 raise TypeError(key)
-        if not all(isinstance(f["problems"], int) for f in entry["benchmarks"].values()):
-            raise TypeError("benchmarks")
+        parse_evaluation(entry["benchmarks"])
     return value

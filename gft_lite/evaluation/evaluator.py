@@ -107,6 +107,7 @@ def evaluate(
         if scorer.judge is not None:
             scorer.judge.keep(folder / JUDGEMENTS)
         work = _Evaluation(suite, EvaluationFolder(folder), data, scorer, console)
+        work.folder.targets()  # A damaged file is found before anything is sampled.
         if regrade:
             _regrade(work, found)
         else:

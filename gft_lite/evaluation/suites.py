@@ -148,17 +148,19 @@ class Suite(Settings):
             columns |= {"expert": [], "teacher": []}
         known = {n: own.model_dump() for n, own in recipe.eval.sets.items()
                  if os.path.abspath(own.source) == os.path.abspath(data)}  # fmt: skip
+        changes = read_overrides(overrides)
+        samples = changes.get("samples", recipe.eval.samples)
         tree = {
             "name": name,
             "definitions": known or {name: {"source": data, "columns": columns}},
             "prompt": recipe.data.prompt.model_dump(),
             "samples": recipe.eval.samples,
-            "k": recipe.eval.k,
+            "k": [k for k in recipe.eval.k if not isinstance(samples, int) or k <= samples],
             "seed": recipe.seed,
             "rollout": recipe.rollout.model_dump() | asdict(sampling_of(recipe)),
             "reward": recipe.reward.model_dump(),
         }
-        return cls.from_tree(merge(tree, read_overrides(overrides)))
+        return cls.from_tree(merge(tree, changes))
 
 
 def sampling_of(recipe: Recipe) -> Sampling:

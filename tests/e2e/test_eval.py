@@ -332,6 +332,13 @@ class TestRegrade:
         assert problem.startswith(str(path)) and error in problem
         assert "Restore the file" in problem or "Remove the line" in problem
 
+    def test_damaged_results_are_found_before_a_model_is_loaded(self, run, tmp_path):
+        adapter = shutil.copytree(run / "adapter", tmp_path / "adapter")
+        (adapter / "adapter_model.safetensors").write_bytes(b"")  # An error where it is loaded.
+        (tmp_path / "targets.json").write_text("{", encoding="utf-8")
+        with pytest.raises(UserError, match=r"targets\.json:1: must have the results"):
+            evaluate([adapter], tmp_path)
+
     def test_what_was_never_evaluated(self, run, tmp_path):
         evaluate(["lab"], tmp_path, "samples=1")
         with pytest.raises(RecipeError) as caught:

@@ -137,6 +137,7 @@ def test_data_are_evaluated_by_the_rules_of_a_run():
     rollout = suite.rollout
     assert (rollout.temperature, rollout.top_p, rollout.stop) == (0.7, 0.9, ["x"])
     assert rollout.max_tokens == recipe.rollout.max_tokens != type(rollout)().max_tokens
+    assert Suite.of_data("x", recipe, ["samples=1"]).ks == [1]  # k=2 is only of more samples.
     longer = Recipe.load("recipes/lab.yaml", ["eval.max_tokens=9"])
     assert Suite.of_data("x", longer).rollout.max_tokens == 9
     filtered = Recipe.load("recipes/lab.yaml", ["rollout.top_k=3", "seed=7"])
