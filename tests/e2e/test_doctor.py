@@ -118,7 +118,7 @@ class _Answer(BaseHTTPRequestHandler):
 def server() -> Iterator[int]:
     """The port of a local web server."""
     web = HTTPServer(("127.0.0.1", 0), _Answer)
-    threading.Thread(target=web.serve_forever, daemon=True).start()
+    threading.Thread(target=web.serve_forever, args=(0.02,), daemon=True).start()
     yield web.server_port
     web.shutdown()
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import shutil
+import signal
 import tomllib
 from pathlib import Path
 
@@ -15,6 +17,7 @@ reason = "needs the notebooks extra: pip install 'gft-lite[notebooks]'"
 nbclient = pytest.importorskip("nbclient", reason=reason)
 nbformat = pytest.importorskip("nbformat", reason=reason)
 pytest.importorskip("ipykernel", reason=reason)
+provisioning = pytest.importorskip("jupyter_client.provisioning", reason=reason)
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
@@ -80,6 +83,41 @@ def texts(cell):
         yield output.get("text", "")
         data = output.get("data", {})
         yield from (str(value) for kind, value in data.items() if not kind.startswith("image/"))
+
+
+class ForkedKernel(provisioning.LocalProvisioner):
+    """A kernel in a fork of a process that has imported the large libraries."""
+
+    fork_server = None
+
+    async def launch_kernel(self, cmd, **options):
+        assert cmd[1:3] == ["-m", "ipykernel_launcher"]
+        code = "from ipykernel import kernelapp; kernelapp.launch_new_instance()"
+        with contextlib.chdir(options["cwd"]):
+            forked = self.fork_server.start(*cmd[3:], code=code, env=options["env"])
+        self.process = forked
+        self.pid, self.cwd = forked.pid, options["cwd"]
+        return self.connection_info
+
+    async def wait(self):
+        return self.process.wait()
+
+    async def kill(self, restart=False):
+        self.process.send_signal(signal.SIGKILL)
+
+    async def terminate(self, restart=False):
+        self.process.send_signal(signal.SIGTERM)
+
+
+@pytest.fixture(autouse=True)
+def forked_kernels(fork_server, monkeypatch):
+    def create(factory, kernel_id, kernel_spec, parent):
+        return ForkedKernel(kernel_id=kernel_id, kernel_spec=kernel_spec, parent=parent)
+
+    monkeypatch.setattr(ForkedKernel, "fork_server", fork_server)
+    monkeypatch.setattr(
+        provisioning.KernelProvisionerFactory, "create_provisioner_instance", create
+    )
 
 
 async def execute(notebook, folder):

@@ -239,7 +239,7 @@ def train_a_micro_batch(folder):
     policy = load_policy(recipe.policy)
     policy.model.train()
     measured = []
-    for rows in (rows_of(1, 8, 2, 8), *[rows_of(1, 128, 8, 128)] * 2):  # The first one warms up.
+    for rows in (rows_of(1, 8, 2, 8), *[rows_of(1, 128, 8, 128)] * 4):  # The first one warms up.
         [batch] = policy.batches(rows, 10**9)
         Path("/proc/self/clear_refs").write_text("5")  # The peak starts from here.
         resting = _of_status("VmRSS")

@@ -144,7 +144,7 @@ class _Proxy(ThreadingHTTPServer):
         self.over = threading.Event()
         self.samples = 0
         self.times: list[float] = []
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
 
 class _Handler(BaseHTTPRequestHandler):

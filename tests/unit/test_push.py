@@ -96,7 +96,7 @@ class _Handler(JsonHandler):
 @contextmanager
 def hub(private: bool = True, status: int = 200):
     server = Hub(private, status)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     try:
         yield server

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 
 import pytest
@@ -570,15 +571,21 @@ def test_a_failure_costs_one_response(user_module, name, reason):
             scorer.score([group(["bad"]) for _ in range(3)])
 
 
-@pytest.mark.parametrize("name", ["one_hangs", "coroutine_hangs"])
-def test_a_call_that_hangs_costs_one_response(user_module, monkeypatch, name):
+def test_a_call_that_hangs_costs_one_response(user_module, monkeypatch):
     monkeypatch.setattr(user_calls, "_FIRST_CALL_SECONDS", 0.0)
-    functions, lines = [RewardFunction(f"my_rewards:{name}")], []
-    with Scorer(functions, timeout=0.35, log=lines.append) as scorer:
-        scored = scorer.score([group(["a", "bad"])])
-        assert rewards(scored) == [1.0, None]
-        assert verdicts(scored) == ["ok", "timeout"]
-        assert "must return within 1.4 s for 1 responses, got nothing" in lines[0]
+    lines = []
+
+    def score(name):
+        functions = [RewardFunction(f"my_rewards:{name}")]
+        with Scorer(functions, timeout=0.35, log=lines.append) as scorer:
+            return scorer.score([group(["a", "bad"])])
+
+    with ThreadPoolExecutor() as pool:  # Both wait for the limits at the same time.
+        for scored in pool.map(score, ("one_hangs", "coroutine_hangs")):
+            assert rewards(scored) == [1.0, None]
+            assert verdicts(scored) == ["ok", "timeout"]
+    assert len(lines) == 2
+    assert all("must return within 1.4 s for 1 responses, got nothing" in line for line in lines)
 
 
 def test_calls_of_a_coroutine_function_are_awaited_a_few_at_a_time(user_module):
