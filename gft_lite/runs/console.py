@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -25,17 +26,49 @@ _FORMATS = (
 _TWO_PAIRS = 56  # Columns of a terminal from which metrics stand side by side.
 
 
+@dataclass
+class TimeLeft:
+    """The time that a run still takes after a step: the steps left, and the evaluations to come.
+
+    A step takes the mean of those since the start at step `first`, with all that comes between
+    them, such as checkpoints. `to_come` is the number of evaluations after a step; each takes the
+    mean of those that are done, `evaluation` seconds before there is one.
+    """
+
+    steps: int | None
+    first: int
+    to_come: Callable[[int], float]
+    evaluation: float
+    done: dict[int, float] = field(default_factory=dict)  # Seconds of evaluations by step.
+
+    def add(self, metrics: Mapping[str, Any]) -> None:
+        """Take up the time of the evaluation after a step, if there was one."""
+        if "eval" in metrics["seconds"]:
+            self.done[metrics["step"]] = metrics["seconds"]["eval"]
+
+    def after(self, step: int, elapsed: float) -> float | None:
+        """The seconds left after a step, `elapsed` seconds after the start; None if not known."""
+        if self.steps is None or step <= self.first:
+            return None
+        own = sum(seconds for at, seconds in self.done.items() if at > self.first)
+        each = fmean(self.done.values()) if self.done else self.evaluation
+        steps = (elapsed - own) / (step - self.first) * (self.steps - step)
+        return steps + self.to_come(step) * each
+
+
 class TrainingConsole:
     """Live metrics on a terminal; elsewhere a line with the metrics of every 20th of the steps."""
 
     def __init__(
         self, console: Console, total: int | None, completed: int, *, compares: bool = True,
-        history: Iterable[Mapping[str, Any]] = (),
+        history: Iterable[Mapping[str, Any]] = (), left: TimeLeft | None = None,
     ) -> None:  # fmt: skip
         """`compares` is false for a method without group advantages, which has no flat groups.
 
-        `history` are the metrics of the steps before a resumption.
+        `history` are the metrics of the steps before a resumption. `left` estimates the time that
+        is left.
         """
+        self._left = left
         self._compares, self._console = compares, console
         self._display = ProgressDisplay(console, "step", total, completed)
         self._kept: dict[str, Any] = {"kl": {}, "eval": {}, "best_step": None}
@@ -61,13 +94,17 @@ class TrainingConsole:
         if not self._compares:
             del texts["flat groups"]
         line = "  ".join(f"{name}: {text}" for name, text in texts.items())
-        self._display.update(metrics["step"], line, self._panel(texts) if live else None)
+        elapsed = self._display.elapsed
+        left = self._left.after(metrics["step"], elapsed) if self._left else None
+        self._display.update(metrics["step"], line, self._panel(texts) if live else None, left)
 
     def _remember(self, metrics: Mapping[str, Any]) -> None:
         """Keep what the panel shows of earlier steps."""
         self._kept = {name: metrics.get(name, kept) for name, kept in self._kept.items()}
         if metrics.get("eval"):
             self._evaluated = metrics["step"]
+        if self._left:
+            self._left.add(metrics)
         self._reward = rewards = metrics["reward"]
         trend = rewards.get("self", fmean(rewards.values()) if rewards else None)
         self._rewards.append(trend)

@@ -82,6 +82,23 @@ class EvaluationSchedule:
         every = self.recipe.eval.every
         return bool(every and self.sets) and (step % every == 0 or last)
 
+    @property
+    def share(self) -> float:
+        """The share of the sets' problems that these evaluations are of."""
+        every = sum(map(len, self.sets.values()))
+        return sum(map(len, self.chosen.values())) / every if every else 1.0
+
+    def to_come(self, step: int) -> float:
+        """The number of evaluations after `step`, in ones of the size of these.
+
+        That of the trained policy is of all problems, and the last of these if it is so too.
+        """
+        every, steps = self.recipe.eval.every, self.recipe.steps
+        if not self.sets or steps is None:
+            return 0.0
+        due = -(-steps // every) - step // every if every and step < steps else 0
+        return due + (0 if every and self.is_complete else 1 / self.share)
+
     def run(self, step: int) -> dict[str, Any]:
         """Evaluate what the engine serves, the policy after `step`; returns metrics of the step.
 

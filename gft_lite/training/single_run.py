@@ -14,7 +14,7 @@ from rich.console import Console
 from gft_lite.evaluation.metrics import headline
 from gft_lite.objective.methods import find_method
 from gft_lite.recipe.schema import Recipe
-from gft_lite.runs.console import TrainingConsole
+from gft_lite.runs.console import TimeLeft, TrainingConsole
 from gft_lite.runs.export import save_final_adapter
 from gft_lite.runs.folder import RunFolder, find_folder
 from gft_lite.runs.metrics import PHASES, PhaseTimer
@@ -58,8 +58,10 @@ def train_single(
             run.engine.sync(first)
         compares = find_method(recipe.method).group_advantages
         past = folder.metrics() if first else []
+        seconds_of_base = timer.seconds["eval"] * run.schedule.share
+        left = TimeLeft(recipe.steps, first, run.schedule.to_come, seconds_of_base)
         with TrainingConsole(
-            console, recipe.steps, first, compares=compares, history=past
+            console, recipe.steps, first, compares=compares, history=past, left=left
         ) as screen:
             last = train_steps(run, first, screen)
         final = run.load_final(last)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from itertools import pairwise
 from typing import TypeVar
 
@@ -18,6 +19,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -47,7 +49,7 @@ class ProgressDisplay:
         self._unit, self._total = unit, total
         self._progress = Progress(
             TextColumn(unit), BarColumn(bar_width=None), MofNCompleteColumn(),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            TimeElapsedColumn(), TextColumn("left"), _TimeLeftColumn(),
             console=console, expand=True, speed_estimate_period=_SPEED_SECONDS,
         )  # fmt: skip
         self._task = self._progress.add_task(unit, total=total, completed=completed)
@@ -69,14 +71,27 @@ class ProgressDisplay:
     def __exit__(self, *_: object) -> None:
         self._live.stop()
 
-    def update(self, completed: int, text: str = "", panel: RenderableType | None = None) -> None:
-        """Show the state after `completed` units: `panel`, by default `text`, or a line of text."""
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the display was made."""
+        return time.perf_counter() - self._started
+
+    def update(
+        self, completed: int, text: str = "", panel: RenderableType | None = None,
+        left: float | None = None,
+    ) -> None:  # fmt: skip
+        """Show the state after `completed` units: `panel`, by default `text`, or a line of text.
+
+        `left` are the seconds that are left, by default those of as many units at the mean speed.
+        """
         if self.is_live:
-            self._progress.update(self._task, completed=completed)
+            self._progress.update(self._task, completed=completed, left=left)
             self._live.update(Group(Text(text) if panel is None else panel, self._progress))
         elif text and self._is_due(completed):
             of_total = f"/{self._total:,}" if self._total else ""
-            self.print(f"{self._unit} {completed:,}{of_total}  {text}{self.time_left(completed)}")
+            self.print(
+                f"{self._unit} {completed:,}{of_total}  {text}{self.time_left(completed, left)}"
+            )
             self._lines = self._share(completed)
             self._printed = time.perf_counter()
 
@@ -89,16 +104,27 @@ class ProgressDisplay:
         late = time.perf_counter() - self._printed > _SLOW_SECONDS
         return late or self._share(completed) > self._lines or completed == self._total
 
-    def time_left(self, completed: int) -> str:
-        """The time that is left, once there is a reliable estimate."""
-        seconds, units = time.perf_counter() - self._started, completed - self._first
-        left = (self._total or 0) - completed
-        if left <= 0 or units <= 0 or seconds < _SLOW_SECONDS:
+    def time_left(self, completed: int, left: float | None = None) -> str:
+        """The time that is left, once there is a reliable estimate; `left` as in `update`."""
+        units = completed - self._first
+        if left is None and units > 0:
+            left = self.elapsed / units * ((self._total or 0) - completed)
+        if not left or left < 0 or self.elapsed < _SLOW_SECONDS:
             return ""
-        return f"  about {format_duration(seconds / units * left)} left"
+        return f"  about {format_duration(left)} left"
 
     def _share(self, completed: int) -> int:
         return _LINES * completed // (self._total or _UNKNOWN_TOTAL)
+
+
+class _TimeLeftColumn(TimeRemainingColumn):
+    """The seconds `left` that `ProgressDisplay.update` was given, or else rich's own estimate."""
+
+    def render(self, task: Task) -> Text:
+        left = task.fields.get("left")
+        if left is None:
+            return super().render(task)
+        return Text(str(timedelta(seconds=round(left))), style="progress.remaining")
 
 
 @dataclass(eq=False)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from gft_lite.runs.console import TrainingConsole, evaluation_line
+from gft_lite.runs.console import TimeLeft, TrainingConsole, evaluation_line
 from gft_lite.runs.metrics import group_metrics
 from gft_lite.types import Group, Problem, Response
 from gft_lite.utils.tables import results_table
@@ -30,6 +30,27 @@ def test_the_metrics_of_a_loss_are_shown_by_name():
         "step 1/1  reward: expert 1.00 self 0.25  flat groups: 50%  rectified tokens: 50%  "
         "my own metric: 0.0625  loss: 0.1250  truncated: 0%  rollout tokens/s: 25\n"
     )
+
+
+def test_the_time_left_has_the_evaluations_to_come():
+    left = TimeLeft(20, 10, {12: 2.0, 14: 1.0, 20: 0.5}.__getitem__, 8.0)
+    assert left.after(10, 0.0) is None  # No step is done.
+    # 2 steps took 10 s: 8 more take 40 s, and two evaluations as long as the base's 16 s.
+    assert left.after(12, 10.0) == 40 + 16
+    left.add({"step": 10, "seconds": {"train": 1.0, "eval": 2.0}})  # Before the resumption.
+    left.add({"step": 13, "seconds": {"train": 1.0}})
+    left.add({"step": 14, "seconds": {"train": 1.0, "eval": 4.0}})
+    # 4 steps took 24 s without the evaluation: 6 more take 36 s, and one evaluation 3 s.
+    assert left.after(14, 28.0) == 36 + 3
+    assert left.after(20, 100.0) == 1.5  # The trained policy is evaluated after the last step.
+    assert TimeLeft(None, 0, {3: 1.0}.__getitem__, 8.0).after(3, 10.0) is None
+
+
+def test_the_view_has_the_time_left_of_the_steps_metrics(monkeypatch):
+    """Two evaluations of ten hours are to come; steps that take no time are not."""
+    left = TimeLeft(2, 0, {1: 2.0, 2: 2.0}.__getitem__, 1.0)
+    steps = [STEP, {**STEP, "step": 2, "seconds": {"eval": 36000.0}}]
+    assert "left 20:00:00" in panel(monkeypatch, 80, 24, steps, left=left)
 
 
 def panel(monkeypatch, width: int, height: int, steps: list[dict[str, Any]], **options: Any) -> str:

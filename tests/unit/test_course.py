@@ -87,6 +87,22 @@ def test_an_evaluation_is_due_every_n_steps_and_after_the_last_one(tmp_path):
     assert not schedule(tmp_path, [], "eval.every=0").is_due(5, last=True)
 
 
+@pytest.mark.parametrize(
+    ("every", "problems", "expected"),
+    [(4, "null", [3, 3, 2, 1, 0]),  # After steps 4, 8 and 10; the last is that of the policy.
+     (4, 2, [5, 5, 4, 3, 2]),  # That of all four problems is two of these.
+     (0, "null", [1, 1, 1, 1, 1]), (5, "null", [2, 2, 1, 1, 0])],
+)  # fmt: skip
+def test_the_number_of_evaluations_to_come(tmp_path, every, problems, expected):
+    changes = [f"eval.every={every}", f"eval.problems={problems}", "train.steps=10"]
+    sets = {"test": [Problem(name, "q", "1") for name in "abcd"]}
+    recipe = Recipe.load("recipes/lab.yaml", changes)
+    found = EvaluationSchedule(recipe, RunFolder(tmp_path), SINGLE_PROCESS, None, sets, None)
+    assert [found.to_come(step) for step in (0, 3, 5, 8, 10)] == expected
+    empty = EvaluationSchedule(recipe, RunFolder(tmp_path), SINGLE_PROCESS, None, {}, None)
+    assert (empty.to_come(0), empty.share) == (0, 1)
+
+
 def test_a_resumed_schedule_has_the_evaluations_so_far_of_the_same_adapter(tmp_path):
     base = {"test": measure([graded("a", 1, 0), graded("b", 1, 1)], [1])}
     sets = {"test": [Problem("a", "q", "1")]}

@@ -121,10 +121,21 @@ def test_the_time_left_follows_from_the_units_of_this_process():
     display = ProgressDisplay(Console(file=io.StringIO()), "step", 20, 10)
     display._started -= 1200  # For 5 of 10 steps, after a resumption at step 10.
     assert display.time_left(15).startswith("  about 20 min ")
+    assert display.time_left(20, 90.0) == "  about 1 min 30 s left"
+    assert display.time_left(20) == display.time_left(15, 0.0) == ""
     phase = Phase("loading", done=1, total=4, unit="weights")
     phase.started -= 600
     assert phase.describe().startswith("loading: 1 of 4 weights, 10 min ")
     assert ", about 30 min " in phase.describe()
+
+
+def test_a_terminal_shows_the_time_left_that_it_is_given():
+    console = Console(file=io.StringIO(), force_terminal=True, width=60)
+    with ProgressDisplay(console, "step", 20, 10) as display:
+        display.update(11, "text", left=5025.4)
+        screen = Console(file=io.StringIO(), width=60, color_system=None)
+        screen.print(display._live.renderable)
+    assert screen.file.getvalue().rstrip().endswith("left 1:23:45")
 
 
 def test_progress_without_a_phase_is_not_an_error():
