@@ -66,8 +66,8 @@ def luffy_loss(inputs: LossInputs, *, gamma: Positive = 0.1) -> LossOutput:
     each micro-batch) weighs less.
 
     Args:
-        gamma: Probability at which f(p) is one half; a lower one gives unlikely tokens of
-            demonstrations more weight.
+        gamma: Probability at which f(p) = p / (p + gamma) is one half; a lower one gives unlikely
+            tokens of demonstrations more weight.
     """
     probs, demonstration = inputs.logprobs.exp(), _demonstration(inputs)
     advantages = inputs.token_advantages
@@ -95,8 +95,8 @@ def srft_loss(
 
     Args:
         gamma: Probability at which f(p) is one half, as in LUFFY.
-        sft_weight: Factor of exp(-H) log p at demonstrations.
-        rl_weight: Factor of exp(H) log p at right self samples; wrong ones have 1.
+        sft_weight: Weight of SFT on demonstrations, times exp(-H), H the row's mean entropy.
+        rl_weight: Weight of right self samples, times exp(H); wrong ones have 1.
     """
     logprobs, probs, demonstration = inputs.logprobs, inputs.logprobs.exp(), _demonstration(inputs)
     entropy = present(inputs.row_entropy, "row_entropy")
@@ -200,7 +200,8 @@ def rl_plus_loss(inputs: LossInputs, *, exponent: NonNegative = 0.5) -> LossOutp
     and with its difference. Metric: `exploration`, sg(1 - p)^0.5 at demonstrations.
 
     Args:
-        exponent: Power of 1 - p; a higher one moves the weight to unlikely tokens, 0 has none.
+        exponent: Power of 1 - p in the weight of a demonstration's tokens; a higher one moves the
+            weight to unlikely tokens, with 0 none is moved.
     """
     logprobs, demonstration = inputs.logprobs, _demonstration(inputs)
     probs = logprobs.exp()
@@ -231,7 +232,7 @@ def prefix_rft_loss(
 
     Args:
         prefix_share: Share of a prefix's tokens that are trained, those with the highest entropy.
-        dual_clip: Limit of the loss of a token with negative advantage, in multiples of -A.
+        dual_clip: Limit of the loss of a token with negative advantage A, in multiples of -A.
     """
     clipped = clipped_loss(inputs, clip_low=clip_low, clip_high=clip_high)
     advantages = inputs.token_advantages
@@ -257,7 +258,7 @@ def uft_loss(
     eight self samples.
 
     Args:
-        hint_weight: Weight b of `-log p` on the hint.
+        hint_weight: Weight b of `-log p` (SFT) on the hint, beside GRPO on what follows it.
     """
     rl = clipped_loss(inputs, clip_low=clip_low, clip_high=clip_high)
     return _parts(rl.per_token, -hint_weight * inputs.logprobs, metrics=rl.metrics)

@@ -21,7 +21,8 @@ def select_by_gate(scored: ScoredGroup, *, gate: Annotated[int, Field(ge=0)] = 0
     TsinghuaC3I/Unify-Post-Training; gate 0 for Qwen, 2 for Llama.
 
     Args:
-        gate: Most right self samples of a problem that is trained by its demonstrations.
+        gate: A problem is trained by its demonstrations if at most this many of its self samples
+            are right, else by its self samples.
     """
     responses = scored.group.responses
     right = sum(scored.is_right(r) for r in responses if r.source == "self")
@@ -44,7 +45,8 @@ def cosine_prefix(
     `CosineDecayController` in `scheduler/global_step.py` of ZeroYuHuang/prefix_rft.
 
     Args:
-        low: Least share of a demonstration that is given at the end of the run.
+        low: Least share of a demonstration that is given at the end of the run; the share is drawn
+            between the least one and `high`.
         high: Greatest share of a demonstration that is given, and the least one at the start.
     """
     bound = low + (high - low) * _cosine(progress)
@@ -68,8 +70,9 @@ def binomial_hints(
 
     Args:
         slices: Number of equal slices of a demonstration; a hint is the first few of them.
-        low: Probability q of a slice at the end of the hints.
-        high: Probability q of a slice at the start.
+        low: Probability q, which is the mean share of a demonstration in a hint, at the end of the
+            hints.
+        high: The same at the start.
         hint_share: Share of the budget with hints; there are none after it.
     """
     if progress >= hint_share:

@@ -25,7 +25,7 @@ class MonitorSettings(Settings):
 
     every: Annotated[NonNegativeInt, TRAINING] = 10
     """Measure the KL every N steps, on the reference's responses to fixed prompts and on the step's
-    samples; 0: never."""
+    self samples; 0: only at the end, on the former."""
     problems: Annotated[PositiveInt, EVALUATION] = 16
     """Number of held-out problems whose prompts are used for the KL, of training problems where
     none are held out."""
@@ -43,15 +43,17 @@ class EvalSettings(Settings):
     samples: Annotated[PositiveInt, at_most(100_000), EVALUATION] = 8
     """Number of responses to a problem; more narrow the intervals and cost time."""
     k: Annotated[list[PositiveInt], EVALUATION] = [1, 8]
-    """The k of pass@k, the chance that at least one of k responses is correct."""
+    """The k of pass@k, the chance that at least one of k responses is correct. k = 1 is always
+    there; none may be above `samples`."""
     temperature: Annotated[Temperature, EVALUATION] = 0.5
-    """Sampling temperature of evaluations; 0: greedy."""
+    """Sampling temperature of evaluations; 0: greedy, for which one sample is enough."""
     top_p: Annotated[Share, EVALUATION] = 1.0
     """As `rollout.top_p`, for evaluations."""
     max_tokens: Annotated[PositiveInt | None, EVALUATION] = None
     """Most tokens of a response; null: `rollout.max_tokens`."""
     every: Annotated[NonNegativeInt, TRAINING] = 0
-    """Evaluate also after every N training steps and after the last one; 0: never."""
+    """Evaluate also after every N training steps and after the last one; the base's figures are
+    those of step 0. 0: only the base and the trained policy."""
     problems: Annotated[PositiveInt | None, TRAINING] = None
     """Most problems of a set in the evaluations of `every`, the same in every run; null: all."""
 
@@ -99,8 +101,9 @@ class CheckpointSettings(Settings):
     keep: Annotated[PositiveInt, NO_RESULT] = 2
     """Number of the newest checkpoints that remain on disk."""
     best: Annotated[BestSettings | None, TRAINING] = None
-    """Keep the checkpoint with the best evaluation too; one better than all before it writes one,
-    of equal ones the earliest counts. null: no evaluation keeps one."""
+    """Figure by which evaluations are compared: each that is better than all before it writes a
+    checkpoint, and the best one's is kept beside the newest; of equal ones it is the earliest.
+    null: none is compared."""
     adapter: Annotated[Literal["last", "best"], TRAINING] = "last"
     """Policy that `adapter/` and the final evaluation are of: the last, or that of `best`."""
 
@@ -133,11 +136,12 @@ class GuardSettings(Settings):
     """
 
     action: Literal["none", "warn", "stop", "rollback"] = "warn"
-    """What follows an alarm that was not there at the step before. `rollback` returns to the best
-    checkpoint, or without `checkpoint.best` to the last one from before the window, and lowers the
-    learning rate; the steps go on counting."""
+    """What follows an alarm that was not there at the step before: `warn` prints it, `stop` ends
+    training, and `rollback` returns to the best checkpoint, or without `checkpoint.best` to the
+    last one from before the window, and lowers the learning rate; the steps go on counting. `none`
+    checks nothing."""
     window: PositiveInt = 5
-    """Number of steps that means are over, of those that have the metric."""
+    """Number of the last steps that means are over, of those that have the metric."""
     reward: Share | None = 0.25
     """Alarm if the mean reward of self samples is lower than its highest mean by this share."""
     flat_groups: Share | None = 0.9
@@ -150,7 +154,8 @@ class GuardSettings(Settings):
     grad_norm: Annotated[float, Field(gt=1)] | None = 20.0
     """Alarm if the mean gradient norm is at least this many times the median of all steps."""
     kl: PositiveFloat | None = 1.0
-    """Alarm if the last KL to the reference is at least so many nats per token."""
+    """Alarm if the last KL(reference || policy) on the fixed prompts of `monitor` is at least so
+    many nats per token."""
     engine_gap: PositiveFloat | None = 0.1
     """Alarm if the last mean difference between the log-probs of engine and trainer is at least so
     many nats per token."""

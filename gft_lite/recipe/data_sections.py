@@ -18,7 +18,7 @@ from gft_lite.recipe.effects import EVERYTHING, TRAINING
 
 
 class ColumnsSettings(Settings):
-    """The columns of the data set.
+    """The columns of the data set: each field but `answer_from` and `clean` is the name of one.
 
     `a.b` is field `b` of a nested column `a`. A list that is written as text (JSON or Python
     notation, as in CSV files) is read as a list. Where no column is named, and the data have no
@@ -35,8 +35,9 @@ class ColumnsSettings(Settings):
     choices: str | None = None
     """Options of a multiple-choice problem, appended to it as (A), (B), ...; null: none."""
     answer: str | None = "answer"
-    """Answer that rewards compare with. Of a choice: a label of the data set (`x.label` beside
-    `choices: x.text`), its number from 0, its letter or its text. null: there are no answers."""
+    """Answer that rewards compare with; rows without one are skipped. Of a choice it is, in this
+    order, a label of the data set (`x.label` beside `choices: x.text`, as in ARC), its number from
+    0, its letter or its text; rows with another are skipped. null: there are no answers."""
     answer_from: Literal["plain", "boxed", "hash"] = "plain"
     """Part of the column that is the answer: all of it, the content of its last box (`boxed`), or
     what follows `####` (`hash`)."""
@@ -82,14 +83,14 @@ class PromptSettings(Settings):
     """The prompt of a problem: plain text, or a user turn in the chat template."""
 
     style: Literal["plain", "chat"] = "plain"
-    """`chat` applies the model's chat template, for chat models and conversations; `plain` gives
-    the text as it is, for base models."""
+    """`chat` applies the model's chat template, for chat models and conversations; `plain` does
+    without one, for base models."""
     template: str = "{problem}"
     """Text around a problem, such as an instruction; `{problem}` stands for it. It is applied to
     every user turn."""
     system: str | None = None
-    """System message of the chat; that of a conversation takes its place. null: none of the
-    recipe's own."""
+    """System message of the chat; that of a conversation takes its place. null: that of the chat
+    template, if it has one."""
     chat_template_kwargs: dict[str, JsonValue] = {}
     """Variables of the chat template, such as `enable_thinking: false`."""
 
@@ -111,15 +112,15 @@ class DataSettings(Settings):
     """A source of problems, and how its rows become prompts."""
 
     source: Annotated[str, EVERYTHING] = "lab"
-    """The rows: a .jsonl, .json, .csv or .parquet file, a folder of them, a hub data set, or `lab`,
-    the built-in task."""
+    """The rows: a .jsonl, .json, .csv or .parquet file, a folder of them, a folder that `datasets`
+    has saved, a hub data set as owner/name, or `lab`, the built-in task."""
     file: Annotated[str | None, EVERYTHING] = None
     """One file of a hub data set whose files are not assigned to splits; null: all files."""
     config: Annotated[str | None, EVERYTHING] = None
     """Configuration (subset) of a hub data set; null: its default."""
     split: Annotated[str, EVERYTHING] = "train"
-    """Split of a data set; in a folder, the files that have this word in their names. Without
-    effect on a single file."""
+    """Split of the lab or a data set; in a folder, the files that have this word in their names,
+    or all where no name has that of a split. Without effect on a single file."""
     revision: Annotated[str | None, EVERYTHING] = None
     """Branch, tag or commit of a hub data set; null: its default branch."""
     columns: Annotated[ColumnsSettings, EVERYTHING] = ColumnsSettings()
@@ -128,12 +129,13 @@ class DataSettings(Settings):
     """How a problem is written to the model. Evaluation sets without a prompt have that of
     `data.prompt`."""
     max_prompt_tokens: Annotated[PositiveInt | None, EVERYTHING] = None
-    """Rows with longer prompts are left out; null: only those whose prompt leaves no room for a
-    response in the context."""
+    """Rows with longer prompts are left out, as always are those whose prompt and
+    `rollout.max_tokens` do not fit into the context together; null: only these."""
     problems: Annotated[PositiveInt | None, EVERYTHING] = None
-    """Number of usable rows to take, after those of `skip`; null: all."""
+    """Number of usable rows to take, after those of `skip`, held-out ones included; null: all."""
     skip: Annotated[NonNegativeInt, EVERYTHING] = 0
-    """Number of usable rows to leave out at the start, and all copies of their problems."""
+    """Number of usable rows to leave out at the start of the order, and all copies of their
+    problems, such as those that an evaluation set of the same source takes."""
     shuffle: Annotated[bool, EVERYTHING] = True
     """Take the rows in a random order of `seed`; false: in the order of the file. It decides which
     rows `skip`, `problems` and `holdout` take; training shuffles every epoch anyway."""

@@ -26,8 +26,8 @@ class LoraSettings(Settings):
     alpha: PositiveInt = 32
     """Numerator of the scale s, which acts like the learning rate."""
     dropout: Fraction = 0.0
-    """Share of the adapter's inputs that are dropped in training; none where several updates share
-    a rollout and compare log-probs with it."""
+    """Share of the adapter's inputs that are dropped in training. Off with several updates per
+    rollout (`train.updates_per_rollout`) if the loss compares log-probs with those before them."""
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
     """Linear modules to adapt, by the end of their path such as `q_proj`; `all-linear`: all but the
     output head."""
@@ -48,8 +48,8 @@ class LoraSettings(Settings):
     """Other alphas for some modules, by the same kind of keys."""
     init: Literal["default", "pissa", "olora"] = "default"
     """Start: A random and B zero, or both the base's first singular vectors (`pissa`, arXiv
-    2404.02948) or QR columns (`olora`, arXiv 2406.01775). The start is subtracted from the adapter,
-    which is saved as a plain LoRA of twice the rank."""
+    2404.02948) or QR columns (`olora`, arXiv 2406.01775). The base stays as it is: the adapter
+    subtracts the start, as a plain LoRA of twice the rank, in which it is trained and saved."""
     use_dora: bool = False
     """Train the norms of the weights too (DoRA, arXiv 2402.09353); vLLM can't serve it."""
 

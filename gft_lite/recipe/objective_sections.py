@@ -27,8 +27,9 @@ class ImportanceSettings(Settings):
 
     mode: Literal["auto", "none", "token_truncate", "token_band", "sequence_mask"] = "auto"
     """Limit: `token_truncate` is min(w, cap), `token_band` 0 outside of [low, high],
-    `sequence_mask` a row's product, and 0 above cap. `auto`: `token_truncate` for GRPO and its kin,
-    unless the engine is `transformers`, which has the trainer's weights; else `none`."""
+    `sequence_mask` a row's product, and 0 above cap. `auto`: `token_truncate` for methods with a
+    ratio p / p_old of self samples, such as GRPO, unless the engine is `transformers`, which has
+    the trainer's weights; else `none`."""
     cap: PositiveFloat = 2.0
     """Limit of `token_truncate` for a token, and of `sequence_mask` for a row."""
     low: NonNegativeFloat = 0.5
@@ -52,7 +53,7 @@ class ObjectiveSettings(Settings):
     """Standard deviation that advantages are divided by: with K - 1 (`sample`) or K in the
     denominator, or none."""
     eps: PositiveFloat = 1e-6
-    """Number added to the standard deviation of the rewards."""
+    """Number added to the standard deviation of the rewards; without effect with `std: none`."""
     reduction: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
     """Mean of the loss in a step: over all tokens, over the means of rows, or the sum divided by
     rows times `rollout.max_tokens` (Dr. GRPO)."""
@@ -84,7 +85,7 @@ class RewardFunctionSettings(Settings):
     weight: Annotated[float, Field(ge=-1e6, le=1e6)] = 1.0
     """Factor of its score in the sum; 0 only measures, a negative one is a penalty."""
     parameters: dict[str, Any] = {}
-    """Arguments of the function."""
+    """Keyword arguments of the function, by name."""
     correct_above: float | None = None
     """A response with a score above this is correct, which pass@k counts. null: 0.5 for math,
     choice and exact, none for others. The first function with a threshold decides; without any,
@@ -125,10 +126,10 @@ class RewardSettings(Settings):
     """The functions that are added up: a name, a mapping as in `reward.functions[]`, or a list of
     these."""
     workers: Annotated[PositiveInt, at_most(1024), NO_RESULT] = 2
-    """Number of processes that grade by the rules of this package."""
+    """Number of processes that grade by `math`, `choice` and `format`."""
     timeout: Annotated[PositiveFloat, at_most(86_400), EVALUATION] = 3.0
-    """Seconds for a response, CPU time for the rules of this package; a function of your own may
-    take four times that on the clock."""
+    """Seconds for a response: CPU time for `math`, `choice` and `format`; a function of your own
+    may take four times that on the clock. A judge has a `timeout` among its parameters."""
     concurrency: Annotated[PositiveInt, at_most(1024), NO_RESULT] = 8
     """Number of calls of an `async def` function, or of requests to a judge, at a time."""
 

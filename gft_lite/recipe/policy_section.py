@@ -30,8 +30,8 @@ class PolicySettings(Settings):
     reference: Annotated[Literal["base", "adapter"], EVALUATION] = "base"
     """What KL is measured to: the base, or the base with `policy.adapter` as it was given."""
     quantization: Annotated[Literal["nf4", "int8", "none"], EVERYTHING] = "nf4"
-    """Storage of the base's linear weights: 4 bits, 8 bits, or unquantised in `policy.dtype`. A
-    model that is published quantised needs its own kind."""
+    """Storage of the base's linear weights: 4 bits (NF4), 8 bits, or unquantised in `policy.dtype`.
+    A model that is published quantised needs its own kind."""
     double_quantization: Annotated[bool, EVERYTHING] = True
     """Quantise NF4's scales too, which saves 0.37 bits per weight."""
     dtype: Annotated[Literal["auto", DtypeName], EVALUATION] = "auto"
@@ -49,22 +49,22 @@ class PolicySettings(Settings):
     cgroup leave to this process, at most 16."""
     attention: Annotated[Literal["sdpa", "eager", "flash_attention_2"], EVALUATION] = "sdpa"
     """Attention implementation of transformers. Only `sdpa` allows layout `shared`; `eager` is for
-    models without it."""
+    models that lack `sdpa`."""
     gradient_checkpointing: Annotated[Literal["auto"] | bool | NonNegativeInt, NO_RESULT] = True
-    """Recompute all layers (true) or the first N in the backward pass: less memory, more time.
-    `auto`: the memory plan decides."""
+    """Recompute all layers (true), the first N or none (false) in the backward pass: less memory,
+    more time. `auto`: the memory plan decides."""
     offload_checkpoints: Annotated[Literal["auto"] | bool, NO_RESULT] = False
     """Keep what the backward pass needs of the layers in RAM instead of on the GPU. `auto`: the
     memory plan decides."""
     offload_embedding: Annotated[Literal["auto"] | bool, NO_RESULT] = False
-    """Keep the input embedding in RAM; saves memory where the output head has weights of its own.
-    `auto`: the memory plan decides."""
+    """Keep the input embedding in RAM, which needs an output head with weights of its own. `auto`:
+    the memory plan decides."""
     layout: Annotated[Literal["auto", "shared", "packed", "padded"], TRAINING] = "auto"
     """Rows of a micro-batch: `shared` computes a prompt once for all its responses, `packed`
     concatenates rows, `padded` stacks them; `auto`: the first that the model supports."""
     fused_head: Annotated[bool, TRAINING] = True
     """Compute log-probs and their gradient together in chunks of the output head, which takes less
-    memory than autograd. Losses with an exact KL (asft) do without it."""
+    memory than autograd. Losses with an exact KL (asft), and heads with a bias, do without it."""
     trust_remote_code: Annotated[bool, EVALUATION] = False
     """Run Python code from the model's repository. Set it only for a repository that you trust."""
     lora: Annotated[LoraSettings, TRAINING] = LoraSettings()

@@ -32,19 +32,20 @@ ENGINE_NAMES = ("auto", "transformers", "vllm", "vllm_server", "unsloth")
 class GroupSettings(Settings):
     """The responses to a problem that are compared with each other.
 
-    The numbers of responses have other defaults with other methods, and sources that a method does
-    not train on have 0.
+    The defaults are those of `gft`. With other methods the numbers of responses are others, 0 of
+    sources that a method does not train on, and `shortfall` is `drop` where no samples are drawn.
     """
 
     expert: Annotated[NonNegativeInt, at_most(10_000), SAMPLING] = 1
-    """Number of expert demonstrations, from `data.columns.expert` or conversations."""
+    """Number of expert demonstrations, from `data.columns.expert` or conversations; a problem that
+    has more uses others in each epoch."""
     teacher: Annotated[NonNegativeInt, at_most(10_000), SAMPLING] = 3
     """Number of teacher demonstrations, from `data.columns.teacher`."""
     self: Annotated[NonNegativeInt, at_most(10_000), SAMPLING] = 4
     """Number of responses that are sampled from the policy; more cost rollout time."""
     shortfall: Annotated[Literal["self", "repeat", "drop"], SAMPLING] = "self"
     """Where a problem has too few demonstrations: sample more from the policy (`self`), `repeat`
-    those there are, or `drop` the problem."""
+    those there are, or `drop` the problem, as `repeat` does where there are none."""
     offline: Annotated[str | None, TRAINING] = None
     """Folder of `gft-lite groups`, whose groups were sampled before training from the base or
     `policy.adapter`. null: training samples."""
@@ -84,7 +85,7 @@ class RolloutSettings(Settings):
     top_p: Annotated[Share, SAMPLING] = 1.0
     """Sample from the likeliest tokens that together have this probability; 1: from all."""
     top_k: Annotated[NonNegativeInt, SAMPLING] = 0
-    """Sample from this many of the likeliest tokens; 0: from all."""
+    """Sample from this many of the likeliest tokens; 0: from all. Evaluations sample from all."""
     max_tokens: Annotated[PositiveInt, EVERYTHING] = 1024
     """Most tokens of a response; longer demonstrations are left out. Raise it where many responses
     are truncated."""
@@ -96,13 +97,13 @@ class RolloutSettings(Settings):
     """Number of responses sampled at once; lower it where sampling runs out of memory. `auto`: the
     memory plan decides, 128 without one."""
     resample: Annotated[NonNegativeInt, at_most(1000), TRAINING] = 0
-    """How many times a step replaces flat groups, which teach nothing, by groups of other problems
-    (dynamic sampling)."""
+    """Most times that a step replaces flat groups, whose rewards are all equal so that they teach
+    nothing, by groups of other problems (dynamic sampling); each takes further rollouts."""
     base: Annotated[Literal["nf4_dequantised", "original", "plugin"], EVALUATION] = (
         "nf4_dequantised"
     )
-    """Base that vLLM serves: the trainer's weights dequantised, the published weights, or these in
-    4 bits by vLLM's bitsandbytes `plugin`, which takes the least memory."""
+    """Base that vLLM serves: the trainer's weights dequantised from NF4 or int8, the published
+    weights, or these in 4 bits by vLLM's bitsandbytes `plugin`, which takes the least memory."""
     dtype: Annotated[Literal["auto", DtypeName], EVALUATION] = "auto"
     """Precision in which a vLLM of this run computes; `auto`: `policy.dtype`, but bfloat16 on a CPU
     with instructions for it."""
@@ -120,8 +121,8 @@ class RolloutSettings(Settings):
     """Free vLLM's memory on the card during training; false keeps it, which saves time where both
     fit."""
     probe_limit: Annotated[PositiveFloat, NO_RESULT] = 0.2
-    """Greatest accepted difference between the log-probs of engine and trainer, in nats per token;
-    a larger one ends the run."""
+    """Greatest accepted mean difference between the log-probs of engine and trainer, in nats per
+    token; a larger one, at a sync or over a step's samples, ends the run."""
 
     @model_validator(mode="after")
     def _servers_are_used(self) -> RolloutSettings:

@@ -26,11 +26,12 @@ class OptimSettings(Settings):
     """Optimiser: AdamW, or its paged 8-bit form (arXiv 2305.14314), which takes less memory and
     needs CUDA; `auto`: the paged one on a GPU."""
     lr: Literal["auto"] | PositiveFloat = 1e-4
-    """Highest learning rate, by default the method's. `auto`: a rule by the model's width, the
-    adapter's scale and the method. `gft-lite train --lr-range` measures which rates work."""
+    """Highest learning rate. By default the method's: 2e-5 for GFT, GRPO and mixed methods, 1e-4
+    for SFT and its variants. `auto`: a rule by the model's width, the adapter's scale and the
+    method. `gft-lite train --lr-range` measures which rates work."""
     lora_plus_ratio: Annotated[float, Field(ge=1, le=1000)] = 1.0
-    """Learning rate of the adapter's B over that of its A, which is `lr` (LoRA+, arXiv 2402.12354).
-    """
+    """Learning rate of the adapter's B, and of DoRA's norms, over that of its A, which is `lr`
+    (LoRA+, arXiv 2402.12354)."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     """Course of the learning rate after the warm-up: constant, or a decay to 0."""
     warmup: Fraction = 0.05
@@ -67,11 +68,11 @@ class TrainSettings(Settings):
     problems_per_step: Annotated[PositiveInt, at_most(1_000_000), TRAINING] = 16
     """Number of problems of a step, each with a group: the batch size in groups."""
     updates_per_rollout: Annotated[PositiveInt, TRAINING] = 1
-    """Number of updates that share a rollout, each on a part of its groups. More save rollouts and
-    train on older samples."""
+    """Number of updates that share a rollout, each on a part of its groups; 8 by default with
+    `psft`. More save rollouts and train on older samples."""
     micro_batch_tokens: Annotated[Literal["auto"] | PositiveInt, NO_RESULT] = 8192
-    """Most tokens, with prompts and padding, of a forward pass; halved where memory runs out.
-    `auto`: the memory plan decides."""
+    """Most tokens, with prompts and padding, of a forward pass; a longer row has one of its own.
+    Halved where memory runs out. `auto`: the memory plan decides."""
     memory: Annotated[
         str,
         matching(r"auto|(?=.*[1-9])\d+(\.\d+)? ?[GM]i?B", "must be auto or a size such as 8GiB"),
@@ -120,10 +121,10 @@ class StageSettings(Settings):
 
     method: Annotated[str, named_in(METHODS)]
     """Method of the stage. Another than the recipe's begins with its own `group`, `objective`,
-    learning rate and updates per rollout."""
+    learning rate and updates per rollout; `teacher` stays the recipe's."""
     reference: Literal["base", "start"] = "base"
     """What the KL of the stage is measured to: the base, or the policy at the start of the stage.
-    """
+    In the first stage `policy.reference` decides."""
     overrides: dict[str, Any] = {}
     """Fields in which the stage differs from the recipe, as a recipe has them."""
 
@@ -142,15 +143,17 @@ class TeacherSettings(Settings):
     model: Annotated[str, Field(min_length=1)] = "base"
     """`base`, the policy without adapter; `average`, a moving average of the adapter; the folder of
     an adapter of the same base, rank and alpha; or a model with the same tokenizer, loaded as the
-    policy is and not counted by the memory plan."""
+    policy is and not counted by the memory plan. The default of `sdft` is `average`; `opd` needs
+    an adapter or another model."""
     decay: Fraction = 0.95
-    """With `model: average`, the weight of the old average in an update, beside the adapter."""
+    """With `model: average`: after each update, average = decay * average + (1 - decay) * adapter.
+    """
     template: str = (
         "{problem}\n\nHere is an example of a good answer:\n\n{demonstration}\n\n"
         "Now write your own answer."
     )
-    """Prompt of the teacher with `sdft`; `{problem}` and `{demonstration}` stand for the problem
-    and an expert's solution."""
+    """Problem as the teacher of `sdft` gets it, in the same `data.prompt` as the policy;
+    `{problem}` and `{demonstration}` stand for the problem and its first expert demonstration."""
 
     @model_validator(mode="after")
     def _template_is_complete(self) -> TeacherSettings:

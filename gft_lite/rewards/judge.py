@@ -27,26 +27,27 @@ class JudgeSettings:
     """The parameters of the reward `judge`."""
 
     url: str = ""
-    """Address of an OpenAI-compatible server. Required."""
+    """Address of an OpenAI-compatible server, whose key is in `GFT_LITE_JUDGE_KEY`. Required."""
     rubric: str = ""
     """Text by which answers are judged. Required."""
     model: str | None = None
     """Name of the model on the server; null: the only one that it has."""
     mode: Literal["score", "rank"] = "score"
     """`score` gives each answer a score from 0 to 1 of its own; `rank` orders the distinct answers
-    of a group in one request: 1 for the best, 0 for the worst, in equal steps between."""
+    of a group in one request: 1 for the best, 0 for the worst, in equal steps between; 0.5 where
+    all are the same."""
     reference: bool = True
-    """Show the judge the gold answer."""
+    """Show the judge the right answer, where the data have one."""
     temperature: float = 0.0
     """Sampling temperature of the judge."""
     max_tokens: int = 1024
-    """Most tokens of a reply."""
+    """Most tokens of a reply, thoughts included; one that is cut off gives no score."""
     timeout: float = 120.0
     """Seconds for a request with its retries."""
     price_in: float | None = None
-    """Dollars per million tokens of requests; null: the cost is not computed."""
+    """Dollars per million tokens of requests; without it and `price_out` no cost is computed."""
     price_out: float | None = None
-    """The same, of replies."""
+    """Dollars per million tokens of replies; null: they count as free where `price_in` is set."""
 
     def check(self) -> None:
         """Raises: RewardError for a value that is wrong."""
