@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    BeforeValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -31,6 +32,13 @@ class MonitorSettings(Settings):
     none are held out."""
 
 
+def _without_removed(value: Any) -> Any:
+    """The sets of a recipe: null in place of a set, or of all, removes what it extends."""
+    if isinstance(value, Mapping):
+        return {name: data for name, data in value.items() if data is not None}
+    return {} if value is None else value
+
+
 class EvalSettings(Settings):
     """The evaluation of base and trained policy on named sets.
 
@@ -38,8 +46,15 @@ class EvalSettings(Settings):
     evaluated by the likelihood of its demonstrations.
     """
 
-    sets: Annotated[dict[str, DataSettings], EVALUATION] = {}
-    """Sets by name; the first is the headline. Empty: the held-out problems, as set `held_out`."""
+    sets: Annotated[
+        dict[str, DataSettings],
+        BeforeValidator(
+            _without_removed, json_schema_input_type=dict[str, DataSettings | None] | None
+        ),
+        EVALUATION,
+    ] = {}
+    """Sets by name; the first is the headline. Empty: the held-out problems, as set `held_out`.
+    null in place of a set, or of all, removes those of an extended recipe."""
     samples: Annotated[PositiveInt, at_most(100_000), EVALUATION] = 8
     """Number of responses to a problem; more narrow the intervals and cost time."""
     k: Annotated[list[PositiveInt], EVALUATION] = [1, 8]
@@ -145,8 +160,8 @@ class GuardSettings(Settings):
     reward: Share | None = 0.25
     """Alarm if the mean reward of self samples is lower than its highest mean by this share."""
     flat_groups: Share | None = 0.9
-    """Alarm if at least this share of the groups, of 20 or more, teaches nothing, while the reward
-    is nearer to its lowest than to its highest."""
+    """Alarm if in at least this share of the window's groups (20 or more) all rewards are equal, so
+    that they teach nothing, while the reward is nearer to its lowest than to its highest."""
     entropy: Annotated[float, Field(gt=1)] | None = 2.5
     """Alarm if the mean entropy is at least this many times its lowest mean."""
     entropy_low: PositiveFloat | None = 0.005
@@ -199,6 +214,6 @@ class LogSettings(Settings):
     """Record log-probs and the loss's coefficient of each trained token of a step's first 8 groups,
     and each source's gradient at step 1 and every `monitor.every`-th; takes further passes."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
-    """Trackers that receive the numbers of each step."""
+    """Trackers that receive the numbers of each step; they come with the extra `trackers`."""
     completions: NonNegativeInt = 2
     """Number of groups of a step whose responses trackers receive as a table; 0: none."""

@@ -806,6 +806,20 @@ def test_the_variables_of_a_template_are_kept_as_they_are(tmp_path: Path):
     assert Recipe.load(tmp_path / "y.yaml") == recipe
 
 
+def test_sets_are_merged_and_null_removes_them(tmp_path: Path):
+    def sets(*overrides: str) -> list[str]:
+        return list(Recipe.load(file, overrides).eval.sets)
+
+    file = tmp_path / "x.yaml"
+    file.write_text("extends: recipes/lab.yaml\ndata: {prompt: {template: 'Q {problem}'}}\n")
+    assert sets("eval.sets={}") == sets("eval.sets.test={}") == ["test", "retention"]
+    assert sets("eval.sets.test=null") == ["retention"]
+    assert sets("eval.sets=null") == []
+    assert sets("eval.sets=null", "eval.sets.mine={source: lab}") == ["mine"]
+    file.write_text("extends: recipes/lab.yaml\neval: {sets: {test: null, b: {source: lab}}}\n")
+    assert sets() == ["retention", "b"]
+
+
 def test_evaluation_has_the_training_prompt_by_default():
     tree = {
         "data": {"prompt": {"template": "Q: {problem}"}},
