@@ -94,7 +94,7 @@ def srft_loss(
     over the rows of a micro-batch (see `hpt_loss`).
 
     Args:
-        gamma: Probability at which f(p) is one half, as in LUFFY.
+        gamma: Probability at which f(p) = p / (p + gamma) is one half, as in LUFFY.
         sft_weight: Weight of SFT on demonstrations, times exp(-H), H the row's mean entropy.
         rl_weight: Weight of right self samples, times exp(H); wrong ones have 1.
     """

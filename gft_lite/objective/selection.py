@@ -72,7 +72,7 @@ def binomial_hints(
         slices: Number of equal slices of a demonstration; a hint is the first few of them.
         low: Probability q, which is the mean share of a demonstration in a hint, at the end of the
             hints.
-        high: The same at the start.
+        high: The same probability at the start.
         hint_share: Share of the budget with hints; there are none after it.
     """
     if progress >= hint_share:

@@ -70,8 +70,9 @@ class RolloutSettings(Settings):
     """The engine that samples the self responses, and its sampling parameters."""
 
     engine: Annotated[str, named_in(ENGINE_NAMES), EVALUATION] = "auto"
-    """What samples: vLLM in this process or on servers, transformers with the trainer's own model,
-    or a dotted path; `auto`: vLLM on a GPU if it is installed, else transformers."""
+    """What samples: vLLM in this process (`vllm`) or on servers, `transformers` with the trainer's
+    own model, vLLM on the weights of backend `unsloth`, or an engine of your own at a dotted path;
+    `auto`: `vllm` on a GPU if it is installed, else `transformers`."""
     servers: Annotated[
         list[Annotated[str, matching(r"https?://\S+", "must be an http(s) address")]],
         ONE_OR_MORE,

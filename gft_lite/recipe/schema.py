@@ -69,7 +69,8 @@ class Recipe(Settings):
         matching(r"\w[\w.-]*", "must be letters, digits, `_`, `-` and `.`, to name a folder"),
         TRAINING,
     ] = "run"
-    """Name of the run: of its folder below `runs/`, and of the project in trackers."""
+    """Name of the run: of its folder below `runs/`, which gets a number if it is taken, and of the
+    project in trackers."""
     seed: Annotated[int, Field(ge=0, lt=2**31), EVERYTHING] = 0
     """Seed of the adapter's start, the order of problems, sampling and dropout; repeat a run with
     others to see how much results vary."""
