@@ -36,7 +36,8 @@ NO_REWARD = (
 )
 _COLUMNS = "data.columns."
 GROUP_SIZE, MAX_TEACHERS = 8, 3  # Of the paper's groups, which hold 1 expert's and 4 self.
-TEMPLATE_TOKENS = 48  # Of a chat template with its system message, and of the prompt's template.
+CHAT_TOKENS = 20  # Of a chat template with its system message.
+TEMPLATE_TOKENS = 48  # At least, of it and the prompt's template.
 CPU_SHARE = 0.2  # Of the free RAM, for weights that are not quantised.
 CHARS_PER_TOKEN = 3  # Where the model's tokenizer is not on this machine.
 
@@ -253,7 +254,9 @@ class _Facts:
         """The longest prompt and the longest response, in tokens."""
         count, how = token_counter(self.model)
         d = self.detected
-        overhead = TEMPLATE_TOKENS
+        guessed = {g.field: g.value for g in d.guesses} | dict(self.given)
+        template = str(guessed.get("data.prompt.template", ""))
+        overhead = max(TEMPLATE_TOKENS, count(template) + CHAT_TOKENS)
         prompts = sorted(map(count, d.problems)) or [256]
         prompt = min(_round_up(_at(prompts, 0.99) + overhead), self._context // 2)
         lengths = sorted(map(count, d.demonstrations))

@@ -251,6 +251,9 @@ def test_lengths_are_those_of_the_rows():
     assert recipe.data.max_prompt_tokens == 192  # 148, in steps of 64
     assert recipe.rollout.max_tokens == 256  # 200
     assert recipe.policy.context == 512  # 449
+    # A template of 100 tokens counts with the 20 of the chat template: 100 + 100 + 20.
+    longer = draft(row, given=[f"data.prompt.template={'y' * 91}{{problem}}"]).recipe
+    assert longer.data.max_prompt_tokens == 256
     # Prompts get half of the context of 2048, what follows the rest; few rows are held out.
     found = draft({"prompt": "x" * 3000, "completion": "y" * 2000}, {**row, "prompt": "x" * 3000})
     assert (found.recipe.data.max_prompt_tokens, found.recipe.rollout.max_tokens) == (1024, 1022)
