@@ -205,7 +205,8 @@ class Search:
             rule = f"search.metric: must be a figure of {name}, which has {main_figure(sets[name])}"
             raise UserError([f"{rule}, got {metric!r}."])
         if lower_is_better(metric) and self.settings.metric is None and self.settings.mode == "max":
-            raise UserError([f"search.metric: must be given for nll, got none. Write {metric}."])
+            rule = f"search.metric: must be given for {figure}, got none"
+            raise UserError([f"{rule}. Write {metric}."])
         return sets[name][figure]
 
 
