@@ -18,7 +18,7 @@ from gft_lite.policy.registry import load_policy
 from gft_lite.recipe.schema import Recipe
 from gft_lite.runs.export import read_end_tokens
 from gft_lite.runs.folder import RunFolder
-from gft_lite.runs.model_card import write_merged_card
+from gft_lite.runs.model_card import merged_card
 from gft_lite.training.run import train
 from gft_lite.utils.errors import UserError
 
@@ -88,8 +88,7 @@ def test_the_code_of_a_card(style: str, base: Path, tmp_path: Path, fork_server:
 def test_a_run_that_was_killed_before_its_summary_has_a_card_without_results(tmp_path: Path):
     run = RunFolder(tmp_path / "run")
     run.create(Recipe.load("recipes/lab.yaml").to_yaml())
-    write_merged_card(tmp_path, "lab", "run", run, "The figures.")
-    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    text = merged_card("lab", "run", run, "The figures.")
     assert "The figures." in text and "## Recipe" in text and "## Results" not in text
 
 
