@@ -20,7 +20,9 @@ from gft_lite.rewards.worker_process import WALL_FACTOR
 from gft_lite.utils.progress import report_progress
 
 _MAX_FAILED_STARTS = 3
-_OUT_OF_CPU_TIME = -getattr(signal, "SIGPROF", 0) or None
+# The exit codes of a worker whose own timers ended it: of CPU time, and of wall time where this
+# process could not.
+_OUT_OF_TIME = [-getattr(signal, name, 0) or None for name in ("SIGPROF", "SIGALRM")]
 
 
 class WorkerPool:
@@ -109,7 +111,7 @@ class WorkerPool:
             self._workers.remove(worker)
             code = worker.end(kill=not replied)
             if item >= 0:
-                timed_out = not replied or code == _OUT_OF_CPU_TIME
+                timed_out = not replied or code in _OUT_OF_TIME
                 grades[item] = Grade(0.0, "timeout" if timed_out else "error")
 
     def _collect_start(self, worker: Worker, reply: Any) -> None:

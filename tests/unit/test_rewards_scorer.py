@@ -160,6 +160,14 @@ def test_a_stopped_worker_is_killed_by_the_wall_clock():
         assert verdicts(scorer.score([group([HANGING_TEXT, "aa"])])) == ["timeout", "ok"]
 
 
+def test_the_alarm_of_a_worker_itself_is_a_timeout():
+    """As when this process has not run since the limit, for instance on a suspended machine."""
+    with Scorer([RewardFunction("format", parameters=HANG)], workers=1, timeout=60.0) as scorer:
+        scorer.score([group(["a"])])
+        signal_when_hanging(*scorer._pool.pids, signal.SIGALRM)
+        assert verdicts(scorer.score([group([HANGING_TEXT, "aa"])])) == ["timeout", "ok"]
+
+
 def test_a_worker_killed_from_outside_costs_one_item():
     with Scorer([RewardFunction("format", parameters=HANG)], workers=1, timeout=60.0) as scorer:
         scorer.score([group(["a"])])
