@@ -9,20 +9,9 @@ import time
 from pathlib import Path
 
 from gft_lite.rollout.transformers_engine import TransformersEngine
-from gft_lite.utils.errors import UserError
 
 #: The signal, the steps that the run has made, and the pattern of its metrics, or nothing.
 VARIABLE = "TEST_STOPPING_ENGINE"
-
-
-def wait_for_end(run):
-    """Wait until no process trains in a run's folder: a trial ends when it loses its sweep."""
-    while True:
-        try:
-            with run.lock():
-                return
-        except UserError:
-            time.sleep(0.01)
 
 
 class Engine(TransformersEngine):
@@ -52,6 +41,8 @@ def _signal_sweep(number):
 
     signal.signal(signal.SIGINT, note)
     os.kill(os.getppid(), number)
+    until = time.monotonic() + 300
     while not received:
+        assert time.monotonic() < until, "the sweep passed no signal on"
         time.sleep(0.01)
     signal.signal(signal.SIGINT, before)

@@ -16,6 +16,7 @@ import stopping_engine
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from waiting import wait_for_end
 
 from gft_lite.cli import main
 from gft_lite.recipe.schema import Recipe
@@ -80,7 +81,7 @@ def killed(here, fork_server):
     assert done.returncode == -signal.SIGKILL, done.stderr
     [last] = (here / "out" / "main" / "trials").glob("recipe=gft*")
     run = RunFolder(last)
-    stopping_engine.wait_for_end(run)
+    wait_for_end(run)
     assert len(run.metrics()) == 1
     return here / "out", finished(here / "out")
 

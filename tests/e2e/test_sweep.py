@@ -15,6 +15,7 @@ import stopping_engine
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from waiting import wait_for_end
 
 from gft_lite import Sweep
 from gft_lite.cli import main
@@ -228,7 +229,7 @@ def test_a_killed_and_an_interrupted_sweep_continue(tmp_path, fork_server):
 
     killed = stop_after(3, signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    stopping_engine.wait_for_end(run)
+    wait_for_end(run)
     assert len(run.metrics()) == 3
     assert states(folder) == {first.name: "done", second.name: "running"}
     written = (folder.run(first.name).path / "summary.json").stat().st_mtime_ns

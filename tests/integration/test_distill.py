@@ -243,7 +243,7 @@ def server(tmp_path_factory):
     url = f"http://127.0.0.1:{port}"
     endpoint = Endpoint(url, timeout=5, retries=0)
     try:
-        while True:
+        for _ in range(9000):
             try:
                 endpoint.get(f"{url}/health")
                 break
