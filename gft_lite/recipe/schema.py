@@ -295,7 +295,10 @@ class Recipe(Settings):
         stage = self.stages[number]
         tree = self.model_dump(exclude={"stages"})
         if stage.method != self.method:
-            tree = without_fields(tree, METHOD_FIELDS)  # Perhaps defaults of the other method.
+            own = METHODS[self.method].defaults if self.method in METHODS else {}
+            chosen = self.teacher != TeacherSettings.model_validate(own.get("teacher", {}))
+            # Perhaps defaults of the other method.
+            tree = without_fields(tree, METHOD_FIELDS if chosen else (*METHOD_FIELDS, "teacher"))
         return merge(merge(tree, {"method": stage.method}), stage.overrides)
 
     def with_needed_engine(self) -> Recipe:

@@ -121,7 +121,7 @@ class StageSettings(Settings):
 
     method: Annotated[str, named_in(METHODS)]
     """Method of the stage. Another than the recipe's begins with its own `group`, `objective`,
-    learning rate and updates per rollout; `teacher` stays the recipe's."""
+    learning rate and updates per rollout, and its own `teacher` where the recipe sets none."""
     reference: Literal["base", "start"] = "base"
     """What the KL of the stage is measured to: the base, or the policy at the start of the stage.
     In the first stage `policy.reference` decides."""

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from gft_lite.objective.methods import METHODS
@@ -427,6 +428,22 @@ def test_what_a_stage_may_not_change(overrides: str, errors: list[str]):
 def test_a_stage_may_repeat_what_the_recipe_says():
     text = "policy: {lora: {rank: 4}}\nstages: [{method: gft, overrides: {policy: {lora: {rank: 4}"
     assert Recipe.load(write("x.yaml", text + "}}}]\n")).stage(0).policy.lora.rank == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "teacher"),
+    [
+        ("stages: [sdft]", "average"),
+        ("teacher: {model: other}\nstages: [sdft]", "other"),
+        ("method: sdft\nstages: [gft]", "base"),
+        ("method: sdft\nteacher: {model: other}\nstages: [opd]", "other"),
+        ("stages: [{method: sdft, overrides: {teacher: {model: other}}}]", "other"),
+    ],
+)
+def test_a_stage_has_the_teacher_of_its_method_unless_the_recipe_sets_one(text, teacher):
+    recipe = Recipe.load(write("x.yaml", text + "\n"))
+    assert recipe.stage(0).teacher.model == teacher
+    assert Recipe.from_tree(yaml.safe_load(recipe.to_yaml())).stage(0).teacher.model == teacher
 
 
 GREEDY = "or all self samples of a group are the same, got"
