@@ -37,8 +37,9 @@ def run(tmp_path_factory):
     """A short training with two checkpoints that moved the policy a lot."""
     small = [
         "train.steps=2", "checkpoint.every=1", "train.problems_per_step=3", "data.problems=40",
-        "monitor.every=0", "monitor.problems=1", "eval.samples=4", "eval.k=[1]", "optim.lr=3e-3",
-        "eval.sets.test.problems=6", "eval.sets.retention.problems=2", "seed=3", "rollout.top_k=5",
+        "monitor.every=0", "monitor.problems=1", "eval.samples=4", "eval.k=[1]", "optim.lr=5e-3",
+        "eval.sets.test.problems=6", "eval.sets.retention.problems=2", "seed=4", "rollout.top_k=5",
+        "optim.schedule=constant",
     ]  # fmt: skip
     folder = tmp_path_factory.mktemp("eval") / "run"
     return train(Recipe.load("recipes/lab.yaml", small), folder, console=QUIET).path
@@ -153,7 +154,7 @@ def test_figures_are_those_of_the_stored_grades(run, tmp_path):
 def test_the_training_run_and_the_suite_agree_on_the_base(run, tmp_path):
     # Same seeds, same protocol: training's own figures of the base come out again.
     of_run = RunFolder(run).evaluation("base")
-    results = evaluate(["lab"], tmp_path, "limit=6", "samples=4", "seed=3", "drift=0")
+    results = evaluate(["lab"], tmp_path, "limit=6", "samples=4", "seed=4", "drift=0")
     found = results["targets"]["lab"]["benchmarks"]
     assert {i: found["retention"]["correct"][i] for i in of_run["retention"]["correct"]} == (
         of_run["retention"]["correct"]
