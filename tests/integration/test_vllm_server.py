@@ -256,15 +256,17 @@ def _assert_serves(engine, policy, *, base=False):
 
 
 def _family():
-    """The server's processes: the supervisor, the server and what it started."""
+    """The server's processes as they started: the supervisor, the server and what it started."""
     supervised = [child_supervisor.__file__, str(os.getpid())]
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             number = int(folder.name)
             if _proc(os.getsid(number), "cmdline").split("\0")[2:4] == supervised:
-                found.append(number)
-    return sorted(found)
+                # Numbers begin anew where the highest was given.
+                started = int(_proc(number, "stat").rpartition(")")[2].split()[19])
+                found.append((started, number))
+    return [number for _, number in sorted(found)]
 
 
 def _proc(number, file):
