@@ -111,9 +111,8 @@ def _problem_and_keys(line: dict[str, Any]) -> tuple[Problem, list[str]]:
 
 
 def _targets(value: Any) -> dict[str, dict[str, Any]]:
+    kinds = {"identity": str, "adapter": str | None, "data": dict, "sampling": dict, "drift": dict}
     for entry in value.values():
-        kinds = {"identity": str, "adapter": str | None, "data": dict, "sampling": dict,
-                 "drift": dict}  # fmt: skip
         for key, kind in kinds.items():
             if not isinstance(entry[key], kind):
                 raise TypeError(key)

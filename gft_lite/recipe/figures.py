@@ -69,12 +69,16 @@ _FIRST = COMPARED[0].names([1])[0]
 
 def find_figure(name: str) -> Figure | None:
     """The figure of a name such as `pass@8`; None if it is none of the table."""
-    return _BY_NAME.get(re.sub(r"@\d+$", "@*", name))
+    return _BY_NAME.get(_of_every_k(name))
 
 
 def figure_of(name: str) -> Figure:
     """The figure of a name. Raises: KeyError if it is none of the table."""
-    return _BY_NAME[re.sub(r"@\d+$", "@*", name)]
+    return _BY_NAME[_of_every_k(name)]
+
+
+def _of_every_k(name: str) -> str:
+    return re.sub(r"@\d+$", "@*", name)
 
 
 def compared(names: Iterable[str]) -> list[str]:

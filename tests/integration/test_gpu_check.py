@@ -14,6 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 
 from benchmarks.gpu_check.parts import Part, Skip, run
 from benchmarks.gpu_check.results import written
@@ -231,15 +232,13 @@ def test_a_killed_check_loses_one_case_and_is_resumed(tmp_path, capfd):
     file = tmp_path / "out.json"
     check = get_context("spawn").Process(target=check_again, args=(file, "before"))
     check.start()
-    while not (file.exists() and '"failing"' in file.read_text()):
-        time.sleep(0.05)
+    wait_until(lambda: file.exists() and '"failing"' in file.read_text())
     os.kill(check.pid, signal.SIGKILL)
     check.join()
     kept = json.loads(file.read_text())["figures"]
     assert [entry["status"] for entry in kept.values()] == ["done", "running", "not reached"]
     part = Path(f"/proc/{kept['long']['cases']['process']['id']}")
-    while part.exists():  # Its GPU would stay in use.
-        time.sleep(0.05)
+    wait_until(lambda: not part.exists())  # Its GPU would stay in use.
     figures = check_again(file, "after", HEAD | {"versions": {"a": "1", "b": "2"}})
     assert [entry["status"] for entry in figures.values()] == ["done"] * 3
     cases = figures["long"]["cases"]
